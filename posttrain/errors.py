@@ -1,0 +1,40 @@
+"""Exceptions that a user can act on. Everything else is a bug in posttrain.
+
+PosttrainError
+├── RecipeError      the YAML (or an override) does not describe a run
+├── RegistryError    a block could not be registered or found
+├── HookError        a callback names a method that is not there, or misuses it
+├── DataError        a source, a row or a template cannot be turned into training data
+├── CheckpointError  a checkpoint cannot be written, read or continued
+└── TrainingError    the run itself cannot go on
+
+The command line prints their messages without a traceback.
+"""
+
+
+class PosttrainError(Exception):
+    """Base class of every error raised on purpose."""
+
+
+class RecipeError(PosttrainError):
+    """The recipe is wrong. The message lists every problem found, each with its line."""
+
+
+class RegistryError(PosttrainError):
+    """A block could not be registered or found."""
+
+
+class HookError(PosttrainError):
+    """A callback points at a method that cannot be wrapped, or returns what cannot be used."""
+
+
+class DataError(PosttrainError):
+    """A source, a row or a chat template cannot be turned into training data."""
+
+
+class CheckpointError(PosttrainError):
+    """A checkpoint cannot be written, read, or continued by this recipe."""
+
+
+class TrainingError(PosttrainError):
+    """The run cannot go on: no supervised tokens in a step, a non-finite loss, a missing option."""

@@ -1,0 +1,135 @@
+"""What each replaceable part of a run must provide.
+
+Only signatures live here. The loop (`trainer.py`) and the recipe loader know blocks through
+these Protocols alone, so a block needs no base class: a class with the right method is enough.
+Nothing heavy is imported: recipes are validated against these names without torch.
+"""
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, runtime_checkable
+
+import attrs
+
+if TYPE_CHECKING:
+    from lightning.fabric import Fabric
+    from lightning.fabric.loggers.logger import Logger
+    from lightning.fabric.strategies.strategy import Strategy
+    from torch import nn
+    from torch.optim import Optimizer
+    from torch.optim.lr_scheduler import LRScheduler
+
+    from posttrain.run import Run
+
+Batch: TypeAlias = dict[str, Any]
+"""One micro-batch of tensors; `batch["weight"]` is a number: what its loss is a mean over
+(supervised tokens, pairs). `blocks/loader.py` says what else the shipped data blocks put in."""
+
+Position: TypeAlias = dict[str, Any]
+"""Where a loader stands, as plain JSON data. It counts rows of all ranks together, so that it
+means the same under any number of ranks."""
+
+
+class Loader(Protocol):
+    """Micro-batches for this rank, in an order that is a pure function of seed and position."""
+
+    def start(self) -> Position:
+        """Return the position before the first row."""
+
+    def rows(self, epochs: int) -> int | None:
+        """Return how many rows `epochs` passes hold, all ranks together; None if unknown (streams)."""
+
+    def batches(self, position: Position) -> Iterator[tuple[Batch, Position]]:
+        """Yield micro-batches without end, pass after pass, each with the position that follows it."""
+
+    def one_pass(self) -> Iterator[Batch]:
+        """Yield each row once, in stored order, as equally many micro-batches on every rank."""
+
+
+@attrs.frozen
+class Loaders:
+    """What a data block makes: rows to train on, and perhaps rows to evaluate on."""
+
+    train: Loader
+    eval: Loader | None = None
+    ledger: dict[str, Any] = attrs.field(factory=dict)
+    """Rows and tokens in, dropped, cut and supervised, per source; plain JSON data."""
+
+
+class ModelBlock(Protocol):
+    """Makes the network. `name_or_path` also names the tokenizer, unless the recipe names another."""
+
+    @property
+    def name_or_path(self) -> str: ...
+
+    def build(self, fabric: "Fabric") -> "nn.Module": ...
+
+
+class TokenizerBlock(Protocol):
+    """Makes the tokenizer, chat template included."""
+
+    def build(self, model: ModelBlock) -> Any: ...
+
+
+class DataBlock(Protocol):
+    """Turns sources into micro-batches."""
+
+    def build(self, tokenizer: Any, micro_batch_size: int, rank: int, world_size: int, seed: int) -> Loaders: ...
+
+
+class OptimizerBlock(Protocol):
+    """Makes the optimizer for the parameters of a model that require gradients."""
+
+    def build(self, model: "nn.Module") -> "Optimizer": ...
+
+
+class SchedulerBlock(Protocol):
+    """Makes the learning-rate schedule; its `step()` is called once per optimizer step."""
+
+    def build(self, optimizer: "Optimizer", max_steps: int) -> "LRScheduler": ...
+
+
+class StrategyBlock(Protocol):
+    """How ranks share the work: a Fabric strategy, or the name of one."""
+
+    def build(self) -> "Strategy | str": ...
+
+
+class CheckpointBlock(Protocol):
+    """Loads before the first step; is asked to save after every step and at the end.
+
+    `at_end` is true for the last call of a run, be it finished, interrupted or stopped early.
+    """
+
+    def load(self, run: "Run") -> None: ...
+    def save(self, run: "Run", at_end: bool) -> None: ...
+
+
+class LoggerBlock(Protocol):
+    """Makes a Lightning logger, on rank zero only: any of Lightning's own will do.
+
+    Its `log_metrics(metrics, step)` receives plain floats of finished steps, and
+    `finalize(status)` ends it.
+    """
+
+    def build(self, run: "Run") -> "Logger": ...
+
+
+class CallbackBlock(Protocol):
+    """Anything; its methods marked with `@before(...)` or `@after(...)` are called (see hooks.py)."""
+
+
+@runtime_checkable
+class Checked(Protocol):
+    """A block or trainer that can say, without any effect, what is wrong with its values."""
+
+    def check(self) -> Iterator[tuple[str, str]]:
+        """Yield (field, message) for every problem: a missing file, two keys that contradict."""
+
+
+@runtime_checkable
+class Preparable(Protocol):
+    """A data block whose slow work can be done ahead of a run, by `posttrain prepare`."""
+
+    def prepare(self, tokenizer: Any) -> Any: ...
+
+

@@ -1,0 +1,67 @@
+"""One `Fabric`, however the process was started: plainly, by `fabric run`, or by `torchrun`."""
+
+import os
+from typing import TYPE_CHECKING, Any
+
+from posttrain.errors import RecipeError
+
+if TYPE_CHECKING:
+    from lightning.fabric import Fabric
+
+
+def make_fabric(
+    *, accelerator: str, devices: int | str, num_nodes: int, precision: str | None, strategy: Any
+) -> "Fabric":
+    """Return a launched Fabric.
+
+    A device count of `auto` means what the launcher says: `fabric run --devices`, `torchrun
+    --nproc-per-node`; without a launcher it means every GPU there is, or one CPU process.
+
+    Raises:
+        RecipeError: the recipe and the launcher ask for different things.
+    """
+    from lightning.fabric import Fabric
+    from lightning.fabric.plugins.environments import TorchElasticEnvironment
+
+    asked = {"accelerator": accelerator, "devices": devices, "strategy": strategy, "precision": precision}
+    if num_nodes != 1:
+        asked["num_nodes"] = num_nodes
+    asked = {name: value for name, value in asked.items() if value not in ("auto", None)}
+    by_fabric_run = bool(int(os.environ.get("LT_CLI_USED", "0")))
+    if by_fabric_run:
+        _drop_what_the_launcher_set(asked)
+    elif TorchElasticEnvironment.detect():
+        local = int(os.environ["LOCAL_WORLD_SIZE"])
+        nodes = int(os.environ["WORLD_SIZE"]) // local
+        for name, value in (("devices", local), ("num_nodes", nodes)):
+            if asked.setdefault(name, value) != value:
+                raise RecipeError(f"{name}: the recipe says {asked[name]}, but torchrun started {value}")
+    elif "devices" not in asked and _on_cpu(accelerator):
+        asked["devices"] = 1
+    if "LT_PRECISION" not in os.environ:
+        asked.setdefault("precision", "32-true" if _on_cpu(accelerator) else "bf16-mixed")
+    fabric = Fabric(**asked)
+    if not by_fabric_run:
+        fabric.launch()
+    return fabric
+
+
+def _drop_what_the_launcher_set(asked: dict[str, Any]) -> None:
+    for name in list(asked):
+        given = os.environ.get(f"LT_{name.upper()}")
+        if given is None:
+            continue
+        if str(asked[name]) != given:
+            raise RecipeError(
+                f"{name}: the recipe says {asked[name]!r}, but `fabric run` was given --{name.replace('_', '-')}={given}; "
+                "leave one of them out"
+            )
+        del asked[name]
+
+
+def _on_cpu(accelerator: str) -> bool:
+    if accelerator != "auto":
+        return accelerator == "cpu"
+    import torch
+
+    return os.environ.get("LT_ACCELERATOR") == "cpu" or not torch.cuda.is_available()

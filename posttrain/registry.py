@@ -1,0 +1,169 @@
+"""Names for blocks: `type: adamw` in a recipe <-> a class in Python.
+
+A block is a frozen attrs class whose fields are the keys of the recipe. `@block` makes it one,
+registers it under a name, and refuses it at once if its methods do not fit the kind's Protocol.
+"""
+
+import difflib
+import importlib
+import inspect
+from collections.abc import Callable, Iterable
+from importlib.metadata import entry_points
+from typing import Any, TypeVar, cast, dataclass_transform
+
+import attrs
+
+from posttrain import interfaces
+from posttrain.errors import RegistryError
+
+T = TypeVar("T")
+
+KINDS: dict[str, type | None] = {
+    "trainer": None,  # a subclass of Trainer
+    "model": interfaces.ModelBlock,
+    "tokenizer": interfaces.TokenizerBlock,
+    "data": interfaces.DataBlock,
+    "optimizer": interfaces.OptimizerBlock,
+    "scheduler": interfaces.SchedulerBlock,
+    "strategy": interfaces.StrategyBlock,
+    "checkpoint": interfaces.CheckpointBlock,
+    "logger": interfaces.LoggerBlock,
+    "callback": interfaces.CallbackBlock,
+}
+"""Kind of block -> what it must provide."""
+
+_blocks: dict[tuple[str, str], type] = {}
+_names: dict[type, str] = {}
+
+
+def key(
+    default: Any = attrs.NOTHING,
+    *,
+    factory: Callable[[], Any] | None = None,
+    also: tuple[str, ...] = (),
+    check: Any = None,
+) -> Any:
+    """A field with more to say than its default: other names a recipe may use, and a check.
+
+    `also` holds the names that users of other libraries know (`train_iters` for `max_steps`);
+    `check` is an attrs validator, such as `attrs.validators.gt(0)`.
+    """
+    made = attrs.Factory(factory) if factory is not None else default
+    return attrs.field(default=made, validator=check, metadata={"also": also})
+
+
+def default(block: type[T], *, required: bool = False) -> T:
+    """A field holding a block; a recipe that gives no `type` for it means this class."""
+    made = attrs.NOTHING if required else attrs.Factory(block)
+    return cast(T, attrs.field(default=made, metadata={"block": block}))
+
+
+@dataclass_transform(kw_only_default=True, field_specifiers=(attrs.field, key, default))
+def block(kind: str, name: str) -> Callable[[type[T]], type[T]]:
+    """Make a class a block: keyword-only attrs fields, and a name for `type:`.
+
+    Args:
+        kind: one of `KINDS`.
+        name: what a recipe calls it.
+
+    Raises:
+        RegistryError: the kind is unknown, the class does not fit it, or the name is taken.
+
+    >>> @block("optimizer", "doctest-sgd")
+    ... class SGD:
+    ...     lr: float = 0.1
+    ...     def build(self, model):
+    ...         return torch.optim.SGD(model.parameters(), self.lr)
+    >>> lookup("optimizer", "doctest-sgd")(lr=0.5)
+    SGD(lr=0.5)
+    """
+    if kind not in KINDS:
+        raise RegistryError(f"there is no block kind {kind!r}{suggest(kind, KINDS)} (kinds: {', '.join(KINDS)})")
+
+    def register(cls: type[T]) -> type[T]:
+        # Not slotted, so that callbacks can wrap methods of one instance (see hooks.py).
+        if kind == "trainer":
+            cls = attrs.define(cls, kw_only=True, slots=False, eq=False)
+        else:
+            cls = attrs.frozen(cls, kw_only=True, slots=False)
+        if problem := mismatch(cls, KINDS[kind]):
+            raise RegistryError(f"{where(cls)} is not a {kind}: {problem}")
+        known = _blocks.get((kind, name))
+        if known is not None and _home(known) != _home(cls):
+            raise RegistryError(
+                f"{kind} {name!r} is already registered by {where(known)}; {where(cls)} needs another name"
+            )
+        _blocks[kind, name] = cls  # the same class again (a notebook cell, a reload) replaces itself
+        _names[cls] = name
+        return cls
+
+    return register
+
+
+def lookup(kind: str, name: str) -> type[Any]:
+    """Return the class registered under a name, importing a plugin only if it is asked for."""
+    _import_shipped()
+    if (kind, name) not in _blocks:
+        for plugin in entry_points(group=f"posttrain.{kind}", name=name):
+            plugin.load()
+    try:
+        return _blocks[kind, name]
+    except KeyError:
+        known = names(kind)
+        raise RegistryError(f"there is no {kind} {name!r}{suggest(name, known)} (known: {', '.join(known)})") from None
+
+
+def names(kind: str) -> list[str]:
+    """All names of a kind: shipped, registered by user code, or offered by a plugin."""
+    _import_shipped()
+    plugins = entry_points(group=f"posttrain.{kind}").names
+    return sorted({n for k, n in _blocks if k == kind} | plugins)
+
+
+def name_of(cls: type) -> str | None:
+    """Return what a recipe calls a class, or None if it is not a registered block."""
+    return _names.get(cls)
+
+
+def mismatch(cls: type, interface: type | None) -> str | None:
+    """Say how a class falls short of an interface, for those who do not run mypy."""
+    for name, wanted in vars(interface).items() if interface else ():
+        if name.startswith("_") or not inspect.isfunction(wanted):
+            continue
+        found = getattr(cls, name, None)
+        if not callable(found):
+            return f"it has no method {name}{inspect.signature(wanted)}"
+        arguments = list(inspect.signature(wanted).parameters)
+        try:
+            inspect.signature(found).bind(*arguments)
+        except TypeError as error:
+            return f"{name}({', '.join(arguments)}) does not fit {name}{inspect.signature(found)}: {error}"
+    return None
+
+
+def suggest(word: str, known: Iterable[str]) -> str:
+    """Return "; did you mean 'x'?", or nothing if no known word is close."""
+    close = difflib.get_close_matches(word, list(known), n=1)
+    return f"; did you mean {close[0]!r}?" if close else ""
+
+
+def where(cls: type) -> str:
+    """Say where a class was written: `Name (file:line)`."""
+    try:
+        return f"{cls.__qualname__} ({inspect.getsourcefile(cls)}:{inspect.getsourcelines(cls)[1]})"
+    except (OSError, TypeError):  # typed at a prompt
+        return f"{cls.__qualname__} ({cls.__module__})"
+
+
+def _home(cls: type) -> tuple[str, str]:
+    """What tells two classes apart: the qualified name, and the file or session it came from."""
+    try:
+        return cls.__qualname__, str(inspect.getsourcefile(cls))
+    except (OSError, TypeError):
+        return cls.__qualname__, cls.__module__
+
+
+def _import_shipped() -> None:
+    """Register what ships with posttrain. These modules import nothing heavy."""
+    importlib.import_module("posttrain.blocks")
+    importlib.import_module("posttrain.trainers")

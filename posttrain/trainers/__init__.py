@@ -1,0 +1,5 @@
+"""One module per training method. Importing this package registers them; it imports nothing heavy."""
+
+from posttrain.trainers import sft
+
+__all__ = ["sft"]

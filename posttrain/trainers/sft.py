@@ -1,0 +1,24 @@
+"""Supervised fine-tuning: next-token cross-entropy on the supervised tokens."""
+
+from typing import TYPE_CHECKING
+
+from posttrain.blocks.data import SFTData
+from posttrain.blocks.model import HFModel
+from posttrain.interfaces import Batch, DataBlock, ModelBlock
+from posttrain.registry import block, default
+from posttrain.trainer import Trainer
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@block("trainer", "sft")
+class SFTTrainer(Trainer):
+    """Supervised fine-tuning."""
+
+    model: ModelBlock = default(HFModel, required=True)
+    data: DataBlock = default(SFTData, required=True)
+
+    def loss(self, batch: Batch) -> "Tensor":
+        """Return the mean negative log-likelihood of the supervised tokens, in nats."""
+        return self.run.model(batch) / batch["weight"]

@@ -1,0 +1,86 @@
+"""Blocks as plain values: what a recipe would say to make them, and what they find wrong with themselves."""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import attrs
+
+from posttrain.errors import RecipeError
+from posttrain.interfaces import Checked
+from posttrain.registry import name_of
+
+Key = tuple[str | int, ...]
+
+
+class Secret:
+    """The name of an environment variable whose value must never be written or printed.
+
+    A recipe says `token: ${HF_TOKEN}`; the value is looked up only where it is used.
+
+    >>> Secret("HF_TOKEN")
+    Secret('${HF_TOKEN}')
+    """
+
+    def __init__(self, variable: str) -> None:
+        self.variable = variable
+
+    def reveal(self) -> str:
+        """Return the value.
+
+        Raises:
+            RecipeError: the variable is not set.
+        """
+        try:
+            return os.environ[self.variable]
+        except KeyError:
+            raise RecipeError(f"the environment variable {self.variable} is not set") from None
+
+    def __repr__(self) -> str:
+        return f"Secret('${{{self.variable}}}')"
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Secret) and other.variable == self.variable
+
+    def __hash__(self) -> int:
+        return hash(self.variable)
+
+
+def as_data(value: Any) -> Any:
+    """Return the plain data of a recipe that makes this trainer, block or value.
+
+    >>> from posttrain.blocks.optimizer import AdamW
+    >>> as_data(AdamW(lr=1e-4))["lr"]
+    0.0001
+    """
+    if attrs.has(type(value)):
+        plain = {f.name: as_data(getattr(value, f.name)) for f in attrs.fields(type(value)) if f.init}
+        name = name_of(type(value))
+        return plain if name is None else {"type": name, **plain}
+    if isinstance(value, list | tuple):
+        return [as_data(item) for item in value]
+    if isinstance(value, dict):
+        return {key: as_data(item) for key, item in value.items()}
+    if isinstance(value, Path):
+        return str(value)
+    if isinstance(value, Secret):
+        return f"${{{value.variable}}}"
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    return repr(value)
+
+
+def problems(value: Any, key: Key = ()) -> Iterator[tuple[Key, str]]:
+    """Yield (key, message) for everything that the blocks below a value find wrong with themselves."""
+    if attrs.has(type(value)):
+        if isinstance(value, Checked):
+            for name, message in value.check():
+                yield (*key, name), message
+        for field in attrs.fields(type(value)):
+            if field.init:
+                yield from problems(getattr(value, field.name), (*key, field.name))
+    elif isinstance(value, list | tuple):
+        for index, item in enumerate(value):
+            yield from problems(item, (*key, index))
+
