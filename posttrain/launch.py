@@ -1,6 +1,8 @@
 """One `Fabric`, however the process was started: plainly, by `fabric run`, or by `torchrun`."""
 
+import hashlib
 import os
+import random
 from typing import TYPE_CHECKING, Any
 
 from posttrain.errors import RecipeError
@@ -65,3 +67,14 @@ def _on_cpu(accelerator: str) -> bool:
     import torch
 
     return os.environ.get("LT_ACCELERATOR") == "cpu" or not torch.cuda.is_available()
+
+
+def reseed(seed: int, step: int, rank: int) -> None:
+    """Seed every generator from (seed, step, rank), so that a resumed run draws what an uninterrupted one would."""
+    import numpy as np
+    import torch
+
+    mixed = int.from_bytes(hashlib.blake2b(f"{seed},{step},{rank}".encode(), digest_size=8).digest(), "big")
+    torch.manual_seed(mixed % 2**63)
+    np.random.seed(mixed % 2**32)
+    random.seed(mixed)

@@ -1,0 +1,1 @@
+"""Post-training for language models: one loop, replaceable blocks."""
