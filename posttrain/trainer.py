@@ -57,6 +57,8 @@ class Trainer:
     """Where metrics go."""
     callbacks: list[CallbackBlock] = key(factory=list, also=("callback",))
     """Blocks whose marked methods run before or after methods of the trainer or of other blocks."""
+    code: list[Path] = key(factory=list)
+    """Python files with blocks of your own, imported before the recipe is read; from Python, import them yourself."""
 
     output_dir: Path = Path("out")
     """The run's folder: recipe, metrics, checkpoints."""
