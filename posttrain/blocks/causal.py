@@ -1,5 +1,6 @@
 """The network that trainers call: a transformers model whose logits exist only at supervised positions."""
 
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -78,6 +79,10 @@ class CausalLM(nn.Module):
             return self.hf.generate(use_cache=True, **kwargs)  # type: ignore[no-any-return]
         finally:
             self.train(was_training)
+
+    def save_pretrained(self, folder: Path) -> None:
+        """Write what `from_pretrained` and vLLM load: safetensors and configuration, or peft's adapters."""
+        self.hf.save_pretrained(folder)
 
 
 def inputs(batch: Batch) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """Model blocks: networks from transformers, ready to train."""
 
 import fnmatch
+import sys
 from typing import TYPE_CHECKING, Any, Literal
 
 import attrs
@@ -99,9 +100,12 @@ class HFModel:
         """Return the transformers model, with its weights."""
         import torch
         from transformers import AutoConfig, AutoModelForCausalLM
+        from transformers.utils.logging import disable_progress_bar
 
         from posttrain.blocks import attention
 
+        if not sys.stderr.isatty():  # a log file is no place for progress bars
+            disable_progress_bar()
         shared: dict[str, Any] = {
             "trust_remote_code": self.trust_remote_code, "revision": self.revision,
             "token": self.token.reveal() if self.token else None,
