@@ -32,7 +32,6 @@ MODELS: dict[str, dict[str, Any]] = {
 def model(kind: str, implementation: str) -> CausalLM:
     torch.manual_seed(0)
     config = AutoConfig.for_model(kind, **MODELS[kind])
-    config._attn_implementation = "sdpa"
     hf = AutoModelForCausalLM.from_config(config)
     hf.set_attn_implementation(implementation)
     with torch.no_grad():

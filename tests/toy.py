@@ -27,7 +27,7 @@ def document(seed: int) -> Document:
     random = np.random.default_rng(seed)
     ids = [int(random.integers(3, VOCABULARY))]
     for _ in range(int(random.integers(3, 40))):
-        ids.append((ids[-1] * 3 + 1) % VOCABULARY)
+        ids.append((ids[-1] * 3 + 1) % (VOCABULARY - 1) + 1)  # never the padding
     mask = random.random(len(ids)) < 0.7
     mask[-1] = True
     return np.array(ids, dtype=np.int64), mask
@@ -100,7 +100,7 @@ def trainer(folder: Path, **keys: Any) -> SFTTrainer:
     model = keys.pop("model", {})
     data = {name: keys.pop(name) for name in ("rows", "eval_rows", "packing", "streaming") if name in keys}
     defaults: dict[str, Any] = {
-        "tokenizer": ToyTokenizer(), "optimizer": AdamW(lr=1e-2), "output_dir": folder, "accelerator": "cpu",
+        "tokenizer": ToyTokenizer(), "optimizer": AdamW(lr=1e-3), "output_dir": folder, "accelerator": "cpu",
         "logger": [JSONL()], "log_every": 1, "max_steps": 8, "micro_batch_size": 4,
     }  # fmt: skip
     config = {**LLAMA, **model.pop("config", {})}

@@ -90,7 +90,7 @@ class HFModel:
             hf = self.lora.apply(hf)
         self.freeze_parameters(hf)
         if self.activation_checkpointing:
-            hf.gradient_checkpointing_enable({"use_reentrant": False})
+            hf.activation_checkpointing_enable({"use_reentrant": False})
         if self.compile:
             for layer in hf.get_decoder().layers:
                 layer.compile(backend="inductor" if self.compile is True else self.compile)
@@ -115,8 +115,8 @@ class HFModel:
                 config = AutoConfig.for_model(**self.config)
             else:
                 config = AutoConfig.from_pretrained(self.name_or_path, **self.config, **shared)
-            wanted = self.attn_implementation
-            config._attn_implementation = "sdpa" if wanted == "auto" else wanted
+            if self.attn_implementation != "auto":
+                config._attn_implementation = self.attn_implementation
             if self.random_init:
                 hf = AutoModelForCausalLM.from_config(
                     config, dtype=getattr(torch, self.dtype), trust_remote_code=self.trust_remote_code
@@ -127,7 +127,8 @@ class HFModel:
                 )
         except (OSError, ValueError, ImportError) as error:
             raise RecipeError(f"model {self.name_or_path!r} cannot be loaded: {error}") from error
-        if wanted == "auto" and hf.is_remote_code() is False and hf._supports_attention_backend and not _softcaps(config):
+        fits = hf._supports_attention_backend and hf._supports_sdpa and not hf.is_remote_code() and not _softcaps(config)
+        if self.attn_implementation == "auto" and fits:
             hf.set_attn_implementation(attention.NAME)
         return hf
 
