@@ -9,6 +9,7 @@ import hashlib
 import json
 import logging
 import os
+import pickle
 import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -44,6 +45,9 @@ class Resume:
         Raises:
             CheckpointError: all are damaged, or this run cuts the data into other steps.
         """
+        if run.fabric.is_global_zero:
+            for stale in run.output_dir.glob("step-*.tmp-*"):
+                shutil.rmtree(stale)
         found, problem = newest_whole(run.output_dir) if run.fabric.is_global_zero else (None, None)
         found, problem = run.fabric.broadcast((found, problem))
         if problem:
@@ -66,20 +70,19 @@ class Resume:
             CheckpointError: the disk is full or unwritable; earlier checkpoints are as they were.
         """
         folder = run.output_dir / f"step-{run.step:08d}"
-        if not is_due(self, run, at_end) or run.step == run.first_step or run.fabric.broadcast(folder.exists()):
+        if not is_due(self, run, at_end) or run.step == run.first_step:
             return
         problem = self._write(run, folder) if run.fabric.is_global_zero else None
         if problem := run.fabric.broadcast(problem):
             raise CheckpointError(problem)
 
     def _write(self, run: "Run", folder: Path) -> str | None:
+        if folder.exists() and verify(folder) is None:
+            return None
         aside = folder.with_suffix(f".tmp-{os.getpid()}")
-        state = state_of(run)
         try:
-            for stale in run.output_dir.glob("step-*.tmp-*"):
-                shutil.rmtree(stale)
             aside.mkdir()
-            write_state(state, aside / "state.pt")
+            write_state(state_of(run), aside / "state.pt")
             manifest = {
                 "format": FORMAT, "step": run.step, "epoch": run.epoch, "position": run.position,
                 "rows_per_step": run.rows_per_step, "world_size": run.fabric.world_size,
@@ -87,16 +90,18 @@ class Resume:
             }  # fmt: skip
             write_synced(aside / "manifest.json", json.dumps({**manifest, "seal": seal(manifest)}, indent=1).encode())
             sync(aside)
+            if folder.exists():
+                remove(folder)  # it is damaged
             aside.rename(folder)
             sync(run.output_dir)
             for old in checkpoints(run.output_dir)[self.keep :]:
-                dying = old.rename(old.with_suffix(f".tmp-{os.getpid()}"))  # never a half-removed `step-N`
-                shutil.rmtree(dying)
-        except OSError as error:
+                remove(old)
+        except (OSError, RuntimeError) as error:  # torch's writer hides the disk's error behind one of its own
             shutil.rmtree(aside, ignore_errors=True)
+            cause = error if isinstance(error, OSError) else error.__context__
             free = shutil.disk_usage(run.output_dir).free
             return (
-                f"the checkpoint of step {run.step} could not be saved to {run.output_dir}: {error.strerror or error} "
+                f"the checkpoint of step {run.step} could not be saved to {run.output_dir}: {getattr(cause, 'strerror', error)} "
                 f"({free / 2**20:.0f} MiB free); earlier checkpoints are untouched. Make room and run again to go on"
             )
         return None
@@ -151,6 +156,11 @@ def is_due(block: Resume | HuggingFace, run: "Run", at_end: bool) -> bool:
         (block.every and run.step % block.every == 0)
         or (block.every_epochs and run.epoch_ended and run.epoch % block.every_epochs == 0)
     )
+
+
+def remove(folder: Path) -> None:
+    """Remove a checkpoint; a crash on the way leaves no half-removed `step-N`."""
+    shutil.rmtree(folder.rename(folder.with_suffix(f".tmp-old-{os.getpid()}")))
 
 
 def checkpoints(folder: Path) -> list[Path]:
@@ -210,7 +220,10 @@ def load_state(run: "Run", file: Path) -> None:
     """Put a saved state back. Nothing but tensors and plain data is loaded: no pickled code."""
     import torch
 
-    state = torch.load(file, map_location="cpu", weights_only=True)
+    try:
+        state = torch.load(file, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise CheckpointError(f"{file} holds more than tensors and plain data, and is not loaded: {error}") from None
     expected = set(state_of(run)["model"])
     if expected != set(state["model"]):
         differ = sorted(expected ^ set(state["model"]))
