@@ -57,7 +57,8 @@ def collate(rows: list[list[Document]], pad_id: int) -> Batch:
         max_seqlen: int.
         supervised: int64 [n], the flat positions (row * width + column) that predict a supervised token.
         targets: int64 [n], the tokens they predict.
-        weight: n. tokens: how many positions are not padding.
+        weight, supervised_tokens: n.
+        tokens: how many positions are not padding.
     """
     import numpy as np
     import torch
@@ -95,6 +96,7 @@ def collate(rows: list[list[Document]], pad_id: int) -> Batch:
         "supervised": torch.from_numpy(predicted - 1),
         "targets": torch.from_numpy(flat[predicted]),
         "weight": len(predicted),
+        "supervised_tokens": len(predicted),
         "tokens": tokens,
     }
 
@@ -116,6 +118,10 @@ class RowLoader:
         """Yield the rows of all ranks from a position on, each with the position after it."""
         raise NotImplementedError
 
+    def first_pass(self) -> Iterator[Any]:
+        """Yield the rows of all ranks in the first pass."""
+        raise NotImplementedError
+
     def documents_of(self, row: Any) -> list[Document]:
         """Return the documents of a row that `sequence` gave."""
         raise NotImplementedError
@@ -132,8 +138,7 @@ class RowLoader:
 
     def one_pass(self) -> Iterator[Batch]:
         """Yield each row of one pass once, as equally many micro-batches on every rank."""
-        rows = _until_next_epoch(self.sequence(self.start()))
-        for group in chunks(rows, self.micro_batch_size * self.world_size):
+        for group in chunks(self.first_pass(), self.micro_batch_size * self.world_size):
             yield self._mine(group)
 
     def _mine(self, group: list[Any]) -> Batch:
@@ -187,6 +192,10 @@ class MapLoader(RowLoader):
                 yield rows[i], {"epoch": epoch, "row": i + 1} if i + 1 < len(rows) else {"epoch": epoch + 1, "row": 0}
             epoch, first = epoch + 1, 0
 
+    def first_pass(self) -> Iterator[list[int]]:
+        """Yield the rows of the first pass."""
+        return iter(self.plan(0))
+
     def documents_of(self, row: list[int]) -> list[Document]:
         """Read the documents of a row."""
         return [self.documents.doc(index) for index in row]
@@ -231,6 +240,13 @@ class StreamLoader(RowLoader):
         for rows, before, after in ahead(self._windows(position)):
             for i in range(before["row"], len(rows)):
                 yield rows[i], {**before, "row": i + 1} if i + 1 < len(rows) else after
+
+    def first_pass(self) -> Iterator[list[Document]]:
+        """Yield the rows of the first pass."""
+        for rows, before, _ in self._windows(self.start()):
+            if before["epoch"] > 0:
+                return
+            yield from rows
 
     def documents_of(self, row: list[Document]) -> list[Document]:
         """Return the row: its documents are in memory."""
@@ -302,9 +318,3 @@ def ahead(items: Iterator[T]) -> Iterator[T]:
     finally:
         closed.set()
 
-
-def _until_next_epoch(sequence: Iterator[tuple[T, Position]]) -> Iterator[T]:
-    for row, after in sequence:
-        yield row
-        if after["epoch"] > 0:
-            return
