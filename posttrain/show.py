@@ -54,22 +54,23 @@ def tokens(previews: "Iterable[Preview]", console: "Console") -> None:
 
 def ledger(found: dict[str, Any]) -> "Table":
     """Return what became of the rows of each source, as a table."""
+    from rich import box
     from rich.table import Table
 
-    table = Table(title="data", title_justify="left")
-    columns = ["rows_in", "dropped", "too_long", "tokens_cut", "documents", "tokens", "supervised_tokens"]
-    for name in ("source", *columns):
-        table.add_column(name.replace("_", " "), justify="left" if name == "source" else "right")
+    from posttrain.blocks.console import human
+
     parts = [("", found), ("held out: ", found.get("eval", {}))]
-    for prefix, part in parts:
-        for source, entry in part.get("sources", {}).items():
-            counts = {**entry, "dropped": sum(_count(n) for n in entry["dropped"].values())}
-            table.add_row(prefix + source, *(f"{counts.get(name, 0):,}" for name in columns))
+    entries = [(prefix + source, entry) for prefix, part in parts for source, entry in part.get("sources", {}).items()]
+    known = ("rows_in", "dropped", "too_long", "tokens_cut", "documents", "tokens", "supervised_tokens")
+    counted = [(name, {**entry, "dropped": sum(_count(n) for n in entry["dropped"].values())}) for name, entry in entries]
+    columns = [column for column in known if any(entry.get(column) for _, entry in counted)]
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for title in ("data", *columns):
+        table.add_column(title.replace("_", " "), justify="left" if title == "data" else "right", overflow="fold")
+    for name, entry in counted:
+        table.add_row(name, *(human(entry.get(column, 0)) for column in columns))
     reasons = [
-        f"{source}: {_count(count):,} dropped: {reason}"
-        for _, part in parts
-        for source, entry in part.get("sources", {}).items()
-        for reason, count in entry["dropped"].items()
+        f"{source}: {_count(count):,} dropped: {reason}" for source, entry in entries for reason, count in entry["dropped"].items()
     ]
     packing = found.get("packing")
     if packing:
