@@ -287,7 +287,7 @@ def test_the_trained_tokens_are_exactly_the_replies(name: str, kind: str) -> Non
 
 
 BROKEN = {
-    "changes the text": (CHATML.replace("m.content", "m.content | upper"), "changes or inspects the text"),
+    "cuts the text": (CHATML.replace("m.content", "m.content[:3]"), "cuts the text|changes or inspects"),
     "writes it twice": (CHATML.replace("m.content +", "m.content + '|' + m.content +") + ASK, "more than once"),
     "ends no turn": (CHATML.replace("<|im_end|>", "") + ASK, "never learn to stop"),
     "ends all but the last turn": (
