@@ -59,14 +59,18 @@ def parser() -> argparse.ArgumentParser:
 
     def takes_recipe(made: argparse.ArgumentParser) -> None:
         made.add_argument("recipe", help="a YAML file")
-        made.add_argument("overrides", nargs="*", metavar="key=value", help="changes to the recipe, such as optimizer.lr=1e-4")
+        made.add_argument(
+            "overrides", nargs="*", metavar="key=value", help="changes to the recipe, such as optimizer.lr=1e-4"
+        )
 
     takes_recipe(command("train", train, "Train from a recipe, or go on where its run was interrupted."))
     takes_recipe(command("check", check, "Say everything that is wrong with a recipe, without loading anything heavy."))
     shown = command("show", show, "Print the resolved recipe, or with --data what its data looks like to the model.")
     takes_recipe(shown)
     shown.add_argument("--json", action="store_true", help="as JSON")
-    shown.add_argument("--data", nargs="?", type=int, const=3, metavar="N", help="the first N rows of each source, as tokens")
+    shown.add_argument(
+        "--data", nargs="?", type=int, const=3, metavar="N", help="the first N rows of each source, as tokens"
+    )
     takes_recipe(command("prepare", prepare, "Tokenize a recipe's data ahead of a run, into the cache."))
     listed = command("blocks", blocks, "List the blocks that a recipe can name, or explain one of them.")
     listed.add_argument("kind", nargs="?", help="trainer, model, data, optimizer, ...")
@@ -95,7 +99,9 @@ def check(chosen: argparse.Namespace) -> None:
     _print(f"  model      {data['model'].get('name_or_path', data['model']['type'])}")
     for source in data["data"].get("sources", []):
         _print(f"  data       {source.get('name_or_path', source) if isinstance(source, dict) else source}")
-    _print(f"  training   {steps}, {rows} rows per device and step, {data['optimizer']['type']}, {data['scheduler']['type']}")
+    _print(
+        f"  training   {steps}, {rows} rows per device and step, {data['optimizer']['type']}, {data['scheduler']['type']}"
+    )
     _print(f"  folder     {data['output_dir']}")
 
 

@@ -93,7 +93,13 @@ def plain_type(type_: Any) -> str:
         return f"a mapping of names to {plain_type(args[1]) if args else 'anything'}"
     if type_ in KIND_OF:
         return f"{'an' if KIND_OF[type_][0] in 'aeiou' else 'a'} {KIND_OF[type_]} block"
-    known = {bool: "true or false", str: "text", Path: "path", Secret: "${NAME} of an environment variable", Any: "anything"}
+    known = {
+        bool: "true or false",
+        str: "text",
+        Path: "path",
+        Secret: "${NAME} of an environment variable",
+        Any: "anything",
+    }
     return known.get(type_) or getattr(type_, "__name__", str(type_))
 
 

@@ -62,7 +62,9 @@ def ledger(found: dict[str, Any]) -> "Table":
     parts = [("", found), ("held out: ", found.get("eval", {}))]
     entries = [(prefix + source, entry) for prefix, part in parts for source, entry in part.get("sources", {}).items()]
     known = ("rows_in", "dropped", "too_long", "tokens_cut", "documents", "tokens", "supervised_tokens")
-    counted = [(name, {**entry, "dropped": sum(_count(n) for n in entry["dropped"].values())}) for name, entry in entries]
+    counted = [
+        (name, {**entry, "dropped": sum(_count(n) for n in entry["dropped"].values())}) for name, entry in entries
+    ]
     columns = [column for column in known if any(entry.get(column) for _, entry in counted)]
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for title in ("data", *columns):
@@ -70,7 +72,9 @@ def ledger(found: dict[str, Any]) -> "Table":
     for name, entry in counted:
         table.add_row(name, *(human(entry.get(column, 0)) for column in columns))
     reasons = [
-        f"{source}: {_count(count):,} dropped: {reason}" for source, entry in entries for reason, count in entry["dropped"].items()
+        f"{source}: {_count(count):,} dropped: {reason}"
+        for source, entry in entries
+        for reason, count in entry["dropped"].items()
     ]
     packing = found.get("packing")
     if packing:
@@ -99,7 +103,9 @@ def curves(runs: list[Path], names: list[str] | None, target: Path) -> None:
     down = math.ceil(len(panels) / across)
     figure, axes = plt.subplots(down, across, figsize=(5.5 * across, 3.4 * down), squeeze=False, layout="constrained")
     for axis, name in zip(axes.flat, panels, strict=False):
-        for color, (run, lines) in zip(plt.rcParams["axes.prop_cycle"].by_key()["color"] * 9, found.items(), strict=False):
+        for color, (run, lines) in zip(
+            plt.rcParams["axes.prop_cycle"].by_key()["color"] * 9, found.items(), strict=False
+        ):
             draw(axis, lines, name, str(run), color)
         axis.set_title(TITLES.get(name, name.replace("_", " ")), fontsize=11, loc="left")
         axis.set_xlabel("optimizer step")

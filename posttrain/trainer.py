@@ -202,9 +202,7 @@ class Trainer:
             precision=self.precision, strategy=self.strategy.build(),
         )  # fmt: skip
         tokenizer = self.tokenizer.build(self.model)
-        loaders = self.data.build(
-            tokenizer, self.micro_batch_size, fabric.global_rank, fabric.world_size, self.seed
-        )
+        loaders = self.data.build(tokenizer, self.micro_batch_size, fabric.global_rank, fabric.world_size, self.seed)
         rows_per_step = self.micro_batch_size * self.gradient_accumulation_steps * fabric.world_size
         max_steps = self.horizon(loaders.train, rows_per_step)
         reseed(self.seed, -1, 0)  # the same initial weights on every rank

@@ -74,7 +74,7 @@ def test_other_schemas_are_mapped_with_columns(tmp_path: Path) -> None:
 def test_every_format_gives_the_same_rows(tmp_path: Path) -> None:
     import datasets
 
-    rows = [{"prompt": f"{i}, \"x\"\n", "response": f"é{i}"} for i in range(5)]
+    rows = [{"prompt": f'{i}, "x"\n', "response": f"é{i}"} for i in range(5)]
     write(tmp_path / "a.jsonl", *rows)
     (tmp_path / "a.json").write_text(json.dumps(rows))
     with gzip.open(tmp_path / "b.jsonl.gz", "wt", encoding="utf-8") as file:
@@ -119,7 +119,9 @@ def test_a_missing_file_is_noticed_without_reading_anything(tmp_path: Path) -> N
 def test_unusable_rows_are_dropped_and_counted_if_the_recipe_says_so(tmp_path: Path) -> None:
     bad = {"messages": [{"role": "user", "content": "only a question"}]}
     path = write(tmp_path / "a.jsonl", SCHEMAS["messages"], bad, bad, SCHEMAS["messages"])
-    with pytest.raises(DataError, match=r"2 x no message has a trained role.*a\.jsonl:2.*a\.jsonl:3.*data\.invalid=drop"):
+    with pytest.raises(
+        DataError, match=r"(?s)2 x no message has a trained role.*a\.jsonl:2.*a\.jsonl:3.*data\.invalid=drop"
+    ):
         data(path).prepare(TOKENIZER)
     prepared = data(path, invalid="drop").prepare(TOKENIZER)
     (entry,) = prepared.ledger["sources"].values()
@@ -227,7 +229,9 @@ def test_processes_that_start_at_once_tokenize_once(tmp_path: Path) -> None:
     assert sorted(found) == [(3000, 0), (3000, 0), (3000, 1)]
 
 
-def test_a_build_that_dies_leaves_nothing_that_is_taken_for_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_build_that_dies_leaves_nothing_that_is_taken_for_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     path = write(tmp_path / "a.jsonl", *[SCHEMAS["alpaca"]] * 10)
 
     def die(child: Path) -> None:
@@ -301,7 +305,7 @@ def test_previews_show_tokens_roles_and_supervision(tmp_path: Path) -> None:
         "<|im_start|>user\nné<|im_end|>\n<|im_start|>assistant\nok<|im_end|>\n"
     )
     assert [text for text, supervised, _ in preview.tokens if supervised] == ["o", "k", "<|im_end|>"]
-    assert {role for text, _, role in preview.tokens if text in "né"} == {"user"}
+    assert {role for text, _, role in preview.tokens if text == "é"} == {"user"}
 
 
 def test_known_datasets_know_their_splits_and_columns() -> None:

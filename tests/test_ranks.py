@@ -26,7 +26,9 @@ BIN = Path(sys.executable).parent
 
 def launched(command: list[Any], **more: Any) -> subprocess.CompletedProcess[str]:
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **more.pop("env", {})}
-    return subprocess.run([str(part) for part in command], capture_output=True, text=True, timeout=200, env=environment, **more)
+    return subprocess.run(
+        [str(part) for part in command], capture_output=True, text=True, timeout=200, env=environment, **more
+    )
 
 
 @pytest.fixture
@@ -82,7 +84,9 @@ def recipe(tmp_path: Path, model: Path, source: Path, **keys: Any) -> Path:
 
 def test_fabric_run_starts_a_recipe(tmp_path: Path, tiny_model: Path, sums: Path) -> None:
     file = recipe(tmp_path, tiny_model, sums)
-    done = launched([BIN / "fabric", "run", "--accelerator", "cpu", "--devices", "2", ROOT / "posttrain" / "cli.py", "train", file])
+    done = launched(
+        [BIN / "fabric", "run", "--accelerator", "cpu", "--devices", "2", ROOT / "posttrain" / "cli.py", "train", file]
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     assert "2 x cpu" in done.stdout
     assert len(losses(tmp_path / "run")) == 6
@@ -91,14 +95,20 @@ def test_fabric_run_starts_a_recipe(tmp_path: Path, tiny_model: Path, sums: Path
 
 def test_what_the_launcher_and_the_recipe_say_must_agree(tmp_path: Path, tiny_model: Path, sums: Path) -> None:
     file = recipe(tmp_path, tiny_model, sums, devices=3)
-    done = launched([BIN / "fabric", "run", "--accelerator", "cpu", "--devices", "2", ROOT / "posttrain" / "cli.py", "train", file])
+    done = launched(
+        [BIN / "fabric", "run", "--accelerator", "cpu", "--devices", "2", ROOT / "posttrain" / "cli.py", "train", file]
+    )
     assert done.returncode != 0
     assert "devices: the recipe says 3, but `fabric run` was given --devices=2" in done.stderr
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
-def test_sigterm_ends_a_run_cleanly_and_the_same_command_goes_on(tmp_path: Path, tiny_model: Path, sums: Path, ranks: int) -> None:
-    file = recipe(tmp_path, tiny_model, sums, max_steps=400, devices=ranks, checkpoint=[{"type": "resume", "every": None}])
+def test_sigterm_ends_a_run_cleanly_and_the_same_command_goes_on(
+    tmp_path: Path, tiny_model: Path, sums: Path, ranks: int
+) -> None:
+    file = recipe(
+        tmp_path, tiny_model, sums, max_steps=400, devices=ranks, checkpoint=[{"type": "resume", "every": None}]
+    )
     command = [sys.executable, "-m", "posttrain.cli", "train", str(file)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment)

@@ -93,7 +93,13 @@ def packed_attention(
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]
 def _by_document(
-    query: Tensor, key: Tensor, value: Tensor, cu_seq_lens: Tensor, dropout: float, scale: float | None, window: int | None
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cu_seq_lens: Tensor,
+    dropout: float,
+    scale: float | None,
+    window: int | None,
 ) -> Tensor:
     width, begins = query.shape[2], cu_seq_lens.tolist()
     rows: list[list[Tensor]] = [[] for _ in range(query.shape[0])]
@@ -105,8 +111,13 @@ def _by_document(
             mask = torch.ones(end - begin, end - begin, dtype=torch.bool, device=query.device).tril().triu(1 - window)
         rows[row].append(
             F.scaled_dot_product_attention(
-                query[row : row + 1, :, part], key[row : row + 1, :, part], value[row : row + 1, :, part],
-                attn_mask=mask, dropout_p=dropout, is_causal=mask is None, scale=scale,
+                query[row : row + 1, :, part],
+                key[row : row + 1, :, part],
+                value[row : row + 1, :, part],
+                attn_mask=mask,
+                dropout_p=dropout,
+                is_causal=mask is None,
+                scale=scale,
                 enable_gqa=query.shape[1] != key.shape[1],
             )  # fmt: skip
         )

@@ -286,9 +286,13 @@ def stop_tokens(tokenizer: Any) -> set[str]:
     config = Path(tokenizer.name_or_path) / "generation_config.json"
     if config.is_file():
         ids = json.loads(config.read_text(encoding="utf-8")).get("eos_token_id")
-        stops |= {tokenizer.convert_ids_to_tokens(i) for i in (ids if isinstance(ids, list) else [ids]) if i is not None}
+        stops |= {
+            tokenizer.convert_ids_to_tokens(i) for i in (ids if isinstance(ids, list) else [ids]) if i is not None
+        }
     if not stops:
-        raise DataError("the tokenizer has no eos token and none that ends a turn, so the model could not learn to stop")
+        raise DataError(
+            "the tokenizer has no eos token and none that ends a turn, so the model could not learn to stop"
+        )
     return stops
 
 

@@ -317,4 +317,3 @@ def ahead(items: Iterator[T]) -> Iterator[T]:
             yield item  # type: ignore[misc]
     finally:
         closed.set()
-
