@@ -99,9 +99,8 @@ def check(chosen: argparse.Namespace) -> None:
     _print(f"  model      {data['model'].get('name_or_path', data['model']['type'])}")
     for source in data["data"].get("sources", []):
         _print(f"  data       {source.get('name_or_path', source) if isinstance(source, dict) else source}")
-    _print(
-        f"  training   {steps}, {rows} rows per device and step, {data['optimizer']['type']}, {data['scheduler']['type']}"
-    )
+    how = f"{data['optimizer']['type']}, {data['scheduler']['type']}"
+    _print(f"  training   {steps}, {rows} rows per device and step, {how}")
     _print(f"  folder     {data['output_dir']}")
 
 

@@ -100,7 +100,7 @@ def plain_type(type_: Any) -> str:
         Secret: "${NAME} of an environment variable",
         Any: "anything",
     }
-    return known.get(type_) or getattr(type_, "__name__", str(type_))
+    return str(known.get(type_) or getattr(type_, "__name__", type_))
 
 
 def _default(field: "attrs.Attribute[Any]") -> str:

@@ -205,7 +205,7 @@ def test_a_trainer_of_ones_own_gets_token_log_probabilities(tmp_path: Path) -> N
 
 LAYERS = [
     "errors", "interfaces", "registry", "values", "hooks", "signals", "launch", "run", "show", "folder", "blocks", "trainer",
-    "trainers", "scalars", "yaml12", "structure", "recipe", "explain", "cli",
+    "trainers", "yaml12", "scalars", "structure", "recipe", "explain", "cli",
 ]  # fmt: skip
 
 

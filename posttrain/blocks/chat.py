@@ -7,9 +7,8 @@ Without the markers the second rendering must be the first, to the letter; other
 """
 
 import re
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 from datetime import datetime
-from functools import cached_property
 from typing import Any
 
 import attrs
@@ -23,7 +22,8 @@ TAG = re.compile(r"</?[A-Za-z_]\w*>")
 REASONING = ("reasoning_content", "thinking", "reasoning")
 STOPS = (
     "<|im_end|>", "<|eot_id|>", "<|eom_id|>", "<end_of_turn>", "<|end|>", "<|return|>", "<|call|>", "</s>",
-    "<|endoftext|>", "<|end▁of▁sentence|>", "<|end_of_text|>", "<|eot|>", "<turn|>", "[e~[", "<｜end▁of▁sentence｜>",
+    "<|endoftext|>", "<|end▁of▁sentence|>", "<|end_of_text|>", "<|eot|>", "<turn|>", "[e~[",
+    "<｜end▁of▁sentence｜>",  # noqa: RUF001
 )  # fmt: skip
 """Tokens that end a turn in the templates in use; they count where the tokenizer has them as special tokens."""
 TODAY = datetime(2024, 7, 26)

@@ -73,7 +73,8 @@ def table(source: Source, encoder: Encoder, cache: Path) -> Table:
                 build(source, reader, encoder, folder)
     except OSError as error:
         raise DataError(
-            f"the cache folder {cache} cannot be written: {error.strerror or error}; set data.cache_dir or $POSTTRAIN_CACHE"
+            f"the cache folder {cache} cannot be written: {error.strerror or error}; "
+            "set data.cache_dir or $POSTTRAIN_CACHE"
         ) from error
     return opened(folder, source.label)
 
