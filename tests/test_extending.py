@@ -204,7 +204,7 @@ def test_a_trainer_of_ones_own_gets_token_log_probabilities(tmp_path: Path) -> N
 # -- promises about the package -------------------------------------------------------
 
 LAYERS = [
-    "errors", "interfaces", "registry", "values", "hooks", "signals", "launch", "run", "show", "folder", "blocks", "trainer",
+    "errors", "interfaces", "registry", "values", "hooks", "launch", "signals", "run", "show", "folder", "blocks", "trainer",
     "trainers", "yaml12", "scalars", "structure", "recipe", "explain", "cli",
 ]  # fmt: skip
 
