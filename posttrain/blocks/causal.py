@@ -5,6 +5,7 @@ from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
+import transformers
 from torch import Tensor, nn
 
 from posttrain.blocks.attention import packed
@@ -82,7 +83,13 @@ class CausalLM(nn.Module):
 
     def save_pretrained(self, folder: Path) -> None:
         """Write what `from_pretrained` and vLLM load: safetensors and configuration, or peft's adapters."""
-        self.hf.save_pretrained(folder)
+        shown = transformers.utils.logging.is_progress_bar_enabled()
+        transformers.utils.logging.disable_progress_bar()  # it would break the live line of the console logger
+        try:
+            self.hf.save_pretrained(folder)
+        finally:
+            if shown:
+                transformers.utils.logging.enable_progress_bar()
 
 
 def inputs(batch: Batch) -> dict[str, Any]:
