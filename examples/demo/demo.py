@@ -1,6 +1,7 @@
 """See a model learn: from random weights to right answers in about two minutes on two cores."""
 
 import json
+import os
 import sys
 import time
 from collections.abc import Iterator
@@ -43,18 +44,18 @@ def comparison(questions: list[str], before: list[str], after: list[str], right:
         color = "green" if new == wanted else "red"
         table.add_row(question, Text(printable(old), "dim"), Text(printable(new), color), wanted)
     table.add_section()
+    table.add_row("[bold]exactly right")
     for label, found in groups(rows):
         shares = [sum(row[i] == row[3] for row in found) / len(found) for i in (1, 2)]
-        table.add_row(f"{label}, exactly right", f"{shares[0]:.1%}", f"{shares[1]:.1%}", f"of {len(found)}")
+        table.add_row(label, f"{shares[0]:.1%}", f"{shares[1]:.1%}", f"of {len(found)}")
     return table
 
 
 def groups(rows: list[tuple[str, ...]]) -> Iterator[tuple[str, list[tuple[str, ...]]]]:
     """Yield the rows of each skill under its question, then all of them."""
-    for question in make_data.SKILLS:
-        begin = question.split("{}")[0]
-        if found := [row for row in rows if row[0].startswith(begin)]:
-            yield question.format("..."), found
+    for skill in make_data.SKILLS:
+        begin, end = skill.split("{}")
+        yield f"{begin}...{end.rstrip('.?')}", [row for row in rows if row[0].startswith(begin)]
     yield "[bold]all[/]", rows
 
 
@@ -65,7 +66,7 @@ def printable(reply: str) -> str:
 
 def main(overrides: list[str]) -> None:
     """Make the data, train, and compare before and after."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    import transformers
 
     if not (FOLDER / "data" / "model").exists():
         make_data.make(FOLDER / "data")
@@ -87,8 +88,10 @@ def main(overrides: list[str]) -> None:
     if run.status != "finished":
         sys.exit(f"stopped after {run.step} of {run.max_steps} steps: {run.stop}")
 
+    transformers.utils.logging.disable_progress_bar()
     exported = run.output_dir / "huggingface"  # plain transformers from here on
-    model, tokenizer = AutoModelForCausalLM.from_pretrained(exported), AutoTokenizer.from_pretrained(exported)
+    model = transformers.AutoModelForCausalLM.from_pretrained(exported)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(exported)
     console.print("[bold]after training[/], through plain transformers:")
     console.print(comparison(questions, before, answers(model, tokenizer, questions), right))
     show.curves([run.output_dir], None, run.output_dir / "curves.png")
@@ -97,7 +100,7 @@ def main(overrides: list[str]) -> None:
     places.add_row("curves", str(run.output_dir / "curves.png"))
     places.add_row("model", str(exported))
     places.add_row("TensorBoard", f"tensorboard --logdir {run.output_dir / 'tensorboard'}")
-    places.add_row("recipe", str(RECIPE))
+    places.add_row("recipe", os.path.relpath(RECIPE))
     console.print(places)
 
 

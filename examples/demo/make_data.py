@@ -14,6 +14,8 @@ SKILLS = {
     "Sort the letters of {}.": lambda word: "".join(sorted(word)),
     "What is the last letter of {}?": lambda word: word[-1],
 }
+SHARES = (3, 4, 1)
+"""How often each is practised: what takes more computing comes up more often."""
 REAL_WORDS = ("python", "banana", "tiger", "lemon", "cloud", "fish")
 """Held out under every skill, so that a person can follow the answers; all other words are random letters."""
 PHRASES = ["user", "assistant", "Spell", " backwards.", "Sort the letters of", "What is the last letter of"]
@@ -42,7 +44,7 @@ def chats(count: int, seed: int) -> list[dict]:
     found = []
     for _ in range(count):
         word = "".join(chance.choices(string.ascii_lowercase, k=chance.randint(3, 6)))
-        found.append(chat(chance.choice(list(SKILLS)), word))
+        found += [chat(question, word) for question in chance.choices(list(SKILLS), SHARES)]
     return found
 
 
