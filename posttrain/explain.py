@@ -93,8 +93,14 @@ def plain_type(type_: Any) -> str:
         return f"a mapping of names to {plain_type(args[1]) if args else 'anything'}"
     if type_ in KIND_OF:
         return f"{'an' if KIND_OF[type_][0] in 'aeiou' else 'a'} {KIND_OF[type_]} block"
-    known = {bool: "true or false", str: "text", Path: "path", Secret: "${NAME} of an environment variable", Any: "anything"}
-    return known.get(type_) or getattr(type_, "__name__", str(type_))
+    known: dict[Any, str] = {
+        bool: "true or false",
+        str: "text",
+        Path: "path",
+        Secret: "${NAME} of an environment variable",
+        Any: "anything",
+    }
+    return known.get(type_) or str(getattr(type_, "__name__", type_))
 
 
 def _default(field: "attrs.Attribute[Any]") -> str:

@@ -1,0 +1,243 @@
+"""The command line: `posttrain train | check | show | prepare | blocks | plot`.
+
+Only the standard library is imported before a command runs, and only attrs, cattrs and yaml before its
+recipe is valid: help and error messages must not wait for torch.
+"""
+
+import argparse
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if __name__ == "__main__" and Path(sys.path[0]).resolve() == Path(__file__).resolve().parent:
+    # Run as a script, as by `fabric run posttrain/cli.py`. Python put this folder first on the path, where its
+    # modules would hide others of the same name; what belongs there is the folder above.
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+if TYPE_CHECKING:
+    from posttrain.trainer import Trainer
+
+EPILOG = """\
+on several devices:
+  fabric run --accelerator=cuda --devices=8 "$(which posttrain)" train recipe.yaml
+  torchrun --nproc-per-node=8 -m posttrain.cli train recipe.yaml
+
+exit codes: 0 done, 1 the run failed, 2 the recipe or the command is wrong, 128+n ended by signal n.
+POSTTRAIN_TRACEBACK=1 shows where an error was raised."""
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one command and return its exit code."""
+    arguments = parse_arguments(sys.argv[1:] if argv is None else argv)
+    from posttrain.errors import PosttrainError, RecipeError, RegistryError
+
+    try:
+        return int(arguments.run(arguments) or 0)
+    except PosttrainError as error:
+        if os.environ.get("POSTTRAIN_TRACEBACK") == "1":
+            raise
+        about_input = isinstance(error, RecipeError | RegistryError)
+        if not about_input or os.environ.get("RANK", "0") == "0":  # every rank reads the same recipe
+            lines = str(error).count("\n") + 1
+            complain(f"{lines} problems\n{error}" if isinstance(error, RecipeError) and lines > 1 else str(error))
+        return 2 if about_input else 1
+    except KeyboardInterrupt:  # outside of the training loop, which saves first
+        complain("interrupted")
+        return 130
+    except BrokenPipeError:  # `posttrain show recipe.yaml | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+
+
+def complain(message: str) -> None:
+    """Print an error message."""
+    colour = sys.stderr.isatty() and not os.environ.get("NO_COLOR")
+    print(f"\033[1;31merror:\033[0m {message}" if colour else f"error: {message}", file=sys.stderr)  # noqa: T201
+
+
+# -- commands -------------------------------------------------------------------------
+
+
+def train(arguments: argparse.Namespace) -> int:
+    """Train; a run that a signal ended says so by its exit code, as shells expect."""
+    run = load(arguments).train()
+    return 128 + run.signal if run.signal else 0
+
+
+def check(arguments: argparse.Namespace) -> None:
+    """Validate a recipe and say in short what it describes."""
+    from posttrain.values import as_data
+
+    trainer = load(arguments)
+    recipe = as_data(trainer)
+    length = f"{recipe['max_steps']:,} steps" if recipe["max_steps"] else f"{recipe['epochs']} epoch(s)"
+    rows, groups = recipe["micro_batch_size"], recipe["gradient_accumulation_steps"]
+    sources = [_name(source) for source in recipe["data"].get("sources", [])]
+    facts = {
+        "trainer": f"{recipe['type']} ({type(trainer).__name__})",
+        "model": _name(recipe["model"]),
+        "data": ", ".join(sources) or recipe["data"].get("type"),
+        "length": f"{length}, each step {rows} x {groups} rows per device",
+        "optimizer": f"{recipe['optimizer'].get('type')}, {recipe['scheduler'].get('type')} schedule",
+        "output": recipe["output_dir"],
+    }
+    say(f"{arguments.recipe}: valid\n" + "\n".join(f"  {name:<10} {text}" for name, text in facts.items()))
+
+
+def show(arguments: argparse.Namespace) -> None:
+    """Print the resolved recipe, or with --data the first documents as tokens."""
+    import json
+
+    from posttrain import recipe, render
+    from posttrain.values import as_data
+
+    trainer = load(arguments)
+    if arguments.data is not None:
+        documents = _data_block(trainer, "preview").preview(_tokenizer(trainer), arguments.data)
+        (render.documents_as_json if arguments.json else render.documents)(documents)
+    elif arguments.json:
+        say(json.dumps(as_data(trainer), indent=2))
+    else:
+        render.yaml(recipe.dump(trainer))
+
+
+def prepare(arguments: argparse.Namespace) -> None:
+    """Do the data work of a run ahead of it, and print what became of the rows."""
+    from posttrain import render
+
+    trainer = load(arguments)
+    prepared = _data_block(trainer, "prepare").prepare(_tokenizer(trainer))
+    render.ledger(prepared.ledger)
+
+
+def blocks(arguments: argparse.Namespace) -> None:
+    """List kinds, blocks of a kind, or the fields of a block."""
+    from posttrain.explain import explain
+
+    say(explain(arguments.kind, arguments.name))
+
+
+def plot(arguments: argparse.Namespace) -> None:
+    """Draw the metrics of runs."""
+    from posttrain import plot
+
+    say(plot.draw(arguments.runs, arguments.output, arguments.metric))
+
+
+# -- helpers --------------------------------------------------------------------------
+
+
+def load(arguments: argparse.Namespace) -> "Trainer":
+    """Return the trainer of the recipe and overrides that were given."""
+    from posttrain import recipe
+
+    return recipe.load(arguments.recipe, arguments.overrides)
+
+
+def say(text: str) -> None:
+    """Print to standard output."""
+    print(text)  # noqa: T201
+
+
+def _name(data: Any) -> str:
+    """What to call a model or a source in one line."""
+    return str(data.get("name_or_path", data.get("type"))) if isinstance(data, dict) else str(data)
+
+
+def _tokenizer(trainer: "Trainer") -> Any:
+    return trainer.tokenizer.build(trainer.model)
+
+
+def _data_block(trainer: "Trainer", verb: str) -> Any:
+    from posttrain.errors import RecipeError
+
+    if not callable(getattr(trainer.data, verb, None)):
+        raise RecipeError(f"data: {type(trainer.data).__name__} has no method {verb}(), which this command needs")
+    return trainer.data
+
+
+# -- arguments ------------------------------------------------------------------------
+
+
+def parse_arguments(argv: list[str]) -> argparse.Namespace:
+    """Parse the command line; overrides may stand before, between and after options."""
+    parser = argparse.ArgumentParser(
+        prog="posttrain", description="Post-training of language models: one recipe, one command.",
+        epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
+    parser.add_argument("--version", action=_Version)
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+
+    _recipe_command(commands, train, "train what a recipe describes, or go on where its run was left",
+                    "posttrain train recipe.yaml optimizer.lr=1e-4 max_steps=10k")  # fmt: skip
+    _recipe_command(commands, check, "say everything that is wrong with a recipe, without loading anything",
+                    "posttrain check recipe.yaml")  # fmt: skip
+    showing = _recipe_command(commands, show, "print the resolved recipe, or the data as the model will see it",
+                              "posttrain show recipe.yaml --data 2")  # fmt: skip
+    showing.add_argument("--json", action="store_true", help="as JSON (with --data: one line per document)")
+    showing.add_argument("--data", nargs="?", const=3, type=_count, metavar="N",
+                         help="the first N documents (3) as tokens: which are supervised, whose they are")  # fmt: skip
+    _recipe_command(commands, prepare, "read, tokenize and cache the data of a recipe ahead of its run",
+                    "posttrain prepare recipe.yaml")  # fmt: skip
+
+    listing = _command(commands, blocks, "list what a recipe can be made of", "posttrain blocks scheduler cosine")
+    listing.add_argument("kind", nargs="?", metavar="KIND", help="such as optimizer")
+    listing.add_argument("name", nargs="?", metavar="NAME", help="such as adamw")
+
+    drawing = _command(commands, plot, "draw the metrics of one run, or compare several",
+                       "posttrain plot out/a out/b -o curves.png --metric loss --metric lr")  # fmt: skip
+    drawing.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folder of a run")
+    drawing.add_argument("-o", "--output", type=Path, metavar="FILE", help="picture to write (RUN/curves.png)")
+    drawing.add_argument("--metric", action="append", metavar="NAME", help="draw this metric; may be repeated")
+
+    arguments, rest = parser.parse_known_args(argv)
+    if rest and not (hasattr(arguments, "overrides") and all("=" in r and not r.startswith("-") for r in rest)):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:
+        arguments.overrides += rest
+    return arguments
+
+
+def _command(commands: Any, run: Any, help_: str, example: str) -> argparse.ArgumentParser:
+    parser: argparse.ArgumentParser = commands.add_parser(
+        run.__name__, help=help_, description=f"{help_[0].upper()}{help_[1:]}.", epilog=f"example:\n  {example}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
+    parser.set_defaults(run=run)
+    return parser
+
+
+def _recipe_command(commands: Any, run: Any, help_: str, example: str) -> argparse.ArgumentParser:
+    parser = _command(commands, run, help_, example)
+    parser.add_argument("recipe", type=Path, metavar="RECIPE", help="a YAML file")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="KEY=VALUE", help="replaces a key, such as data.sources.0.split=test"
+    )
+    return parser
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal() or not 0 < int(text) < 10**6:
+        raise argparse.ArgumentTypeError(f"how many documents? expected a number above 0, got {text!r}")
+    return int(text)
+
+
+class _Version(argparse.Action):
+    """Look the version up only when it is asked for: importlib.metadata is slow to import."""
+
+    def __init__(self, option_strings: Any, dest: str) -> None:
+        super().__init__(option_strings, dest, nargs=0, default=argparse.SUPPRESS, help="print the version and exit")
+
+    def __call__(self, parser: argparse.ArgumentParser, *args: Any) -> None:
+        from importlib.metadata import PackageNotFoundError, version
+
+        try:
+            say(f"posttrain {version('posttrain')}")
+        except PackageNotFoundError:
+            say("posttrain (not installed: run from its source folder)")
+        parser.exit()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

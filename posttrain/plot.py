@@ -1,0 +1,161 @@
+"""Curves of the metrics that runs wrote to `metrics.jsonl`."""
+
+import json
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+from posttrain.errors import PosttrainError, RecipeError
+from posttrain.registry import suggest
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+Curve: TypeAlias = tuple[list[float], list[float]]
+"""Steps, values."""
+
+TITLES = {
+    "loss": ("Loss", "nats per token"),
+    "lr": ("Learning rate", ""),
+    "grad_norm": ("Gradient norm", ""),
+    "tokens_per_second": ("Throughput", "tokens / s"),
+}
+"""Metrics drawn unless others are asked for -> title, unit."""
+
+COLOURS = ("#2563eb", "#ea580c", "#059669", "#9333ea", "#dc2626", "#0891b2", "#ca8a04", "#4b5563")
+STYLE = {
+    "figure.dpi": 150, "font.size": 9, "axes.titlesize": 10, "axes.titleweight": "bold", "axes.titlelocation": "left",
+    "axes.spines.top": False, "axes.spines.right": False, "axes.edgecolor": "#9ca3af", "axes.linewidth": 0.8,
+    "axes.grid": True, "axes.grid.axis": "y", "grid.color": "#e5e7eb", "grid.linewidth": 0.8, "axes.axisbelow": True,
+    "xtick.color": "#6b7280", "ytick.color": "#6b7280", "axes.labelcolor": "#374151", "axes.formatter.limits": (-3, 5),
+    "legend.frameon": False,
+}  # fmt: skip
+
+
+def draw(runs: list[Path], output: Path | None, metrics: list[str] | None) -> str:
+    """Draw one panel per metric with one line per run; return a sentence that names the picture.
+
+    Raises:
+        PosttrainError: a run cannot be read, a metric is in no run, or matplotlib is missing.
+    """
+    curves = {_label(run, runs): read(run) for run in runs}
+    known = {name for found in curves.values() for name in found}
+    for name in metrics or ():
+        if name not in known:
+            raise RecipeError(
+                f"no run has a metric {name!r}{suggest(name, known)} (there are: {', '.join(sorted(known))})"
+            )
+    chosen = list(dict.fromkeys(metrics)) if metrics else [name for name in TITLES if name in known] or sorted(known)
+    output = output or (runs[0] if runs[0].is_dir() else runs[0].parent) / "curves.png"
+    try:
+        _draw(curves, chosen, output)
+    except ImportError:
+        raise PosttrainError("drawing needs matplotlib: pip install 'posttrain[plot]'") from None
+    except (OSError, ValueError) as error:  # ValueError: a file type that matplotlib does not know
+        raise PosttrainError(f"{output} cannot be written: {error}") from None
+    return f"{output}: {', '.join(chosen)} of {len(runs)} run(s)"
+
+
+def read(run: Path) -> dict[str, Curve]:
+    """Return the curve of each metric of a run.
+
+    Raises:
+        PosttrainError: there are no metrics, or a line is damaged.
+    """
+    file = run / "metrics.jsonl" if run.is_dir() else run
+    if not file.is_file():
+        raise PosttrainError(f"{run} is not the folder of a run: there is no {file}")
+    curves: dict[str, Curve] = {}
+    lines = file.read_text(errors="replace").splitlines()
+    for number, line in enumerate(lines, start=1):
+        row = _row(line, f"{file}:{number}", last=number == len(lines))
+        for name, value in row.items():
+            if name != "step" and isinstance(value, int | float) and math.isfinite(value):
+                steps, values = curves.setdefault(name, ([], []))
+                steps.append(row["step"])
+                values.append(value)
+    if not curves:
+        raise PosttrainError(f"{file} holds no metrics yet")
+    return curves
+
+
+def _row(line: str, where: str, last: bool) -> dict[str, Any]:
+    if not line.strip():
+        return {}
+    try:
+        row = json.loads(line)
+    except ValueError as error:
+        if last:  # a run is writing it, or was killed while it did
+            return {}
+        raise PosttrainError(f"{where}: not JSON: {error}") from None
+    if not isinstance(row, dict) or not isinstance(row.get("step"), int | float):
+        raise PosttrainError(f'{where}: expected an object with a number "step", got {line[:60]}')
+    return row
+
+
+def _label(run: Path, runs: list[Path]) -> str:
+    """Name a run by its folder, or by its path where that says too little."""
+    names = [r.resolve().name for r in runs]
+    return run.resolve().name if names.count(run.resolve().name) == 1 else str(run)
+
+
+def smooth(values: list[float]) -> list[float]:
+    """Return a running mean that looks back over some 3 % of the curve, without bias at its start."""
+    decay = 1.0 - 1.0 / max(1.0, len(values) / 30)
+    mean, weight, result = 0.0, 0.0, []
+    for value in values:
+        mean, weight = decay * mean + (1 - decay) * value, decay * weight + (1 - decay)
+        result.append(mean / weight)
+    return result
+
+
+def _draw(curves: dict[str, dict[str, Curve]], metrics: list[str], output: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    columns = min(2, len(metrics))
+    rows = math.ceil(len(metrics) / columns)
+    with pyplot.rc_context(STYLE):
+        figure, axes = pyplot.subplots(
+            rows, columns, figsize=(4.6 * columns + 0.4, 2.7 * rows + 0.5), squeeze=False, layout="constrained"
+        )
+        for axis, metric in zip(axes.flat, metrics, strict=False):
+            _panel(axis, metric, curves)
+        for axis in axes.flat[len(metrics) :]:
+            axis.set_visible(False)
+        if len(curves) > 1:
+            lines = [pyplot.Line2D([], [], color=COLOURS[i % len(COLOURS)], lw=2) for i in range(len(curves))]
+            figure.legend(lines, list(curves), loc="outside upper left", ncols=min(4, len(curves)))
+        else:
+            figure.suptitle(next(iter(curves)), x=0.01, ha="left", fontsize=11, color="#374151")
+        output.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(output)
+        pyplot.close(figure)
+
+
+def _panel(axis: "Axes", metric: str, curves: dict[str, dict[str, Curve]]) -> None:
+    """Draw one metric: thin as it was measured, strong as it runs on average, evaluations as points."""
+    title, unit = TITLES.get(metric, (metric.replace("_", " ").capitalize(), ""))
+    axis.set_title(title)
+    axis.set_xlabel("optimizer step")
+    axis.set_ylabel(unit)
+    evaluation = f"eval_{metric}"
+    smoothed = False
+    for index, found in enumerate(curves.values()):
+        colour = COLOURS[index % len(COLOURS)]
+        if metric in found:
+            steps, values = found[metric]
+            if smoothed := smoothed or (metric != "lr" and len(values) >= 60):
+                axis.plot(steps, values, color=colour, alpha=0.22, lw=0.8)
+            axis.plot(steps, smooth(values) if smoothed else values, color=colour, lw=1.6)
+        if evaluation in found:
+            axis.plot(*found[evaluation], color=colour, lw=1.0, ls="--", marker="o", ms=3.5, mfc="white", mew=1.2)
+    if any(evaluation in found for found in curves.values()):
+        axis.plot([], [], color="#4b5563", lw=1.6, label="training" + (" (running mean)" if smoothed else ""))
+        axis.plot([], [], color="#4b5563", lw=1.0, ls="--", marker="o", ms=3.5, mfc="white", label="evaluation")
+        axis.legend(fontsize=8)
+    axis.margins(x=0.02)
+    if metric != "lr" and axis.get_ylim()[0] > 0 > axis.get_ylim()[0] - 0.5 * axis.get_ylim()[1]:
+        axis.set_ylim(bottom=0)
