@@ -1,5 +1,6 @@
 """Curves of the metrics that runs wrote to `metrics.jsonl`."""
 
+import itertools
 import json
 import math
 from pathlib import Path
@@ -99,14 +100,14 @@ def _label(run: Path, runs: list[Path]) -> str:
     return run.resolve().name if names.count(run.resolve().name) == 1 else str(run)
 
 
-def smooth(values: list[float]) -> list[float]:
-    """Return a running mean that looks back over some 3 % of the curve, without bias at its start."""
-    decay = 1.0 - 1.0 / max(1.0, len(values) / 30)
-    mean, weight, result = 0.0, 0.0, []
-    for value in values:
-        mean, weight = decay * mean + (1 - decay) * value, decay * weight + (1 - decay)
-        result.append(mean / weight)
-    return result
+def smooth(values: list[float], passes: int = 2) -> list[float]:
+    """Return a centred running mean over some 5 % of the curve: unlike one that looks back, it does not lag."""
+    for _ in range(passes):
+        sums = [0.0, *itertools.accumulate(values)]
+        last, reach = len(values) - 1, max(1, len(values) // 40)
+        spans = [(max(0, i - reach), min(last, i + min(reach, i)) + 1) for i in range(len(values))]
+        values = [(sums[stop] - sums[start]) / (stop - start) for start, stop in spans]
+    return values
 
 
 def _draw(curves: dict[str, dict[str, Curve]], metrics: list[str], output: Path) -> None:
@@ -125,6 +126,7 @@ def _draw(curves: dict[str, dict[str, Curve]], metrics: list[str], output: Path)
             _panel(axis, metric, curves)
         for axis in axes.flat[len(metrics) :]:
             axis.set_visible(False)
+        figure.get_layout_engine().set(h_pad=0.08, w_pad=0.08)
         if len(curves) > 1:
             lines = [pyplot.Line2D([], [], color=COLOURS[i % len(COLOURS)], lw=2) for i in range(len(curves))]
             figure.legend(lines, list(curves), loc="outside upper left", ncols=min(4, len(curves)))
@@ -157,5 +159,15 @@ def _panel(axis: "Axes", metric: str, curves: dict[str, dict[str, Curve]]) -> No
         axis.plot([], [], color="#4b5563", lw=1.0, ls="--", marker="o", ms=3.5, mfc="white", label="evaluation")
         axis.legend(fontsize=8)
     axis.margins(x=0.02)
-    if metric != "lr" and axis.get_ylim()[0] > 0 > axis.get_ylim()[0] - 0.5 * axis.get_ylim()[1]:
-        axis.set_ylim(bottom=0)
+    axis.yaxis.set_major_formatter(lambda value, _: _tick(value))
+    bottom, top = axis.get_ylim()
+    if 0 < bottom < 0.4 * top or (metric == "tokens_per_second" and bottom > 0):
+        axis.set_ylim(bottom=0)  # where that costs little: a curve cut off at its bottom overstates how much changed
+
+
+def _tick(value: float) -> str:
+    """Write a number on the axis: 20k, 0.5, 2e-5."""
+    if abs(value) >= 10_000:
+        return f"{value / 1000:g}k"
+    mantissa, _, exponent = (f"{value:g}" if abs(value) >= 1 else f"{value:.3g}").partition("e")
+    return f"{mantissa}e{int(exponent)}" if exponent else mantissa
