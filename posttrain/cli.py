@@ -30,8 +30,12 @@ POSTTRAIN_TRACEBACK=1 shows where an error was raised."""
 def main(argv: list[str] | None = None) -> int:
     """Run one command and return its exit code."""
     arguments = parse_arguments(sys.argv[1:] if argv is None else argv)
+    import logging
+
     from posttrain.errors import PosttrainError, RecipeError, RegistryError
 
+    logging.basicConfig(format="%(message)s", level=logging.WARNING)
+    logging.getLogger("posttrain").setLevel(logging.INFO)
     try:
         return int(arguments.run(arguments) or 0)
     except PosttrainError as error:
@@ -89,26 +93,41 @@ def show(arguments: argparse.Namespace) -> None:
     """Print the resolved recipe, or with --data the first documents as tokens."""
     import json
 
-    from posttrain import recipe, render
+    from rich.console import Console
+    from rich.syntax import Syntax
+
+    from posttrain import recipe
+    from posttrain.show import tokens
     from posttrain.values import as_data
 
-    trainer = load(arguments)
+    trainer, console = load(arguments), Console()
     if arguments.data is not None:
-        documents = _data_block(trainer, "preview").preview(_tokenizer(trainer), arguments.data)
-        (render.documents_as_json if arguments.json else render.documents)(documents)
+        previews = _data_block(trainer, "preview").preview(_tokenizer(trainer), arguments.data)
+        if not arguments.json:
+            return tokens(previews, console)
+        for preview in previews:
+            found = [
+                {"text": text, "supervised": bool(trained), "role": role} for text, trained, role in preview.tokens
+            ]
+            say(json.dumps({"source": preview.source, "tokens": found}))
     elif arguments.json:
         say(json.dumps(as_data(trainer), indent=2))
+    elif console.is_terminal:
+        console.print(Syntax(recipe.dump(trainer).rstrip(), "yaml", theme="ansi_dark", background_color="default"))
     else:
-        render.yaml(recipe.dump(trainer))
+        say(recipe.dump(trainer).rstrip())
+    return None
 
 
 def prepare(arguments: argparse.Namespace) -> None:
     """Do the data work of a run ahead of it, and print what became of the rows."""
-    from posttrain import render
+    from rich.console import Console
+
+    from posttrain.show import ledger
 
     trainer = load(arguments)
     prepared = _data_block(trainer, "prepare").prepare(_tokenizer(trainer))
-    render.ledger(prepared.ledger)
+    Console().print(ledger(prepared.ledger))
 
 
 def blocks(arguments: argparse.Namespace) -> None:
@@ -120,9 +139,12 @@ def blocks(arguments: argparse.Namespace) -> None:
 
 def plot(arguments: argparse.Namespace) -> None:
     """Draw the metrics of runs."""
-    from posttrain import plot
+    from posttrain.plot import curves
 
-    say(plot.draw(arguments.runs, arguments.output, arguments.metric))
+    first: Path = arguments.runs[0]
+    target = arguments.output or (first if first.is_dir() else first.parent) / "curves.png"
+    curves(arguments.runs, arguments.metric, target)
+    say(str(target))
 
 
 # -- helpers --------------------------------------------------------------------------

@@ -33,28 +33,31 @@ STYLE = {
 }  # fmt: skip
 
 
-def draw(runs: list[Path], output: Path | None, metrics: list[str] | None) -> str:
-    """Draw one panel per metric with one line per run; return a sentence that names the picture.
+def curves(runs: list[Path], metrics: list[str] | None, target: Path) -> None:
+    """Draw one panel per metric, with one line per run.
+
+    Args:
+        runs: folders of runs, or files of metrics.
+        metrics: their names; None for those of `TITLES` that there are.
+        target: the picture to write.
 
     Raises:
-        PosttrainError: a run cannot be read, a metric is in no run, or matplotlib is missing.
+        PosttrainError: a run cannot be read, no run has the metric, or matplotlib is not installed.
     """
-    curves = {_label(run, runs): read(run) for run in runs}
-    known = {name for found in curves.values() for name in found}
+    found = {_label(run, runs): read(run) for run in runs}
+    known = {name for metrics_of_run in found.values() for name in metrics_of_run}
     for name in metrics or ():
         if name not in known:
             raise RecipeError(
                 f"no run has a metric {name!r}{suggest(name, known)} (there are: {', '.join(sorted(known))})"
             )
     chosen = list(dict.fromkeys(metrics)) if metrics else [name for name in TITLES if name in known] or sorted(known)
-    output = output or (runs[0] if runs[0].is_dir() else runs[0].parent) / "curves.png"
     try:
-        _draw(curves, chosen, output)
+        _draw(found, chosen, target)
     except ImportError:
         raise PosttrainError("drawing needs matplotlib: pip install 'posttrain[plot]'") from None
     except (OSError, ValueError) as error:  # ValueError: a file type that matplotlib does not know
-        raise PosttrainError(f"{output} cannot be written: {error}") from None
-    return f"{output}: {', '.join(chosen)} of {len(runs)} run(s)"
+        raise PosttrainError(f"{target} cannot be written: {error}") from None
 
 
 def read(run: Path) -> dict[str, Curve]:

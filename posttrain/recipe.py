@@ -104,6 +104,8 @@ def _set_override(document: Document, text: str, order: int) -> None:
         return
     document.problems += [(where, key + below, message) for where, below, message in given.problems]
     document.places = {k: p for k, p in document.places.items() if k[: len(key)] != key}
+    for depth in range(1, len(key)):
+        document.places.setdefault(key[:depth], place)  # a mapping that this override made
     document.places[key] = place
     if isinstance(parent, dict):
         parent.pop(last, None)

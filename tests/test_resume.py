@@ -4,6 +4,7 @@ import json
 import multiprocessing
 import os
 import random
+import re
 import signal
 import subprocess
 import time
@@ -126,7 +127,7 @@ def damage(folder: Path, how: str) -> None:
     elif how == "an unreadable manifest":
         manifest.write_text(manifest.read_text()[:-9])
     elif how == "an edited manifest":
-        manifest.write_text(manifest.read_text().replace('"step": 12', '"step": 11'))
+        manifest.write_text(re.sub(r'"step": \d+', '"step": 99', manifest.read_text()))
     else:
         manifest.unlink()
 

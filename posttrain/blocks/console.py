@@ -5,9 +5,12 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from rich import box
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from rich.table import Table
+
+from posttrain.show import ledger
 
 if TYPE_CHECKING:
     from posttrain.run import Run
@@ -29,6 +32,8 @@ class ConsoleLogger:
             TextColumn("{task.fields[news]}"), TimeRemainingColumn(), TextColumn("left"),
             console=self.console, disable=not self.console.is_terminal,
         )  # fmt: skip
+        if run.loaders.ledger:
+            self.console.print(ledger(run.loaders.ledger))
         self.console.print(self.opening())
         self.progress.start()
         self.task = self.progress.add_task("", total=run.max_steps, completed=run.step, news="")
@@ -83,7 +88,10 @@ class ConsoleLogger:
     def closing(self, status: str) -> Table:
         """Return the summary."""
         run, seconds = self.run, time.perf_counter() - self.began
-        table = Table(title=f"[{COLORS.get(status, 'white')}]{status}[/]", show_header=False, title_justify="left")
+        table = Table(box=box.SIMPLE, show_header=False, pad_edge=False)
+        table.add_column(style="dim")
+        table.add_column()
+        table.add_row("status", f"[{COLORS.get(status, 'white')}]{status}[/]")
         steps = f"{run.step} of {run.max_steps}"
         table.add_row("steps", f"{steps}  ({run.stop})" if run.stop else steps)
         table.add_row("passes over the data", f"{run.epoch}")

@@ -74,7 +74,7 @@ def collate(rows: list[list[Document]], pad_id: int) -> Batch:
         for ids, mask in row:
             end = at + len(ids)
             input_ids[i, at:end] = ids
-            labels[i, at + 1 : end] = np.where(mask[1:], ids[1:], IGNORE)  # nothing predicts the first token
+            labels[i, at + 1 : end][mask[1:]] = ids[1:][mask[1:]]  # nothing predicts the first token
             positions[i, at:end] = np.arange(len(ids))
             seqlens.append(len(ids))
             at = end
