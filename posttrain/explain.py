@@ -13,7 +13,7 @@ import attrs
 from posttrain import yaml12
 from posttrain.errors import RegistryError
 from posttrain.registry import KINDS, lookup, name_of, names, suggest
-from posttrain.structure import KIND_OF
+from posttrain.structure import KIND_OF, article
 from posttrain.trainer import Trainer
 from posttrain.values import Secret, as_data
 
@@ -88,11 +88,11 @@ def plain_type(type_: Any) -> str:
         return f"a list of {len(args)}: {', '.join(map(plain_type, args))}"
     if origin in (list, tuple):
         item = plain_type(args[0]) if args else "anything"
-        return f"a list of {item.removeprefix('a ')}{'' if item == 'text' else 's'}"
+        return f"a list of {item.removeprefix('a ').removeprefix('an ')}{'' if item == 'text' else 's'}"
     if origin is dict:
         return f"a mapping of names to {plain_type(args[1]) if args else 'anything'}"
     if type_ in KIND_OF:
-        return f"{'an' if KIND_OF[type_][0] in 'aeiou' else 'a'} {KIND_OF[type_]} block"
+        return f"{article(KIND_OF[type_])} block"
     known: dict[Any, str] = {
         bool: "true or false",
         str: "text",

@@ -70,7 +70,8 @@ def _stretches(tokens: "list[Token]", coloured: bool) -> "Iterator[tuple[str, Te
             for trained, run in itertools.groupby(stretch, key=lambda token: token[1]):
                 joined = _visible("".join(token for token, _, _ in run))
                 text.append(f"[{joined}]" if trained else joined)
-        text.right_crop(len(text.plain) - len(text.plain.rstrip("\n")))
+        if breaks := len(text.plain) - len(text.plain.rstrip("\n")):
+            text.right_crop(breaks)  # they would leave lines empty
         yield role, text
 
 
