@@ -17,7 +17,13 @@ if TYPE_CHECKING:
     from posttrain.blocks.strategy import DDP, Auto, DeepSpeed
     from posttrain.blocks.tokenizer import HFTokenizer
     from posttrain.errors import (
-        CheckpointError, DataError, HookError, PosttrainError, RecipeError, RegistryError, TrainingError,
+        CheckpointError,
+        DataError,
+        HookError,
+        PosttrainError,
+        RecipeError,
+        RegistryError,
+        TrainingError,
     )  # fmt: skip
     from posttrain.hooks import after, before
     from posttrain.interfaces import Batch
@@ -53,7 +59,7 @@ _HOMES = {
 """Module -> the public names in it."""
 _HOME_OF = {name: f"posttrain.{module}" for module, found in _HOMES.items() for name in found}
 
-__all__ = [  # noqa: RUF022
+__all__ = [
     "AdamW", "Auto", "Batch", "CausalData", "CausalTrainer", "CheckpointError", "Console", "Constant", "Cosine", "DDP",
     "DataError", "DeepSpeed", "HFModel", "HFTokenizer", "HookError", "HuggingFace", "JSONL", "Linear", "LoRA",
     "PosttrainError", "RecipeError", "RegistryError", "Resume", "Run", "SFTData", "SFTTrainer", "Secret", "Source",

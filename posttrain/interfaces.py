@@ -133,5 +133,3 @@ class Preparable(Protocol):
     """A data block whose slow work can be done ahead of a run, by `posttrain prepare`."""
 
     def prepare(self, tokenizer: Any) -> Any: ...
-
-

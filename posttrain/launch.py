@@ -23,7 +23,7 @@ def make_fabric(
         RecipeError: the recipe and the launcher ask for different things.
     """
     from lightning.fabric import Fabric
-    from lightning.fabric.plugins.environments import TorchElasticEnvironment
+    from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
 
     asked = {"accelerator": accelerator, "devices": devices, "strategy": strategy, "precision": precision}
     if num_nodes != 1:
@@ -55,8 +55,8 @@ def _drop_what_the_launcher_set(asked: dict[str, Any]) -> None:
             continue
         if str(asked[name]) != given:
             raise RecipeError(
-                f"{name}: the recipe says {asked[name]!r}, but `fabric run` was given --{name.replace('_', '-')}={given}; "
-                "leave one of them out"
+                f"{name}: the recipe says {asked[name]!r}, but `fabric run` was given "
+                f"--{name.replace('_', '-')}={given}; leave one of them out"
             )
         del asked[name]
 

@@ -8,7 +8,7 @@ import math
 import signal
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import attrs
 from attrs.validators import ge, gt, optional
@@ -22,8 +22,18 @@ from posttrain.blocks.strategy import Auto
 from posttrain.blocks.tokenizer import HFTokenizer
 from posttrain.errors import RecipeError, TrainingError
 from posttrain.interfaces import (
-    Batch, CallbackBlock, CheckpointBlock, DataBlock, Loader, LoggerBlock, ModelBlock,
-    OptimizerBlock, Position, SchedulerBlock, StrategyBlock, TokenizerBlock,
+    Batch,
+    CallbackBlock,
+    CheckpointBlock,
+    DataBlock,
+    Loader,
+    LoggerBlock,
+    ModelBlock,
+    OptimizerBlock,
+    Position,
+    SchedulerBlock,
+    StrategyBlock,
+    TokenizerBlock,
 )  # fmt: skip
 from posttrain.launch import make_fabric, reseed
 from posttrain.registry import default, key
@@ -141,14 +151,15 @@ class Trainer:
         import torch
 
         run, mine = self.run, float(sum(batch["weight"] for batch in batches))
+        total: float | Tensor = mine
         if run.fabric.world_size > 1:
-            total = run.fabric.all_reduce(torch.tensor(mine, device=run.fabric.device), reduce_op="sum")
-        if mine == 0 and (run.fabric.world_size == 1 or float(total) == 0):
+            total = run.fabric.strategy.all_reduce(torch.tensor(mine, device=run.fabric.device), reduce_op="sum")
+        if mine == 0 and float(total) == 0:  # only then is the device waited for
             raise TrainingError(
                 f"step {run.step + 1}: none of its {run.rows_per_step} rows has anything to learn from "
                 f"(rows from {run.position} on); look at them with `posttrain show --data`"
             )
-        return mine if run.fabric.world_size == 1 else total
+        return total
 
     # -- the loop -------------------------------------------------------------------
 
@@ -182,7 +193,7 @@ class Trainer:
             while run.step < run.max_steps and run.stop is None:
                 reseed(self.seed, run.step, run.fabric.global_rank)
                 batches, position = next(groups)
-                lr = run.scheduler.get_last_lr()[0]
+                lr = float(run.scheduler.get_last_lr()[0])
                 loss = self.step(batches)
                 self.count(batches, position, loss=loss, lr=lr)
                 if self.evaluation_due():
@@ -202,9 +213,7 @@ class Trainer:
             precision=self.precision, strategy=self.strategy.build(),
         )  # fmt: skip
         tokenizer = self.tokenizer.build(self.model)
-        loaders = self.data.build(
-            tokenizer, self.micro_batch_size, fabric.global_rank, fabric.world_size, self.seed
-        )
+        loaders = self.data.build(tokenizer, self.micro_batch_size, fabric.global_rank, fabric.world_size, self.seed)
         rows_per_step = self.micro_batch_size * self.gradient_accumulation_steps * fabric.world_size
         max_steps = self.horizon(loaders.train, rows_per_step)
         reseed(self.seed, -1, 0)  # the same initial weights on every rank

@@ -109,7 +109,7 @@ def test_what_is_not_there_is_a_message_with_what_is(kind, name, message):
         (tuple[int, ...], "a list of ints"), (dict[str, Any], "a mapping of names to anything"), (bool, "true or false"),
         (list[Path], "a list of paths"), (str | list[str], "text or a list of text"), (Any, "anything"),
         (Secret | None, "${NAME} of an environment variable or null"), (list, "a list of anything"),
-        (list[Literal["a", "b"]], "a list of: a, b"), (list[dict[str, int]], "a list of mappings of names to int"),
+        (list[Literal["a", "b"]], "a list of one of: a, b"), (list[dict[str, int]], "a list of mappings of names to int"),
     ],
 )  # fmt: skip
 def test_types_are_written_in_words(type_, words):

@@ -13,7 +13,9 @@ from posttrain.blocks.loader import MapLoader, StreamLoader, ahead, collate
 from posttrain.blocks.packing import best_fit, plan
 
 
-def loader(kind: str, rank: int = 0, world: int = 1, micro: int = 2, seed: int = 7, packing: bool = True, **more: Any) -> Any:
+def loader(
+    kind: str, rank: int = 0, world: int = 1, micro: int = 2, seed: int = 7, packing: bool = True, **more: Any
+) -> Any:
     shape = {"max_length": 64, "packing": packing, "micro_batch_size": micro, "rank": rank, "world_size": world,
              "seed": seed, "pad_id": 0}  # fmt: skip
     if kind == "map":

@@ -73,7 +73,11 @@ def thinking(messages: list[Message]) -> Pieces:
             thought, content = thought.removeprefix("<think>").strip("\n"), content.lstrip("\n")
         if m["role"] == "assistant" and i > last:
             content = f"<think>\n{thought.strip(chr(10))}\n</think>\n\n{content.lstrip(chr(10))}"
-        pieces += [(f"<|im_start|>{m['role']}\n", False), (f"{content}<|im_end|>", m["role"] == "assistant"), ("\n", False)]
+        pieces += [
+            (f"<|im_start|>{m['role']}\n", False),
+            (f"{content}<|im_end|>", m["role"] == "assistant"),
+            ("\n", False),
+        ]
     return pieces
 
 
@@ -83,7 +87,10 @@ def opened(messages: list[Message]) -> Pieces:
     for m in messages:
         if m["role"] == "assistant":
             thought = m.get("reasoning_content", "")
-            pieces += [("<|im_start|>assistant\n<think>\n", False), (f"{thought}</think>{m['content']}<|im_end|>", True)]
+            pieces += [
+                ("<|im_start|>assistant\n<think>\n", False),
+                (f"{thought}</think>{m['content']}<|im_end|>", True),
+            ]
         else:
             pieces += [(f"<|im_start|>{m['role']}\n{m['content']}<|im_end|>", False)]
         pieces += [("\n", False)]
@@ -111,7 +118,11 @@ def renamed(messages: list[Message]) -> Pieces:
     pieces: Pieces = [("<s>", False)]
     for m in messages:
         name = "model" if m["role"] == "assistant" else m["role"]
-        pieces += [(f"<start_of_turn>{name}\n", False), (f"{m['content'].strip()}<end_of_turn>", name == "model"), ("\n", False)]
+        pieces += [
+            (f"<start_of_turn>{name}\n", False),
+            (f"{m['content'].strip()}<end_of_turn>", name == "model"),
+            ("\n", False),
+        ]
     return pieces
 
 
@@ -127,7 +138,12 @@ def bare(messages: list[Message]) -> Pieces:
 
 
 def parts(messages: list[Message]) -> Pieces:
-    return chatml([{**m, "content": "".join(p["text"] for p in m["content"])} if isinstance(m["content"], list) else m for m in messages])
+    return chatml(
+        [
+            {**m, "content": "".join(p["text"] for p in m["content"])} if isinstance(m["content"], list) else m
+            for m in messages
+        ]
+    )
 
 
 def channels(messages: list[Message]) -> Pieces:
@@ -137,7 +153,10 @@ def channels(messages: list[Message]) -> Pieces:
         if m["role"] == "assistant":
             thought = m.get("reasoning_content")
             said = f"<|channel|>analysis<|message|>{thought}<|end|><|start|>assistant" if thought else ""
-            pieces += [("<|start|>assistant", False), (f"{said}<|channel|>final<|message|>{m['content']}<|return|>", True)]
+            pieces += [
+                ("<|start|>assistant", False),
+                (f"{said}<|channel|>final<|message|>{m['content']}<|return|>", True),
+            ]
         else:
             pieces += [(f"<|start|>{m['role']}<|message|>{m['content']}<|end|>", False)]
     return pieces
@@ -251,7 +270,11 @@ CONVERSATIONS = {
 
 FITS = {  # conversations that only some templates can show
     "reasoning": ("qwen 3 (history rewritten)", "qwq (the prompt opens the thinking)", "harmony (channels)"),
-    "reasoning in two turns": ("qwen 3 (history rewritten)", "qwq (the prompt opens the thinking)", "harmony (channels)"),
+    "reasoning in two turns": (
+        "qwen 3 (history rewritten)",
+        "qwq (the prompt opens the thinking)",
+        "harmony (channels)",
+    ),
     "tool calls": ("qwen 2.5 (tool calls)",),
     "a tool call without text": ("qwen 2.5 (tool calls)",),
     "parts": ("content parts",),
@@ -287,7 +310,7 @@ def test_the_trained_tokens_are_exactly_the_replies(name: str, kind: str) -> Non
 
 
 BROKEN = {
-    "changes the text": (CHATML.replace("m.content", "m.content | upper"), "changes or inspects the text"),
+    "cuts the text": (CHATML.replace("m.content", "m.content[:3]"), "cuts the text|changes or inspects"),
     "writes it twice": (CHATML.replace("m.content +", "m.content + '|' + m.content +") + ASK, "more than once"),
     "ends no turn": (CHATML.replace("<|im_end|>", "") + ASK, "never learn to stop"),
     "ends all but the last turn": (

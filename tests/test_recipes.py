@@ -12,7 +12,10 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from posttrain.errors import RecipeError
+import posttrain
+from posttrain import registry
+from posttrain.errors import RecipeError, RegistryError
+from posttrain.explain import explain
 from posttrain.recipe import dump, load
 from posttrain.registry import block, key
 from posttrain.trainers.sft import SFTTrainer
@@ -147,6 +150,16 @@ def test_blocks_check_themselves_while_others_are_still_wrong(tmp_path):
 
 
 # -- what a recipe can say ------------------------------------------------------------
+
+
+def test_a_recipe_is_the_constructor_in_yaml(tmp_path):
+    made = load(recipe(tmp_path, GOOD + "optimizer: {lr: 1e-5}\nscheduler: linear\n"), ["optimizer.weight_decay=0.1"])
+    by_hand = posttrain.SFTTrainer(
+        model=posttrain.HFModel(name_or_path="org/model"),
+        data=posttrain.SFTData(sources=[posttrain.Source(name_or_path="org/dataset")]),
+        optimizer=posttrain.AdamW(lr=1e-5, weight_decay=0.1), scheduler=posttrain.Linear(),
+    )  # fmt: skip
+    assert as_data(made) == as_data(by_hand)
 
 
 def test_the_recipe_of_arctic_trainings_blog_reads_naturally(tmp_path):
@@ -638,12 +651,57 @@ def test_the_traceback_of_user_code_stays_chained(tmp_path, clean_imports):
     assert isinstance(caught.value.__cause__, ZeroDivisionError)
 
 
+def test_a_run_of_user_code_writes_a_recipe_that_runs_again(tmp_path, clean_imports, tiny_model, sums):
+    recipe(
+        tmp_path,
+        """\
+        import torch
+        from posttrain import SFTTrainer, block
+
+        @block("optimizer", "test-sgd")
+        class SGD:
+            lr: float
+            def build(self, model):
+                return torch.optim.SGD(model.parameters(), self.lr)
+
+        @block("trainer", "test-scaled")
+        class Scaled(SFTTrainer):
+            scale: float = 0.5
+            def loss(self, batch):
+                return super().loss(batch) * self.scale
+        """,
+        "my_method.py",
+    )
+    text = f"""\
+        code: my_method.py
+        type: test-scaled
+        scale: 0.25
+        model: {{name_or_path: {tiny_model}}}
+        data: {{sources: [{sums}]}}
+        optimizer: {{type: test-sgd, lr: 1e-3}}
+        accelerator: cpu
+        logger: []
+        checkpoint: []
+        output_dir: {tmp_path}/run
+        max_steps: 2
+        """
+    assert load(recipe(tmp_path, text)).train().step == 2
+    assert load(tmp_path / "run" / "recipe.yaml").scale == 0.25
+
+
+def test_code_beside_a_recipe_is_not_run_unless_it_is_named(tmp_path):
+    (tmp_path / "train.py").write_text("raise SystemExit('I was run')\n")
+    load(recipe(tmp_path, GOOD))
+
+
 def test_code_must_name_files(tmp_path):
     assert errors(tmp_path, f"code: 5\n{GOOD}") == ["r.yaml:1: code: expected a list, got 5"]
     assert errors(tmp_path, f"code: [5]\n{GOOD}") == ["r.yaml:1: code.0: expected a path, got 5"]
 
 
-def test_annotations_that_cannot_be_resolved_are_a_message(tmp_path):
+def test_annotations_that_cannot_be_resolved_are_a_message(tmp_path, monkeypatch):
+    monkeypatch.setattr(registry, "_blocks", dict(registry._blocks))  # others list all blocks
+
     @block("callback", "test-unresolved")
     class Unresolved:
         x: "Nowhere" = 1  # type: ignore[name-defined]  # noqa: F821
@@ -652,6 +710,8 @@ def test_annotations_that_cannot_be_resolved_are_a_message(tmp_path):
     assert found == [
         "r.yaml:6: callbacks.0: the annotations of Unresolved cannot be resolved: name 'Nowhere' is not defined"
     ]
+    with pytest.raises(RegistryError, match="cannot be resolved: name 'Nowhere' is not defined"):
+        explain("callback", "test-unresolved")
 
 
 def test_validators_may_look_at_other_fields(tmp_path):

@@ -133,7 +133,15 @@ def damage(folder: Path, how: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "how", ["a flipped bit", "a truncated file", "a missing file", "an unreadable manifest", "an edited manifest", "no manifest"]
+    "how",
+    [
+        "a flipped bit",
+        "a truncated file",
+        "a missing file",
+        "an unreadable manifest",
+        "an edited manifest",
+        "no manifest",
+    ],
 )
 def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(
     tmp_path: Path, how: str, caplog: pytest.LogCaptureFixture
@@ -176,7 +184,9 @@ def test_only_the_newest_checkpoints_are_kept(tmp_path: Path) -> None:
 
 
 def test_checkpoints_at_the_end_of_passes(tmp_path: Path) -> None:
-    long(tmp_path, checkpoint=[Resume(every=None, every_epochs=1, keep=99, at_end=False)], packing=False, rows=20).train()
+    long(
+        tmp_path, checkpoint=[Resume(every=None, every_epochs=1, keep=99, at_end=False)], packing=False, rows=20
+    ).train()
     assert [found.name for found in checkpoints(tmp_path)] == ["step-00000010", "step-00000005"]
 
 

@@ -6,6 +6,7 @@ variable-length flash attention (`torch.nn.attention.varlen`); elsewhere one
 `scaled_dot_product_attention` per document. Outside of `packed()`, as in `generate`, it is sdpa.
 """
 
+import itertools
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -82,9 +83,9 @@ def packed_attention(
             _refuse(module, "uses attention dropout")
         assert max_length_q is not None
         window = (-1 if sliding_window is None else sliding_window - 1, 0)
-        flat = (x.transpose(1, 2).flatten(0, 1) for x in (query, key, value))
+        q, k, v = (x.transpose(1, 2).flatten(0, 1) for x in (query, key, value))
         out = varlen_attn(
-            *flat, cu_seq_lens_q, cu_seq_lens_q, max_length_q, max_length_q,
+            q, k, v, cu_seq_lens_q, cu_seq_lens_q, max_length_q, max_length_q,
             scale=scaling, window_size=window, enable_gqa=query.shape[1] != key.shape[1],
         )  # fmt: skip
         return out.view(query.shape[0], query.shape[2], *out.shape[1:]), None  # type: ignore[union-attr]
@@ -93,11 +94,17 @@ def packed_attention(
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]
 def _by_document(
-    query: Tensor, key: Tensor, value: Tensor, cu_seq_lens: Tensor, dropout: float, scale: float | None, window: int | None
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cu_seq_lens: Tensor,
+    dropout: float,
+    scale: float | None,
+    window: int | None,
 ) -> Tensor:
     width, begins = query.shape[2], cu_seq_lens.tolist()
     rows: list[list[Tensor]] = [[] for _ in range(query.shape[0])]
-    for begin, end in zip(begins, begins[1:], strict=False):
+    for begin, end in itertools.pairwise(begins):
         row, at = divmod(begin, width)
         part = slice(at, at + end - begin)
         mask = None
@@ -105,10 +112,15 @@ def _by_document(
             mask = torch.ones(end - begin, end - begin, dtype=torch.bool, device=query.device).tril().triu(1 - window)
         rows[row].append(
             F.scaled_dot_product_attention(
-                query[row : row + 1, :, part], key[row : row + 1, :, part], value[row : row + 1, :, part],
-                attn_mask=mask, dropout_p=dropout, is_causal=mask is None, scale=scale,
+                query[row : row + 1, :, part],
+                key[row : row + 1, :, part],
+                value[row : row + 1, :, part],
+                attn_mask=mask,
+                dropout_p=dropout,
+                is_causal=mask is None,
+                scale=scale,
                 enable_gqa=query.shape[1] != key.shape[1],
-            )  # fmt: skip
+            )
         )
     return torch.cat([torch.cat(parts, dim=2) for parts in rows]).transpose(1, 2)
 

@@ -7,9 +7,8 @@ Without the markers the second rendering must be the first, to the letter; other
 """
 
 import re
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 from datetime import datetime
-from functools import cached_property
 from typing import Any
 
 import attrs
@@ -23,7 +22,8 @@ TAG = re.compile(r"</?[A-Za-z_]\w*>")
 REASONING = ("reasoning_content", "thinking", "reasoning")
 STOPS = (
     "<|im_end|>", "<|eot_id|>", "<|eom_id|>", "<end_of_turn>", "<|end|>", "<|return|>", "<|call|>", "</s>",
-    "<|endoftext|>", "<|end▁of▁sentence|>", "<|end_of_text|>", "<|eot|>", "<turn|>", "[e~[", "<｜end▁of▁sentence｜>",
+    "<|endoftext|>", "<|end▁of▁sentence|>", "<|end_of_text|>", "<|eot|>", "<turn|>", "[e~[",
+    "<｜end▁of▁sentence｜>",  # noqa: RUF001
 )  # fmt: skip
 """Tokens that end a turn in the templates in use; they count where the tokenizer has them as special tokens."""
 TODAY = datetime(2024, 7, 26)
@@ -286,9 +286,13 @@ def stop_tokens(tokenizer: Any) -> set[str]:
     config = Path(tokenizer.name_or_path) / "generation_config.json"
     if config.is_file():
         ids = json.loads(config.read_text(encoding="utf-8")).get("eos_token_id")
-        stops |= {tokenizer.convert_ids_to_tokens(i) for i in (ids if isinstance(ids, list) else [ids]) if i is not None}
+        stops |= {
+            tokenizer.convert_ids_to_tokens(i) for i in (ids if isinstance(ids, list) else [ids]) if i is not None
+        }
     if not stops:
-        raise DataError("the tokenizer has no eos token and none that ends a turn, so the model could not learn to stop")
+        raise DataError(
+            "the tokenizer has no eos token and none that ends a turn, so the model could not learn to stop"
+        )
     return stops
 
 

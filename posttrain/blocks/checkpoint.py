@@ -99,9 +99,10 @@ class Resume:
         except (OSError, RuntimeError) as error:  # torch's writer hides the disk's error behind one of its own
             shutil.rmtree(aside, ignore_errors=True)
             cause = error if isinstance(error, OSError) else error.__context__
+            why = cause.strerror if isinstance(cause, OSError) else error
             free = shutil.disk_usage(run.output_dir).free
             return (
-                f"the checkpoint of step {run.step} could not be saved to {run.output_dir}: {getattr(cause, 'strerror', error)} "
+                f"the checkpoint of step {run.step} could not be saved to {run.output_dir}: {why} "
                 f"({free / 2**20:.0f} MiB free); earlier checkpoints are untouched. Make room and run again to go on"
             )
         return None

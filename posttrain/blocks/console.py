@@ -48,7 +48,9 @@ class ConsoleLogger:
         if due and self.console.is_terminal:
             self.progress.update(self.task, completed=step, news=self.news(metrics))
         elif due:
-            self.console.print(f"step {step}/{self.run.max_steps}  {self.news(metrics)}  {self.left(step)}", highlight=False)
+            self.console.print(
+                f"step {step}/{self.run.max_steps}  {self.news(metrics)}  {self.left(step)}", highlight=False
+            )
         found = "  ".join(f"{name} {value:.4f}" for name, value in metrics.items() if name.startswith("eval_"))
         if found and self.console.is_terminal:
             self.console.print(f"step {step}/{self.run.max_steps}  {found}", highlight=False)

@@ -10,7 +10,7 @@ from attrs.validators import and_, ge, gt, lt, min_len
 
 from posttrain.blocks.chat import ChatRenderer
 from posttrain.blocks.encode import ChatEncoder, Encoder, TextEncoder, Token
-from posttrain.blocks.loader import Document, MapLoader, RowLoader, StreamLoader
+from posttrain.blocks.loader import Document, MapLoader, StreamLoader
 from posttrain.blocks.readers import Row
 from posttrain.blocks.schemas import Refused, conversation
 from posttrain.blocks.sources import Source
@@ -140,7 +140,7 @@ class Data:
 
     def _streaming(self, tokenizer: Any, shape: dict[str, Any]) -> Loaders:
         encoding = StreamEncoding(self.encoder(tokenizer), self.limits, [source.label for source in self.sources])
-        train: RowLoader = StreamLoader(
+        train = StreamLoader(
             stream=Stream(self.sources, shape["seed"]), encode=encoding.encode, window=self.window, **shape
         )
         held_out, ledger = None, {"sources": encoding.ledger}

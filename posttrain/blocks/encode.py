@@ -24,9 +24,14 @@ Token: TypeAlias = tuple[str, bool, str]
 class Encoder(Protocol):
     """Turns rows into documents."""
 
-    def encode(self, rows: list[Values]) -> list[Encoded]: ...
-    def show(self, row: Values) -> list[Token]: ...
-    def fingerprint(self) -> str: ...
+    def encode(self, rows: list[Values]) -> list[Encoded]:
+        """Encode many rows at once."""
+
+    def show(self, row: Values) -> list[Token]:
+        """Return a row's tokens for a person to look at; raises Refused if it cannot be trained on."""
+
+    def fingerprint(self) -> str:
+        """Return a hash of everything that decides what a row becomes."""
 
 
 @attrs.define

@@ -31,18 +31,29 @@ T = TypeVar("T")
 class Documents(Protocol):
     """Tokenized documents at rest (see store.py)."""
 
-    lengths: "np.ndarray"
-    source: "np.ndarray"
-    weights: list[float]
+    @property
+    def lengths(self) -> "np.ndarray":
+        """[documents], in tokens."""
+
+    @property
+    def source(self) -> "np.ndarray":
+        """[documents], the number of the source."""
+
+    @property
+    def weights(self) -> list[float]:
+        """[sources], how often a pass sees each row."""
 
     def __len__(self) -> int: ...
-    def doc(self, index: int) -> Document: ...
+
+    def doc(self, index: int) -> Document:
+        """Return token ids and mask."""
 
 
 class Stream(Protocol):
     """Raw rows in their own order, with a state from which reading can go on (see sources.py)."""
 
-    def read(self, epoch: int, state: dict[str, Any] | None) -> Iterator[tuple[Any, int, dict[str, Any]]]: ...
+    def read(self, epoch: int, state: dict[str, Any] | None) -> Iterator[tuple[Any, int, dict[str, Any]]]:
+        """Yield one pass: each row with the number of its source, and the state after it."""
 
 
 def collate(rows: list[list[Document]], pad_id: int) -> Batch:
@@ -295,6 +306,7 @@ def ahead(items: Iterator[T]) -> Iterator[T]:
                 return made.put(entry, timeout=0.1)
             except queue.Full:
                 continue
+        return None
 
     def work() -> None:
         try:
@@ -317,4 +329,3 @@ def ahead(items: Iterator[T]) -> Iterator[T]:
             yield item  # type: ignore[misc]
     finally:
         closed.set()
-

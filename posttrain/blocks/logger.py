@@ -26,7 +26,7 @@ class TensorBoard:
 
     def build(self, run: "Run") -> Logger:
         """Return Lightning's TensorBoard logger; what an earlier process wrote after its last checkpoint is purged."""
-        from lightning.fabric.loggers import TensorBoardLogger
+        from lightning.fabric.loggers.tensorboard import TensorBoardLogger
 
         return TensorBoardLogger(run.output_dir, name="tensorboard", version="", purge_step=run.step + 1)
 

@@ -127,7 +127,9 @@ class HFModel:
                 )
         except (OSError, ValueError, ImportError) as error:
             raise RecipeError(f"model {self.name_or_path!r} cannot be loaded: {error}") from error
-        fits = hf._supports_attention_backend and hf._supports_sdpa and not hf.is_remote_code() and not _softcaps(config)
+        fits = (
+            hf._supports_attention_backend and hf._supports_sdpa and not hf.is_remote_code() and not _softcaps(config)
+        )
         if self.attn_implementation == "auto" and fits:
             hf.set_attn_implementation(attention.NAME)
         return hf

@@ -73,7 +73,8 @@ def table(source: Source, encoder: Encoder, cache: Path) -> Table:
                 build(source, reader, encoder, folder)
     except OSError as error:
         raise DataError(
-            f"the cache folder {cache} cannot be written: {error.strerror or error}; set data.cache_dir or $POSTTRAIN_CACHE"
+            f"the cache folder {cache} cannot be written: {error.strerror or error}; "
+            "set data.cache_dir or $POSTTRAIN_CACHE"
         ) from error
     return opened(folder, source.label)
 
@@ -227,7 +228,9 @@ def documents(
     refuse_overlong(ledger, limits)
     starts, lengths, source, supervised = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
     if not len(starts):
-        raise DataError("nothing is left to train on:\n" + "\n".join(f"  {name}: {found}" for name, found in ledger.items()))
+        raise DataError(
+            "nothing is left to train on:\n" + "\n".join(f"  {name}: {found}" for name, found in ledger.items())
+        )
     return Documents(tables, starts, lengths.astype(np.int32), source, supervised, weights), ledger
 
 
@@ -277,7 +280,9 @@ def refuse_invalid(tables: Iterable[Table], limits: Limits) -> None:
     ]
     if lines and limits.invalid == "error":
         raise DataError(
-            "some rows cannot be trained on:\n" + "\n".join(lines) + "\nmend them, or leave them out with data.invalid=drop"
+            "some rows cannot be trained on:\n"
+            + "\n".join(lines)
+            + "\nmend them, or leave them out with data.invalid=drop"
         )
 
 

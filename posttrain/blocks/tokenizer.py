@@ -44,7 +44,9 @@ class HFTokenizer:
         except (OSError, ValueError, ImportError, KeyError) as error:
             raise RecipeError(f"tokenizer {name!r} cannot be loaded: {error}") from error
         if not tokenizer.is_fast:
-            raise RecipeError(f"tokenizer {name!r} is not a fast one: it cannot say which characters a token stands for")
+            raise RecipeError(
+                f"tokenizer {name!r} is not a fast one: it cannot say which characters a token stands for"
+            )
         if self.chat_template is not None:
             tokenizer.chat_template = template_text(self.chat_template)
             vocabulary = tokenizer.get_vocab()

@@ -21,7 +21,9 @@ class SFTTrainer(Trainer):
 
     def loss(self, batch: Batch) -> "Tensor":
         """Return the mean negative log-likelihood of the supervised tokens, in nats."""
-        return self.run.model(batch) / batch["weight"]
+        nll: Tensor = self.run.model(batch)
+        weight: int = batch["weight"]
+        return nll / weight
 
 
 @block("trainer", "causal")
