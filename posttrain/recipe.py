@@ -156,9 +156,12 @@ def _import_code(data: dict[str, Any], folder: Path) -> None:
     files = files if isinstance(files, list) else [files]
     if not all(isinstance(file, str) and "\0" not in file for file in files):
         return  # `structure` says what is wrong
-    resolved = [(folder / file).expanduser().absolute() for file in files]
-    for file in resolved:
-        _import_file(file)
+    try:
+        resolved = [(folder / Path(file).expanduser()).absolute() for file in files]
+        for file in resolved:
+            _import_file(file)
+    except (OSError, RuntimeError) as error:  # a name too long, the home of nobody
+        raise RecipeError(str(error)) from error
     if resolved:
         data["code"] = [str(file) for file in resolved]
 

@@ -11,6 +11,7 @@ import attrs
 
 from posttrain.errors import TrainingError
 from posttrain.interfaces import Batch, Loaders, Logger, Position
+from posttrain.launch import all_reduce
 
 if TYPE_CHECKING:
     from lightning.fabric import Fabric
@@ -113,7 +114,7 @@ def _summed(values: "dict[tuple[int, str], float | Tensor]", fabric: "Fabric") -
     all_gather_object(keys, sorted(mine))
     known = sorted({tuple(key) for rank in keys for key in rank})
     stacked = torch.tensor([mine.get(key, 0.0) for key in known], dtype=torch.float64, device=fabric.device)
-    return dict(zip(known, fabric.all_reduce(stacked, reduce_op="sum").tolist(), strict=True))  # type: ignore[union-attr]
+    return dict(zip(known, all_reduce(fabric, stacked).tolist(), strict=True))
 
 
 @attrs.define(slots=False, kw_only=True)

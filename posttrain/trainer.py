@@ -35,7 +35,7 @@ from posttrain.interfaces import (
     StrategyBlock,
     TokenizerBlock,
 )  # fmt: skip
-from posttrain.launch import make_fabric, reseed
+from posttrain.launch import all_reduce, make_fabric, reseed
 from posttrain.registry import default, key
 from posttrain.run import Metrics, Run
 from posttrain.signals import Signals
@@ -153,7 +153,7 @@ class Trainer:
         run, mine = self.run, float(sum(batch["weight"] for batch in batches))
         total: float | Tensor = mine
         if run.fabric.world_size > 1:
-            total = run.fabric.strategy.all_reduce(torch.tensor(mine, device=run.fabric.device), reduce_op="sum")
+            total = all_reduce(run.fabric, torch.tensor(mine, device=run.fabric.device))
         if mine == 0 and float(total) == 0:  # only then is the device waited for
             raise TrainingError(
                 f"step {run.step + 1}: none of its {run.rows_per_step} rows has anything to learn from "
@@ -183,6 +183,7 @@ class Trainer:
             self.run.first_step = self.run.step
             with folder.logged(self.run, self.logger):
                 self.fit()
+            self.run.fabric.barrier()  # no rank leaves while another is still writing
         return self.run
 
     def fit(self) -> None:

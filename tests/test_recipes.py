@@ -617,6 +617,8 @@ def test_a_trainer_of_ones_own_adds_keys(tmp_path, clean_imports):
     ("name", "code", "message"),
     [
         ("my_missing.py", None, "code: there is no file"),
+        ("~nobody-of-this-name/my_x.py", None, "code: Could not determine home directory"),
+        ("a" * 300 + ".py", None, "File name too long"),
         ("json.py", "", "a module 'json' exists already"),
         ("attrs.py", "", "rename attrs.py"),
         ("my-code.py", "", "give it a name like my_blocks.py"),
@@ -676,7 +678,7 @@ def test_a_run_of_user_code_writes_a_recipe_that_runs_again(tmp_path, clean_impo
         code: my_method.py
         type: test-scaled
         scale: 0.25
-        model: {{name_or_path: {tiny_model}}}
+        model: {{name_or_path: {tiny_model}, revision: "1e5"}}
         data: {{sources: [{sums}]}}
         optimizer: {{type: test-sgd, lr: 1e-3}}
         accelerator: cpu
@@ -686,7 +688,8 @@ def test_a_run_of_user_code_writes_a_recipe_that_runs_again(tmp_path, clean_impo
         max_steps: 2
         """
     assert load(recipe(tmp_path, text)).train().step == 2
-    assert load(tmp_path / "run" / "recipe.yaml").scale == 0.25
+    again = load(tmp_path / "run" / "recipe.yaml")
+    assert (again.scale, again.model.revision) == (0.25, "1e5")
 
 
 def test_code_beside_a_recipe_is_not_run_unless_it_is_named(tmp_path):
