@@ -23,6 +23,9 @@ TITLES = {
 }
 """Metrics drawn unless others are asked for -> title, unit."""
 
+STEADY = ("lr", "tokens_per_second")
+"""Metrics that are not smoothed, and whose axis begins at 0."""
+
 COLOURS = ("#2563eb", "#ea580c", "#059669", "#9333ea", "#dc2626", "#0891b2", "#ca8a04", "#4b5563")
 STYLE = {
     "figure.dpi": 150, "font.size": 9, "axes.titlesize": 10, "axes.titleweight": "bold", "axes.titlelocation": "left",
@@ -152,7 +155,7 @@ def _panel(axis: "Axes", metric: str, curves: dict[str, dict[str, Curve]]) -> No
         colour = COLOURS[index % len(COLOURS)]
         if metric in found:
             steps, values = found[metric]
-            if smoothed := smoothed or (metric != "lr" and len(values) >= 60):
+            if smoothed := smoothed or (metric not in STEADY and len(values) >= 60):
                 axis.plot(steps, values, color=colour, alpha=0.22, lw=0.8)
             axis.plot(steps, smooth(values) if smoothed else values, color=colour, lw=1.6)
         if evaluation in found:
@@ -164,7 +167,7 @@ def _panel(axis: "Axes", metric: str, curves: dict[str, dict[str, Curve]]) -> No
     axis.margins(x=0.02)
     axis.yaxis.set_major_formatter(lambda value, _: _tick(value))
     bottom, top = axis.get_ylim()
-    if 0 < bottom < 0.4 * top or (metric == "tokens_per_second" and bottom > 0):
+    if 0 < bottom < 0.4 * top or (metric in STEADY and top > 0):
         axis.set_ylim(bottom=0)  # where that costs little: a curve cut off at its bottom overstates how much changed
 
 

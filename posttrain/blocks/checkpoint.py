@@ -14,6 +14,7 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from attrs.converters import optional as or_none
 from attrs.validators import gt, optional
 
 from posttrain.errors import CheckpointError
@@ -112,7 +113,7 @@ class Resume:
 class HuggingFace:
     """The model and the tokenizer, as transformers and vLLM load them."""
 
-    output_dir: Path | None = None
+    output_dir: Path | None = key(None, convert=or_none(Path))
     """Defaults to `huggingface` inside the run's folder."""
     every: int | None = key(None, also=("save_every_n_steps",), check=optional(gt(0)))
     """Optimizer steps between exports, each into a folder `step-N` of its own; null for none."""
