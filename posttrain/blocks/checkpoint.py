@@ -63,6 +63,7 @@ class Resume:
             )
         load_state(run, found / "state.pt")
         run.step, run.epoch, run.position = manifest["step"], manifest["epoch"], manifest["position"]
+        run.memory = manifest["memory"]
 
     def save(self, run: "Run", at_end: bool) -> None:
         """Save if it is time to, and remove the oldest checkpoints beyond `keep`.
@@ -86,7 +87,7 @@ class Resume:
             write_state(state_of(run), aside / "state.pt")
             manifest = {
                 "format": FORMAT, "step": run.step, "epoch": run.epoch, "position": run.position,
-                "rows_per_step": run.rows_per_step, "world_size": run.fabric.world_size,
+                "memory": run.memory, "rows_per_step": run.rows_per_step, "world_size": run.fabric.world_size,
                 "files": {file.name: describe(file) for file in sorted(aside.iterdir())},
             }  # fmt: skip
             write_synced(aside / "manifest.json", json.dumps({**manifest, "seal": seal(manifest)}, indent=1).encode())
