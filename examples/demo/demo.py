@@ -14,7 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 import posttrain
-from posttrain import show
+from posttrain import plot
 
 FOLDER = Path("runs/demo")
 RECIPE = Path(__file__).parent / "recipe.yaml"
@@ -94,7 +94,7 @@ def main(overrides: list[str]) -> None:
     tokenizer = transformers.AutoTokenizer.from_pretrained(exported)
     console.print("[bold]after training[/], through plain transformers:")
     console.print(comparison(questions, before, answers(model, tokenizer, questions), right))
-    show.curves([run.output_dir], None, run.output_dir / "curves.png")
+    plot.curves([run.output_dir], None, run.output_dir / "curves.png")
     places = Table.grid(padding=(0, 2))
     places.add_row("trained in", f"{seconds:.0f} s")
     places.add_row("curves", str(run.output_dir / "curves.png"))

@@ -43,7 +43,8 @@ def chats(count: int, seed: int) -> list[dict]:
     chance = random.Random(seed)
     found = []
     for _ in range(count):
-        word = "".join(chance.choices(string.ascii_lowercase, k=chance.randint(3, 6)))
+        letters = chance.sample(string.ascii_lowercase, k=chance.randint(2, 26))  # few: they repeat, as in banana
+        word = "".join(chance.choices(letters, k=chance.randint(3, 6)))
         found += [chat(question, word) for question in chance.choices(list(SKILLS), SHARES)]
     return found
 
