@@ -64,7 +64,7 @@ def test_the_commands_exist() -> None:
     lines = [shlex.split(line, comments=True) for line in TEXT.splitlines() if line.startswith("posttrain ")]
     assert len(lines) >= 6
     for _, *arguments in lines:
-        cli.parser().parse_args(arguments)
+        cli.parse_arguments(arguments)
 
 
 def test_the_file_tree_names_every_file() -> None:
