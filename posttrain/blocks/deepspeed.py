@@ -52,8 +52,6 @@ class Engine(DeepSpeedStrategy):
 
     def __init__(self, config: dict[str, Any]) -> None:
         os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
-        import deepspeed  # noqa: F401  # an error here is about the installation, and is reported as such
-
         super().__init__(config={**config, **OURS})
         self._backward_sync_control = _EveryMicroBatchSyncs()
 
@@ -77,7 +75,8 @@ class Engine(DeepSpeedStrategy):
             super()._setup_distributed()
             return
         # An op that speeds up small messages would be compiled here, for minutes; training does not need it.
-        importlib.import_module("deepspeed.comm.torch").build_shm_op = lambda: None
+        comm: Any = importlib.import_module("deepspeed.comm.torch")
+        comm.build_shm_op = lambda: None
         reset_seed()
         self._set_world_ranks()
         self._init_deepspeed_distributed()

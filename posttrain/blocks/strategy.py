@@ -1,5 +1,6 @@
 """How ranks share the work: Lightning Fabric strategies."""
 
+import importlib.util
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -70,8 +71,8 @@ class DeepSpeed:
         Raises:
             RecipeError: deepspeed is not installed.
         """
-        try:
-            from posttrain.blocks.deepspeed import Engine
-        except ImportError:
-            raise RecipeError("strategy: deepspeed is not installed: pip install 'posttrain[deepspeed]'") from None
+        if not importlib.util.find_spec("deepspeed"):
+            raise RecipeError("strategy: deepspeed is not installed: pip install 'posttrain[deepspeed]'")
+        from posttrain.blocks.deepspeed import Engine
+
         return Engine({name: value for name, value in self.config.items() if name not in OWNED})
