@@ -1,0 +1,284 @@
+"""Rows of files, folders and hub datasets, each with its place and the position to go on from.
+
+Files are read here and not through `datasets`, so that a damaged one is reported with its name and line, and so
+that a reader can be put back to any row: a JSONL file by byte offset, everything else by row number.
+"""
+
+import csv
+import gzip
+import hashlib
+import json
+import re
+import sys
+from collections.abc import Iterator
+from itertools import chain
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any, NamedTuple, Protocol
+
+import attrs
+
+from posttrain.errors import DataError
+
+if TYPE_CHECKING:
+    from datasets import Dataset, IterableDataset
+
+FORMATS = (".jsonl", ".ndjson", ".json", ".csv", ".parquet")
+SPLITS = {"train", "test", "valid", "validation", "val", "dev", "eval"}
+Values = dict[str, Any]
+
+
+class Row(NamedTuple):
+    """One row of a source."""
+
+    values: Values
+    number: int
+    """Counted from 0 within the source."""
+    place: str
+    """Where a person finds it: `file.jsonl:12`, `name[train] row 11`."""
+
+
+class Reader(Protocol):
+    """What a source is read through; `at` is a JSON-able position, None for the beginning."""
+
+    def rows(self, at: Any) -> Iterator[tuple[Values, str, Any]]:
+        """Yield (values, place, position after this row)."""
+
+    def fingerprint(self) -> str:
+        """Return a hash that changes with the content."""
+
+
+@attrs.frozen
+class LocalFiles:
+    """Files of one format, read one after the other."""
+
+    paths: list[Path]
+
+    def rows(self, at: Any) -> Iterator[tuple[Values, str, Any]]:
+        """Yield rows; the position is [index of the file, position within it]."""
+        first, within = at or (0, None)
+        for index, path in enumerate(self.paths[first:], first):
+            read, unit = FILE_READERS[format_of(path)]
+            try:
+                for values, number, after in read(path, within):
+                    yield values, f"{path}{unit}{number}", [index, after]
+            except (OSError, EOFError) as error:
+                raise DataError(f"{path} cannot be read: {error}") from error
+            within = None
+
+    def fingerprint(self) -> str:
+        """Return the sha256 over names and bytes of all files."""
+        whole = hashlib.sha256()
+        for path in self.paths:
+            with open(path, "rb") as file:
+                whole.update(f"{path.name}\0{hashlib.file_digest(file, 'sha256').hexdigest()}\n".encode())
+        return whole.hexdigest()
+
+
+@attrs.frozen
+class ArrowRows:
+    """A `datasets.Dataset` on disk."""
+
+    dataset: "Dataset"
+    label: str
+
+    def rows(self, at: Any) -> Iterator[tuple[Values, str, Any]]:
+        """Yield rows; the position is the number of the next row."""
+        number = at or 0
+        for batch in self.dataset.select(range(number, len(self.dataset))).iter(batch_size=512):
+            columns = list(batch)
+            for values in zip(*batch.values(), strict=True):
+                number += 1
+                yield dict(zip(columns, values, strict=True)), f"{self.label} row {number - 1}", number
+
+    def fingerprint(self) -> str:
+        """Return the fingerprint that `datasets` keeps of the content."""
+        return str(self.dataset._fingerprint)
+
+
+@attrs.frozen
+class HubStream:
+    """A `datasets.IterableDataset`: rows come over the network as they are needed."""
+
+    dataset: "IterableDataset"
+    label: str
+
+    def rows(self, at: Any) -> Iterator[tuple[Values, str, Any]]:
+        """Yield rows; the position is [rows so far, `IterableDataset.state_dict()`]."""
+        number, state = at or (0, None)
+        dataset = self.dataset.skip(0)  # a copy: two passes must not share one position
+        if state is not None:
+            dataset.load_state_dict(state)
+        for values in dataset:
+            number += 1
+            yield dict(values), f"{self.label} row {number - 1}", [number, dataset.state_dict()]
+
+    def fingerprint(self) -> str:
+        """Refuse: what has not been read cannot be hashed."""
+        raise DataError(f"{self.label} is a stream; streams are not cached")
+
+
+def format_of(path: Path) -> str | None:
+    """Return the suffix that tells the format (`.jsonl` for `a.jsonl.gz`), or None if it is none of ours.
+
+    >>> format_of(Path("a/b.jsonl.gz")), format_of(Path("b.txt"))
+    ('.jsonl', None)
+    """
+    suffixes = [s.lower() for s in path.suffixes[-2:]]
+    if suffixes and suffixes[-1] == ".gz":
+        suffixes.pop()
+    return suffixes[-1] if suffixes and suffixes[-1] in FORMATS else None
+
+
+def local_reader(path: Path, split: str) -> Reader:
+    """Open a file, a folder of files, or a folder that `Dataset.save_to_disk` wrote.
+
+    Raises:
+        DataError: nothing is there, or nothing in it can be read.
+    """
+    if path.is_file():
+        if format_of(path) is None:
+            raise DataError(f"{path}: unknown format (known: {', '.join(FORMATS)}; all but parquet also with .gz)")
+        return LocalFiles([path])
+    if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
+        return _saved_dataset(path, split)
+    files = sorted(f for f in path.rglob("*") if f.is_file() and format_of(f) and not f.name.startswith("."))
+    files = _of_split(path, files, split)
+    if not files:
+        raise DataError(f"{path} holds no file that can be read (known: {', '.join(FORMATS)})")
+    if len(formats := sorted({str(format_of(f)) for f in files})) > 1:
+        raise DataError(f"{path} holds files of several formats ({', '.join(formats)}); name one file, or split them")
+    return LocalFiles(files)
+
+
+def _of_split(folder: Path, files: list[Path], split: str) -> list[Path]:
+    """Leave out files whose names say that they belong to another split (`test.jsonl`)."""
+    named = {f: SPLITS & set(re.split(r"[^a-z]+", str(f.relative_to(folder)).lower())) for f in files}
+    if not any(named.values()):
+        return files
+    chosen = [f for f in files if split in named[f]]
+    if not chosen:
+        found = ", ".join(sorted(set[str]().union(*named.values())))
+        raise DataError(f"{folder} holds the splits {found}, not {split!r}; set `split` on the source")
+    return chosen
+
+
+def _saved_dataset(path: Path, split: str) -> ArrowRows:
+    from datasets import DatasetDict, load_from_disk
+
+    dataset = load_from_disk(str(path))
+    if isinstance(dataset, DatasetDict):
+        if split not in dataset:
+            raise DataError(f"{path} holds the splits {', '.join(dataset)}, not {split!r}; set `split` on the source")
+        dataset = dataset[split]
+    return ArrowRows(dataset, str(path))
+
+
+def _open(path: Path) -> IO[bytes]:
+    return gzip.open(path, "rb") if path.suffix.lower() == ".gz" else open(path, "rb")  # type: ignore[return-value]
+
+
+def _decode(raw: bytes, path: Path, line: int) -> str:
+    try:
+        return raw.decode("utf-8-sig" if line == 1 else "utf-8")
+    except UnicodeDecodeError as error:
+        bad = f"byte 0x{raw[error.start]:02x} at column {error.start + 1}"
+        raise DataError(f"{path}:{line}: not UTF-8 ({bad}); convert the file to UTF-8") from None
+
+
+def _jsonl(path: Path, at: Any) -> Iterator[tuple[Values, int, Any]]:
+    byte, line = at or (0, 0)
+    with _open(path) as file:
+        file.seek(byte)
+        for raw in file:
+            byte, line = byte + len(raw), line + 1
+            if not raw.strip():
+                continue
+            text = _decode(raw, path, line)
+            try:
+                values = json.loads(text)
+            except json.JSONDecodeError as error:
+                cut = "" if raw.endswith(b"\n") else "; the last line is incomplete: was the file cut off?"
+                raise DataError(f"{path}:{line}: not JSON: {error.msg} at column {error.colno}{cut}") from None
+            except RecursionError:
+                raise DataError(f"{path}:{line}: nested too deeply") from None
+            if not isinstance(values, dict):
+                raise DataError(f"{path}:{line}: expected an object with columns, found {_kind(values)}")
+            yield values, line, [byte, line]
+
+
+def _json(path: Path, at: Any) -> Iterator[tuple[Values, int, Any]]:
+    with _open(path) as file:
+        text = b"".join(line for line in file)
+    for number, line in enumerate(text.split(b"\n"), 1):
+        _decode(line, path, number)
+    try:
+        rows = json.loads(text.decode("utf-8-sig"))
+    except json.JSONDecodeError as error:
+        hint = "; one object per line? then name the file .jsonl" if error.msg == "Extra data" else ""
+        raise DataError(f"{path}:{error.lineno}: not JSON: {error.msg} at column {error.colno}{hint}") from None
+    except RecursionError:
+        raise DataError(f"{path}: nested too deeply") from None
+    if isinstance(rows, dict) and isinstance(rows.get("data"), list):
+        rows = rows["data"]
+    if not isinstance(rows, list):
+        raise DataError(f'{path}: expected a list of rows or {{"data": [...]}}, found {_kind(rows)}')
+    for number in range(at or 0, len(rows)):
+        if not isinstance(rows[number], dict):
+            raise DataError(f"{path} row {number}: expected an object with columns, found {_kind(rows[number])}")
+        yield rows[number], number, number + 1
+
+
+def _csv(path: Path, at: Any) -> Iterator[tuple[Values, int, Any]]:
+    csv.field_size_limit(sys.maxsize)  # the default of 128 KiB is less than a long document
+    with _open(path) as file:
+        reader = csv.reader((_decode(raw, path, n) for n, raw in enumerate(file, 1)), strict=True)
+        number = 0
+        try:
+            header = next(reader, [])
+            if repeated := sorted({name for name in header if header.count(name) > 1}):
+                raise DataError(f"{path}:1: the header names {', '.join(map(repr, repeated))} more than once")
+            for fields in reader:
+                if not fields:
+                    continue
+                if len(fields) != len(header):
+                    raise DataError(f"{path}:{reader.line_num}: {len(fields)} fields, the header has {len(header)}")
+                number += 1
+                if number > (at or 0):
+                    yield dict(zip(header, fields, strict=True)), reader.line_num, number
+        except csv.Error as error:
+            raise DataError(f"{path}:{reader.line_num}: not CSV: {error}") from None
+
+
+def _parquet(path: Path, at: Any) -> Iterator[tuple[Values, int, Any]]:
+    import pyarrow
+    from pyarrow import parquet
+
+    number = 0
+    try:
+        with parquet.ParquetFile(path) as file:
+            sizes = [file.metadata.row_group(i).num_rows for i in range(file.num_row_groups)]
+            first = 0
+            while first < len(sizes) and number + sizes[first] <= (at or 0):
+                number, first = number + sizes[first], first + 1
+            batches = file.iter_batches(512, row_groups=range(first, len(sizes)))
+            for values in chain.from_iterable(batch.to_pylist() for batch in batches):
+                number += 1
+                if number > (at or 0):
+                    yield values, number - 1, number
+    except pyarrow.ArrowException as error:
+        raise DataError(f"{path}: not a whole parquet file: {error}") from None
+
+
+def _kind(value: Any) -> str:
+    names = {list: "a list", str: "a string", bool: "a boolean", int: "a number", float: "a number"}
+    return names.get(type(value), "null")
+
+
+FILE_READERS = {
+    ".jsonl": (_jsonl, ":"),
+    ".ndjson": (_jsonl, ":"),
+    ".json": (_json, " row "),
+    ".csv": (_csv, ":"),
+    ".parquet": (_parquet, " row "),
+}
+"""Suffix -> (reader, what stands between the name of the file and the number of the line or row)."""
