@@ -1,1 +1,78 @@
-"""Post-training for language models: one loop, replaceable blocks."""
+"""Post-training for language models: one loop, replaceable blocks.
+
+Names are imported when they are first used, so that `import posttrain` and the validation of a recipe cost nothing.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from posttrain.blocks.checkpoint import HuggingFace, Resume
+    from posttrain.blocks.data import CausalData, SFTData
+    from posttrain.blocks.logger import JSONL, Console, TensorBoard
+    from posttrain.blocks.model import HFModel, LoRA
+    from posttrain.blocks.optimizer import AdamW
+    from posttrain.blocks.scheduler import WSD, Constant, Cosine, Linear
+    from posttrain.blocks.sources import Source
+    from posttrain.blocks.strategy import DDP, Auto, DeepSpeed
+    from posttrain.blocks.tokenizer import HFTokenizer
+    from posttrain.errors import (
+        CheckpointError,
+        DataError,
+        HookError,
+        PosttrainError,
+        RecipeError,
+        RegistryError,
+        TrainingError,
+    )  # fmt: skip
+    from posttrain.hooks import after, before
+    from posttrain.interfaces import Batch
+    from posttrain.recipe import load
+    from posttrain.registry import block, default, key
+    from posttrain.run import Run
+    from posttrain.trainer import Trainer
+    from posttrain.trainers.sft import CausalTrainer, SFTTrainer
+    from posttrain.values import Secret
+
+_HOMES = {
+    "blocks.checkpoint": ("HuggingFace", "Resume"),
+    "blocks.data": ("CausalData", "SFTData"),
+    "blocks.logger": ("Console", "JSONL", "TensorBoard"),
+    "blocks.model": ("HFModel", "LoRA"),
+    "blocks.optimizer": ("AdamW",),
+    "blocks.scheduler": ("Constant", "Cosine", "Linear", "WSD"),
+    "blocks.sources": ("Source",),
+    "blocks.strategy": ("Auto", "DDP", "DeepSpeed"),
+    "blocks.tokenizer": ("HFTokenizer",),
+    "errors": (
+        "CheckpointError", "DataError", "HookError", "PosttrainError", "RecipeError", "RegistryError", "TrainingError",
+    ),
+    "hooks": ("after", "before"),
+    "interfaces": ("Batch",),
+    "recipe": ("load",),
+    "registry": ("block", "default", "key"),
+    "run": ("Run",),
+    "trainer": ("Trainer",),
+    "trainers.sft": ("CausalTrainer", "SFTTrainer"),
+    "values": ("Secret",),
+}  # fmt: skip
+"""Module -> the public names in it."""
+_HOME_OF = {name: f"posttrain.{module}" for module, found in _HOMES.items() for name in found}
+
+__all__ = [
+    "AdamW", "Auto", "Batch", "CausalData", "CausalTrainer", "CheckpointError", "Console", "Constant", "Cosine", "DDP",
+    "DataError", "DeepSpeed", "HFModel", "HFTokenizer", "HookError", "HuggingFace", "JSONL", "Linear", "LoRA",
+    "PosttrainError", "RecipeError", "RegistryError", "Resume", "Run", "SFTData", "SFTTrainer", "Secret", "Source",
+    "TensorBoard", "Trainer", "TrainingError", "WSD", "after", "before", "block", "default", "key", "load",
+]  # fmt: skip
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name when it is first used."""
+    if name not in _HOME_OF:
+        raise AttributeError(f"module 'posttrain' has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOME_OF[name]), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -12,7 +12,6 @@ import attrs
 
 if TYPE_CHECKING:
     from lightning.fabric import Fabric
-    from lightning.fabric.loggers.logger import Logger
     from lightning.fabric.strategies.strategy import Strategy
     from torch import nn
     from torch.optim import Optimizer
@@ -104,14 +103,17 @@ class CheckpointBlock(Protocol):
     def save(self, run: "Run", at_end: bool) -> None: ...
 
 
+class Logger(Protocol):
+    """Receives the metrics of finished steps; Lightning's loggers (Weights & Biases, MLflow, CSV) fit."""
+
+    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None: ...
+    def finalize(self, status: str) -> None: ...
+
+
 class LoggerBlock(Protocol):
-    """Makes a Lightning logger, on rank zero only: any of Lightning's own will do.
+    """Makes a logger, on rank zero only."""
 
-    Its `log_metrics(metrics, step)` receives plain floats of finished steps, and
-    `finalize(status)` ends it.
-    """
-
-    def build(self, run: "Run") -> "Logger": ...
+    def build(self, run: "Run") -> Logger: ...
 
 
 class CallbackBlock(Protocol):
@@ -131,5 +133,3 @@ class Preparable(Protocol):
     """A data block whose slow work can be done ahead of a run, by `posttrain prepare`."""
 
     def prepare(self, tokenizer: Any) -> Any: ...
-
-

@@ -1,5 +1,6 @@
 """One `Fabric`, however the process was started: plainly, by `fabric run`, or by `torchrun`."""
 
+import atexit
 import hashlib
 import os
 import random
@@ -9,6 +10,7 @@ from posttrain.errors import RecipeError
 
 if TYPE_CHECKING:
     from lightning.fabric import Fabric
+    from torch import Tensor
 
 
 def make_fabric(
@@ -23,7 +25,7 @@ def make_fabric(
         RecipeError: the recipe and the launcher ask for different things.
     """
     from lightning.fabric import Fabric
-    from lightning.fabric.plugins.environments import TorchElasticEnvironment
+    from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
 
     asked = {"accelerator": accelerator, "devices": devices, "strategy": strategy, "precision": precision}
     if num_nodes != 1:
@@ -45,7 +47,17 @@ def make_fabric(
     fabric = Fabric(**asked)
     if not by_fabric_run:
         fabric.launch()
+    if fabric.world_size > 1:
+        atexit.register(_leave)
     return fabric
+
+
+def _leave() -> None:
+    """Close the connections to the other ranks before the interpreter goes; gloo aborts if they break later."""
+    import torch.distributed
+
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 def _drop_what_the_launcher_set(asked: dict[str, Any]) -> None:
@@ -55,8 +67,8 @@ def _drop_what_the_launcher_set(asked: dict[str, Any]) -> None:
             continue
         if str(asked[name]) != given:
             raise RecipeError(
-                f"{name}: the recipe says {asked[name]!r}, but `fabric run` was given --{name.replace('_', '-')}={given}; "
-                "leave one of them out"
+                f"{name}: the recipe says {asked[name]!r}, but `fabric run` was given "
+                f"--{name.replace('_', '-')}={given}; leave one of them out"
             )
         del asked[name]
 
@@ -67,6 +79,18 @@ def _on_cpu(accelerator: str) -> bool:
     import torch
 
     return os.environ.get("LT_ACCELERATOR") == "cpu" or not torch.cuda.is_available()
+
+
+def all_reduce(fabric: "Fabric", tensor: "Tensor", op: str = "SUM") -> "Tensor":
+    """Reduce a tensor over all ranks, in place; on GPUs the host does not wait for it.
+
+    Fabric's own `all_reduce` puts a barrier in front, which does wait.
+    """
+    if fabric.world_size > 1:
+        import torch.distributed
+
+        torch.distributed.all_reduce(tensor, op=getattr(torch.distributed.ReduceOp, op))
+    return tensor
 
 
 def reseed(seed: int, step: int, rank: int) -> None:

@@ -58,7 +58,7 @@ def default(block: type[T], *, required: bool = False) -> T:
     return cast(T, attrs.field(default=made, metadata={"block": block}))
 
 
-@dataclass_transform(kw_only_default=True, field_specifiers=(attrs.field, key, default))
+@dataclass_transform(kw_only_default=True, field_specifiers=(attrs.field,))
 def block(kind: str, name: str) -> Callable[[type[T]], type[T]]:
     """Make a class a block: keyword-only attrs fields, and a name for `type:`.
 

@@ -1,11 +1,17 @@
-"""What changes while training."""
+"""What changes while training: the run, and the metrics of its steps."""
 
+import math
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import attrs
 
-from posttrain.interfaces import Loaders, Position
+from posttrain.errors import TrainingError
+from posttrain.interfaces import Batch, Loaders, Logger, Position
+from posttrain.launch import all_reduce
 
 if TYPE_CHECKING:
     from lightning.fabric import Fabric
@@ -15,7 +21,103 @@ if TYPE_CHECKING:
     from torch.optim.lr_scheduler import LRScheduler
 
 
-@attrs.define(slots=False)
+class Metrics:
+    """Sums of the current step, kept on the device until the loggers are due.
+
+    A value logged inside `loss` is a mean over what its micro-batch counts, so it is weighted by the
+    micro-batch's share of the step and summed over micro-batches and ranks: cutting a step
+    differently changes no logged value. A value logged elsewhere is taken as it is.
+    """
+
+    def __init__(self) -> None:
+        self.share: float | Tensor | None = None
+        self.values: dict[str, float | Tensor] = {}
+        self.shared: set[str] = set()
+        self.steps: list[tuple[int, dict[str, float | Tensor]]] = []
+
+    @contextmanager
+    def counting(self, batch: Batch, total: "float | Tensor") -> "Iterator[tuple[Batch, float | Tensor]]":
+        """Weight what is logged meanwhile by the batch's part of the total weight.
+
+        Yields the batch to compute on, and its share. A batch that counts nothing (a rank that ran out
+        of rows in evaluation) gets the weight 1, so that dividing by it is harmless, and the share 0.
+        """
+        self.share = batch["weight"] / total
+        try:
+            yield (batch if batch["weight"] else {**batch, "weight": 1}), self.share
+        finally:
+            self.share = None
+
+    def add(self, values: "dict[str, float | Tensor]") -> None:
+        """Record values of the current step."""
+        for name, value in values.items():
+            if not isinstance(value, int | float):
+                value = value.detach()
+            if self.share is None:
+                self.values[name] = value
+            else:
+                self.shared.add(name)
+                self.values[name] = self.values.get(name, 0.0) + value * self.share
+
+    def end_step(self, step: int, **summed: "float | Tensor") -> None:
+        """Close the current step; the given values are summed over ranks."""
+        self.shared.update(summed)
+        self.steps.append((step, {**self.values, **summed}))
+        self.values = {}
+
+    def note(self, step: int, values: dict[str, float]) -> None:
+        """Record values that are already reduced, with the step that has just been closed."""
+        if not self.steps or self.steps[-1][0] != step:
+            self.steps.append((step, {}))
+        self.steps[-1][1].update(values)
+
+    def take(self, fabric: "Fabric") -> list[tuple[int, dict[str, float]]]:
+        """Return the closed steps as numbers: one transfer, and with several ranks one reduction."""
+        steps, self.steps = self.steps, []
+        flat = {(i, name): value for i, (_, values) in enumerate(steps) for name, value in values.items()}
+        numbers = _numbers(flat, fabric)
+        if fabric.world_size > 1:
+            numbers |= _summed({k: v for k, v in flat.items() if k[1] in self.shared}, fabric)
+        found: list[tuple[int, dict[str, float]]] = [(step, {}) for step, _ in steps]
+        for (i, name), number in numbers.items():
+            found[i][1][name] = number
+        return found
+
+    def averages(self, weight: float, fabric: "Fabric") -> dict[str, float]:
+        """Return the weighted means of what was logged with shares that are plain weights, over all ranks."""
+        sums: dict[tuple[int, str], float | Tensor] = {(0, name): value for name, value in self.values.items()}
+        sums[0, ""] = weight
+        numbers = _summed(sums, fabric) if fabric.world_size > 1 else _numbers(sums, fabric)
+        total = numbers.pop((0, ""))
+        return {name: number / total for (_, name), number in numbers.items()} if total else {}
+
+
+def _numbers(values: "dict[tuple[int, str], float | Tensor]", fabric: "Fabric") -> dict[tuple[int, str], float]:
+    """Return plain numbers; all tensors come off the device together."""
+    import torch
+
+    on_device = {key: value for key, value in values.items() if isinstance(value, torch.Tensor)}
+    numbers = {key: float(value) for key, value in values.items() if key not in on_device}
+    if on_device:
+        stacked = torch.stack([value.float() for value in on_device.values()])
+        numbers |= dict(zip(on_device, stacked.tolist(), strict=True))
+    return numbers
+
+
+def _summed(values: "dict[tuple[int, str], float | Tensor]", fabric: "Fabric") -> dict[tuple[int, str], float]:
+    """Return the sums over ranks; a rank that did not log a value adds nothing to it."""
+    import torch
+    from torch.distributed import all_gather_object
+
+    mine = _numbers(values, fabric)
+    keys: list[Any] = [None] * fabric.world_size
+    all_gather_object(keys, sorted(mine))
+    known = sorted({tuple(key) for rank in keys for key in rank})
+    stacked = torch.tensor([mine.get(key, 0.0) for key in known], dtype=torch.float64, device=fabric.device)
+    return dict(zip(known, all_reduce(fabric, stacked).tolist(), strict=True))
+
+
+@attrs.define(slots=False, kw_only=True)
 class Run:
     """One training run, from `Trainer.train()` to its return; reached as `self.run`."""
 
@@ -34,50 +136,94 @@ class Run:
     """Rows of one optimizer step, all micro-batches and ranks together."""
     recipe: dict[str, Any]
     """The resolved recipe, as plain data: what was trained."""
-    position: Position = attrs.field(factory=dict)
+    position: Position
     """Where the training data stands: the first row of the next step."""
     step: int = 0
     """Optimizer steps taken."""
     epoch: int = 0
     """Passes over the data that are complete."""
+    epoch_ended: bool = False
+    """Whether the newest step took the last row of a pass."""
     first_step: int = 0
     """Where this process began: 0, or the step of the checkpoint it went on from."""
-    status: str = "running"
-    """`running`, then `finished`, `stopped` (stop_after), `interrupted` (a signal) or `failed`."""
     stop: str | None = None
-    """Set it to a reason to end the run after this step: how a callback stops early."""
-    metrics: "Metrics" = attrs.field(factory=lambda: Metrics())
+    """Set it to a reason to end the run after the step in hand: how a callback stops early."""
+    signal: int | None = None
+    """The signal that ended the run."""
+    status: str = "running"
+    """Then `finished` (to the last step, or a callback's stop), `interrupted` (a signal, stop_after) or `failed`."""
+    metrics: Metrics = attrs.field(factory=Metrics)
+    loggers: list[Logger] = attrs.field(factory=list)
     last: dict[str, float] = attrs.field(factory=dict)
     """The newest value of every metric, as the loggers got it."""
+    _measured: float = attrs.field(factory=time.perf_counter)
 
-    def log(self, **values: "Tensor | float") -> None:
-        """Record means over what the current micro-batch counts (inside `loss`), or over nothing (elsewhere).
+    def log(self, **values: "float | Tensor") -> None:
+        """Record metrics of the current step.
 
-        Inside `loss`, a value is weighted by `batch["weight"]` and averaged over all micro-batches
-        and ranks of the step. Nothing is moved off the device until the loggers are due.
+        Inside `loss`, a value is a mean over what the micro-batch counts: it is weighted and reduced
+        over micro-batches and ranks like the loss. Elsewhere it is taken as it is, from rank zero.
+        Nothing is moved off the device until the loggers are due.
         """
         self.metrics.add(values)
 
+    def to_device(self, batch: Batch) -> Batch:
+        """Move a batch's tensors to the device, without waiting for it; numbers stay on the host."""
+        import torch
 
-class Metrics:
-    """Sums of the current step, kept on the device; `take` hands over the steps that are complete."""
+        device = self.fabric.device
+        if device.type == "cpu":
+            return batch
+        return {
+            name: value.pin_memory().to(device, non_blocking=True) if isinstance(value, torch.Tensor) else value
+            for name, value in batch.items()
+        }
 
-    def __init__(self) -> None:
-        self.share: float | Tensor | None = None
-        self.step: dict[str, Tensor | float] = {}
-        self.shared: set[str] = set()
-        self.done: list[tuple[int, dict[str, Tensor | float]]] = []
+    def flush(self) -> None:
+        """Hand the closed steps to the loggers. Here, and only here, the host waits for the device.
 
-    def add(self, values: "dict[str, Tensor | float]") -> None:
-        for name, value in values.items():
-            value = value.detach() if hasattr(value, "detach") else value
-            if self.share is None:
-                self.step[name] = value
-            else:
-                self.shared.add(name)
-                self.step[name] = self.step.get(name, 0.0) + value * self.share
+        Raises:
+            TrainingError: a loss or gradient norm is not finite.
+        """
+        steps = self.metrics.take(self.fabric)
+        if not steps:
+            return
+        now = time.perf_counter()
+        tokens = sum(metrics.get("tokens", 0.0) for _, metrics in steps)
+        if tokens:
+            steps[-1][1]["tokens_per_second"] = tokens / (now - self._measured)
+        steps[-1][1]["memory_gb"] = memory_gb(self.fabric)
+        self._measured = now
+        for step, metrics in steps:
+            self.last |= metrics
+            for logger in self.loggers:
+                logger.log_metrics(metrics, step)
+        for step, metrics in steps:
+            for name in ("loss", "grad_norm"):
+                if not math.isfinite(metrics.get(name, 0.0)):
+                    raise TrainingError(
+                        f"step {step}: {name} is {metrics[name]}. Checkpoints written before it are untouched; "
+                        "go on from one with a lower optimizer.lr, or look at the data of this step"
+                    )
 
-    def end_step(self, step: int) -> None:
-        """Close the current step."""
-        self.done.append((step, self.step))
-        self.step = {}
+    @contextmanager
+    def unmeasured(self) -> Iterator[None]:
+        """Leave what is done meanwhile (evaluating, saving) out of the throughput."""
+        begin = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._measured += time.perf_counter() - begin
+
+
+def memory_gb(fabric: "Fabric") -> float:
+    """Return the peak memory so far in GiB: of the GPU if there is one, else of the process."""
+    import resource
+    import sys
+
+    import torch
+
+    if fabric.device.type == "cuda":
+        return torch.cuda.max_memory_allocated(fabric.device) / 2**30
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30

@@ -7,6 +7,8 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import TYPE_CHECKING
 
+from posttrain.launch import all_reduce
+
 if TYPE_CHECKING:
     from lightning.fabric import Fabric
     from torch import Tensor
@@ -37,7 +39,7 @@ class Signals:
     def agreed(self, fabric: "Fabric") -> int | None:
         """Return the signal that some rank received, the same on every rank. Call it once per step.
 
-        The ranks' flags are summed without waiting; what is read is the sum of the step before, which
+        The ranks' flags are combined without waiting; what is read is the result of the step before, which
         the device has long finished, so that the host keeps running ahead of it.
         """
         if fabric.world_size == 1:
@@ -45,7 +47,7 @@ class Signals:
         import torch
 
         last, flag = self._agreed, torch.tensor(float(self.received or 0), device=fabric.device)
-        self._agreed = fabric.all_reduce(flag, reduce_op="max")  # type: ignore[assignment]
+        self._agreed = all_reduce(fabric, flag, "MAX")
         return int(last.item()) or None if last is not None else None
 
     def _handle(self, number: int, frame: FrameType | None) -> None:

@@ -5,9 +5,10 @@ The order inside the loop is a contract: fetch, step, count, evaluate, log, save
 
 import itertools
 import math
+import signal
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import attrs
 from attrs.validators import ge, gt, optional
@@ -21,10 +22,20 @@ from posttrain.blocks.strategy import Auto
 from posttrain.blocks.tokenizer import HFTokenizer
 from posttrain.errors import RecipeError, TrainingError
 from posttrain.interfaces import (
-    Batch, CallbackBlock, CheckpointBlock, DataBlock, LoggerBlock, ModelBlock,
-    OptimizerBlock, Position, SchedulerBlock, StrategyBlock, TokenizerBlock,
+    Batch,
+    CallbackBlock,
+    CheckpointBlock,
+    DataBlock,
+    Loader,
+    LoggerBlock,
+    ModelBlock,
+    OptimizerBlock,
+    Position,
+    SchedulerBlock,
+    StrategyBlock,
+    TokenizerBlock,
 )  # fmt: skip
-from posttrain.launch import make_fabric, reseed
+from posttrain.launch import all_reduce, make_fabric, reseed
 from posttrain.registry import default, key
 from posttrain.run import Metrics, Run
 from posttrain.signals import Signals
@@ -57,6 +68,8 @@ class Trainer:
     """Where metrics go."""
     callbacks: list[CallbackBlock] = key(factory=list, also=("callback",))
     """Blocks whose marked methods run before or after methods of the trainer or of other blocks."""
+    code: list[Path] = key(factory=list)
+    """Python files with blocks of your own, imported before the recipe is read; from Python, import them yourself."""
 
     output_dir: Path = Path("out")
     """The run's folder: recipe, metrics, checkpoints."""
@@ -110,23 +123,43 @@ class Trainer:
         run, fabric = self.run, self.run.fabric
         total = self.total_weight(batches)
         losses = []
-        for i, batch in enumerate(batches, start=1):
-            with fabric.no_backward_sync(run.model, enabled=i < len(batches)), run.metrics.counting(batch, total) as (
-                batch, share,
-            ):  # fmt: skip
+        for i, micro_batch in enumerate(batches, start=1):
+            with (
+                fabric.no_backward_sync(run.model, enabled=i < len(batches)),
+                run.metrics.counting(micro_batch, total) as (batch, share),
+            ):
                 loss = self.loss(batch) * share
-                fabric.backward(loss * fabric.world_size)  # Fabric's strategies average over ranks
+                fabric.backward(loss * fabric.world_size, model=run.model)  # strategies average over ranks
             losses.append(loss.detach())
         if self.max_grad_norm is not None:
             norm = fabric.clip_gradients(
                 run.model, run.optimizer, max_norm=self.max_grad_norm, error_if_nonfinite=False
-            )
+            )  # fmt: skip
             if norm is not None:
                 run.log(grad_norm=norm)
         run.optimizer.step()
         run.optimizer.zero_grad()
         run.scheduler.step()
         return sum(losses[1:], start=losses[0])
+
+    def total_weight(self, batches: list[Batch]) -> "float | Tensor":
+        """Return the weight of a step, over its micro-batches and all ranks.
+
+        Raises:
+            TrainingError: it is 0, so there is nothing to learn from.
+        """
+        import torch
+
+        run, mine = self.run, float(sum(batch["weight"] for batch in batches))
+        total: float | Tensor = mine
+        if run.fabric.world_size > 1:
+            total = all_reduce(run.fabric, torch.tensor(mine, device=run.fabric.device))
+        if mine == 0 and float(total) == 0:  # only then is the device waited for
+            raise TrainingError(
+                f"step {run.step + 1}: none of its {run.rows_per_step} rows has anything to learn from "
+                f"(rows from {run.position} on); look at them with `posttrain show --data`"
+            )
+        return total
 
     # -- the loop -------------------------------------------------------------------
 
@@ -140,42 +173,39 @@ class Trainer:
             RecipeError: values that contradict each other or the machine.
             PosttrainError: data, checkpoint or training cannot go on; the message says why.
         """
-        self.validate()
+        if found := [f"{'.'.join(map(str, where))}: {message}" for where, message in problems(self)]:
+            raise RecipeError("\n".join(found))
         with hooks.bound(self, [*self.callbacks, *callbacks]):
             self.run = self.setup()
-            with folder.opened(self.run, self.loggers(), self.resume):
-                for checkpoint in self.checkpoint:
-                    checkpoint.load(self.run)
-                self.run.first_step = self.run.step
+            folder.claim(self.run, self.resume)
+            for checkpoint in self.checkpoint:
+                checkpoint.load(self.run)
+            self.run.first_step = self.run.step
+            with folder.logged(self.run, self.logger):
                 self.fit()
+            self.run.fabric.barrier()  # no rank leaves while another is still writing
         return self.run
 
     def fit(self) -> None:
         """Take every step that is left, then finish: evaluate, log, save."""
-        run, signals, evaluated = self.run, Signals(), False
-        groups = self.groups()
+        run, signals, groups = self.run, Signals(), self.groups()
         with signals.caught():
             run.model.train()
             while run.step < run.max_steps and run.stop is None:
                 reseed(self.seed, run.step, run.fabric.global_rank)
-                group, position = next(groups)
-                lr = run.scheduler.get_last_lr()[0]
-                loss = self.step(group)
-                self.count(position)
-                run.metrics.end_step(run.step, group, loss=loss, lr=lr)
-                if evaluated := self.due(self.eval_every):
-                    self.evaluate(signals)
-                if self.due(self.log_every):
+                batches, position = next(groups)
+                lr = float(run.scheduler.get_last_lr()[0])
+                loss = self.step(batches)
+                self.count(batches, position, loss=loss, lr=lr)
+                if self.evaluation_due():
+                    self.evaluate()
+                if run.step % self.log_every == 0:
                     run.flush()
-                for checkpoint in self.checkpoint:
-                    checkpoint.save(run, at_end=False)
+                self.save(at_end=False)
                 run.stop = run.stop or self.reason_to_stop(signals)
-            if run.loaders.eval is not None and not evaluated and run.stop is None:
-                self.evaluate(signals)
+            run.status = "interrupted" if run.signal or self.stopped_short() else "finished"
             run.flush()
-            for checkpoint in self.checkpoint:
-                checkpoint.save(run, at_end=True)
-        run.end(signals.received)
+            self.save(at_end=True)
 
     def setup(self) -> Run:
         """Build every block, in the order in which they need one another."""
@@ -184,11 +214,9 @@ class Trainer:
             precision=self.precision, strategy=self.strategy.build(),
         )  # fmt: skip
         tokenizer = self.tokenizer.build(self.model)
-        loaders = self.data.build(
-            tokenizer, self.micro_batch_size, fabric.global_rank, fabric.world_size, self.seed
-        )
+        loaders = self.data.build(tokenizer, self.micro_batch_size, fabric.global_rank, fabric.world_size, self.seed)
         rows_per_step = self.micro_batch_size * self.gradient_accumulation_steps * fabric.world_size
-        max_steps = self.horizon(loaders.train.rows(self.epochs), rows_per_step)
+        max_steps = self.horizon(loaders.train, rows_per_step)
         reseed(self.seed, -1, 0)  # the same initial weights on every rank
         model = self.model.build(fabric)
         optimizer = self.optimizer.build(model)
@@ -209,42 +237,75 @@ class Trainer:
                 frozen[field.name] = fabric.to_device(fabric.strategy.precision.convert_module(module))
         return frozen
 
+    def horizon(self, loader: Loader, rows_per_step: int) -> int:
+        """Return the number of optimizer steps; a last step that is not full is filled from the next pass."""
+        if self.max_steps is not None:
+            return self.max_steps
+        rows = loader.rows(self.epochs)
+        if rows is None:
+            raise RecipeError("max_steps: a streaming source has no length, so the number of steps must be given")
+        return math.ceil(rows / rows_per_step)
+
     def groups(self) -> Iterator[tuple[list[Batch], Position]]:
         """Yield the micro-batches of each step, on the device, and the position after them."""
         run = self.run
         batches = run.loaders.train.batches(run.position)
-        while True:
-            found = list(itertools.islice(batches, self.gradient_accumulation_steps))
-            if not found:
-                raise TrainingError("the training data ended before the last step: give fewer max_steps, or more data")
-            group, position = [to_device(batch, run.fabric) for batch, _ in found], found[-1][1]
+        while found := list(itertools.islice(batches, self.gradient_accumulation_steps)):
+            group, position = [run.to_device(batch) for batch, _ in found], found[-1][1]
             yield group, position
             while self.overfit_first_batch:
                 yield group, position
+        raise TrainingError("there is no training data: every source is empty")
 
-    def count(self, position: Position) -> None:
+    def count(self, batches: list[Batch], position: Position, loss: "Tensor", lr: float) -> None:
         """Take note that a step is complete."""
         run = self.run
-        run.position, run.step, run.epoch = position, run.step + 1, position.get("epoch", 0)
+        run.log(lr=lr)
+        epoch = position.get("epoch", 0)
+        run.position, run.step, run.epoch, run.epoch_ended = position, run.step + 1, epoch, epoch > run.epoch
+        sizes = {name: sum(batch.get(name, 0) for batch in batches) for name in ("tokens", "supervised_tokens")}
+        run.metrics.end_step(run.step, loss=loss, **{name: size for name, size in sizes.items() if size})
 
-    def evaluate(self, signals: Signals | None = None) -> None:
-        """Log the weighted mean of `loss`, and of what it logs, over the evaluation data as `eval_...`."""
+    def evaluation_due(self) -> bool:
+        """Whether to evaluate after the step in hand."""
+        last = self.run.step == self.run.max_steps and self.run.loaders.eval is not None
+        return last or (self.eval_every is not None and self.run.step % self.eval_every == 0)
+
+    def evaluate(self) -> dict[str, float]:
+        """Return and log the weighted means of `loss` and of what it logs, over the evaluation data."""
         import torch
 
         run = self.run
         if run.loaders.eval is None:
-            raise RecipeError("eval_every is set, but there is nothing to evaluate on: give data.eval_split or data.eval_sources")
-        outer, run.metrics = run.metrics, Metrics()
+            raise RecipeError("eval_every: there is nothing to evaluate on; give data.eval_split or data.eval_sources")
+        outer, run.metrics, weight = run.metrics, Metrics(), 0.0
         run.model.eval()
-        weights = 0.0
-        with torch.no_grad():
+        with torch.no_grad(), run.unmeasured():
             for batch in run.loaders.eval.one_pass():
-                if signals is not None and signals.received and run.fabric.world_size == 1:
-                    break  # a run that must end now is not evaluated to the end
-                weights += float(batch["weight"])
-                with run.metrics.counting(to_device(batch, run.fabric), 1.0) as (batch, share):
-                    run.log(loss=self.loss(batch))
+                weight += batch["weight"]
+                with run.metrics.counting(run.to_device(batch), 1.0) as (counted, _):
+                    run.log(loss=self.loss(counted))
+            found = {f"eval_{name}": value for name, value in run.metrics.averages(weight, run.fabric).items()}
         run.model.train()
-        found = run.metrics.weighted(weights, run.fabric)
         run.metrics = outer
-        run.metrics.note(run.step, {f"eval_{name}": value for name, value in found.items()})
+        run.metrics.note(run.step, found)
+        return found
+
+    def save(self, at_end: bool) -> None:
+        """Let every checkpoint block save if it is time to."""
+        with self.run.unmeasured():
+            for checkpoint in self.checkpoint:
+                checkpoint.save(self.run, at_end)
+
+    def reason_to_stop(self, signals: Signals) -> str | None:
+        """Return why the run must end after the step in hand, if it must."""
+        run = self.run
+        run.signal = signals.agreed(run.fabric)
+        if run.signal:
+            return f"received {signal.Signals(run.signal).name}"
+        return f"stop_after={self.stop_after}" if self.stopped_short() else None
+
+    def stopped_short(self) -> bool:
+        """Whether `stop_after` ended the run before its last step."""
+        run = self.run
+        return self.stop_after is not None and run.step < run.max_steps and run.step - run.first_step >= self.stop_after

@@ -83,4 +83,3 @@ def problems(value: Any, key: Key = ()) -> Iterator[tuple[Key, str]]:
     elif isinstance(value, list | tuple):
         for index, item in enumerate(value):
             yield from problems(item, (*key, index))
-

@@ -1,7 +1,15 @@
 """The blocks that ship with posttrain. Importing this package registers them; it imports nothing heavy."""
 
 from posttrain.blocks import (
-    callbacks, checkpoint, data, logger, model, optimizer, scheduler, strategy, tokenizer,
+    callbacks,
+    checkpoint,
+    data,
+    logger,
+    model,
+    optimizer,
+    scheduler,
+    strategy,
+    tokenizer,
 )  # fmt: skip
 
 __all__ = ["callbacks", "checkpoint", "data", "logger", "model", "optimizer", "scheduler", "strategy", "tokenizer"]

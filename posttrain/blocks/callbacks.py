@@ -1,1 +1,1 @@
-"""Callbacks blocks."""
+"""Callback blocks that ship with posttrain."""

@@ -7,9 +7,8 @@ Without the markers the second rendering must be the first, to the letter; other
 """
 
 import re
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 from datetime import datetime
-from functools import cached_property
 from typing import Any
 
 import attrs
@@ -23,7 +22,8 @@ TAG = re.compile(r"</?[A-Za-z_]\w*>")
 REASONING = ("reasoning_content", "thinking", "reasoning")
 STOPS = (
     "<|im_end|>", "<|eot_id|>", "<|eom_id|>", "<end_of_turn>", "<|end|>", "<|return|>", "<|call|>", "</s>",
-    "<|endoftext|>", "<|end▁of▁sentence|>", "<|end_of_text|>", "<|eot|>", "<turn|>", "[e~[", "<｜end▁of▁sentence｜>",
+    "<|endoftext|>", "<|end▁of▁sentence|>", "<|end_of_text|>", "<|eot|>", "<turn|>", "[e~[",
+    "<｜end▁of▁sentence｜>",  # noqa: RUF001
 )  # fmt: skip
 """Tokens that end a turn in the templates in use; they count where the tokenizer has them as special tokens."""
 TODAY = datetime(2024, 7, 26)
@@ -148,7 +148,7 @@ class ChatRenderer:
                 "(chatml, llama3, zephyr, plain), to a .jinja file, or to Jinja text"
             )
         self.templates = {with_tools: self._template(with_tools) for with_tools in (False, True)}
-        special = set(control_tokens(self.tokenizer))
+        special = set(self.tokenizer.all_special_tokens)
         self.stops = re.compile("|".join(map(re.escape, sorted(stop_tokens(self.tokenizer), key=len, reverse=True))))
         mentioned = {tag for text in self.templates.values() for tag in TAG.findall(text)} - special
         self.tags = re.compile("(" + "|".join(map(re.escape, sorted(mentioned))) + ")") if mentioned else None
@@ -280,19 +280,23 @@ def stop_tokens(tokenizer: Any) -> set[str]:
     import json
     from pathlib import Path
 
-    stops = {token for token in STOPS if token in control_tokens(tokenizer)}
+    stops = {token for token in STOPS if token in set(tokenizer.all_special_tokens) | set(special_tokens(tokenizer))}
     if tokenizer.eos_token:
         stops.add(tokenizer.eos_token)
     config = Path(tokenizer.name_or_path) / "generation_config.json"
     if config.is_file():
         ids = json.loads(config.read_text(encoding="utf-8")).get("eos_token_id")
-        stops |= {tokenizer.convert_ids_to_tokens(i) for i in (ids if isinstance(ids, list) else [ids]) if i is not None}
+        stops |= {
+            tokenizer.convert_ids_to_tokens(i) for i in (ids if isinstance(ids, list) else [ids]) if i is not None
+        }
     if not stops:
-        raise DataError("the tokenizer has no eos token and none that ends a turn, so the model could not learn to stop")
+        raise DataError(
+            "the tokenizer has no eos token and none that ends a turn, so the model could not learn to stop"
+        )
     return stops
 
 
-def control_tokens(tokenizer: Any) -> dict[str, int]:
+def special_tokens(tokenizer: Any) -> dict[str, int]:
     """Return the control tokens of a tokenizer with their ids."""
     return {str(t.content): i for i, t in tokenizer.added_tokens_decoder.items() if t.special}
 

@@ -1,18 +1,252 @@
-"""Data blocks."""
+"""Data blocks: sources in, micro-batches out."""
 
+from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+import attrs
+from attrs.validators import and_, ge, gt, lt, min_len
+
+from posttrain.blocks.chat import ChatRenderer
+from posttrain.blocks.encode import ChatEncoder, Encoder, TextEncoder, Token
+from posttrain.blocks.loader import Document, MapLoader, StreamLoader
+from posttrain.blocks.readers import Row
+from posttrain.blocks.schemas import Refused, conversation
+from posttrain.blocks.sources import Source
+from posttrain.blocks.store import Documents, Limits, default_cache, documents, note, table, totals
+from posttrain.blocks.streams import Stream
+from posttrain.errors import DataError
 from posttrain.interfaces import Loaders
-from posttrain.registry import block
+from posttrain.registry import block, key
+
+
+@attrs.frozen
+class Prepared:
+    """Data that is ready to train on."""
+
+    train: Documents
+    eval: Documents | None
+    ledger: dict[str, Any]
+
+
+@attrs.frozen
+class Preview:
+    """One document, to look at."""
+
+    source: str
+    tokens: list[Token]
+
+
+@attrs.frozen(kw_only=True, slots=False)
+class Data:
+    """What data blocks share: from sources to loaders. A subclass says how rows become tokens, in `encoder`."""
+
+    sources: list[Source] = key(check=min_len(1))
+    """What to train on: files, folders, hub datasets."""
+    eval_sources: list[Source] = attrs.field(factory=list)
+    """What to evaluate on."""
+    eval_split: float = key(0.0, check=and_(ge(0), lt(1)))
+    """Share of the rows of `sources` that is held out and evaluated on: always the same rows, whatever the seed."""
+    max_length: int = key(2048, check=gt(1))
+    """Tokens in a row: the most that a document may have, and what packing fills."""
+    overflow: Literal["error", "drop", "truncate", "split"] = "error"
+    """What happens to a document that is longer: say so and stop, leave it out, keep its beginning, or cut it up."""
+    invalid: Literal["error", "drop"] = "error"
+    """What happens to a row that cannot be trained on: say so and stop, or leave it out. Either way it is counted."""
+    packing: bool = key(True, also=("pack_samples",))
+    """Put as many documents into a row as fit; each sees itself alone. Otherwise one document per row, padded."""
+    cache_dir: Path | None = None
+    """Where tokenized rows are kept; $POSTTRAIN_CACHE or ~/.cache/posttrain by default."""
+    window: int = key(2048, check=gt(0))
+    """Rows of a stream that are shuffled and packed together."""
+
+    def encoder(self, tokenizer: Any) -> Encoder:
+        """Return what turns rows into documents."""
+        raise NotImplementedError
+
+    def check(self) -> Iterator[tuple[str, str]]:
+        """Yield what can be seen to be wrong without reading anything."""
+        if self.eval_split and self.eval_sources:
+            yield "eval_split", "holds out rows of `sources`, but `eval_sources` is given too; choose one"
+        if self.streams and self.eval_split:
+            yield "eval_split", "rows cannot be held out of a stream; give `eval_sources`"
+        for source in self.eval_sources:
+            if source.stream:
+                yield "eval_sources", f"{source.label} cannot be a stream: every evaluation needs the same rows"
+
+    @property
+    def streams(self) -> bool:
+        """Whether rows are read while training."""
+        return any(source.stream for source in self.sources)
+
+    @property
+    def limits(self) -> Limits:
+        """The policies for rows that are too long or unusable."""
+        return Limits(self.max_length, self.overflow, self.invalid)
+
+    def prepare(self, tokenizer: Any) -> Prepared:
+        """Tokenize everything that is not in the cache yet.
+
+        Raises:
+            DataError: a source cannot be read, or rows do not fit the policies.
+        """
+        if self.streams:
+            raise DataError("a streaming source is read while training; there is nothing to prepare")
+        train, ledger = self._documents(self.sources, tokenizer, self.eval_split, False)
+        held_out = None
+        if self.eval_split:
+            held_out, ledger["eval"] = self._documents(self.sources, tokenizer, self.eval_split, True)
+        elif self.eval_sources:
+            held_out, ledger["eval"] = self._documents(self.eval_sources, tokenizer, 0.0, False)
+        return Prepared(train, held_out, ledger)
+
+    def build(self, tokenizer: Any, micro_batch_size: int, rank: int, world_size: int, seed: int) -> Loaders:
+        """Return loaders for one rank, and the ledger."""
+        shape: dict[str, Any] = {
+            "max_length": self.max_length, "packing": self.packing, "micro_batch_size": micro_batch_size, "rank": rank,
+            "world_size": world_size, "seed": seed, "pad_id": tokenizer.pad_token_id or 0,
+        }  # fmt: skip
+        if self.streams:
+            return self._streaming(tokenizer, shape)
+        prepared = self.prepare(tokenizer)
+        train = MapLoader(documents=prepared.train, **shape)
+        prepared.ledger["packing"] = {"rows": len(train.plan(0)), "filled": round(train.fill(), 4)}
+        held_out = MapLoader(documents=prepared.eval, **shape) if prepared.eval is not None else None
+        return Loaders(train=train, eval=held_out, ledger=prepared.ledger)
+
+    def preview(self, tokenizer: Any, count: int) -> Iterator[Preview]:
+        """Yield the first rows of each source as tokens.
+
+        Raises:
+            DataError: one of them cannot be trained on.
+        """
+        encoder = self.encoder(tokenizer)
+        for source in self.sources:
+            for row, _ in islice(source.read(source.open()), count):
+                try:
+                    yield Preview(row.place, encoder.show(row.values))
+                except Refused as refused:
+                    raise DataError(f"{row.place}: {refused}") from None
+
+    def _documents(
+        self, sources: list[Source], tokenizer: Any, held_out: float, want_held_out: bool
+    ) -> tuple[Documents, dict[str, Any]]:
+        encoder, cache = self.encoder(tokenizer), self.cache_dir or default_cache()
+        tables = [table(source, encoder, cache) for source in sources]
+        weights = [source.weight for source in sources]
+        found, ledger = documents(tables, weights, self.limits, held_out, want_held_out)
+        return found, {"sources": ledger, "total": totals(ledger)}
+
+    def _streaming(self, tokenizer: Any, shape: dict[str, Any]) -> Loaders:
+        encoding = StreamEncoding(self.encoder(tokenizer), self.limits, [source.label for source in self.sources])
+        train = StreamLoader(
+            stream=Stream(self.sources, shape["seed"]), encode=encoding.encode, window=self.window, **shape
+        )
+        held_out, ledger = None, {"sources": encoding.ledger}
+        if self.eval_sources:
+            documents_, ledger["eval"] = self._documents(self.eval_sources, tokenizer, 0.0, False)
+            held_out = MapLoader(documents=documents_, **shape)
+        return Loaders(train=train, eval=held_out, ledger=ledger)
+
+
+@attrs.frozen
+class StreamEncoding:
+    """Encodes the rows of a stream, and keeps its ledger as they pass."""
+
+    encoder: Encoder
+    limits: Limits
+    labels: list[str]
+    ledger: dict[str, Any] = attrs.field(factory=dict)
+
+    def encode(self, rows: list[tuple[Row, int]]) -> list[Document]:
+        """Return the documents of some rows, cut or left out as the policies say."""
+        found: list[Document] = []
+        for (row, number), encoded in zip(rows, self.encoder.encode([row.values for row, _ in rows]), strict=True):
+            if isinstance(encoded, Refused):
+                if self.limits.invalid == "error":
+                    raise DataError(f"{row.place}: {encoded}; mend it, or leave such rows out with data.invalid=drop")
+                pieces: list[Document] = []
+                self._drop(number, str(encoded), row.place)
+            else:
+                pieces = self._cut(encoded, row, number)
+            self._count(number, pieces)
+            found += pieces
+        return found
+
+    def _cut(self, document: Document, row: Row, number: int) -> list[Document]:
+        (ids, mask), size = document, self.limits.max_length
+        if len(ids) <= size:
+            return [document]
+        if self.limits.overflow == "error":
+            raise DataError(
+                f"{row.place} has {len(ids):,} tokens, data.max_length is {size:,}: raise it, or set data.overflow to "
+                "drop, truncate or split"
+            )
+        if self.limits.overflow == "drop":
+            self._drop(number, f"longer than {size} tokens", row.place)
+            return []
+        begins = [0] if self.limits.overflow == "truncate" else range(0, len(ids), size)
+        pieces = [(ids[begin : begin + size], mask[begin : begin + size]) for begin in begins]
+        useful = [(piece, trained) for piece, trained in pieces if trained[1:].any()]
+        if len(useful) < len(pieces):
+            self._drop(number, "cut pieces without a supervised token", row.place)
+        return useful
+
+    def _entry(self, number: int) -> dict[str, Any]:
+        empty = {"rows_in": 0, "dropped": {}, "documents": 0, "tokens": 0, "supervised_tokens": 0}
+        entry: dict[str, Any] = self.ledger.setdefault(self.labels[number], empty)
+        return entry
+
+    def _drop(self, number: int, reason: str, place: str) -> None:
+        note(self._entry(number)["dropped"], reason, place)
+
+    def _count(self, number: int, pieces: list[Document]) -> None:
+        entry = self._entry(number)
+        entry["rows_in"] += 1
+        entry["documents"] += len(pieces)
+        entry["tokens"] += sum(len(ids) for ids, _ in pieces)
+        entry["supervised_tokens"] += sum(int(mask[1:].sum()) for _, mask in pieces)
 
 
 @block("data", "sft")
-class SFTData:
-    """Conversations."""
+class SFTData(Data):
+    """Conversations; the replies in them are trained."""
 
-    sources: list[Path]
+    train_on: list[str] = key(factory=lambda: ["assistant"], check=min_len(1))
+    """Roles whose messages are trained, from behind the generation prompt through the end-of-turn token."""
+    template_args: dict[str, Any] = attrs.field(factory=dict)
+    """More variables for the chat template (`enable_thinking`)."""
 
-    def build(self, tokenizer: Any, micro_batch_size: int, rank: int, world_size: int, seed: int) -> Loaders:
-        """Make the loaders."""
-        raise NotImplementedError
+    def encoder(self, tokenizer: Any) -> Encoder:
+        """Return what renders and tokenizes conversations."""
+        return ChatEncoder(ChatRenderer(tokenizer, self.train_on, self.template_args), self.conversation)
+
+    def conversation(self, row: dict[str, Any]) -> dict[str, Any]:
+        """Return a row's `{"messages": [...]}`; override it for a schema of your own."""
+        return conversation(row)
+
+
+@block("data", "causal")
+class CausalData(Data):
+    """Plain text, every token of which is trained, as in pretraining."""
+
+    overflow: Literal["error", "drop", "truncate", "split"] = "split"
+    """What happens to a document that is longer than `max_length`."""
+    text_column: str = "text"
+    """The column that holds the text."""
+    bos: bool = False
+    """Put the tokenizer's begin token in front of each document."""
+    eos: bool = True
+    """Put the tokenizer's end token behind each document."""
+
+    def encoder(self, tokenizer: Any) -> Encoder:
+        """Return what tokenizes documents.
+
+        Raises:
+            DataError: the tokenizer has no such token.
+        """
+        for wanted, token in ((self.bos, "bos_token"), (self.eos, "eos_token")):
+            if wanted and getattr(tokenizer, token) is None:
+                raise DataError(f"the tokenizer has no {token}; set data.{token[:3]} to false")
+        return TextEncoder(tokenizer, self.text_column, self.bos, self.eos)

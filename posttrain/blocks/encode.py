@@ -1,219 +1,199 @@
-"""Rows -> token ids and masks, a batch at a time. Imports numpy: load it where it is used.
+"""Rows -> token ids, and which of them are supervised. Text is tokenized here and nowhere else."""
 
-Text is tokenized here and nowhere else, with `add_special_tokens=False`: what the template or the recipe does not
-write is not there, so a BOS cannot come twice.
-"""
-
-from bisect import bisect_right
-from collections.abc import Callable
-from typing import Any, Protocol
+import hashlib
+import json
+import re
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
 import attrs
-import numpy as np
 
-from posttrain.blocks.chat import ChatRenderer, Rendered, control_tokens
-from posttrain.blocks.readers import Row
+from posttrain.blocks.chat import ChatRenderer, Rendered, special_tokens
 from posttrain.blocks.schemas import Refused
-from posttrain.errors import DataError
 
+if TYPE_CHECKING:
+    import numpy as np
 
-@attrs.frozen
-class Refusal:
-    """A row that was left out, and why."""
-
-    number: int
-    place: str
-    reason: str
-
-
-@attrs.frozen
-class Flat:
-    """Documents end to end."""
-
-    ids: np.ndarray
-    """uint16 or uint32 [tokens]."""
-    mask: np.ndarray
-    """uint8 [tokens]: 1 where a token is supervised."""
-    offsets: np.ndarray
-    """int64 [documents + 1]: where each document begins."""
-    rows: np.ndarray
-    """int64 [documents]: the number of the row in its source."""
-    supervised: np.ndarray
-    """int32 [documents]: supervised tokens."""
-    refusals: list[Refusal]
-
-    @property
-    def lengths(self) -> np.ndarray:
-        """Tokens of each document, int64."""
-        return np.diff(self.offsets)
+Values: TypeAlias = dict[str, Any]
+Encoded: TypeAlias = "tuple[np.ndarray, np.ndarray] | Refused"
+"""Token ids [n] and whether each is supervised [n]; or why the row cannot be trained on."""
+Token: TypeAlias = tuple[str, bool, str]
+"""Text, supervised, role: for showing."""
 
 
 class Encoder(Protocol):
-    """Turns rows into documents. Must survive pickling: worker processes get a copy."""
+    """Turns rows into documents."""
 
-    def __call__(self, rows: list[Row]) -> Flat: ...
+    def encode(self, rows: list[Values]) -> list[Encoded]:
+        """Encode many rows at once."""
 
+    def show(self, row: Values) -> list[Token]:
+        """Return a row's tokens for a person to look at; raises Refused if it cannot be trained on."""
 
-def flat(documents: list[tuple[np.ndarray, np.ndarray]], rows: list[int], refusals: list[Refusal]) -> Flat:
-    """Lay documents (ids, mask) end to end."""
-    lengths = [len(ids) for ids, _ in documents]
-    return Flat(
-        ids=np.concatenate([ids for ids, _ in documents]) if documents else np.zeros(0, np.uint32),
-        mask=np.concatenate([mask for _, mask in documents]) if documents else np.zeros(0, np.uint8),
-        offsets=np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)]).astype(np.int64),
-        rows=np.array(rows, np.int64),
-        supervised=np.array([mask.sum() for _, mask in documents], np.int32),
-        refusals=refusals,
-    )
+    def fingerprint(self) -> str:
+        """Return a hash of everything that decides what a row becomes."""
 
 
-@attrs.frozen
+@attrs.define
 class ChatEncoder:
-    """Conversations: rendered with the chat template, trained where the renderer's spans are."""
+    """Conversations, rendered with a chat template; the trained spans of the text become supervised tokens."""
 
     renderer: ChatRenderer
-    conversation: Callable[[dict[str, Any]], dict[str, Any]]
-    """Raw row -> conversation; a method of the data block, so that users can override it."""
+    conversation: Callable[[Values], dict[str, Any]]
+    """Row -> `{"messages": [...], "tools"?: [...]}`."""
+    special: re.Pattern[str] = attrs.field(init=False)
 
-    def __call__(self, rows: list[Row]) -> Flat:
-        """Encode rows; those that cannot be used come back as refusals."""
-        kept: list[tuple[Row, Rendered]] = []
-        refusals = []
-        for row in rows:
-            try:
-                rendered = self.render(row)
-                _refuse_surrogates(rendered.text)
-            except Refused as refused:
-                refusals.append(Refusal(row.number, row.place, str(refused)))
-            else:
-                kept.append((row, rendered))
-        tokenizer = self.renderer.tokenizer
-        control = np.zeros(len(tokenizer) + 1, bool)
-        control[list(control_tokens(tokenizer).values())] = True
-        encodings = backend(tokenizer).encode_batch([r.text for _, r in kept], add_special_tokens=False)
-        documents, numbers = [], []
-        for (row, rendered), encoding in zip(kept, encodings, strict=True):
-            try:
-                documents.append(masked(rendered, encoding, control))
-                numbers.append(row.number)
-            except Refused as refused:
-                refusals.append(Refusal(row.number, row.place, str(refused)))
-        return flat(documents, numbers, refusals)
+    def __attrs_post_init__(self) -> None:
+        tokens = sorted(special_tokens(self.renderer.tokenizer), key=len, reverse=True)
+        self.special = re.compile("|".join(map(re.escape, tokens)) or r"(?!)")
 
-    def render(self, row: Row) -> Rendered:
-        """Return a row as text with spans."""
+    def encode(self, rows: list[Values]) -> list[Encoded]:
+        """Encode many rows at once; the tokenizer's own threads share the work."""
+        rendered = [self._rendered(row) for row in rows]
+        good = [found for found in rendered if isinstance(found, Rendered)]
+        encodings = iter(tokenize(self.renderer.tokenizer, [found.text for found in good]))
+        return [self._encoded(found, next(encodings)) if isinstance(found, Rendered) else found for found in rendered]
+
+    def show(self, row: Values) -> list[Token]:
+        """Return a row's tokens as text, with the role of the message that each belongs to."""
+        found = self._rendered(row)
+        if isinstance(found, Refused):
+            raise found
+        (encoding,) = tokenize(self.renderer.tokenizer, [found.text])
+        encoded = self._encoded(found, encoding)
+        if isinstance(encoded, Refused):
+            raise encoded
+        roles = [next((role for end, role in found.turns if at < end), "") for at, _ in encoding.offsets]
+        return list(zip(readable(encoding, found.text), encoded[1].tolist(), roles, strict=True))
+
+    def fingerprint(self) -> str:
+        """Return a hash of everything that decides what a row becomes."""
+        renderer = self.renderer
+        said = [renderer.templates[True], renderer.templates[False], sorted(renderer.train_on), renderer.template_args]
+        return _hash(tokenizer_text(renderer.tokenizer), json.dumps(said, default=str), code_of(self.conversation))
+
+    def _rendered(self, row: Values) -> Rendered | Refused:
         try:
-            return self.renderer.render(self.conversation(row.values))
-        except DataError as error:
-            raise DataError(f"{row.place}: {error}") from None
+            found = self.renderer.render(self.conversation(row))
+            for _, start, end in found.pieces:
+                if control := self.special.search(found.text, start, end):
+                    raise Refused(f"the text of a message holds the control token {control.group()}")
+        except Refused as refused:
+            return refused
+        return found
+
+    def _encoded(self, rendered: Rendered, encoding: Any) -> Encoded:
+        import numpy as np
+
+        offsets = np.array(encoding.offsets, dtype=np.int64).reshape(-1, 2)
+        mask = overlaps(offsets, rendered.spans)
+        if not mask[1:].any():
+            return Refused("no token of it would be supervised")
+        return np.array(encoding.ids, dtype=np.uint32), mask
 
 
-@attrs.frozen
+@attrs.define
 class TextEncoder:
-    """Plain text: every token is supervised but the first of a document, which nothing predicts."""
+    """Plain documents, every token of which is supervised."""
 
     tokenizer: Any
+    column: str
     bos: bool
     eos: bool
-    column: str
 
-    def __call__(self, rows: list[Row]) -> Flat:
-        """Encode rows; those that cannot be used come back as refusals."""
-        texts, numbers, refusals = [], [], []
-        for row in rows:
-            try:
-                texts.append(self._text(row))
-                numbers.append(row.number)
-            except Refused as refused:
-                refusals.append(Refusal(row.number, row.place, str(refused)))
-        first = [self.tokenizer.bos_token_id] if self.bos else []
-        last = [self.tokenizer.eos_token_id] if self.eos else []
-        documents = []
-        for encoding in backend(self.tokenizer).encode_batch_fast(texts, add_special_tokens=False):
-            ids = np.array(first + encoding.ids + last, np.uint32)
-            mask = np.ones(len(ids), np.uint8)
-            mask[:1] = 0
-            documents.append((ids, mask))
-        return flat(documents, numbers, refusals)
+    def encode(self, rows: list[Values]) -> list[Encoded]:
+        """Encode many rows at once."""
+        import numpy as np
 
-    def _text(self, row: Row) -> str:
-        if self.column not in row.values:
-            raise DataError(
-                f"{row.place}: there is no column {self.column!r} (columns: {', '.join(row.values)}); "
-                "name yours with `columns: {text: ...}` on the source"
-            )
-        text = row.values[self.column]
-        if not isinstance(text, str):
-            raise Refused(f"{self.column!r} is not text")
-        if not text:
-            raise Refused("the text is empty")
-        _refuse_surrogates(text)
-        return text
+        texts = [row.get(self.column) for row in rows]
+        good = [text for text in texts if isinstance(text, str) and text]
+        encodings = iter(tokenize(self.tokenizer, good))
+        found: list[Encoded] = []
+        for text in texts:
+            if not isinstance(text, str) or not text:
+                found.append(Refused(f"the column {self.column!r} is missing, empty or not text"))
+                continue
+            ids = [*self._bos(), *next(encodings).ids, *self._eos()]
+            mask = np.ones(len(ids), dtype=bool)
+            found.append((np.array(ids, dtype=np.uint32), mask) if len(ids) > 1 else Refused("it is a single token"))
+        return found
+
+    def show(self, row: Values) -> list[Token]:
+        """Return a row's tokens as text."""
+        (encoded,) = self.encode([row])
+        if isinstance(encoded, Refused):
+            raise encoded
+        return [(self.tokenizer.decode([i]), n > 0, "text") for n, i in enumerate(encoded[0].tolist())]
+
+    def fingerprint(self) -> str:
+        """Return a hash of everything that decides what a row becomes."""
+        return _hash(tokenizer_text(self.tokenizer), repr([self.column, self.bos, self.eos]))
+
+    def _bos(self) -> list[int]:
+        return [self.tokenizer.bos_token_id] if self.bos else []
+
+    def _eos(self) -> list[int]:
+        return [self.tokenizer.eos_token_id] if self.eos else []
 
 
-def backend(tokenizer: Any) -> Any:
-    """Return the Rust tokenizer of a fast tokenizer, set to neither cut nor pad.
+def tokenize(tokenizer: Any, texts: list[str]) -> list[Any]:
+    """Return the encodings of texts, with nothing added, cut or padded."""
+    backend = tokenizer.backend_tokenizer
+    backend.no_truncation()
+    backend.no_padding()
+    try:
+        return list(backend.encode_batch(texts, add_special_tokens=False))
+    except (TypeError, UnicodeEncodeError):  # a lone surrogate, which no encoding can write
+        safe = [text.encode("utf-8", "replace").decode() for text in texts]
+        return list(backend.encode_batch(safe, add_special_tokens=False))
 
-    Raises:
-        DataError: it has none.
+
+def overlaps(offsets: "np.ndarray", spans: list[tuple[int, int]]) -> "np.ndarray":
+    """Tell which tokens share a character with a span.
+
+    Args:
+        offsets: [n, 2] start and end of each token, in characters.
+        spans: starts and ends, sorted and disjoint.
+
+    Returns:
+        [n] booleans.
+
+    >>> import numpy as np
+    >>> overlaps(np.array([[0, 2], [2, 2], [2, 5], [5, 6]]), [(4, 5)]).tolist()
+    [False, False, True, False]
     """
-    if not tokenizer.is_fast:
-        raise DataError(
-            f"{type(tokenizer).__name__} is a slow tokenizer: it cannot say which characters a token stands for, and "
-            "masks need that. Use a tokenizer with a tokenizer.json"
-        )
-    rust = tokenizer.backend_tokenizer
-    rust.no_truncation()
-    rust.no_padding()
-    return rust
+    import numpy as np
+
+    starts, ends = np.array(spans, dtype=np.int64).reshape(-1, 2).T
+    first = np.searchsorted(ends, offsets[:, 0], side="right")  # the first span that ends behind the token's start
+    begins = np.append(starts, np.iinfo(np.int64).max)[first]
+    return np.asarray((begins < offsets[:, 1]) & (offsets[:, 0] < offsets[:, 1]))
 
 
-def masked(rendered: Rendered, encoding: Any, control: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return ids (uint32) and mask (uint8): 1 for tokens that overlap a trained span.
-
-    Raises:
-        Refused: the text of a message became a control token, or nothing is left to train.
-    """
-    ids = np.array(encoding.ids, np.uint32)
-    mask = np.zeros(len(ids), np.uint8)
-    starts = [start for _, start, _ in rendered.pieces]
-    for token in np.flatnonzero(control[ids]).tolist():
-        start, end = encoding.token_to_chars(token)
-        number = bisect_right(starts, end - 1) - 1
-        if number >= 0 and rendered.pieces[number][2] > start:
-            raise Refused(f"the text of a message holds the control token {rendered.text[start:end].strip()!r}")
-    for start, end in rendered.spans:
-        first = _token_at(encoding, range(start, end))
-        last = _token_at(encoding, range(end - 1, start - 1, -1))
-        if first is not None and last is not None:
-            mask[first : last + 1] = 1
-    mask[:1] = 0
-    if not mask.any():
-        raise Refused("no token is supervised")
-    return ids, mask
-
-
-def explain(rendered: Rendered, encoding: Any, mask: np.ndarray) -> list[tuple[str, bool, str]]:
-    """Return (text, supervised, role) for each token, for people to look at."""
-    tokens = []
-    ends = [end for end, _ in rendered.turns]
+def readable(encoding: Any, text: str) -> Iterator[str]:
+    """Yield the text of each token; the bytes of a character that several tokens share go to the first of them."""
     shown = 0
-    for number, (start, end) in enumerate(encoding.offsets):
-        turn = min(bisect_right(ends, start), len(ends) - 1)
-        text = rendered.text[max(start, shown) : end]  # a character of several tokens is shown with the first
+    for start, end in encoding.offsets:
+        yield text[max(start, shown) : end]
         shown = max(shown, end)
-        tokens.append((text, bool(mask[number]), rendered.turns[turn][1] if rendered.turns else ""))
-    return tokens
 
 
-def _token_at(encoding: Any, characters: range) -> int | None:
-    """Return the token of the first of these characters that has one (a normalizer may have dropped some)."""
-    return next((t for c in characters if (t := encoding.char_to_token(c)) is not None), None)
+def tokenizer_text(tokenizer: Any) -> str:
+    """Return everything that a tokenizer is made of."""
+    return str(tokenizer.backend_tokenizer.to_str()) + repr(sorted(tokenizer.special_tokens_map.items()))
 
 
-def _refuse_surrogates(text: str) -> None:
-    if not text.isascii():
-        try:
-            text.encode()
-        except UnicodeEncodeError:
-            raise Refused("the text holds half of a UTF-16 surrogate pair") from None
+def code_of(function: Callable[..., Any]) -> str:
+    """Return what identifies a function that a user may have written: its source where it can be had."""
+    import inspect
+
+    owner = type(getattr(function, "__self__", None))
+    target = owner if hasattr(function, "__self__") else function
+    try:
+        return inspect.getsource(target)
+    except (OSError, TypeError):
+        return f"{target.__module__}.{target.__qualname__}"
+
+
+def _hash(*parts: str) -> str:
+    return hashlib.sha256("\0".join(parts).encode("utf-8", "surrogatepass")).hexdigest()

@@ -2,11 +2,10 @@
 
 from typing import TYPE_CHECKING
 
+from posttrain.interfaces import Logger
 from posttrain.registry import block
 
 if TYPE_CHECKING:
-    from lightning.fabric.loggers.logger import Logger
-
     from posttrain.run import Run
 
 
@@ -14,24 +13,30 @@ if TYPE_CHECKING:
 class Console:
     """A live progress line on a terminal, plain lines elsewhere, and a summary at the end."""
 
-    def build(self, run: "Run") -> "Logger":
+    def build(self, run: "Run") -> Logger:
         """Return the logger."""
-        raise NotImplementedError
+        from posttrain.blocks.console import ConsoleLogger
+
+        return ConsoleLogger(run)
 
 
 @block("logger", "tensorboard")
 class TensorBoard:
-    """Event files in the run's folder, for `tensorboard --logdir`."""
+    """Event files in `tensorboard` of the run's folder, for `tensorboard --logdir`."""
 
-    def build(self, run: "Run") -> "Logger":
-        """Return Lightning's TensorBoard logger."""
-        raise NotImplementedError
+    def build(self, run: "Run") -> Logger:
+        """Return Lightning's TensorBoard logger; what an earlier process wrote after its last checkpoint is purged."""
+        from lightning.fabric.loggers.tensorboard import TensorBoardLogger
+
+        return TensorBoardLogger(run.output_dir, name="tensorboard", version="", purge_step=run.step + 1)
 
 
 @block("logger", "jsonl")
 class JSONL:
     """`metrics.jsonl` in the run's folder: one line per optimizer step."""
 
-    def build(self, run: "Run") -> "Logger":
-        """Return the logger."""
-        raise NotImplementedError
+    def build(self, run: "Run") -> Logger:
+        """Return the logger; lines of steps that will be taken again are removed."""
+        from posttrain.blocks.console import JSONLLogger
+
+        return JSONLLogger(run.output_dir / "metrics.jsonl", run.step)

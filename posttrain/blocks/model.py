@@ -1,26 +1,169 @@
-"""Model blocks."""
+"""Model blocks: networks from transformers, ready to train."""
 
-from typing import TYPE_CHECKING, Any
+import fnmatch
+import sys
+from typing import TYPE_CHECKING, Any, Literal
 
 import attrs
+from attrs.validators import ge, gt
 
-from posttrain.registry import block
+from posttrain.errors import RecipeError
+from posttrain.registry import block, key
+from posttrain.values import Secret
 
 if TYPE_CHECKING:
     from lightning.fabric import Fabric
     from torch import nn
 
 
+@attrs.frozen(kw_only=True, slots=False)
+class LoRA:
+    """Low-rank adapters (Hu et al., arXiv:2106.09685), through peft (extra `peft`)."""
+
+    r: int = key(16, also=("rank",), check=gt(0))
+    """Rank."""
+    alpha: float = key(32.0, also=("lora_alpha",), check=gt(0))
+    """The adapters' output is scaled by alpha / r."""
+    dropout: float = key(0.0, also=("lora_dropout",), check=ge(0))
+    """Probability, on the adapters' input."""
+    target_modules: str | list[str] = "all-linear"
+    """Names of the layers to adapt, or `all-linear`."""
+    kwargs: dict[str, Any] = attrs.field(factory=dict)
+    """Further arguments of `peft.LoraConfig`."""
+
+    def apply(self, hf: Any) -> Any:
+        """Return the model with adapters, everything else frozen."""
+        try:
+            from peft import LoraConfig, get_peft_model
+        except ImportError:
+            raise RecipeError("model.lora needs peft: pip install 'posttrain[peft]'") from None
+        config = LoraConfig(
+            r=self.r, lora_alpha=self.alpha, lora_dropout=self.dropout, target_modules=self.target_modules,
+            task_type="CAUSAL_LM", **self.kwargs,
+        )  # fmt: skip
+        return get_peft_model(hf, config)
+
+
 @block("model", "hf")
 class HFModel:
-    """A causal language model of transformers."""
+    """A causal language model of transformers, from a folder, a hub name, or a configuration alone."""
 
     name_or_path: str
     """A folder or a hub name."""
-    dtype: str = "float32"
-    """Of the weights in memory."""
+    random_init: bool = False
+    """Start from random weights: only the configuration is read."""
+    config: dict[str, Any] = key(factory=dict, also=("hf_config_kwargs",))
+    """Changes to the model's configuration; with `random_init` and a `model_type`, all of it."""
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Of the weights in memory; with precision `bf16-mixed` keep float32."""
     attn_implementation: str = "auto"
+    """`auto` is `packed` (see attention.py) where the model can use it, else `sdpa`; or `sdpa`, `eager`,
+    `flex_attention`, `flash_attention_2`, or another that transformers knows."""
+    trust_remote_code: bool = False
+    """Run Python code that comes with the model."""
+    revision: str | None = None
+    """Branch, tag or commit of a hub model."""
+    token: Secret | None = None
+    """For a private hub model: `${HF_TOKEN}`."""
+    lora: LoRA | None = key(None, also=("peft_config",))
+    """Train low-rank adapters instead of the weights."""
+    freeze: list[str] = attrs.field(factory=list)
+    """Patterns of parameter names that are not trained, such as `*.embed_tokens.*`."""
+    activation_checkpointing: bool = key(False, also=("gradient_checkpointing",))
+    """Keep one activation per layer and compute the rest again in the backward pass."""
+    compile: bool | str = False
+    """Compile each layer with torch.compile; a name chooses the backend."""
+    kwargs: dict[str, Any] = attrs.field(factory=dict)
+    """Further arguments of `from_pretrained`."""
 
     def build(self, fabric: "Fabric") -> "nn.Module":
-        """Load it."""
-        raise NotImplementedError
+        """Return a `CausalLM` (see causal.py).
+
+        Raises:
+            RecipeError: the model cannot be loaded, or an option does not fit it.
+        """
+        from posttrain.blocks.causal import CausalLM
+
+        hf = self.load()
+        self.refuse_unpackable(hf)
+        if self.lora is not None:
+            hf = self.lora.apply(hf)
+        self.freeze_parameters(hf)
+        if self.activation_checkpointing:
+            hf.activation_checkpointing_enable({"use_reentrant": False})
+        if self.compile:
+            for layer in hf.get_decoder().layers:
+                layer.compile(backend="inductor" if self.compile is True else self.compile)
+        return CausalLM(hf)
+
+    def load(self) -> Any:
+        """Return the transformers model, with its weights."""
+        import torch
+        from transformers import AutoConfig, AutoModelForCausalLM
+        from transformers.utils.logging import disable_progress_bar
+
+        from posttrain.blocks import attention
+
+        if not sys.stderr.isatty():  # a log file is no place for progress bars
+            disable_progress_bar()
+        shared: dict[str, Any] = {
+            "trust_remote_code": self.trust_remote_code, "revision": self.revision,
+            "token": self.token.reveal() if self.token else None,
+        }  # fmt: skip
+        try:
+            if self.random_init and "model_type" in self.config:
+                config = AutoConfig.for_model(**self.config)
+            else:
+                config = AutoConfig.from_pretrained(self.name_or_path, **self.config, **shared)
+            if self.attn_implementation != "auto":
+                config._attn_implementation = self.attn_implementation
+            if self.random_init:
+                hf = AutoModelForCausalLM.from_config(
+                    config, dtype=getattr(torch, self.dtype), trust_remote_code=self.trust_remote_code
+                )
+            else:
+                hf = AutoModelForCausalLM.from_pretrained(
+                    self.name_or_path, config=config, dtype=self.dtype, **shared, **self.kwargs
+                )
+        except (OSError, ValueError, ImportError) as error:
+            raise RecipeError(f"model {self.name_or_path!r} cannot be loaded: {error}") from error
+        fits = (
+            hf._supports_attention_backend and hf._supports_sdpa and not hf.is_remote_code() and not _softcaps(config)
+        )
+        if self.attn_implementation == "auto" and fits:
+            hf.set_attn_implementation(attention.NAME)
+        return hf
+
+    def refuse_unpackable(self, hf: Any) -> None:
+        """Refuse models that carry a state along the row, through which documents would leak.
+
+        Raises:
+            RecipeError: the model is one of them.
+        """
+        layers = set(getattr(hf.config.get_text_config(), "layer_types", None) or ())
+        if hf._is_stateful or layers - {"full_attention", "sliding_attention", "chunked_attention"}:
+            raise RecipeError(
+                f"model {self.name_or_path!r} ({type(hf).__name__}) has recurrent layers, whose state would leak "
+                "from one document of a row into the next; posttrain cannot train it yet"
+            )
+
+    def freeze_parameters(self, hf: Any) -> None:
+        """Freeze the parameters whose names match a pattern.
+
+        Raises:
+            RecipeError: a pattern matches nothing, or all is frozen.
+        """
+        parameters = dict(hf.named_parameters())
+        for pattern in self.freeze:
+            matching = fnmatch.filter(parameters, pattern)
+            if not matching:
+                raise RecipeError(f"model.freeze: {pattern!r} matches no parameter, such as {next(iter(parameters))!r}")
+            for name in matching:
+                parameters[name].requires_grad_(False)
+        if not any(parameter.requires_grad for parameter in parameters.values()):
+            raise RecipeError("model.freeze leaves nothing to train")
+
+
+def _softcaps(config: Any) -> bool:
+    """Whether attention scores are capped, which the packed attention does not compute."""
+    return config.get_text_config().to_dict().get("attn_logit_softcapping") is not None

@@ -57,7 +57,7 @@ class LocalFiles:
         """Yield rows; the position is [index of the file, position within it]."""
         first, within = at or (0, None)
         for index, path in enumerate(self.paths[first:], first):
-            read, unit = FILE_READERS[format_of(path)]
+            read, unit = FILE_READERS[str(format_of(path))]
             try:
                 for values, number, after in read(path, within):
                     yield values, f"{path}{unit}{number}", [index, after]

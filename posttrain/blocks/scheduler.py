@@ -4,8 +4,8 @@ import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from attrs.validators import ge, le
 from attrs.validators import and_ as both
+from attrs.validators import ge, le
 
 from posttrain.registry import block, key
 

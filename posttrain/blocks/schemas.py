@@ -96,7 +96,7 @@ def _message(message: Any, roles: Collection[str]) -> Message:
         raise Refused(f"unknown role {role!r}")
     if calls := rest.get("tool_calls"):
         rest["tool_calls"] = [_call(call) for call in _listed(calls, "tool_calls")]
-    _check_content(content, may_be_null=bool(rest.get("tool_calls")), role=role)
+    _check_content(content, may_be_null=bool(rest.get("tool_calls")), role=str(role))
     return {"role": role} | ({} if content is None else {"content": content}) | rest
 
 

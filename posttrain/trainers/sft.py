@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING
 
-from posttrain.blocks.data import SFTData
+from posttrain.blocks.data import CausalData, SFTData
 from posttrain.blocks.model import HFModel
 from posttrain.interfaces import Batch, DataBlock, ModelBlock
 from posttrain.registry import block, default
@@ -21,4 +21,13 @@ class SFTTrainer(Trainer):
 
     def loss(self, batch: Batch) -> "Tensor":
         """Return the mean negative log-likelihood of the supervised tokens, in nats."""
-        return self.run.model(batch) / batch["weight"]
+        nll: Tensor = self.run.model(batch)
+        weight: int = batch["weight"]
+        return nll / weight
+
+
+@block("trainer", "causal")
+class CausalTrainer(SFTTrainer):
+    """Next-token training on plain documents, as in pretraining: the same loss, on every token."""
+
+    data: DataBlock = default(CausalData, required=True)

@@ -1,0 +1,38 @@
+# The commands to know. `make` alone lists them.
+PYTHON ?= python3
+BIN := .venv/bin
+export OMP_NUM_THREADS ?= 1
+
+.PHONY: help setup check test test-all demo bench
+help:
+	@echo "make setup     .venv with posttrain and everything for developing it"
+	@echo "make demo      watch a model learn (about two minutes on two cores)"
+	@echo "make test      the tests (under ten minutes on two cores)"
+	@echo "make test-all  the slow ones too"
+	@echo "make check     format, lint and types"
+	@echo "make bench     speed, side by side with a bare loop; prints tables"
+
+setup: .venv/made
+.venv/made: constraints.txt setup.cfg pyproject.toml
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --upgrade pip
+	$(BIN)/pip install --quiet -c constraints.txt -e '.[dev]'
+	@touch $@
+
+demo: setup
+	OMP_NUM_THREADS=2 $(BIN)/python examples/demo/demo.py
+
+test: setup
+	$(BIN)/python -m pytest -m "not slow and not gpu"
+
+test-all: setup
+	$(BIN)/python -m pytest -m "not gpu"
+
+check: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: setup
+	$(BIN)/python benchmarks/sft_step.py
+	$(BIN)/python benchmarks/data_prep.py

@@ -1,0 +1,140 @@
+"""Attention over packed documents: each sees itself alone, and no [length, length] mask is ever built.
+
+Registered with transformers as `packed`. Documents are told by `cu_seq_lens_q`, which transformers
+hands from the model's call to every attention layer. On GPUs in half precision it is one
+variable-length flash attention (`torch.nn.attention.varlen`); elsewhere one
+`scaled_dot_product_attention` per document. Outside of `packed()`, as in `generate`, it is sdpa.
+"""
+
+import itertools
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.attention.varlen import varlen_attn
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+from posttrain.errors import TrainingError
+
+NAME = "packed"
+_packed = False
+
+
+@contextmanager
+def packed() -> Iterator[None]:
+    """Build no attention masks meanwhile: `cu_seq_lens_q` says what a mask would."""
+    global _packed
+    _packed = True
+    try:
+        yield
+    finally:
+        _packed = False
+
+
+def packed_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    cu_seq_lens_q: Tensor | None = None,
+    max_length_q: int | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Causal attention within each document.
+
+    Args:
+        module: the attention layer.
+        query: [rows, heads, width, size].
+        key, value: [rows, key-value heads, width, size].
+        attention_mask: used outside of `packed()` only.
+        dropout: probability, of attention weights.
+        scaling: of the scores; 1 / sqrt(size) by default.
+        sliding_window: how many of the last tokens are seen; all by default.
+        cu_seq_lens_q: int32 [documents + 1], where documents begin, counted over rows * width.
+        max_length_q: the longest document.
+        kwargs: of which `softcap` and `s_aux` (attention sinks) are refused.
+
+    Returns:
+        [rows, width, heads, size], and None for the weights.
+
+    Raises:
+        TrainingError: the model asks for something this does not compute.
+    """
+    if cu_seq_lens_q is None:
+        if _packed:
+            _refuse(module, "does not hand `cu_seq_lens_q` to its attention layers")
+        return sdpa_attention_forward(  # type: ignore[no-any-return]
+            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
+        )
+    for feature in ("softcap", "s_aux", "position_bias"):
+        if kwargs.get(feature) is not None:
+            _refuse(module, f"uses `{feature}`")
+    if query.is_cuda and query.dtype in (torch.float16, torch.bfloat16):
+        if dropout:
+            _refuse(module, "uses attention dropout")
+        assert max_length_q is not None
+        window = (-1 if sliding_window is None else sliding_window - 1, 0)
+        q, k, v = (x.transpose(1, 2).flatten(0, 1) for x in (query, key, value))
+        out = varlen_attn(
+            q, k, v, cu_seq_lens_q, cu_seq_lens_q, max_length_q, max_length_q,
+            scale=scaling, window_size=window, enable_gqa=query.shape[1] != key.shape[1],
+        )  # fmt: skip
+        return out.view(query.shape[0], query.shape[2], *out.shape[1:]), None  # type: ignore[union-attr]
+    return _by_document(query, key, value, cu_seq_lens_q, dropout, scaling, sliding_window), None
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def _by_document(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cu_seq_lens: Tensor,
+    dropout: float,
+    scale: float | None,
+    window: int | None,
+) -> Tensor:
+    width, begins = query.shape[2], cu_seq_lens.tolist()
+    rows: list[list[Tensor]] = [[] for _ in range(query.shape[0])]
+    for begin, end in itertools.pairwise(begins):
+        row, at = divmod(begin, width)
+        part = slice(at, at + end - begin)
+        mask = None
+        if window is not None and end - begin > window:
+            mask = torch.ones(end - begin, end - begin, dtype=torch.bool, device=query.device).tril().triu(1 - window)
+        rows[row].append(
+            F.scaled_dot_product_attention(
+                query[row : row + 1, :, part],
+                key[row : row + 1, :, part],
+                value[row : row + 1, :, part],
+                attn_mask=mask,
+                dropout_p=dropout,
+                is_causal=mask is None,
+                scale=scale,
+                enable_gqa=query.shape[1] != key.shape[1],
+            )
+        )
+    return torch.cat([torch.cat(parts, dim=2) for parts in rows]).transpose(1, 2)
+
+
+def _mask(*args: Any, **kwargs: Any) -> Tensor | None:
+    return None if _packed else sdpa_mask(*args, **kwargs)
+
+
+def _refuse(module: nn.Module, why: str) -> None:
+    raise TrainingError(
+        f"attention `{NAME}` cannot be used: {type(module).__name__} {why}. "
+        "Set model.attn_implementation to sdpa, eager, flex_attention or flash_attention_2"
+    )
+
+
+AttentionInterface.register(NAME, packed_attention)
+AttentionMaskInterface.register(NAME, _mask)

@@ -1,0 +1,114 @@
+"""The network that trainers call: a transformers model whose logits exist only at supervised positions."""
+
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from posttrain.blocks.attention import packed
+from posttrain.blocks.losses import nll_sum, target_log_probs
+from posttrain.interfaces import Batch
+
+
+class CausalLM(nn.Module):
+    """A causal language model over batches of packed documents.
+
+    What it computes lies inside one `forward`, so that DDP, FSDP and ZeRO see every use of every
+    parameter. `hf` is the transformers model, possibly wrapped by peft: what is exported.
+    """
+
+    def __init__(self, hf: Any) -> None:
+        super().__init__()
+        self.hf = hf
+        self.plain_head = has_plain_head(hf)
+
+    def forward(self, batch: Batch, output: Literal["nll", "log_probs", "logits", "hidden"] = "nll") -> Tensor:
+        """Compute something at the supervised positions of a batch (see `loader.collate`).
+
+        Args:
+            batch: its `input_ids`, `position_ids`, `cu_seqlens`, `max_seqlen`, `supervised` and `targets`
+                are used.
+            output: what to return.
+
+        Returns:
+            nll: a scalar, the summed negative log-likelihood of the targets, in nats.
+            log_probs: [n], each target's log-probability.
+            logits: [n, vocabulary]; mind the memory.
+            hidden: [rows, width, size], the last hidden states, of every position.
+        """
+        if output == "hidden":
+            return self.hidden_states(batch)
+        if self.plain_head and output != "logits":
+            hidden = self.hidden_states(batch).flatten(0, 1).index_select(0, batch["supervised"])
+            head = self.base.get_output_embeddings()
+            score = nll_sum if output == "nll" else target_log_probs
+            return score(hidden, head.weight, head.bias, batch["targets"])
+        logits = self.logits(batch)
+        if output == "logits":
+            return logits
+        log_probs = -F.cross_entropy(logits.float(), batch["targets"], reduction="none")
+        return -log_probs.sum() if output == "nll" else log_probs
+
+    @property
+    def base(self) -> Any:
+        """The transformers model itself, with peft's layers in it but without its wrapper."""
+        return self.hf.get_base_model() if hasattr(self.hf, "get_base_model") else self.hf
+
+    def hidden_states(self, batch: Batch) -> Tensor:
+        """Return the last hidden states, [rows, width, size]."""
+        with packed():
+            output = self.base.get_decoder()(**inputs(batch))
+        return output.last_hidden_state  # type: ignore[no-any-return]
+
+    def logits(self, batch: Batch) -> Tensor:
+        """Return the model's own logits at the supervised positions, [n, vocabulary]."""
+        flat = inputs(batch)
+        for name in ("input_ids", "position_ids"):  # one long row, since one index list serves all rows
+            flat[name] = flat[name].reshape(1, -1)
+        with packed():
+            return self.base(**flat, logits_to_keep=batch["supervised"]).logits[0]  # type: ignore[no-any-return]
+
+    @torch.no_grad()
+    def generate(self, **kwargs: Any) -> Tensor:
+        """Generate with transformers, in evaluation mode; arguments and result are transformers' own."""
+        was_training = self.training
+        self.eval()
+        try:
+            return self.hf.generate(use_cache=True, **kwargs)  # type: ignore[no-any-return]
+        finally:
+            self.train(was_training)
+
+    def save_pretrained(self, folder: Path) -> None:
+        """Write what `from_pretrained` and vLLM load: safetensors and configuration, or peft's adapters."""
+        self.hf.save_pretrained(folder)
+
+
+def inputs(batch: Batch) -> dict[str, Any]:
+    """Return what every transformers model needs to keep packed documents apart.
+
+    Flash attention and ours go by the cumulative lengths. sdpa, eager and flex attention go by
+    positions that restart, and only if there is no attention mask and no cache.
+    """
+    return {
+        "input_ids": batch["input_ids"],
+        "position_ids": batch["position_ids"],
+        "use_cache": False,
+        "cu_seq_lens_q": batch["cu_seqlens"],
+        "cu_seq_lens_k": batch["cu_seqlens"],
+        "max_length_q": batch["max_seqlen"],
+        "max_length_k": batch["max_seqlen"],
+    }
+
+
+def has_plain_head(hf: Any) -> bool:
+    """Whether logits are a linear layer of the last hidden states, and nothing else.
+
+    Some models scale or cap them (Cohere's logit_scale, Granite's logits_scaling, Gemma's soft cap).
+    """
+    base = hf.get_base_model() if hasattr(hf, "get_base_model") else hf
+    if type(base.get_output_embeddings()) is not nn.Linear:
+        return False
+    suspicious = {k: v for k, v in base.config.get_text_config().to_dict().items() if "logit" in k or "multiplier" in k}
+    return all(value in (None, 1, 1.0, False) or name.startswith("output_") for name, value in suspicious.items())

@@ -1,0 +1,331 @@
+"""Loaders: documents in, micro-batches for one rank out, in an order that any number of ranks shares.
+
+A row holds one document, or as many as fit (packing). The rows of all ranks form one sequence,
+pass after pass; a micro-batch takes the next `micro_batch_size` rows for each rank. Nothing is
+dropped: where a pass does not fill the last step, the next pass goes on in the middle of it.
+"""
+
+import itertools
+import queue
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, TypeVar
+
+import attrs
+
+from posttrain.blocks.packing import plan
+from posttrain.interfaces import Batch, Position
+
+if TYPE_CHECKING:
+    import numpy as np
+
+IGNORE = -100
+"""The label of a token that is not supervised, as in torch's cross_entropy."""
+
+Document: TypeAlias = "tuple[np.ndarray, np.ndarray]"
+"""Token ids and, for each, whether it is supervised."""
+
+T = TypeVar("T")
+
+
+class Documents(Protocol):
+    """Tokenized documents at rest (see store.py)."""
+
+    @property
+    def lengths(self) -> "np.ndarray":
+        """[documents], in tokens."""
+
+    @property
+    def source(self) -> "np.ndarray":
+        """[documents], the number of the source."""
+
+    @property
+    def weights(self) -> list[float]:
+        """[sources], how often a pass sees each row."""
+
+    def __len__(self) -> int: ...
+
+    def doc(self, index: int) -> Document:
+        """Return token ids and mask."""
+
+
+class Stream(Protocol):
+    """Raw rows in their own order, with a state from which reading can go on (see sources.py)."""
+
+    def read(self, epoch: int, state: dict[str, Any] | None) -> Iterator[tuple[Any, int, dict[str, Any]]]:
+        """Yield one pass: each row with the number of its source, and the state after it."""
+
+
+def collate(rows: list[list[Document]], pad_id: int) -> Batch:
+    """Lay rows of documents side by side.
+
+    The padding behind a row is a document of its own, so that `seqlens` covers every position and
+    no attention mask is needed. Positions and lengths are derived here, once.
+
+    Returns:
+        input_ids, labels, position_ids: int64 [rows, width]; labels are not shifted.
+        seqlens: int32 [documents], lengths in reading order; cu_seqlens: int32 [documents + 1].
+        max_seqlen: int.
+        supervised: int64 [n], the flat positions (row * width + column) that predict a supervised token.
+        targets: int64 [n], the tokens they predict.
+        weight, supervised_tokens: n.
+        tokens: how many positions are not padding.
+    """
+    import numpy as np
+    import torch
+
+    width = max(sum(len(ids) for ids, _ in row) for row in rows)
+    input_ids = np.full((len(rows), width), pad_id, dtype=np.int64)
+    labels = np.full((len(rows), width), IGNORE, dtype=np.int64)
+    positions = np.zeros((len(rows), width), dtype=np.int64)
+    seqlens: list[int] = []
+    tokens = 0
+    for i, row in enumerate(rows):
+        at = 0
+        for ids, mask in row:
+            end = at + len(ids)
+            input_ids[i, at:end] = ids
+            labels[i, at + 1 : end][mask[1:]] = ids[1:][mask[1:]]  # nothing predicts the first token
+            positions[i, at:end] = np.arange(len(ids))
+            seqlens.append(len(ids))
+            at = end
+        tokens += at
+        if at < width:
+            positions[i, at:] = np.arange(width - at)
+            seqlens.append(width - at)
+    flat = labels.reshape(-1)
+    predicted = np.flatnonzero(flat != IGNORE)
+    cu_seqlens = np.zeros(len(seqlens) + 1, dtype=np.int32)
+    np.cumsum(seqlens, out=cu_seqlens[1:])
+    return {
+        "input_ids": torch.from_numpy(input_ids),
+        "labels": torch.from_numpy(labels),
+        "position_ids": torch.from_numpy(positions),
+        "seqlens": torch.tensor(seqlens, dtype=torch.int32),
+        "cu_seqlens": torch.from_numpy(cu_seqlens),
+        "max_seqlen": max(seqlens),
+        "supervised": torch.from_numpy(predicted - 1),
+        "targets": torch.from_numpy(flat[predicted]),
+        "weight": len(predicted),
+        "supervised_tokens": len(predicted),
+        "tokens": tokens,
+    }
+
+
+@attrs.frozen(kw_only=True, slots=False)
+class RowLoader:
+    """What both loaders share: cutting a sequence of rows into micro-batches."""
+
+    max_length: int
+    packing: bool
+    micro_batch_size: int
+    rank: int
+    world_size: int
+    seed: int
+    pad_id: int
+    collate: Callable[[list[list[Document]], int], Batch] = collate
+
+    def sequence(self, position: Position) -> Iterator[tuple[Any, Position]]:
+        """Yield the rows of all ranks from a position on, each with the position after it."""
+        raise NotImplementedError
+
+    def first_pass(self) -> Iterator[Any]:
+        """Yield the rows of all ranks in the first pass."""
+        raise NotImplementedError
+
+    def documents_of(self, row: Any) -> list[Document]:
+        """Return the documents of a row that `sequence` gave."""
+        raise NotImplementedError
+
+    def start(self) -> Position:
+        """Return the position before the first row."""
+        return {"epoch": 0, "row": 0}
+
+    def batches(self, position: Position) -> Iterator[tuple[Batch, Position]]:
+        """Yield micro-batches without end, each with the position after it."""
+        for group in chunks(self.sequence(position), self.micro_batch_size * self.world_size):
+            if len(group) == self.micro_batch_size * self.world_size:
+                yield self._mine([row for row, _ in group]), group[-1][1]
+
+    def one_pass(self) -> Iterator[Batch]:
+        """Yield each row of one pass once, as equally many micro-batches on every rank."""
+        for group in chunks(self.first_pass(), self.micro_batch_size * self.world_size):
+            yield self._mine(group)
+
+    def _mine(self, group: list[Any]) -> Batch:
+        """Collate this rank's part of a group; where a short group leaves it nothing, a row that counts nothing."""
+        first = self.rank * self.micro_batch_size
+        rows = [self.documents_of(row) for row in group[first : first + self.micro_batch_size]]
+        if not rows:
+            rows = [[(ids, mask & False) for ids, mask in self.documents_of(group[0])]]
+        return self.collate(rows, self.pad_id)
+
+
+@attrs.frozen(kw_only=True, slots=False)
+class MapLoader(RowLoader):
+    """Documents at rest, in a random order that is a function of (seed, epoch)."""
+
+    documents: Documents
+    _plans: dict[int, list[list[int]]] = attrs.field(factory=dict, init=False, eq=False)
+
+    def rows(self, epochs: int) -> int | None:
+        """Return how many rows `epochs` passes hold."""
+        return sum(len(self.plan(epoch)) for epoch in range(epochs))
+
+    def plan(self, epoch: int) -> list[list[int]]:
+        """Return the documents of each row of a pass, in training order."""
+        if epoch not in self._plans:
+            import numpy as np
+
+            random = np.random.default_rng([self.seed, epoch])
+            order = random.permutation(self._drawn(random))
+            if self.packing:
+                rows = plan(order, self.documents.lengths, self.max_length)
+                shuffled = [rows[i] for i in random.permutation(len(rows)).tolist()]
+            else:
+                shuffled = [[i] for i in order.tolist()]
+            self._plans.clear()  # one pass at a time is enough
+            self._plans[epoch] = shuffled
+        return self._plans[epoch]
+
+    def fill(self) -> float:
+        """Return the share of the first pass's rows that is not padding."""
+        rows = self.plan(0)
+        lengths = self.documents.lengths
+        capacity = len(rows) * self.max_length
+        return float(sum(int(lengths[i]) for row in rows for i in row) / capacity) if capacity else 0.0
+
+    def sequence(self, position: Position) -> Iterator[tuple[list[int], Position]]:
+        """Yield rows as lists of document indices."""
+        epoch, first = position["epoch"], position["row"]
+        while rows := self.plan(epoch):
+            for i in range(first, len(rows)):
+                yield rows[i], {"epoch": epoch, "row": i + 1} if i + 1 < len(rows) else {"epoch": epoch + 1, "row": 0}
+            epoch, first = epoch + 1, 0
+
+    def first_pass(self) -> Iterator[list[int]]:
+        """Yield the rows of the first pass."""
+        return iter(self.plan(0))
+
+    def documents_of(self, row: list[int]) -> list[Document]:
+        """Read the documents of a row."""
+        return [self.documents.doc(index) for index in row]
+
+    def _drawn(self, random: "np.random.Generator") -> "np.ndarray":
+        """Return the indices of a pass: a source of weight 2.5 twice, and a random half of it a third time."""
+        import numpy as np
+
+        weights = self.documents.weights
+        if all(weight == 1.0 for weight in weights):
+            return np.arange(len(self.documents))
+        parts = []
+        for number, weight in enumerate(weights):
+            members = np.flatnonzero(self.documents.source == number)
+            extra = random.permutation(members)[: round(len(members) * (weight % 1))]
+            parts += [members] * int(weight) + [extra]
+        return np.concatenate(parts)
+
+
+@attrs.frozen(kw_only=True, slots=False)
+class StreamLoader(RowLoader):
+    """Rows that are read and tokenized as training goes: shuffled and packed within windows of raw rows.
+
+    A window is a function of where reading began, so a position is that place and a row in the window:
+    going on after a crash reads at most one window again.
+    """
+
+    stream: Stream
+    encode: Callable[[list[tuple[Any, int]]], list[Document]]
+    window: int
+
+    def start(self) -> Position:
+        """Return the position before the first row."""
+        return {"epoch": 0, "row": 0, "window": 0, "state": None}
+
+    def rows(self, epochs: int) -> int | None:
+        """Return None: only reading it tells how long a stream is."""
+        return None
+
+    def sequence(self, position: Position) -> Iterator[tuple[list[Document], Position]]:
+        """Yield rows as lists of documents; the next window is made while this one is trained on."""
+        for rows, before, after in ahead(self._windows(position)):
+            for i in range(before["row"], len(rows)):
+                yield rows[i], {**before, "row": i + 1} if i + 1 < len(rows) else after
+
+    def first_pass(self) -> Iterator[list[Document]]:
+        """Yield the rows of the first pass."""
+        for rows, before, _ in self._windows(self.start()):
+            if before["epoch"] > 0:
+                return
+            yield from rows
+
+    def documents_of(self, row: list[Document]) -> list[Document]:
+        """Return the row: its documents are in memory."""
+        return row
+
+    def _windows(self, position: Position) -> Iterator[tuple[list[list[Document]], Position, Position]]:
+        before, found = position, True
+        while found:
+            epoch, found = before["epoch"], before["state"] is not None
+            for raw in chunks(self.stream.read(epoch, before["state"]), self.window):
+                found = True
+                rows = self._packed(self.encode([(row, source) for row, source, _ in raw]), epoch, before["window"])
+                after = {"epoch": epoch, "row": 0, "window": before["window"] + 1, "state": raw[-1][2]}
+                yield rows, before, after
+                before = after
+            before = {"epoch": epoch + 1, "row": 0, "window": 0, "state": None}
+
+    def _packed(self, documents: list[Document], epoch: int, window: int) -> list[list[Document]]:
+        import numpy as np
+
+        random = np.random.default_rng([self.seed, epoch, window])
+        order = random.permutation(len(documents))
+        rows = [[int(i)] for i in order]
+        if self.packing:
+            lengths = np.array([len(ids) for ids, _ in documents], dtype=np.int64)
+            packed = plan(order, lengths, self.max_length)
+            rows = [packed[i] for i in random.permutation(len(packed))]
+        return [[documents[i] for i in row] for row in rows]
+
+
+def chunks(items: Iterable[T], size: int) -> Iterator[list[T]]:
+    """Yield lists of `size` items; the last may be shorter."""
+    iterator = iter(items)
+    while found := list(itertools.islice(iterator, size)):
+        yield found
+
+
+def ahead(items: Iterator[T]) -> Iterator[T]:
+    """Yield the same items, making the next one in a thread meanwhile."""
+    made: queue.Queue[tuple[T | None, BaseException | None]] = queue.Queue(maxsize=1)
+    closed = threading.Event()
+
+    def put(entry: "tuple[T | None, BaseException | None]") -> None:
+        while not closed.is_set():
+            try:
+                return made.put(entry, timeout=0.1)
+            except queue.Full:
+                continue
+        return None
+
+    def work() -> None:
+        try:
+            for item in items:
+                put((item, None))
+                if closed.is_set():
+                    return
+            put((None, StopIteration()))
+        except BaseException as error:
+            put((None, error))
+
+    threading.Thread(target=work, daemon=True, name="posttrain-ahead").start()
+    try:
+        while True:
+            item, error = made.get()
+            if isinstance(error, StopIteration):
+                return
+            if error is not None:
+                raise error
+            yield item  # type: ignore[misc]
+    finally:
+        closed.set()

@@ -1,0 +1,156 @@
+"""A packed row gives what its documents give alone, and the chunked losses what full logits give."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from toy import LLAMA, document
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from posttrain.blocks import attention, losses
+from posttrain.blocks.causal import CausalLM
+from posttrain.blocks.loader import collate
+from posttrain.errors import RecipeError, TrainingError
+
+SMALL = {k: v for k, v in LLAMA.items() if k != "model_type"}
+SLIDING = {**SMALL, "sliding_window": 8, "head_dim": 8}
+MODELS: dict[str, dict[str, Any]] = {
+    "llama": SMALL,
+    "mistral": {**SMALL, "sliding_window": 8},
+    "qwen2": SMALL,
+    "qwen3": {**SMALL, "head_dim": 8},
+    "phi3": SMALL,
+    "granite": {**SMALL, "logits_scaling": 3.0, "embedding_multiplier": 2.0},
+    "cohere": {**SMALL, "logit_scale": 0.25},
+    "gemma2": {**SLIDING, "final_logit_softcapping": 5.0, "attn_logit_softcapping": 50.0},
+    "gemma3_text": SLIDING,
+}
+
+
+def model(kind: str, implementation: str) -> CausalLM:
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(kind, **MODELS[kind])
+    hf = AutoModelForCausalLM.from_config(config)
+    hf.set_attn_implementation(implementation)
+    with torch.no_grad():
+        for parameter in hf.parameters():
+            parameter.normal_(0, 0.2)
+    return CausalLM(hf)
+
+
+def rows() -> list[list[Any]]:
+    return [[document(1), document(2), document(3)], [document(4)], [document(5), document(6)]]
+
+
+@pytest.mark.parametrize("implementation", ["packed", "sdpa", "eager"])
+@pytest.mark.parametrize("kind", MODELS)
+def test_a_packed_row_equals_its_documents_alone(kind: str, implementation: str) -> None:
+    if kind == "gemma2" and implementation != "eager":
+        pytest.skip("soft-capped attention scores exist in eager attention only")
+    net = model(kind, implementation)
+    together = net(collate(rows(), 0), "logits")
+    reference = net.hf
+    reference.set_attn_implementation("eager")
+    alone = []
+    for ids, mask in (document for row in rows() for document in row):
+        logits = reference(input_ids=torch.tensor(ids)[None], use_cache=False).logits[0, :-1]
+        alone.append(logits[torch.tensor(mask[1:])])
+    expected = torch.cat(alone)
+    scale = expected.abs().max()
+    torch.testing.assert_close(together / scale, expected / scale, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_the_summed_loss_and_its_gradients_equal_full_logits(kind: str) -> None:
+    net = model(kind, "eager")
+    batch = collate(rows(), 0)
+    ours = net(batch)
+    ours.backward()
+    gradients = {name: p.grad.clone() for name, p in net.named_parameters() if p.grad is not None}
+    net.zero_grad()
+    theirs = F.cross_entropy(net(batch, "logits"), batch["targets"], reduction="sum")
+    theirs.backward()
+    torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-5)
+    for name, parameter in net.named_parameters():
+        if parameter.grad is not None:
+            torch.testing.assert_close(gradients[name], parameter.grad, rtol=1e-4, atol=1e-4, msg=name)
+    log_probs = net(batch, "log_probs")
+    assert log_probs.shape == batch["targets"].shape
+    torch.testing.assert_close(-log_probs.sum(), theirs, rtol=1e-6, atol=1e-5)
+
+
+def test_a_leak_between_documents_would_be_seen() -> None:
+    """The test above can fail: without positions that restart, sdpa lets documents see each other."""
+    net = model("llama", "sdpa")
+    batch = collate(rows(), 0)
+    good = net(batch, "logits")
+    batch["position_ids"] = torch.arange(batch["input_ids"].shape[1]).expand_as(batch["input_ids"])
+    assert (net(batch, "logits") - good).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("frozen", [True, False])
+def test_chunks_do_not_change_loss_or_gradients(monkeypatch: pytest.MonkeyPatch, bias: bool, frozen: bool) -> None:
+    torch.manual_seed(0)
+    hidden = torch.randn(300, 16, requires_grad=True)
+    weight = torch.randn(50, 16, requires_grad=not frozen)
+    offset = torch.randn(50, requires_grad=not frozen) if bias else None
+    targets = torch.randint(50, (300,))
+    monkeypatch.setattr(losses, "chunk_rows", lambda weight: 64)
+    wanted = [x for x in (hidden, weight, offset) if x is not None and x.requires_grad]
+    reference = F.cross_entropy(F.linear(hidden, weight, offset), targets, reduction="sum")
+    expected = torch.autograd.grad(reference * 0.3, wanted)
+    for found in (
+        losses.nll_sum(hidden, weight, offset, targets),
+        -losses.target_log_probs(hidden, weight, offset, targets).sum(),
+    ):
+        torch.testing.assert_close(found, reference, rtol=1e-6, atol=1e-4)
+        for ours, theirs in zip(torch.autograd.grad(found * 0.3, wanted), expected, strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+
+
+def test_the_loss_is_exact_to_float32_in_bfloat16() -> None:
+    """The sum stays in float32 where a bfloat16 scalar would be off in the second digit."""
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(500, 16).bfloat16(), torch.randn(50, 16).bfloat16()
+    targets = torch.randint(50, (500,))
+    reference = F.cross_entropy(F.linear(hidden, weight).float(), targets, reduction="sum")
+    found = losses.nll_sum(hidden, weight, None, targets)
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found, reference, rtol=1e-6, atol=0)
+
+
+def test_no_supervised_token_gives_a_loss_of_zero_and_gradients() -> None:
+    net = model("llama", "packed")
+    ids, mask = document(1)
+    loss = net(collate([[(ids, np.zeros_like(mask))]], 0))
+    loss.backward()
+    assert loss.item() == 0
+    assert all(p.grad is not None and not p.grad.any() for p in net.parameters())
+
+
+def test_attention_that_cannot_be_computed_is_refused() -> None:
+    net = model("gemma2", "eager")
+    net.hf.set_attn_implementation(attention.NAME)
+    with pytest.raises(TrainingError, match=r"uses `softcap`.*attn_implementation"):
+        net(collate(rows(), 0))
+
+
+def test_models_with_recurrent_layers_are_refused() -> None:
+    from posttrain.blocks.model import HFModel
+
+    block = HFModel(
+        name_or_path="m", random_init=True,
+        config={"model_type": "mamba", "vocab_size": 50, "hidden_size": 16, "num_hidden_layers": 1, "state_size": 4},
+    )  # fmt: skip
+    with pytest.raises(RecipeError, match="recurrent layers"):
+        block.build(None)  # type: ignore[arg-type]
+
+
+def test_generation_is_transformers_own_with_padding_on_the_left() -> None:
+    ours, theirs = model("llama", "packed"), model("llama", "sdpa")
+    ids = torch.tensor([[0, 0, 5, 6, 7], [8, 9, 10, 11, 12]])
+    call = {"input_ids": ids, "attention_mask": (ids != 0).long(), "max_new_tokens": 6, "do_sample": False}
+    torch.testing.assert_close(ours.generate(**call), theirs.generate(**call))

@@ -1,0 +1,335 @@
+"""From files to documents: what is read, refused, cut, cached and counted."""
+
+import gzip
+import json
+import multiprocessing
+import os
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import byte_tokenizer
+
+from posttrain.blocks import store
+from posttrain.blocks.data import CausalData, SFTData
+from posttrain.blocks.sources import Source
+from posttrain.blocks.streams import Stream
+from posttrain.blocks.templates import TEMPLATES
+from posttrain.errors import DataError
+
+TOKENIZER = byte_tokenizer(TEMPLATES["chatml"])
+GSM8K = Path(__file__).parent.parent.parent / "shared" / "data" / "gsm8k_train.jsonl"
+
+
+def write(path: Path, *rows: Any) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def data(path: Path | str, **options: Any) -> SFTData:
+    source = options.pop("source", {})
+    return SFTData(sources=[Source(name_or_path=str(path), **source)], **options)
+
+
+def texts(documents: Any) -> list[str]:
+    return [TOKENIZER.decode(documents.doc(i)[0].tolist()) for i in range(len(documents))]
+
+
+def replies(documents: Any) -> list[str]:
+    found = [documents.doc(i) for i in range(len(documents))]
+    return [TOKENIZER.decode(ids[mask].tolist()).removesuffix("<|im_end|>") for ids, mask in found]
+
+
+SCHEMAS = {
+    "messages": {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]},
+    "sharegpt": {"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]},
+    "prompt and completion": {"prompt": "q", "completion": "a"},
+    "prompt and response": {"prompt": "q", "response": "a"},
+    "prompt as messages": {"prompt": [{"role": "user", "content": "q"}], "completion": [{"role": "assistant", "content": "a"}]},
+    "alpaca": {"instruction": "q", "input": "", "output": "a"},
+    "question and answer": {"question": "q", "answer": "a"},
+    "query and response": {"query": "q", "response": "a", "type": "MATH"},
+    "problem and solution": {"problem": "q", "solution": "a"},
+    "messages as text": {"messages": json.dumps([{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}])},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("schema", SCHEMAS)
+def test_known_schemas_are_recognised(tmp_path: Path, schema: str) -> None:
+    prepared = data(write(tmp_path / "a.jsonl", SCHEMAS[schema])).prepare(TOKENIZER)
+    expected = "<|im_start|>user\nq<|im_end|>\n<|im_start|>assistant\na<|im_end|>\n"
+    assert texts(prepared.train) == [expected]
+    assert replies(prepared.train) == ["a"]
+
+
+def test_other_schemas_are_mapped_with_columns(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.jsonl", {"frage": "q", "antwort": "a"})
+    with pytest.raises(DataError, match="'frage', 'antwort' fit no known schema.*columns"):
+        data(path).prepare(TOKENIZER)
+    mapped = data(path, source={"columns": {"prompt": "frage", "response": "antwort"}})
+    assert replies(mapped.prepare(TOKENIZER).train) == ["a"]
+
+
+def test_every_format_gives_the_same_rows(tmp_path: Path) -> None:
+    import datasets
+
+    rows = [{"prompt": f'{i}, "x"\n', "response": f"é{i}"} for i in range(5)]
+    write(tmp_path / "a.jsonl", *rows)
+    (tmp_path / "a.json").write_text(json.dumps(rows))
+    with gzip.open(tmp_path / "b.jsonl.gz", "wt", encoding="utf-8") as file:
+        file.writelines(json.dumps(row) + "\n" for row in rows)
+    made = datasets.Dataset.from_list(rows)
+    made.to_csv(tmp_path / "a.csv", index=False)
+    made.to_parquet(tmp_path / "a.parquet")
+    made.save_to_disk(tmp_path / "saved")
+    (tmp_path / "folder").mkdir()
+    write(tmp_path / "folder" / "part-1.jsonl", *rows[:2])
+    write(tmp_path / "folder" / "part-2.jsonl", *rows[2:])
+    for name in ("a.jsonl", "a.json", "b.jsonl.gz", "a.csv", "a.parquet", "saved", "folder"):
+        assert replies(data(tmp_path / name).prepare(TOKENIZER).train) == [f"é{i}" for i in range(5)], name
+
+
+GOOD = json.dumps({"prompt": "q", "response": "a"})
+BAD_FILES = {
+    "truncated": (f"{GOOD}\n{GOOD[:20]}".encode(), r"a\.jsonl:2: not JSON.*last line is incomplete"),
+    "not UTF-8": (f"{GOOD}\n".encode() + b'{"prompt": "\xff"}\n', r"a\.jsonl:2: not UTF-8.*0xff"),
+    "not an object": (b"[1, 2]\n", r"a\.jsonl:1: expected an object with columns, found a list"),
+    "empty": (b"", r"a\.jsonl holds no rows"),
+    "without a reply": (b'{"prompt": "q"}\n', r"1 x no reply: there is 'prompt'.*a\.jsonl:1"),
+    "unknown role": (b'{"messages": [{"role": "bot", "content": "x"}]}\n', r"1 x unknown role 'bot'.*a\.jsonl:1"),
+    "nested without end": (b'{"prompt": ' + b"[" * 100_000, r"a\.jsonl:1: (nested too deeply|not JSON)"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_FILES)
+def test_a_bad_file_is_reported_with_its_name_and_line(tmp_path: Path, name: str) -> None:
+    content, message = BAD_FILES[name]
+    (tmp_path / "a.jsonl").write_bytes(content)
+    with pytest.raises(DataError, match=message):
+        data(tmp_path / "a.jsonl").prepare(TOKENIZER)
+
+
+def test_a_missing_file_is_noticed_without_reading_anything(tmp_path: Path) -> None:
+    write(tmp_path / "train.jsonl", SCHEMAS["alpaca"])
+    problems = dict(Source(name_or_path=str(tmp_path / "trian.jsonl")).check())
+    assert "did you mean 'train.jsonl'" in problems["name_or_path"]
+
+
+def test_unusable_rows_are_dropped_and_counted_if_the_recipe_says_so(tmp_path: Path) -> None:
+    bad = {"messages": [{"role": "user", "content": "only a question"}]}
+    path = write(tmp_path / "a.jsonl", SCHEMAS["messages"], bad, bad, SCHEMAS["messages"])
+    with pytest.raises(
+        DataError, match=r"(?s)2 x no message has a trained role.*a\.jsonl:2.*a\.jsonl:3.*data\.invalid=drop"
+    ):
+        data(path).prepare(TOKENIZER)
+    prepared = data(path, invalid="drop").prepare(TOKENIZER)
+    (entry,) = prepared.ledger["sources"].values()
+    assert (entry["rows_in"], entry["documents"], sum(entry["dropped"].values())) == (4, 2, 2)
+
+
+LONG = [{"prompt": "q" * 10, "response": "a" * n} for n in (5, 100, 20, 200)]
+"""With the template's 42 tokens and the end of the turn: 58, 153, 73 and 253 tokens."""
+
+
+def test_rows_that_are_too_long_stop_the_run_with_figures(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"2 of 4 rows are longer than 100 tokens \(the longest has \d+\)"):
+        data(write(tmp_path / "a.jsonl", *LONG), max_length=100).prepare(TOKENIZER)
+
+
+@pytest.mark.parametrize(("overflow", "documents"), [("drop", 2), ("truncate", 4), ("split", 7)])
+def test_overflow_policies_count_what_they_leave_out(tmp_path: Path, overflow: Any, documents: int) -> None:
+    path = write(tmp_path / "a.jsonl", *LONG)
+    whole = data(path).prepare(TOKENIZER)
+    prepared = data(path, max_length=100, overflow=overflow).prepare(TOKENIZER)
+    (entry,) = prepared.ledger["sources"].values()
+    lengths = prepared.train.lengths
+    assert len(prepared.train) == entry["documents"] == documents
+    assert lengths.max() <= 100
+    assert entry["tokens"] + entry["tokens_cut"] == entry["tokens_in"] == whole.train.lengths.sum()
+    found = [prepared.train.doc(i)[1] for i in range(documents)]
+    assert prepared.train.supervised.tolist() == [int(mask[1:].sum()) for mask in found]
+    assert prepared.ledger["total"]["documents"] == documents
+    if overflow == "split":
+        ours = sorted(t for i in range(documents) for t in prepared.train.doc(i)[0].tolist())
+        assert ours == sorted(t for i in range(4) for t in whole.train.doc(i)[0].tolist())
+
+
+def test_held_out_rows_are_never_trained_on_and_no_seed_changes_them(tmp_path: Path) -> None:
+    rows = [{"prompt": "q", "response": f"answer {i}"} for i in range(400)]
+    prepared = data(write(tmp_path / "a.jsonl", *rows), eval_split=0.1).prepare(TOKENIZER)
+    assert prepared.eval is not None
+    train, held_out = set(replies(prepared.train)), set(replies(prepared.eval))
+    assert not train & held_out
+    assert len(train | held_out) == 400
+    assert 35 <= len(held_out) <= 45
+
+
+def test_max_rows_reads_no_further(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text(f"{GOOD}\n{GOOD}\nnot json\n")
+    assert len(data(path, source={"max_rows": 2}).prepare(TOKENIZER).train) == 2
+
+
+# -- the cache ------------------------------------------------------------------------
+
+
+def counting(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    built: list[int] = []
+    original = store.build
+
+    def build(*args: Any) -> None:
+        built.append(1)
+        original(*args)
+
+    monkeypatch.setattr(store, "build", build)
+    return built
+
+
+def test_the_cache_is_used_again_and_notices_every_change(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    built = counting(monkeypatch)
+    path = write(tmp_path / "a.jsonl", SCHEMAS["alpaca"], SCHEMAS["alpaca"])
+    for _ in range(2):
+        data(path).prepare(TOKENIZER)
+    assert len(built) == 1
+    data(path, max_length=99, overflow="drop", packing=False).prepare(TOKENIZER)  # views, not tokens
+    assert len(built) == 1
+    stamp = path.stat().st_mtime_ns
+    write(path, SCHEMAS["alpaca"], {**SCHEMAS["alpaca"], "output": "b"})
+    os.utime(path, ns=(stamp, stamp))  # not even the clock tells
+    assert replies(data(path).prepare(TOKENIZER).train) == ["a", "b"]
+    assert len(built) == 2
+    data(path, train_on=["user", "assistant"]).prepare(TOKENIZER)
+    assert len(built) == 3
+    data(path).prepare(byte_tokenizer(TEMPLATES["chatml"].replace("assistant", "helper")))
+    assert len(built) == 4
+
+    class Shouting(SFTData):
+        def conversation(self, row: dict[str, Any]) -> dict[str, Any]:
+            return super().conversation({**row, "output": row["output"].upper()})
+
+    assert replies(Shouting(sources=[Source(name_or_path=str(path))]).prepare(TOKENIZER).train) == ["A", "B"]
+
+
+def prepare_in_child(path: Path, results: Any) -> None:
+    built = []
+    original = store.build
+    store.build = lambda *args: (built.append(1), original(*args))  # type: ignore[assignment, func-returns-value]
+    results.put((len(data(path).prepare(TOKENIZER).train), len(built)))
+
+
+def test_processes_that_start_at_once_tokenize_once(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.jsonl", *[SCHEMAS["alpaca"]] * 3000)
+    fork = multiprocessing.get_context("fork")
+    results = fork.Queue()
+    children = [fork.Process(target=prepare_in_child, args=(path, results)) for _ in range(3)]
+    for child in children:
+        child.start()
+    found = [results.get(timeout=60) for _ in children]
+    assert sorted(found) == [(3000, 0), (3000, 0), (3000, 1)]
+
+
+def test_a_build_that_dies_leaves_nothing_that_is_taken_for_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write(tmp_path / "a.jsonl", *[SCHEMAS["alpaca"]] * 10)
+
+    def die(child: Path) -> None:
+        monkeypatch.setattr(Path, "rename", lambda *args: os._exit(9))
+        data(child).prepare(TOKENIZER)
+
+    process = multiprocessing.get_context("fork").Process(target=die, args=(path,))
+    process.start()
+    process.join()
+    assert process.exitcode == 9
+    assert len(data(path).prepare(TOKENIZER).train) == 10
+    assert not list((tmp_path / "cache").glob("*.tmp-*"))
+
+
+def test_a_cache_that_cannot_be_written_is_said(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    path = write(tmp_path / "a.jsonl", SCHEMAS["alpaca"])
+    with pytest.raises(DataError, match=r"cannot be written.*cache_dir"):
+        data(path, cache_dir=tmp_path / "file" / "x").prepare(TOKENIZER)
+
+
+# -- plain text and streams -----------------------------------------------------------
+
+
+def test_plain_documents_are_trained_whole_with_the_tokens_asked_for(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.jsonl", {"text": "abc"}, {"text": "de"})
+    for bos, eos, expected in ((False, True, "abc</s>"), (True, False, "<s>abc"), (False, False, "abc")):
+        tokenizer = byte_tokenizer(eos="</s>")
+        made = CausalData(sources=[Source(name_or_path=str(path))], bos=bos, eos=eos)
+        ids, mask = made.prepare(tokenizer).train.doc(0)
+        assert tokenizer.decode(ids.tolist()) == expected
+        assert mask.all()
+        assert made.prepare(tokenizer).train.supervised[0] == len(ids) - 1
+
+
+def test_a_stream_goes_on_from_any_row(tmp_path: Path) -> None:
+    first = write(tmp_path / "a.jsonl", *({"n": i} for i in range(20)))
+    (tmp_path / "b.json").write_text(json.dumps([{"n": 100 + i} for i in range(9)]))
+    sources = [Source(name_or_path=str(first), weight=2), Source(name_or_path=str(tmp_path / "b.json"))]
+    whole = [(row.values["n"], json.loads(json.dumps(state))) for row, _, state in Stream(sources, 7).read(0, None)]
+    assert sorted(n for n, _ in whole) == [*range(20), *range(100, 109)]
+    for cut in range(0, 28, 5):
+        rest = [row.values["n"] for row, _, _ in Stream(sources, 7).read(0, whole[cut][1])]
+        assert rest == [n for n, _ in whole[cut + 1 :]]
+    assert [n for n, _ in whole] != [row.values["n"] for row, _, _ in Stream(sources, 7).read(1, None)]
+
+
+def test_a_streaming_recipe_sees_the_same_documents_as_a_stored_one(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.jsonl", *LONG, {"prompt": "q"})
+    options: dict[str, Any] = {"max_length": 100, "overflow": "split", "invalid": "drop"}
+    stored = data(path, **options).build(TOKENIZER, 1, 0, 1, 42)
+    streamed = data(path, source={"stream": True}, **options).build(TOKENIZER, 1, 0, 1, 42)
+    tokens = [
+        sorted(t for batch in loaders.train.one_pass() for t in batch["input_ids"].flatten().tolist() if t != 256)
+        for loaders in (stored, streamed)
+    ]
+    count = [sum(batch["supervised_tokens"] for batch in loaders.train.one_pass()) for loaders in (stored, streamed)]
+    assert count[0] == count[1]
+    assert len(tokens[0]) and [t for t in tokens[0] if t != TOKENIZER.pad_token_id] == [
+        t for t in tokens[1] if t != TOKENIZER.pad_token_id
+    ]
+    next(streamed.train.batches(streamed.train.start()))
+    assert streamed.ledger["sources"][str(path)]["rows_in"] >= 5
+
+
+def test_previews_show_tokens_roles_and_supervision(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.jsonl", {"prompt": "né", "response": "ok"})
+    (preview,) = data(path).preview(TOKENIZER, 5)
+    assert preview.source == f"{path}:1"
+    assert "".join(text for text, _, _ in preview.tokens) == (
+        "<|im_start|>user\nné<|im_end|>\n<|im_start|>assistant\nok<|im_end|>\n"
+    )
+    assert [text for text, supervised, _ in preview.tokens if supervised] == ["o", "k", "<|im_end|>"]
+    assert {role for text, _, role in preview.tokens if text == "é"} == {"user"}
+
+
+def test_known_datasets_know_their_splits_and_columns() -> None:
+    from posttrain.blocks.sources import KNOWN
+
+    assert KNOWN["HuggingFaceH4/ultrachat_200k"].splits["train"] == "train_sft"
+    assert KNOWN["meta-math/MetaMathQA"].columns["prompt"] == "query"
+
+
+def test_a_hub_that_is_away_is_a_message(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(DataError, match=r"someone/something is no local file or folder.*hub"):
+        list(islice(data("someone/something").preview(TOKENIZER, 1), 1))
+
+
+@pytest.mark.skipif(not GSM8K.exists(), reason=f"{GSM8K} is not on this machine")
+def test_gsm8k_trains_end_to_end(tmp_path: Path, tiny_model: Path) -> None:
+    import posttrain
+
+    run = posttrain.SFTTrainer(
+        model=posttrain.HFModel(name_or_path=str(tiny_model)),
+        data=data(GSM8K, max_length=1024, overflow="drop", source={"max_rows": 300}),
+        optimizer=posttrain.AdamW(lr=1e-2), logger=[posttrain.JSONL()], micro_batch_size=2, max_steps=50,
+        output_dir=tmp_path / "run", accelerator="cpu",
+    ).train()  # fmt: skip
+    curve = [json.loads(line)["loss"] for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert len(curve) == run.step == 50
+    assert sum(curve[-5:]) / 5 < 0.75 * curve[0]

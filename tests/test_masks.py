@@ -1,0 +1,368 @@
+"""Which tokens are trained: a table of chat templates times conversations, each exact or refused with a reason.
+
+What is expected is written out per template as a function from messages to (text, trained) pieces.
+"""
+
+import json
+from collections.abc import Callable
+from typing import Any
+
+import attrs
+import pytest
+from conftest import SPECIAL, byte_tokenizer
+
+from posttrain.blocks.chat import ChatRenderer
+from posttrain.blocks.encode import ChatEncoder
+from posttrain.blocks.schemas import Refused, conversation
+
+Message = dict[str, Any]
+Pieces = list[tuple[str, bool]]
+
+
+@attrs.frozen
+class Template:
+    """A chat template, and what it must give."""
+
+    jinja: str
+    expected: Callable[[list[Message]], Pieces]
+    special: tuple[str, ...] = ()
+    eos: str = "<|im_end|>"
+
+
+def pair(begin: str, reply: str) -> Pieces:
+    return [(begin, False), (reply, True)]
+
+
+def chatml(messages: list[Message]) -> Pieces:
+    pieces: Pieces = []
+    for m in messages:
+        reply = m["role"] == "assistant"
+        pieces += [(f"<|im_start|>{m['role']}\n", False), (f"{m['content']}<|im_end|>", reply), ("\n", False)]
+    return pieces
+
+
+def llama3(messages: list[Message]) -> Pieces:
+    pieces: Pieces = [("<s>", False)]
+    for m in messages:
+        begin = f"<|start_header_id|>{m['role']}<|end_header_id|>\n\n"
+        pieces += [(begin, False), (m["content"].strip() + "<|eot_id|>", m["role"] == "assistant")]
+    return pieces
+
+
+def folded(messages: list[Message]) -> Pieces:
+    """Gemma and Llama 2: no system turn, its text goes in front of the first question; no generation prompt."""
+    pieces: Pieces = [("<s>", False)]
+    system = messages[0]["content"] + "\n\n" if messages[0]["role"] == "system" else ""
+    for m in messages:
+        if m["role"] == "user":
+            pieces += [(f"[INST] {system}{m['content'].strip()} [/INST]", False)]
+            system = ""
+        elif m["role"] == "assistant":
+            pieces += [(" ", False), (f"{m['content'].strip()}</s>", True)]
+    return pieces
+
+
+def thinking(messages: list[Message]) -> Pieces:
+    """Qwen3: reasoning is kept for the last reply only, and taken out of the content if it stands there."""
+    pieces: Pieces = []
+    last = max(i for i, m in enumerate(messages) if m["role"] == "user")
+    for i, m in enumerate(messages):
+        content, thought = m["content"], m.get("reasoning_content", "")
+        if "</think>" in content:
+            thought, content = content.split("</think>")
+            thought, content = thought.removeprefix("<think>").strip("\n"), content.lstrip("\n")
+        if m["role"] == "assistant" and i > last:
+            content = f"<think>\n{thought.strip(chr(10))}\n</think>\n\n{content.lstrip(chr(10))}"
+        pieces += [
+            (f"<|im_start|>{m['role']}\n", False),
+            (f"{content}<|im_end|>", m["role"] == "assistant"),
+            ("\n", False),
+        ]
+    return pieces
+
+
+def opened(messages: list[Message]) -> Pieces:
+    """QwQ and DeepSeek R1: the generation prompt opens the thinking, so the tag is not the model's to say."""
+    pieces: Pieces = []
+    for m in messages:
+        if m["role"] == "assistant":
+            thought = m.get("reasoning_content", "")
+            pieces += [
+                ("<|im_start|>assistant\n<think>\n", False),
+                (f"{thought}</think>{m['content']}<|im_end|>", True),
+            ]
+        else:
+            pieces += [(f"<|im_start|>{m['role']}\n{m['content']}<|im_end|>", False)]
+        pieces += [("\n", False)]
+    return pieces
+
+
+def calls(messages: list[Message]) -> Pieces:
+    """Qwen 2.5: tool calls as JSON between tags, results as user turns."""
+    pieces: Pieces = []
+    for m in messages:
+        text = m.get("content") or ""
+        for call in m.get("tool_calls", ()):
+            function = call["function"]
+            arguments = json.dumps(function["arguments"])
+            text += f'\n<tool_call>\n{{"name": "{function["name"]}", "arguments": {arguments}}}\n</tool_call>'
+        role = "user" if m["role"] == "tool" else m["role"]
+        if m["role"] == "tool":
+            text = f"<tool_response>\n{text}\n</tool_response>"
+        pieces += [(f"<|im_start|>{role}\n", False), (f"{text}<|im_end|>", role == "assistant"), ("\n", False)]
+    return pieces
+
+
+def renamed(messages: list[Message]) -> Pieces:
+    """Gemma: the assistant is called model."""
+    pieces: Pieces = [("<s>", False)]
+    for m in messages:
+        name = "model" if m["role"] == "assistant" else m["role"]
+        pieces += [
+            (f"<start_of_turn>{name}\n", False),
+            (f"{m['content'].strip()}<end_of_turn>", name == "model"),
+            ("\n", False),
+        ]
+    return pieces
+
+
+def bare(messages: list[Message]) -> Pieces:
+    """Vicuna: no tokens but the end token, and the generation prompt has no line of its own."""
+    pieces: Pieces = []
+    for m in messages:
+        if m["role"] == "assistant":
+            pieces += [("ASSISTANT:", False), (f" {m['content']}</s>", True)]
+        else:
+            pieces += [(f"{m['role'].upper()}: {m['content']} ", False)]
+    return pieces
+
+
+def parts(messages: list[Message]) -> Pieces:
+    return chatml(
+        [
+            {**m, "content": "".join(p["text"] for p in m["content"])} if isinstance(m["content"], list) else m
+            for m in messages
+        ]
+    )
+
+
+def channels(messages: list[Message]) -> Pieces:
+    """Harmony: reasoning in a channel of its own, both are the model's to say."""
+    pieces: Pieces = []
+    for m in messages:
+        if m["role"] == "assistant":
+            thought = m.get("reasoning_content")
+            said = f"<|channel|>analysis<|message|>{thought}<|end|><|start|>assistant" if thought else ""
+            pieces += [
+                ("<|start|>assistant", False),
+                (f"{said}<|channel|>final<|message|>{m['content']}<|return|>", True),
+            ]
+        else:
+            pieces += [(f"<|start|>{m['role']}<|message|>{m['content']}<|end|>", False)]
+    return pieces
+
+
+CHATML = "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{% endfor %}"
+ASK = "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+HEADERS = ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")
+TEMPLATES = {
+    "chatml": Template(CHATML + ASK, chatml),
+    "llama 3 (headers, trimmed)": Template(
+        "{{ bos_token }}{% for m in messages %}{{ '<|start_header_id|>' + m.role + '<|end_header_id|>\n\n' }}"
+        "{{ m.content | trim + '<|eot_id|>' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}",
+        llama3, HEADERS,
+    ),
+    "llama 2 (system folded, no generation prompt)": Template(
+        "{{ bos_token }}{% set ns = namespace(system='') %}{% for m in messages %}"
+        "{% if m.role == 'system' %}{% set ns.system = m.content + '\n\n' %}"
+        "{% elif m.role == 'user' %}{{ '[INST] ' + ns.system + m.content | trim + ' [/INST]' }}{% set ns.system = '' %}"
+        "{% else %}{{ ' ' + m.content | trim + eos_token }}{% endif %}{% endfor %}",
+        folded, eos="</s>",
+    ),
+    "qwen 3 (history rewritten)": Template(
+        "{% set ns = namespace(last=0) %}{% for m in messages %}{% if m.role == 'user' %}{% set ns.last = loop.index0 %}"
+        "{% endif %}{% endfor %}{% for m in messages %}{% set content = m.content %}"
+        "{% set thought = m.reasoning_content if m.reasoning_content is string else '' %}"
+        "{% if '</think>' in content %}{% set thought = content.split('</think>')[0].rstrip('\n').split('<think>')[-1].lstrip('\n') %}"
+        "{% set content = content.split('</think>')[-1].lstrip('\n') %}{% endif %}"
+        "{{ '<|im_start|>' + m.role + '\n' }}{% if m.role == 'assistant' and loop.index0 > ns.last %}"
+        "{{ '<think>\n' + thought.strip('\n') + '\n</think>\n\n' + content.lstrip('\n') }}{% else %}{{ content }}{% endif %}"
+        "{{ '<|im_end|>\n' }}{% endfor %}" + ASK,
+        thinking,
+    ),
+    "qwq (the prompt opens the thinking)": Template(
+        "{% for m in messages %}{% if m.role == 'assistant' %}{{ '<|im_start|>assistant\n<think>\n' }}"
+        "{{ (m.reasoning_content or '') + '</think>' + m.content + '<|im_end|>\n' }}"
+        "{% else %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n<think>\n' }}{% endif %}",
+        opened,
+    ),
+    "qwen 2.5 (tool calls)": Template(
+        "{% for m in messages %}{% set role = 'user' if m.role == 'tool' else m.role %}{{ '<|im_start|>' + role + '\n' }}"
+        "{% if m.role == 'tool' %}{{ '<tool_response>\n' + m.content + '\n</tool_response>' }}"
+        "{% else %}{{ m.content or '' }}{% for call in m.tool_calls or [] %}"
+        "{{ '\n<tool_call>\n{\"name\": \"' + call.function.name + '\", \"arguments\": ' + (call.function.arguments | tojson) "
+        "+ '}\n</tool_call>' }}{% endfor %}{% endif %}{{ '<|im_end|>\n' }}{% endfor %}" + ASK,
+        calls,
+    ),
+    "gemma (roles renamed)": Template(
+        "{{ bos_token }}{% for m in messages %}{% set role = 'model' if m.role == 'assistant' else m.role %}"
+        "{{ '<start_of_turn>' + role + '\n' + m.content | trim + '<end_of_turn>\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<start_of_turn>model\n' }}{% endif %}",
+        renamed, ("<start_of_turn>", "<end_of_turn>"),
+    ),
+    "vicuna (no turn tokens)": Template(
+        "{% for m in messages %}{% if m.role == 'assistant' %}{{ 'ASSISTANT: ' + m.content + eos_token }}"
+        "{% else %}{{ m.role | upper + ': ' + m.content + ' ' }}{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}",
+        bare, eos="</s>",
+    ),
+    "content parts": Template(
+        "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' }}{% if m.content is string %}{{ m.content }}{% else %}"
+        "{% for part in m.content %}{{ part.text }}{% endfor %}{% endif %}{{ '<|im_end|>\n' }}{% endfor %}" + ASK,
+        parts,
+    ),
+    "harmony (channels)": Template(
+        "{% for m in messages %}{{ '<|start|>' + m.role }}{% if m.role == 'assistant' %}"
+        "{% if m.reasoning_content %}{{ '<|channel|>analysis<|message|>' + m.reasoning_content + '<|end|><|start|>assistant' }}"
+        "{% endif %}{{ '<|channel|>final<|message|>' + m.content + '<|return|>' }}"
+        "{% else %}{{ '<|message|>' + m.content + '<|end|>' }}{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|start|>assistant' }}{% endif %}",
+        channels, ("<|start|>", "<|channel|>", "<|message|>", "<|end|>", "<|return|>"), "<|return|>",
+    ),
+}  # fmt: skip
+
+
+def chat(*turns: str, system: str | None = None) -> list[Message]:
+    found = [{"role": "system", "content": system}] if system else []
+    return found + [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(turns)]
+
+
+CALL = {"type": "function", "function": {"name": "weather", "arguments": {"city": "Rome", "days": 2}}}
+CONVERSATIONS = {
+    "one turn": chat("Hi", "Hello"),
+    "three turns and a system": chat("a", "b", "c", "d", "e", "f", system="Be brief."),
+    "the reply repeats the question": chat("Say yes", "Say yes"),
+    "a reply equals an earlier one": chat("x", "yes", "yes", "yes"),
+    "the reply is part of the system text": chat("x", "brief", system="Be brief."),
+    "whitespace around the reply": chat("x", "  yes \n"),
+    "whitespace around the question": chat("\n x ", "yes"),
+    "no ASCII": chat("Grüße 😀 漢字", "مرحبا 👩‍👩‍👧 ok"),
+    "template syntax in the text": chat("{{ bos_token }}", "{% if %} user\n assistant\n"),
+    "a role's name as the reply": chat("assistant\n", "assistant\n"),
+    "reasoning": [*chat("x"), {"role": "assistant", "content": "4", "reasoning_content": "2+2"}],
+    "reasoning in two turns": [
+        *chat("x"), {"role": "assistant", "content": "4", "reasoning_content": "2+2"},
+        *chat("y"), {"role": "assistant", "content": "6", "reasoning_content": "3+3"},
+    ],
+    "reasoning inside the reply": chat("x", "<think>\n2+2\n</think>\n\n4"),
+    "tool calls": [
+        *chat("weather?"), {"role": "assistant", "content": "Let me see.", "tool_calls": [CALL]},
+        {"role": "tool", "content": "sunny"}, {"role": "assistant", "content": "Sunny."},
+    ],
+    "a tool call without text": [*chat("weather?"), {"role": "assistant", "content": "", "tool_calls": [CALL]}],
+    "parts": [
+        {"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]},
+        {"role": "assistant", "content": [{"type": "text", "text": "c"}, {"type": "text", "text": "d"}]},
+    ],
+}  # fmt: skip
+
+FITS = {  # conversations that only some templates can show
+    "reasoning": ("qwen 3 (history rewritten)", "qwq (the prompt opens the thinking)", "harmony (channels)"),
+    "reasoning in two turns": (
+        "qwen 3 (history rewritten)",
+        "qwq (the prompt opens the thinking)",
+        "harmony (channels)",
+    ),
+    "tool calls": ("qwen 2.5 (tool calls)",),
+    "a tool call without text": ("qwen 2.5 (tool calls)",),
+    "parts": ("content parts",),
+}
+
+
+def encoder(template: Template, **options: Any) -> ChatEncoder:
+    tokenizer = byte_tokenizer(template.jinja, [*SPECIAL, *template.special], template.eos)
+    return ChatEncoder(ChatRenderer(tokenizer, **options), conversation)
+
+
+def pieces_of(made: ChatEncoder, messages: list[Message]) -> tuple[str, str, Any]:
+    (encoded,) = made.encode([{"messages": messages}])
+    if isinstance(encoded, Refused):
+        raise encoded
+    ids, mask = encoded
+    decode = made.renderer.tokenizer.decode
+    return decode(ids.tolist()), decode(ids[mask].tolist()), ids
+
+
+@pytest.mark.parametrize("kind", CONVERSATIONS)
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_the_trained_tokens_are_exactly_the_replies(name: str, kind: str) -> None:
+    if kind in FITS and name not in FITS[kind]:
+        pytest.skip("this template does not write such messages")
+    template, messages = TEMPLATES[name], CONVERSATIONS[kind]
+    expected = template.expected(messages)
+    text, trained, ids = pieces_of(encoder(template), messages)
+    assert text == "".join(piece for piece, _ in expected)
+    assert trained == "".join(piece for piece, reply in expected if reply)
+    bos = encoder(template).renderer.tokenizer.bos_token_id
+    assert (ids == bos).sum() == text.startswith("<s>")
+
+
+BROKEN = {
+    "cuts the text": (CHATML.replace("m.content", "m.content[:3]"), "cuts the text|changes or inspects"),
+    "writes it twice": (CHATML.replace("m.content +", "m.content + '|' + m.content +") + ASK, "more than once"),
+    "ends no turn": (CHATML.replace("<|im_end|>", "") + ASK, "never learn to stop"),
+    "ends all but the last turn": (
+        "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content }}"
+        "{% if not loop.last %}{{ '<|im_end|>\n' }}{% endif %}{% endfor %}" + ASK,
+        "never learn to stop",
+    ),
+    "leaves replies out": ("{% for m in messages %}{% if m.role == 'user' %}{{ m.content + eos_token }}{% endif %}{% endfor %}", "leaves it out"),
+    "raises": ("{{ raise_exception('roles must alternate') }}", "roles must alternate"),
+    "is not Jinja's friend": ("{{ messages[99].content.strip() }}", "refuses the conversation"),
+    "looks inside": ("{% for m in messages %}{{ (m.content | length) ~ m.content + '<|im_end|>' }}{% endfor %}", "changes or inspects"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_a_template_that_hides_the_reply_is_refused(name: str) -> None:
+    jinja, reason = BROKEN[name]
+    with pytest.raises(Refused, match=reason):
+        pieces_of(encoder(Template(jinja, chatml)), CONVERSATIONS["one turn"])
+
+
+@pytest.mark.parametrize(
+    ("messages", "reason"),
+    [
+        (chat("x", "stop <|im_end|> now"), "control token <|im_end|>"),
+        (chat("x <|im_start|>assistant\nyes<|im_end|>", "y"), "control token <|im_start|>"),
+        (chat("x", "a \ue000 b"), "U\\+E000"),
+        (chat("x", ""), "is empty, or the chat template leaves it out"),
+        (chat("x"), "no message has a trained role"),
+        ([], "the conversation is empty"),
+        ([{"role": "user", "content": None}], "content of a message of role 'user' is null"),
+        ([{"role": "robot", "content": "x"}], "unknown role 'robot'"),
+        ([{"role": "user", "content": 7}], "int, not text"),
+    ],
+)
+def test_a_conversation_that_cannot_be_trained_on_is_refused(messages: list[Message], reason: str) -> None:
+    with pytest.raises(Refused, match=reason):
+        pieces_of(encoder(TEMPLATES["chatml"]), messages)
+
+
+def test_other_roles_can_be_trained() -> None:
+    _, trained, _ = pieces_of(encoder(TEMPLATES["chatml"], train_on=["user", "assistant"]), chat("a", "b"))
+    assert trained == "a<|im_end|>b<|im_end|>"
+
+
+def test_a_tool_call_needs_a_generation_prompt_to_tell_where_it_begins() -> None:
+    template = Template(TEMPLATES["qwen 2.5 (tool calls)"].jinja.replace(ASK, ""), calls)
+    with pytest.raises(Refused, match="where the reply begins cannot be told"):
+        pieces_of(encoder(template), CONVERSATIONS["a tool call without text"])
+
+
+def test_a_lone_surrogate_does_not_stop_a_run() -> None:
+    text, trained, _ = pieces_of(encoder(TEMPLATES["chatml"]), chat("x \ud800 y", "yes"))
+    assert trained == "yes<|im_end|>"
+    assert "x ? y" in text

@@ -1,0 +1,129 @@
+"""Two processes give what one gives, however they are started; and a run goes on with another number of them."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from toy import losses, metrics, trainer
+
+SCRIPT = """
+import sys
+sys.path.insert(0, {tests!r})
+from pathlib import Path
+from toy import trainer
+if __name__ == "__main__":
+    trainer(Path(sys.argv[1]), eval_rows=5, eval_every=4, **eval(sys.argv[2])).train()
+"""
+ROOT = Path(__file__).parent.parent
+BIN = Path(sys.executable).parent
+
+
+def launched(command: list[Any], **more: Any) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **more.pop("env", {})}
+    return subprocess.run(
+        [str(part) for part in command], capture_output=True, text=True, timeout=200, env=environment, **more
+    )
+
+
+@pytest.fixture
+def script(tmp_path: Path) -> Path:
+    file = tmp_path / "script.py"
+    file.write_text(SCRIPT.format(tests=str(ROOT / "tests")))
+    return file
+
+
+def start(how: str, script: Path, folder: Path, keys: dict[str, Any]) -> None:
+    call = [script, folder, repr(keys | ({"devices": 2} if how == "plain" else {}))]
+    launcher: dict[str, list[Any]] = {
+        "plain": [sys.executable],
+        "fabric run": [BIN / "fabric", "run", "--accelerator", "cpu", "--devices", "2", "--strategy", "ddp"],
+        "torchrun": [BIN / "torchrun", "--standalone", "--nproc-per-node", "2"],
+    }
+    done = launched([*launcher[how], *call])
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+@pytest.mark.parametrize("how", ["plain", "fabric run", "torchrun"])
+def test_two_ranks_train_like_one(how: str, script: Path, tmp_path: Path) -> None:
+    alone = trainer(tmp_path / "alone", eval_rows=5, eval_every=4)
+    alone.train()
+    start(how, script, tmp_path / "two", {"micro_batch_size": 1, "gradient_accumulation_steps": 2})
+    for one, two in zip(metrics(tmp_path / "alone"), metrics(tmp_path / "two"), strict=True):
+        assert one.keys() == two.keys()
+        assert one == pytest.approx(two, abs=1e-6, rel=1e-5)
+    from safetensors.torch import load_file
+
+    ours, theirs = (load_file(tmp_path / name / "huggingface" / "model.safetensors") for name in ("alone", "two"))
+    assert max(float((ours[name] - theirs[name]).abs().max()) for name in ours) < 1e-5
+
+
+def test_a_run_of_two_ranks_goes_on_with_one(script: Path, tmp_path: Path) -> None:
+    trainer(tmp_path / "alone", eval_rows=5, eval_every=4).train()
+    start("plain", script, tmp_path / "cut", {"micro_batch_size": 2, "stop_after": 5})
+    resumed = trainer(tmp_path / "cut", eval_rows=5, eval_every=4).train()
+    assert resumed.first_step == 5
+    assert losses(tmp_path / "cut") == pytest.approx(losses(tmp_path / "alone"), abs=1e-6)
+
+
+def recipe(tmp_path: Path, model: Path, source: Path, **keys: Any) -> Path:
+    file = tmp_path / "recipe.yaml"
+    data = {
+        "type": "sft", "model": {"name_or_path": str(model)}, "data": {"sources": [str(source)], "max_length": 128},
+        "optimizer": {"lr": 1e-3}, "output_dir": str(tmp_path / "run"), "accelerator": "cpu", "max_steps": 6,
+        "log_every": 1, **keys,
+    }  # fmt: skip
+    file.write_text(json.dumps(data))  # JSON is YAML
+    return file
+
+
+def test_fabric_run_starts_a_recipe(tmp_path: Path, tiny_model: Path, sums: Path) -> None:
+    file = recipe(tmp_path, tiny_model, sums)
+    done = launched(
+        [BIN / "fabric", "run", "--accelerator", "cpu", "--devices", "2", ROOT / "posttrain" / "cli.py", "train", file]
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "2 x cpu" in done.stdout
+    assert len(losses(tmp_path / "run")) == 6
+    assert (tmp_path / "run" / "huggingface" / "model.safetensors").exists()
+
+
+def test_what_the_launcher_and_the_recipe_say_must_agree(tmp_path: Path, tiny_model: Path, sums: Path) -> None:
+    file = recipe(tmp_path, tiny_model, sums, devices=3)
+    done = launched(
+        [BIN / "fabric", "run", "--accelerator", "cpu", "--devices", "2", ROOT / "posttrain" / "cli.py", "train", file]
+    )
+    assert done.returncode != 0
+    assert "devices: the recipe says 3, but `fabric run` was given --devices=2" in done.stderr
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_sigterm_ends_a_run_cleanly_and_the_same_command_goes_on(
+    tmp_path: Path, tiny_model: Path, sums: Path, ranks: int
+) -> None:
+    file = recipe(
+        tmp_path, tiny_model, sums, max_steps=400, devices=ranks, checkpoint=[{"type": "resume", "every": None}]
+    )
+    command = [sys.executable, "-m", "posttrain.cli", "train", str(file)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment)
+    log = tmp_path / "run" / "metrics.jsonl"
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and (not log.exists() or log.read_text().count("\n") < 5):
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 128 + signal.SIGTERM, output[-2000:]
+    assert "received SIGTERM" in output
+    assert "run the same command again" in output
+    reached = len(losses(tmp_path / "run"))
+    assert 5 <= reached < 400
+    again = launched([*command, f"stop_after={3}"])
+    assert again.returncode == 0, again.stderr[-2000:]
+    assert f"going on after step {reached}" in again.stdout
+    assert len(losses(tmp_path / "run")) == reached + 3

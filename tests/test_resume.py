@@ -1,0 +1,270 @@
+"""A run that was cut goes on as if nothing had happened, whatever cut it; a damaged checkpoint is never used."""
+
+import json
+import multiprocessing
+import os
+import random
+import re
+import signal
+import subprocess
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from toy import losses, metrics, trainer
+
+import posttrain.hooks as hooks
+from posttrain.blocks import checkpoint
+from posttrain.blocks.checkpoint import HuggingFace, Resume, checkpoints, verify
+from posttrain.errors import CheckpointError
+from posttrain.trainers.sft import SFTTrainer
+
+STEPS = 12
+KINDS = [{"packing": True}, {"packing": False}, {"streaming": True}, {"streaming": True, "packing": False}]
+
+
+def long(folder: Path, **keys: Any) -> SFTTrainer:
+    """Dropout, so that random numbers matter; several passes, so that the order does."""
+    keys = {"checkpoint": [Resume(every=3)], "max_steps": STEPS, "rows": 60, "micro_batch_size": 2, **keys}
+    keys = {"model": {"config": {"attention_dropout": 0.1}}, "gradient_accumulation_steps": 2, **keys}
+    return trainer(folder, **keys)
+
+
+def assert_same_weights(one: Any, other: Any) -> None:
+    for a, b in zip(one.model.parameters(), other.model.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=str)
+def test_a_run_in_pieces_equals_a_run_in_one(tmp_path: Path, kind: dict[str, Any]) -> None:
+    whole = long(tmp_path / "whole", **kind).train()
+    for piece in (2, 5, 3):
+        stopped = long(tmp_path / "cut", stop_after=piece, **kind).train()
+        assert stopped.status == "interrupted"
+    resumed = long(tmp_path / "cut", **kind).train()
+    assert (resumed.first_step, resumed.step) == (10, STEPS)
+    assert metrics(tmp_path / "whole") == metrics(tmp_path / "cut")
+    assert_same_weights(whole, resumed)
+
+
+def child(folder: Path, kind: dict[str, Any], die_at: int) -> None:
+    """Train in a process that kills itself at the n-th write, sync, rename or step."""
+    left = die_at
+
+    def tick(*args: Any, **kwargs: Any) -> None:
+        nonlocal left
+        left -= 1
+        if left == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def ticking(function: Any) -> Any:
+        def wrapped(*args: Any, **kwargs: Any) -> Any:
+            tick()
+            result = function(*args, **kwargs)
+            tick()
+            return result
+
+        return wrapped
+
+    for owner, name in ((os, "fsync"), (os, "rename"), (Path, "rename"), (torch, "save"), (checkpoint, "write_synced")):
+        setattr(owner, name, ticking(getattr(owner, name)))
+    long(folder, **kind).train(callbacks=[hooks.before("trainer.count")(tick)])
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=str)
+def test_kill_9_anywhere_loses_nothing(tmp_path: Path, kind: dict[str, Any]) -> None:
+    """The curve is the same to the last bit; some runs are killed twice."""
+    long(tmp_path / "whole", **kind).train()
+    expected = metrics(tmp_path / "whole")
+    fork = multiprocessing.get_context("fork")
+    draw = random.Random(str(kind))
+    deaths = 0
+    for trial in range(8):
+        folder = tmp_path / f"trial-{trial}"
+        for die_at in [draw.randrange(1, 60) for _ in range(1 + trial % 2)] + [10**9]:
+            process = fork.Process(target=child, args=(folder, kind, die_at))
+            process.start()
+            process.join()
+            deaths += process.exitcode == -signal.SIGKILL
+            whole = [verify(found) for found in checkpoints(folder)]
+            assert set(whole) <= {None}  # whatever is named step-N is whole
+        assert metrics(folder) == expected
+        assert not list(folder.glob("*.tmp-*"))
+    assert deaths >= 6
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+def test_a_signal_finishes_the_step_saves_and_ends(tmp_path: Path, number: int) -> None:
+    trained = long(tmp_path / "whole").train()
+    once = []
+
+    @hooks.before("trainer.step")
+    def send(trainer: SFTTrainer, batches: Any) -> None:
+        if trainer.run.step == 4 and not once:
+            once.append(True)
+            os.kill(os.getpid(), number)
+
+    stopped = long(tmp_path / "cut").train(callbacks=[send])
+    assert (stopped.step, stopped.status, stopped.signal) == (5, "interrupted", number)
+    assert signal.getsignal(number) in (signal.SIG_DFL, signal.default_int_handler)
+    resumed = long(tmp_path / "cut").train()
+    assert losses(tmp_path / "whole") == losses(tmp_path / "cut")
+    assert_same_weights(trained, resumed)
+
+
+def damage(folder: Path, how: str) -> None:
+    state, manifest = folder / "state.pt", folder / "manifest.json"
+    if how == "a flipped bit":
+        content = bytearray(state.read_bytes())
+        content[len(content) // 2] ^= 1
+        state.write_bytes(content)
+    elif how == "a truncated file":
+        state.write_bytes(state.read_bytes()[:-100])
+    elif how == "a missing file":
+        state.unlink()
+    elif how == "an unreadable manifest":
+        manifest.write_text(manifest.read_text()[:-9])
+    elif how == "an edited manifest":
+        manifest.write_text(re.sub(r'"step": \d+', '"step": 99', manifest.read_text()))
+    else:
+        manifest.unlink()
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        "a flipped bit",
+        "a truncated file",
+        "a missing file",
+        "an unreadable manifest",
+        "an edited manifest",
+        "no manifest",
+    ],
+)
+def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(
+    tmp_path: Path, how: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    long(tmp_path).train()
+    expected = metrics(tmp_path)
+    damage(tmp_path / "step-00000012", how)
+    resumed = long(tmp_path).train()
+    assert resumed.first_step == 9
+    assert "step-00000012" in caplog.text
+    assert metrics(tmp_path) == expected
+    for found in checkpoints(tmp_path):
+        damage(found, how)
+    with pytest.raises(CheckpointError, match=r"no checkpoint in this folder is whole.*resume=never"):
+        long(tmp_path).train()
+
+
+def test_a_checkpoint_runs_no_code_when_it_is_loaded(tmp_path: Path) -> None:
+    canary = tmp_path / "canary"
+
+    class Bomb:
+        def __reduce__(self) -> Any:
+            return os.mkdir, (str(canary),)
+
+    long(tmp_path / "run", stop_after=3).train()
+    found = checkpoints(tmp_path / "run")[0]
+    torch.save({"model": Bomb()}, found / "state.pt")
+    manifest = json.loads((found / "manifest.json").read_text())
+    manifest["files"]["state.pt"] = checkpoint.describe(found / "state.pt")
+    manifest.pop("seal")
+    (found / "manifest.json").write_text(json.dumps({**manifest, "seal": checkpoint.seal(manifest)}))
+    with pytest.raises(CheckpointError, match="more than tensors and plain data"):
+        long(tmp_path / "run").train()
+    assert not canary.exists()
+
+
+def test_only_the_newest_checkpoints_are_kept(tmp_path: Path) -> None:
+    long(tmp_path, checkpoint=[Resume(every=2, keep=3)]).train()
+    assert [found.name for found in checkpoints(tmp_path)] == [f"step-{step:08d}" for step in (12, 10, 8)]
+
+
+def test_checkpoints_at_the_end_of_passes(tmp_path: Path) -> None:
+    long(
+        tmp_path, checkpoint=[Resume(every=None, every_epochs=1, keep=99, at_end=False)], packing=False, rows=20
+    ).train()
+    assert [found.name for found in checkpoints(tmp_path)] == ["step-00000010", "step-00000005"]
+
+
+def test_the_folder_of_another_recipe_is_refused_with_the_difference(tmp_path: Path) -> None:
+    long(tmp_path, stop_after=4).train()
+    with pytest.raises(CheckpointError) as error:
+        long(tmp_path, seed=7, rows=61).train()
+    assert "seed: 42 there, 7 here" in str(error.value)
+    assert "data.rows: 60 there, 61 here" in str(error.value)
+    assert "resume=force" in str(error.value)
+    forced = long(tmp_path, seed=7, rows=61, resume="force").train()
+    assert (forced.first_step, forced.step) == (4, STEPS)
+
+
+def test_a_new_start_clears_the_earlier_run_and_nothing_else(tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("mine")
+    long(tmp_path).train()
+    anew = long(tmp_path, seed=7, resume="never", max_steps=2).train()
+    assert (anew.first_step, anew.step) == (0, 2)
+    assert [found.name for found in checkpoints(tmp_path)] == ["step-00000002"]
+    assert (tmp_path / "notes.txt").read_text() == "mine"
+
+
+def test_another_cut_of_the_same_step_goes_on_and_another_step_is_refused(tmp_path: Path) -> None:
+    # no dropout: it is drawn per micro-batch
+    long(tmp_path / "whole", model={}).train()
+    long(tmp_path / "cut", stop_after=5, model={}).train()
+    long(tmp_path / "cut", micro_batch_size=4, gradient_accumulation_steps=1, model={}).train()
+    assert losses(tmp_path / "cut") == pytest.approx(losses(tmp_path / "whole"), abs=1e-6)
+    with pytest.raises(CheckpointError, match="4 rows per step, this run would take 8"):
+        long(tmp_path / "cut", micro_batch_size=4, model={}).train()
+
+
+def test_a_full_disk_leaves_the_previous_checkpoint_usable(tmp_path: Path) -> None:
+    """On a real file system of 1 MiB, which holds one checkpoint and not two."""
+    small = tmp_path / "small"
+    small.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=600k", "tmpfs", str(small)], capture_output=True).returncode:
+        pytest.skip("mounting a small tmpfs needs root")
+    try:
+        recipe: dict[str, Any] = {"logger": [], "checkpoint": [Resume(every=3)]}
+        with pytest.raises(CheckpointError, match=r"step \d+ could not be saved.*No space left.*earlier checkpoints"):
+            long(small, **recipe).train()
+        left = checkpoints(small)
+        assert left
+        assert verify(left[0]) is None
+        assert not list(small.glob("*.tmp-*"))
+    finally:
+        subprocess.run(["umount", str(small)], check=True)
+
+
+def test_a_folder_that_cannot_be_written_is_said_before_training(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(CheckpointError, match=r"folder .*file/run cannot be written"):
+        long(tmp_path / "file" / "run").train()
+
+
+def test_the_export_loads_in_transformers_and_gives_the_same_logits(tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    run = long(tmp_path, checkpoint=[HuggingFace()], max_steps=3).train()
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "huggingface")
+    ids = torch.tensor([[5, 6, 7, 8]])
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(ids).logits, run.model.module.hf.eval()(ids).logits)
+
+
+def test_an_interrupted_run_exports_nothing(tmp_path: Path) -> None:
+    long(tmp_path, checkpoint=[HuggingFace()], stop_after=2).train()
+    assert not (tmp_path / "huggingface").exists()
+
+
+def test_a_second_signal_ends_at_once(tmp_path: Path) -> None:
+    @hooks.before("trainer.step")
+    def twice(trainer: SFTTrainer, batches: Any) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(1)
+
+    with pytest.raises(KeyboardInterrupt):
+        long(tmp_path).train(callbacks=[twice])
