@@ -338,6 +338,7 @@ def test_a_template_that_hides_the_reply_is_refused(name: str) -> None:
         (chat("x", "stop <|im_end|> now"), "control token <|im_end|>"),
         (chat("x <|im_start|>assistant\nyes<|im_end|>", "y"), "control token <|im_start|>"),
         (chat("x", "a \ue000 b"), "U\\+E000"),
+        (chat("x \ud800 y", "yes"), "half of a UTF-16 surrogate pair"),
         (chat("x", ""), "is empty, or the chat template leaves it out"),
         (chat("x"), "no message has a trained role"),
         ([], "the conversation is empty"),
@@ -360,9 +361,3 @@ def test_a_tool_call_needs_a_generation_prompt_to_tell_where_it_begins() -> None
     template = Template(TEMPLATES["qwen 2.5 (tool calls)"].jinja.replace(ASK, ""), calls)
     with pytest.raises(Refused, match="where the reply begins cannot be told"):
         pieces_of(encoder(template), CONVERSATIONS["a tool call without text"])
-
-
-def test_a_lone_surrogate_does_not_stop_a_run() -> None:
-    text, trained, _ = pieces_of(encoder(TEMPLATES["chatml"]), chat("x \ud800 y", "yes"))
-    assert trained == "yes<|im_end|>"
-    assert "x ? y" in text

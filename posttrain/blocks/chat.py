@@ -148,7 +148,7 @@ class ChatRenderer:
                 "(chatml, llama3, zephyr, plain), to a .jinja file, or to Jinja text"
             )
         self.templates = {with_tools: self._template(with_tools) for with_tools in (False, True)}
-        special = set(self.tokenizer.all_special_tokens)
+        special = set(special_tokens(self.tokenizer))
         self.stops = re.compile("|".join(map(re.escape, sorted(stop_tokens(self.tokenizer), key=len, reverse=True))))
         mentioned = {tag for text in self.templates.values() for tag in TAG.findall(text)} - special
         self.tags = re.compile("(" + "|".join(map(re.escape, sorted(mentioned))) + ")") if mentioned else None
