@@ -7,6 +7,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from posttrain.blocks.callbacks import EarlyStop, Samples
     from posttrain.blocks.checkpoint import HuggingFace, Resume
     from posttrain.blocks.data import CausalData, SFTData
     from posttrain.blocks.logger import JSONL, Console, TensorBoard
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
     from posttrain.values import Secret
 
 _HOMES = {
+    "blocks.callbacks": ("EarlyStop", "Samples"),
     "blocks.checkpoint": ("HuggingFace", "Resume"),
     "blocks.data": ("CausalData", "SFTData"),
     "blocks.logger": ("Console", "JSONL", "TensorBoard"),
@@ -60,10 +62,11 @@ _HOMES = {
 _HOME_OF = {name: f"posttrain.{module}" for module, found in _HOMES.items() for name in found}
 
 __all__ = [
-    "AdamW", "Auto", "Batch", "CausalData", "CausalTrainer", "CheckpointError", "Console", "Constant", "Cosine", "DDP",
-    "DataError", "DeepSpeed", "HFModel", "HFTokenizer", "HookError", "HuggingFace", "JSONL", "Linear", "LoRA",
-    "PosttrainError", "RecipeError", "RegistryError", "Resume", "Run", "SFTData", "SFTTrainer", "Secret", "Source",
-    "TensorBoard", "Trainer", "TrainingError", "WSD", "after", "before", "block", "default", "key", "load",
+    "AdamW", "Auto", "Batch", "CausalData", "CausalTrainer", "CheckpointError", "Console", "Constant", "Cosine",
+    "DDP", "DataError", "DeepSpeed", "EarlyStop", "HFModel", "HFTokenizer", "HookError", "HuggingFace", "JSONL",
+    "Linear", "LoRA", "PosttrainError", "RecipeError", "RegistryError", "Resume", "Run", "SFTData", "SFTTrainer",
+    "Samples", "Secret", "Source", "TensorBoard", "Trainer", "TrainingError", "WSD", "after", "before", "block",
+    "default", "key", "load",
 ]  # fmt: skip
 
 

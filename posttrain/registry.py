@@ -42,14 +42,16 @@ def key(
     factory: Callable[[], Any] | None = None,
     also: tuple[str, ...] = (),
     check: Any = None,
+    convert: Callable[[Any], Any] | None = None,
 ) -> Any:
     """A field with more to say than its default: other names a recipe may use, and a check.
 
     `also` holds the names that users of other libraries know (`train_iters` for `max_steps`);
-    `check` is an attrs validator, such as `attrs.validators.gt(0)`.
+    `check` is an attrs validator, such as `attrs.validators.gt(0)`; `convert` is what makes `"runs/a"` a
+    Path when a block is made from Python.
     """
     made = attrs.Factory(factory) if factory is not None else default
-    return attrs.field(default=made, validator=check, metadata={"also": also})
+    return attrs.field(default=made, validator=check, converter=convert, metadata={"also": also})
 
 
 def default(block: type[T], *, required: bool = False) -> T:

@@ -152,6 +152,8 @@ class Run:
     """The signal that ended the run."""
     status: str = "running"
     """Then `finished` (to the last step, or a callback's stop), `interrupted` (a signal, stop_after) or `failed`."""
+    memory: dict[str, Any] = attrs.field(factory=dict)
+    """What callbacks remember: plain JSON data, kept in checkpoints."""
     metrics: Metrics = attrs.field(factory=Metrics)
     loggers: list[Logger] = attrs.field(factory=list)
     last: dict[str, float] = attrs.field(factory=dict)

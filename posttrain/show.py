@@ -23,6 +23,8 @@ TITLES = {
     "memory_gb": "peak memory (GiB)",
 }
 """Metrics that are drawn unless others are asked for, if a run has them."""
+NOISY = ("loss", "grad_norm")
+FROM_ZERO = ("lr", "tokens_per_second", "memory_gb")
 
 
 def tokens(previews: "Iterable[Preview]", console: "Console") -> None:
@@ -124,10 +126,12 @@ def draw(axis: Any, lines: list[dict[str, Any]], name: str, label: str, color: s
     steps, values = series(lines, name)
     if not steps:
         return
-    smooth = smoothed(values)
-    if len(values) > 20:
+    noisy = name in NOISY and len(values) > 20
+    if noisy:
         axis.plot(steps, values, color=color, alpha=0.25, linewidth=0.8)
-    axis.plot(steps, smooth if len(values) > 20 else values, color=color, linewidth=1.6, label=label)
+    axis.plot(steps, smoothed(values) if noisy else values, color=color, linewidth=1.6, label=label)
+    if name in FROM_ZERO:
+        axis.set_ylim(bottom=0)
     held_out = series(lines, f"eval_{name}")
     if held_out[0]:
         axis.plot(*held_out, color=color, linestyle="none", marker="o", markersize=4, label=f"{label}, held out")

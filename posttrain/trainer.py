@@ -71,7 +71,7 @@ class Trainer:
     code: list[Path] = key(factory=list)
     """Python files with blocks of your own, imported before the recipe is read; from Python, import them yourself."""
 
-    output_dir: Path = Path("out")
+    output_dir: Path = key(Path("out"), convert=Path)
     """The run's folder: recipe, metrics, checkpoints."""
     resume: Literal["auto", "never", "force"] = "auto"
     """`auto` goes on from the newest checkpoint of the same recipe and refuses the folder of another;

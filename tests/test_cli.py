@@ -41,6 +41,13 @@ def test_training_leaves_a_folder_that_says_everything(
     assert (tmp_path / "curves.png").read_bytes()[:4] == b"\x89PNG"
 
 
+def test_samples_are_printed_before_and_while_training(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    sample = "callbacks=[{type: samples, prompts: ['1+1='], max_new_tokens: 3}]"
+    assert main(["train", str(recipe), sample, "data.eval_split=0.2", "eval_every=2"]) == 0
+    output = capsys.readouterr().out
+    assert [step for step in (0, 2, 3) if f"step {step}  '1+1=' -> " in output] == [0, 2, 3]
+
+
 def test_check_says_what_would_be_done(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["check", str(recipe)]) == 0
     assert "valid sft recipe" in capsys.readouterr().out

@@ -181,7 +181,7 @@ def test_a_trainer_of_ones_own_gets_token_log_probabilities(tmp_path: Path) -> N
     """A method in a few lines: focal loss, which counts a token the less the surer the model is."""
     from toy import ToyData, ToyTokenizer, losses, trainer
 
-    @block("trainer", "focal")
+    @block("trainer", "focal-again")
     class Focal(posttrain.SFTTrainer):
         gamma: float = 2.0
 

@@ -8,6 +8,7 @@ import torch
 from toy import losses, metrics, trainer
 
 import posttrain.hooks as hooks
+from posttrain.blocks.callbacks import EarlyStop
 from posttrain.blocks.optimizer import AdamW
 from posttrain.errors import RecipeError, TrainingError
 from posttrain.interfaces import Batch
@@ -149,6 +150,16 @@ def test_a_callback_can_end_the_run_early(tmp_path: Path) -> None:
     run = trainer(tmp_path, max_steps=8).train(callbacks=[enough])
     assert (run.step, run.status) == (3, "finished")
     assert (tmp_path / "huggingface").is_dir()
+
+
+def test_early_stop_waits_for_a_metric_that_has_stopped_falling_and_survives_a_restart(tmp_path: Path) -> None:
+    keys = {"eval_rows": 5, "eval_every": 1, "optimizer": AdamW(lr=1e-9), "max_steps": 20}
+    stop = EarlyStop(patience=3)
+    whole = trainer(tmp_path / "whole", callbacks=[stop], **keys).train()
+    assert "has not fallen below" in (whole.stop or "")
+    trainer(tmp_path / "cut", callbacks=[stop], stop_after=whole.step - 1, **keys).train()
+    again = trainer(tmp_path / "cut", callbacks=[stop], **keys).train()
+    assert (again.first_step, again.step) == (whole.step - 1, whole.step)
 
 
 def test_overfitting_the_first_batch_drives_its_loss_down(tmp_path: Path) -> None:

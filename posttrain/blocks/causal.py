@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from posttrain.blocks.attention import packed
 from posttrain.blocks.losses import nll_sum, target_log_probs
+from posttrain.errors import TrainingError
 from posttrain.interfaces import Batch
 
 
@@ -28,7 +29,7 @@ class CausalLM(nn.Module):
         """Compute something at the supervised positions of a batch (see `loader.collate`).
 
         Args:
-            batch: its `input_ids`, `position_ids`, `cu_seqlens`, `max_seqlen`, `supervised` and `targets`
+            batch: its `input_ids`, `position_ids`, `cu_seqlens`, `max_seqlen`, `max_token`, `supervised` and `targets`
                 are used.
             output: what to return.
 
@@ -37,7 +38,16 @@ class CausalLM(nn.Module):
             log_probs: [n], each target's log-probability.
             logits: [n, vocabulary]; mind the memory.
             hidden: [rows, width, size], the last hidden states, of every position.
+
+        Raises:
+            TrainingError: the batch holds a token that the model does not have.
         """
+        size = self.base.get_input_embeddings().num_embeddings
+        if batch["max_token"] >= size:  # on a GPU it would be an assertion in a kernel
+            raise TrainingError(
+                f"the data holds token {batch['max_token']}, but the model has a vocabulary of {size}: "
+                "tokenizer and model do not belong together"
+            )
         if output == "hidden":
             return self.hidden_states(batch)
         if self.plain_head and output != "logits":

@@ -14,6 +14,7 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from attrs.converters import optional as or_none
 from attrs.validators import gt, optional
 
 from posttrain.errors import CheckpointError
@@ -62,6 +63,7 @@ class Resume:
             )
         load_state(run, found / "state.pt")
         run.step, run.epoch, run.position = manifest["step"], manifest["epoch"], manifest["position"]
+        run.memory = manifest["memory"]
 
     def save(self, run: "Run", at_end: bool) -> None:
         """Save if it is time to, and remove the oldest checkpoints beyond `keep`.
@@ -85,7 +87,7 @@ class Resume:
             write_state(state_of(run), aside / "state.pt")
             manifest = {
                 "format": FORMAT, "step": run.step, "epoch": run.epoch, "position": run.position,
-                "rows_per_step": run.rows_per_step, "world_size": run.fabric.world_size,
+                "memory": run.memory, "rows_per_step": run.rows_per_step, "world_size": run.fabric.world_size,
                 "files": {file.name: describe(file) for file in sorted(aside.iterdir())},
             }  # fmt: skip
             write_synced(aside / "manifest.json", json.dumps({**manifest, "seal": seal(manifest)}, indent=1).encode())
@@ -112,7 +114,7 @@ class Resume:
 class HuggingFace:
     """The model and the tokenizer, as transformers and vLLM load them."""
 
-    output_dir: Path | None = None
+    output_dir: Path | None = key(None, convert=or_none(Path))
     """Defaults to `huggingface` inside the run's folder."""
     every: int | None = key(None, also=("save_every_n_steps",), check=optional(gt(0)))
     """Optimizer steps between exports, each into a folder `step-N` of its own; null for none."""

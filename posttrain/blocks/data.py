@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import attrs
+from attrs.converters import optional as or_none
 from attrs.validators import and_, ge, gt, lt, min_len
 
 from posttrain.blocks.chat import ChatRenderer
@@ -13,7 +14,7 @@ from posttrain.blocks.encode import ChatEncoder, Encoder, TextEncoder, Token
 from posttrain.blocks.loader import Document, MapLoader, StreamLoader
 from posttrain.blocks.readers import Row
 from posttrain.blocks.schemas import Refused, conversation
-from posttrain.blocks.sources import Source
+from posttrain.blocks.sources import Source, as_sources
 from posttrain.blocks.store import Documents, Limits, default_cache, documents, note, table, totals
 from posttrain.blocks.streams import Stream
 from posttrain.errors import DataError
@@ -42,9 +43,9 @@ class Preview:
 class Data:
     """What data blocks share: from sources to loaders. A subclass says how rows become tokens, in `encoder`."""
 
-    sources: list[Source] = key(check=min_len(1))
+    sources: list[Source] = key(check=min_len(1), convert=as_sources)
     """What to train on: files, folders, hub datasets."""
-    eval_sources: list[Source] = attrs.field(factory=list)
+    eval_sources: list[Source] = key(factory=list, convert=as_sources)
     """What to evaluate on."""
     eval_split: float = key(0.0, check=and_(ge(0), lt(1)))
     """Share of the rows of `sources` that is held out and evaluated on: always the same rows, whatever the seed."""
@@ -56,7 +57,7 @@ class Data:
     """What happens to a row that cannot be trained on: say so and stop, or leave it out. Either way it is counted."""
     packing: bool = key(True, also=("pack_samples",))
     """Put as many documents into a row as fit; each sees itself alone. Otherwise one document per row, padded."""
-    cache_dir: Path | None = None
+    cache_dir: Path | None = key(None, convert=or_none(Path))
     """Where tokenized rows are kept; $POSTTRAIN_CACHE or ~/.cache/posttrain by default."""
     window: int = key(2048, check=gt(0))
     """Rows of a stream that are shuffled and packed together."""

@@ -66,7 +66,7 @@ def collate(rows: list[list[Document]], pad_id: int) -> Batch:
     Returns:
         input_ids, labels, position_ids: int64 [rows, width]; labels are not shifted.
         seqlens: int32 [documents], lengths in reading order; cu_seqlens: int32 [documents + 1].
-        max_seqlen: int.
+        max_seqlen, max_token: int, the longest document and the highest token.
         supervised: int64 [n], the flat positions (row * width + column) that predict a supervised token.
         targets: int64 [n], the tokens they predict.
         weight, supervised_tokens: n.
@@ -105,6 +105,7 @@ def collate(rows: list[list[Document]], pad_id: int) -> Batch:
         "seqlens": torch.tensor(seqlens, dtype=torch.int32),
         "cu_seqlens": torch.from_numpy(cu_seqlens),
         "max_seqlen": max(seqlens),
+        "max_token": int(input_ids.max()),
         "supervised": torch.from_numpy(predicted - 1),
         "targets": torch.from_numpy(flat[predicted]),
         "weight": len(predicted),

@@ -174,6 +174,11 @@ class Source:
         return HubStream(dataset, label) if self.stream else ArrowRows(dataset, label)
 
 
+def as_sources(found: list[Any]) -> list[Source]:
+    """Return sources, some of which may be given by their names alone."""
+    return [Source(name_or_path=str(source)) if isinstance(source, str | Path) else source for source in found]
+
+
 def _check_columns(values: dict[str, Any], columns: dict[str, str], place: str) -> None:
     """Refuse a mapping that the first row does not fit; later rows may lack what is optional."""
     for ours, theirs in columns.items():

@@ -4,6 +4,7 @@ from typing import TYPE_CHECKING, Any
 
 import attrs
 
+from posttrain.errors import RecipeError
 from posttrain.registry import block
 
 if TYPE_CHECKING:
@@ -45,7 +46,12 @@ class DeepSpeed:
     """Handed to DeepSpeed as it is; what the recipe says elsewhere (batch sizes, clipping) is added."""
 
     def build(self) -> "Strategy | str":
-        """Return Fabric's strategy."""
-        from lightning.fabric.strategies.deepspeed import DeepSpeedStrategy
+        """Refuse: accumulation under Fabric's DeepSpeed strategy would silently drop micro-batches.
 
-        return DeepSpeedStrategy(config=self.config)
+        Raises:
+            RecipeError: always, until the strategy is right.
+        """
+        raise RecipeError(
+            "strategy: deepspeed recipes are validated, but this version does not train with DeepSpeed yet; "
+            "use strategy=ddp, or leave `deepspeed` out on a single device"
+        )

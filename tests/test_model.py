@@ -1,0 +1,98 @@
+"""Model blocks: where weights come from, which of them are trained, and what is exported."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from toy import LLAMA, losses, trainer
+from transformers import AutoModelForCausalLM
+
+from posttrain.blocks.model import HFModel, LoRA
+from posttrain.errors import RecipeError, TrainingError
+
+
+def built(**keys: Any) -> Any:
+    return HFModel(**{"name_or_path": "toy", "random_init": True, "config": LLAMA, **keys}).build(None)  # type: ignore[arg-type]
+
+
+def test_a_saved_model_is_loaded_with_its_weights(tiny_model: Path) -> None:
+    ours = HFModel(name_or_path=str(tiny_model)).build(None)  # type: ignore[arg-type]
+    theirs = AutoModelForCausalLM.from_pretrained(tiny_model)
+    for name, value in theirs.state_dict().items():
+        torch.testing.assert_close(ours.hf.state_dict()[name], value)
+    assert ours.hf.config._attn_implementation == "packed"
+
+
+def test_random_weights_take_only_the_configuration(tiny_model: Path) -> None:
+    made: Any = HFModel(name_or_path=str(tiny_model), random_init=True, config={"num_hidden_layers": 1}).build(None)  # type: ignore[arg-type]
+    assert len(made.hf.model.layers) == 1
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"freeze": ["*.embeddings.*"]}, r"model.freeze: '\*.embeddings.\*' matches no parameter"),
+        ({"freeze": ["*"]}, "leaves nothing to train"),
+        ({"attn_implementation": "flash_attention_9"}, "cannot be loaded"),
+        ({"config": {**LLAMA, "model_type": "lama"}}, "cannot be loaded"),
+    ],
+)
+def test_options_that_do_not_fit_are_refused(keys: dict[str, Any], message: str) -> None:
+    with pytest.raises(RecipeError, match=message):
+        built(**keys)
+
+
+def test_frozen_parts_keep_their_weights_and_are_not_in_checkpoints(tmp_path: Path) -> None:
+    before = {name: value.clone() for name, value in built().named_parameters()}
+    made = trainer(tmp_path, model={"freeze": ["*.embed_tokens.*", "*.layers.0.*"]}, max_steps=3)
+    seed = torch.random.get_rng_state()
+    run = made.train()
+    torch.random.set_rng_state(seed)
+    frozen = {name for name, p in run.model.module.named_parameters() if not p.requires_grad}
+    assert frozen == {name for name in before if "embed_tokens" in name or "layers.0." in name}
+    saved = torch.load(tmp_path / "step-00000003" / "state.pt", weights_only=True)["model"]
+    assert not frozen & set(saved)
+    again = trainer(tmp_path, model={"freeze": ["*.embed_tokens.*", "*.layers.0.*"]}, max_steps=3).train()
+    for ours, theirs in zip(run.model.parameters(), again.model.parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # peft still says gradient checkpointing
+def test_adapters_are_trained_saved_and_gone_on_with(tmp_path: Path, tiny_model: Path) -> None:
+    from peft import PeftModel
+
+    def lora(folder: Path, **keys: Any) -> Any:
+        made = trainer(folder, max_steps=6, **keys)
+        made.model = HFModel(
+            name_or_path=str(tiny_model), lora=LoRA(r=4, dropout=0.1, target_modules=["q_proj", "v_proj"])
+        )
+        return made
+
+    run = lora(tmp_path / "whole").train()
+    trained = {name for name, p in run.model.module.named_parameters() if p.requires_grad}
+    assert len(trained) == 8
+    assert all("lora_" in name for name in trained)
+    assert losses(tmp_path / "whole")[-1] < losses(tmp_path / "whole")[0]
+    folder = tmp_path / "whole" / "huggingface"
+    assert json.loads((folder / "adapter_config.json").read_text())["r"] == 4
+    loaded = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny_model), folder)
+    ids = torch.tensor([[5, 6, 7]])
+    with torch.no_grad():
+        torch.testing.assert_close(loaded.eval()(ids).logits, run.model.module.hf.eval()(ids).logits)
+    lora(tmp_path / "cut", stop_after=3).train()
+    lora(tmp_path / "cut").train()
+    assert losses(tmp_path / "cut") == losses(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true"])
+def test_half_precision_trains_close_to_single(tmp_path: Path, precision: Any) -> None:
+    trainer(tmp_path / "single", max_steps=4).train()
+    trainer(tmp_path / "half", max_steps=4, precision=precision).train()
+    assert losses(tmp_path / "half") == pytest.approx(losses(tmp_path / "single"), rel=0.02)
+
+
+def test_a_token_that_the_model_does_not_know_is_named(tmp_path: Path) -> None:
+    with pytest.raises(TrainingError, match=r"token \d+.*vocabulary of 50"):
+        trainer(tmp_path, model={"config": {"vocab_size": 50}}).train()
