@@ -1,184 +1,264 @@
 """The command line: `posttrain train | check | show | prepare | blocks | plot`.
 
-Nothing heavy is imported before a recipe has been found to be right.
+Only the standard library is imported before a command runs, and only attrs, cattrs and yaml before its
+recipe is valid: help and error messages must not wait for torch.
 """
 
 import argparse
-import json
-import logging
 import os
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-if __name__ == "__main__" and Path(sys.path[0]) == Path(__file__).parent:  # `fabric run posttrain/cli.py`
-    sys.path[0] = str(Path(__file__).parent.parent)
+if __name__ == "__main__" and Path(sys.path[0]).resolve() == Path(__file__).resolve().parent:
+    # Run as a script, as by `fabric run posttrain/cli.py`. Python put this folder first on the path, where its
+    # modules would hide others of the same name; what belongs there is the folder above.
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from posttrain.errors import PosttrainError, RecipeError, RegistryError
+if TYPE_CHECKING:
+    from posttrain.trainer import Trainer
 
-EXAMPLES = {
-    "train": "posttrain train sft.yaml optimizer.lr=1e-4 output_dir=runs/second",
-    "check": "posttrain check sft.yaml max_steps=100",
-    "show": "posttrain show sft.yaml --data 3",
-    "prepare": "posttrain prepare sft.yaml",
-    "blocks": "posttrain blocks optimizer adamw",
-    "plot": "posttrain plot runs/first runs/second -o both.png",
-}
+EPILOG = """\
+on several devices:
+  fabric run --accelerator=cuda --devices=8 "$(which posttrain)" train recipe.yaml
+  torchrun --nproc-per-node=8 -m posttrain.cli train recipe.yaml
+
+exit codes: 0 done, 1 the run failed, 2 the recipe or the command is wrong, 128+n ended by signal n.
+POSTTRAIN_TRACEBACK=1 shows where an error was raised."""
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Run a command and return its exit status: 1 for a run that failed, 2 for a wrong recipe or usage."""
-    chosen = parser().parse_args(arguments)
+def main(argv: list[str] | None = None) -> int:
+    """Run one command and return its exit code."""
+    arguments = parse_arguments(sys.argv[1:] if argv is None else argv)
+    import logging
+
+    from posttrain.errors import PosttrainError, RecipeError, RegistryError
+
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
     logging.getLogger("posttrain").setLevel(logging.INFO)
     try:
-        return int(chosen.run(chosen) or 0)
+        return int(arguments.run(arguments) or 0)
     except PosttrainError as error:
-        if os.environ.get("POSTTRAIN_TRACEBACK"):
+        if os.environ.get("POSTTRAIN_TRACEBACK") == "1":
             raise
-        red, plain = ("\033[31m", "\033[0m") if sys.stderr.isatty() else ("", "")
-        print(f"{red}error{plain}: {error}", file=sys.stderr)  # noqa: T201
-        return 2 if isinstance(error, RecipeError | RegistryError) else 1
-    except KeyboardInterrupt:
+        about_input = isinstance(error, RecipeError | RegistryError)
+        if not about_input or os.environ.get("RANK", "0") == "0":  # every rank reads the same recipe
+            lines = str(error).count("\n") + 1
+            complain(f"{lines} problems\n{error}" if isinstance(error, RecipeError) and lines > 1 else str(error))
+        return 2 if about_input else 1
+    except KeyboardInterrupt:  # outside of the training loop, which saves first
+        complain("interrupted")
         return 130
     except BrokenPipeError:  # `posttrain show recipe.yaml | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
 
 
-def parser() -> argparse.ArgumentParser:
-    """Return the parser of the command line."""
-    whole = argparse.ArgumentParser(prog="posttrain", description="Post-training for language models.")
-    whole.add_argument("--version", action="version", version=_version())
-    commands = whole.add_subparsers(title="commands", required=True, metavar="COMMAND")
-
-    def command(name: str, run: Any, about: str) -> argparse.ArgumentParser:
-        made = commands.add_parser(name, help=about, description=about, epilog=f"example: {EXAMPLES[name]}")
-        made.set_defaults(run=run)
-        return made
-
-    def takes_recipe(made: argparse.ArgumentParser) -> None:
-        made.add_argument("recipe", help="a YAML file")
-        made.add_argument(
-            "overrides", nargs="*", metavar="key=value", help="changes to the recipe, such as optimizer.lr=1e-4"
-        )
-
-    takes_recipe(command("train", train, "Train from a recipe, or go on where its run was interrupted."))
-    takes_recipe(command("check", check, "Say everything that is wrong with a recipe, without loading anything heavy."))
-    shown = command("show", show, "Print the resolved recipe, or with --data what its data looks like to the model.")
-    takes_recipe(shown)
-    shown.add_argument("--json", action="store_true", help="as JSON")
-    shown.add_argument(
-        "--data", nargs="?", type=int, const=3, metavar="N", help="the first N rows of each source, as tokens"
-    )
-    takes_recipe(command("prepare", prepare, "Tokenize a recipe's data ahead of a run, into the cache."))
-    listed = command("blocks", blocks, "List the blocks that a recipe can name, or explain one of them.")
-    listed.add_argument("kind", nargs="?", help="trainer, model, data, optimizer, ...")
-    listed.add_argument("name", nargs="?", help="as in `type: NAME`")
-    plot_ = command("plot", plot, "Draw the curves of one or several runs.")
-    plot_.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="the folder of a run")
-    plot_.add_argument("-o", "--output", type=Path, help="a PNG file; RUN/curves.png by default")
-    plot_.add_argument("--metric", action="append", help="draw this metric (may be given several times)")
-    return whole
+def complain(message: str) -> None:
+    """Print an error message."""
+    colour = sys.stderr.isatty() and not os.environ.get("NO_COLOR")
+    print(f"\033[1;31merror:\033[0m {message}" if colour else f"error: {message}", file=sys.stderr)  # noqa: T201
 
 
-def train(chosen: argparse.Namespace) -> int:
-    """Train; an interrupted run exits with 128 plus the signal's number, as shells expect."""
-    run = _load(chosen).train()
+# -- commands -------------------------------------------------------------------------
+
+
+def train(arguments: argparse.Namespace) -> int:
+    """Train; a run that a signal ended says so by its exit code, as shells expect."""
+    run = load(arguments).train()
     return 128 + run.signal if run.signal else 0
 
 
-def check(chosen: argparse.Namespace) -> None:
-    """Validate a recipe and say what it would do."""
+def check(arguments: argparse.Namespace) -> None:
+    """Validate a recipe and say in short what it describes."""
     from posttrain.values import as_data
 
-    data = as_data(_load(chosen))
-    rows = data["micro_batch_size"] * data["gradient_accumulation_steps"]
-    steps = f"{data['max_steps']} steps" if data["max_steps"] else f"{data['epochs']} pass(es) over the data"
-    _print(f"{chosen.recipe} is a valid {data['type']} recipe")
-    _print(f"  model      {data['model'].get('name_or_path', data['model']['type'])}")
-    for source in data["data"].get("sources", []):
-        _print(f"  data       {source.get('name_or_path', source) if isinstance(source, dict) else source}")
-    how = f"{data['optimizer']['type']}, {data['scheduler']['type']}"
-    _print(f"  training   {steps}, {rows} rows per device and step, {how}")
-    _print(f"  folder     {data['output_dir']}")
+    trainer = load(arguments)
+    recipe = as_data(trainer)
+    length = f"{recipe['max_steps']:,} steps" if recipe["max_steps"] else f"{recipe['epochs']} epoch(s)"
+    rows, groups = recipe["micro_batch_size"], recipe["gradient_accumulation_steps"]
+    sources = [_name(source) for source in recipe["data"].get("sources", [])]
+    facts = {
+        "trainer": f"{recipe['type']} ({type(trainer).__name__})",
+        "model": _name(recipe["model"]),
+        "data": ", ".join(sources) or recipe["data"].get("type"),
+        "length": f"{length}, each step {rows} x {groups} rows per device",
+        "optimizer": f"{recipe['optimizer'].get('type')}, {recipe['scheduler'].get('type')} schedule",
+        "output": recipe["output_dir"],
+    }
+    say(f"{arguments.recipe}: valid\n" + "\n".join(f"  {name:<10} {text}" for name, text in facts.items()))
 
 
-def show(chosen: argparse.Namespace) -> None:
-    """Print a recipe, or rows of its data."""
+def show(arguments: argparse.Namespace) -> None:
+    """Print the resolved recipe, or with --data the first documents as tokens."""
+    import json
+
     from rich.console import Console
-
-    trainer = _load(chosen)
-    if chosen.data is not None:
-        from posttrain import show as pictures
-
-        previews = trainer.data.preview(trainer.tokenizer.build(trainer.model), chosen.data)
-        if not chosen.json:
-            return pictures.tokens(previews, Console())
-        for preview in previews:
-            _print(json.dumps({"source": preview.source, "tokens": preview.tokens}, ensure_ascii=False))
-        return None
-    if chosen.json:
-        from posttrain.values import as_data
-
-        return _print(json.dumps(as_data(trainer), indent=2))
-    from posttrain.recipe import dump
-
-    text = dump(trainer)
-    if not sys.stdout.isatty():
-        return _print(text.rstrip())
     from rich.syntax import Syntax
 
-    return Console().print(Syntax(text.rstrip(), "yaml", background_color="default"))
+    from posttrain import recipe
+    from posttrain.show import tokens
+    from posttrain.values import as_data
+
+    trainer, console = load(arguments), Console()
+    if arguments.data is not None:
+        previews = _data_block(trainer, "preview").preview(_tokenizer(trainer), arguments.data)
+        if not arguments.json:
+            return tokens(previews, console)
+        for preview in previews:
+            found = [
+                {"text": text, "supervised": bool(trained), "role": role} for text, trained, role in preview.tokens
+            ]
+            say(json.dumps({"source": preview.source, "tokens": found}))
+    elif arguments.json:
+        say(json.dumps(as_data(trainer), indent=2))
+    elif console.is_terminal:
+        console.print(Syntax(recipe.dump(trainer).rstrip(), "yaml", theme="ansi_dark", background_color="default"))
+    else:
+        say(recipe.dump(trainer).rstrip())
+    return None
 
 
-def prepare(chosen: argparse.Namespace) -> None:
-    """Do the data work of a recipe."""
+def prepare(arguments: argparse.Namespace) -> None:
+    """Do the data work of a run ahead of it, and print what became of the rows."""
     from rich.console import Console
 
-    from posttrain import show as pictures
-    from posttrain.interfaces import Preparable
+    from posttrain.show import ledger
 
-    trainer = _load(chosen)
-    if not isinstance(trainer.data, Preparable):
-        raise RecipeError(f"data of type {type(trainer.data).__name__} has nothing to prepare")
-    prepared = trainer.data.prepare(trainer.tokenizer.build(trainer.model))
-    Console().print(pictures.ledger(prepared.ledger))
+    trainer = load(arguments)
+    prepared = _data_block(trainer, "prepare").prepare(_tokenizer(trainer))
+    Console().print(ledger(prepared.ledger))
 
 
-def blocks(chosen: argparse.Namespace) -> None:
-    """Explain blocks."""
+def blocks(arguments: argparse.Namespace) -> None:
+    """List kinds, blocks of a kind, or the fields of a block."""
     from posttrain.explain import explain
 
-    _print(explain(chosen.kind, chosen.name))
+    say(explain(arguments.kind, arguments.name))
 
 
-def plot(chosen: argparse.Namespace) -> None:
-    """Draw curves."""
-    from posttrain import show as pictures
+def plot(arguments: argparse.Namespace) -> None:
+    """Draw the metrics of runs."""
+    from posttrain.plot import curves
 
-    target = chosen.output or (chosen.runs[0] / "curves.png" if chosen.runs[0].is_dir() else Path("curves.png"))
-    pictures.curves(chosen.runs, chosen.metric, target)
-    _print(str(target))
-
-
-def _load(chosen: argparse.Namespace) -> Any:
-    from posttrain.recipe import load
-
-    return load(chosen.recipe, chosen.overrides)
+    first: Path = arguments.runs[0]
+    target = arguments.output or (first if first.is_dir() else first.parent) / "curves.png"
+    curves(arguments.runs, arguments.metric, target)
+    say(str(target))
 
 
-def _print(text: str) -> None:
+# -- helpers --------------------------------------------------------------------------
+
+
+def load(arguments: argparse.Namespace) -> "Trainer":
+    """Return the trainer of the recipe and overrides that were given."""
+    from posttrain import recipe
+
+    return recipe.load(arguments.recipe, arguments.overrides)
+
+
+def say(text: str) -> None:
+    """Print to standard output."""
     print(text)  # noqa: T201
 
 
-def _version() -> str:
-    from importlib.metadata import PackageNotFoundError, version
+def _name(data: Any) -> str:
+    """What to call a model or a source in one line."""
+    return str(data.get("name_or_path", data.get("type"))) if isinstance(data, dict) else str(data)
 
-    try:
-        return version("posttrain")
-    except PackageNotFoundError:  # run from a checkout that is not installed
-        return "unknown"
+
+def _tokenizer(trainer: "Trainer") -> Any:
+    return trainer.tokenizer.build(trainer.model)
+
+
+def _data_block(trainer: "Trainer", verb: str) -> Any:
+    from posttrain.errors import RecipeError
+
+    if not callable(getattr(trainer.data, verb, None)):
+        raise RecipeError(f"data: {type(trainer.data).__name__} has no method {verb}(), which this command needs")
+    return trainer.data
+
+
+# -- arguments ------------------------------------------------------------------------
+
+
+def parse_arguments(argv: list[str]) -> argparse.Namespace:
+    """Parse the command line; overrides may stand before, between and after options."""
+    parser = argparse.ArgumentParser(
+        prog="posttrain", description="Post-training of language models: one recipe, one command.",
+        epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
+    parser.add_argument("--version", action=_Version)
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+
+    _recipe_command(commands, train, "train what a recipe describes, or go on where its run was left",
+                    "posttrain train recipe.yaml optimizer.lr=1e-4 max_steps=10k")  # fmt: skip
+    _recipe_command(commands, check, "say everything that is wrong with a recipe, without loading anything",
+                    "posttrain check recipe.yaml")  # fmt: skip
+    showing = _recipe_command(commands, show, "print the resolved recipe, or the data as the model will see it",
+                              "posttrain show recipe.yaml --data 2")  # fmt: skip
+    showing.add_argument("--json", action="store_true", help="as JSON (with --data: one line per document)")
+    showing.add_argument("--data", nargs="?", const=3, type=_count, metavar="N",
+                         help="the first N documents (3) as tokens: which are supervised, whose they are")  # fmt: skip
+    _recipe_command(commands, prepare, "read, tokenize and cache the data of a recipe ahead of its run",
+                    "posttrain prepare recipe.yaml")  # fmt: skip
+
+    listing = _command(commands, blocks, "list what a recipe can be made of", "posttrain blocks scheduler cosine")
+    listing.add_argument("kind", nargs="?", metavar="KIND", help="such as optimizer")
+    listing.add_argument("name", nargs="?", metavar="NAME", help="such as adamw")
+
+    drawing = _command(commands, plot, "draw the metrics of one run, or compare several",
+                       "posttrain plot out/a out/b -o curves.png --metric loss --metric lr")  # fmt: skip
+    drawing.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folder of a run")
+    drawing.add_argument("-o", "--output", type=Path, metavar="FILE", help="picture to write (RUN/curves.png)")
+    drawing.add_argument("--metric", action="append", metavar="NAME", help="draw this metric; may be repeated")
+
+    arguments, rest = parser.parse_known_args(argv)
+    if rest and not (hasattr(arguments, "overrides") and all("=" in r and not r.startswith("-") for r in rest)):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:
+        arguments.overrides += rest
+    return arguments
+
+
+def _command(commands: Any, run: Any, help_: str, example: str) -> argparse.ArgumentParser:
+    parser: argparse.ArgumentParser = commands.add_parser(
+        run.__name__, help=help_, description=f"{help_[0].upper()}{help_[1:]}.", epilog=f"example:\n  {example}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
+    parser.set_defaults(run=run)
+    return parser
+
+
+def _recipe_command(commands: Any, run: Any, help_: str, example: str) -> argparse.ArgumentParser:
+    parser = _command(commands, run, help_, example)
+    parser.add_argument("recipe", type=Path, metavar="RECIPE", help="a YAML file")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="KEY=VALUE", help="replaces a key, such as data.sources.0.split=test"
+    )
+    return parser
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal() or not 0 < int(text) < 10**6:
+        raise argparse.ArgumentTypeError(f"how many documents? expected a number above 0, got {text!r}")
+    return int(text)
+
+
+class _Version(argparse.Action):
+    """Look the version up only when it is asked for: importlib.metadata is slow to import."""
+
+    def __init__(self, option_strings: Any, dest: str) -> None:
+        super().__init__(option_strings, dest, nargs=0, default=argparse.SUPPRESS, help="print the version and exit")
+
+    def __call__(self, parser: argparse.ArgumentParser, *args: Any) -> None:
+        from importlib.metadata import PackageNotFoundError, version
+
+        try:
+            say(f"posttrain {version('posttrain')}")
+        except PackageNotFoundError:
+            say("posttrain (not installed: run from its source folder)")
+        parser.exit()
 
 
 if __name__ == "__main__":

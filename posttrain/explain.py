@@ -13,7 +13,7 @@ import attrs
 from posttrain import yaml12
 from posttrain.errors import RegistryError
 from posttrain.registry import KINDS, lookup, name_of, names, suggest
-from posttrain.structure import KIND_OF
+from posttrain.structure import KIND_OF, article
 from posttrain.trainer import Trainer
 from posttrain.values import Secret, as_data
 
@@ -61,15 +61,20 @@ def _block(kind: str, name: str) -> str:
 
 def _fields(cls: type) -> Iterator[str]:
     texts = {name: text for base in reversed(cls.__mro__) for name, text in _field_texts(base)}
-    for field in attrs.fields(attrs.resolve_types(cls)):
-        if not field.init:
-            continue
+    for field in _init_fields(cls):
         also = field.metadata.get("also", ())
         more = "; ".join([_default(field), *([f"also {', '.join(also)}"] if also else [])])
         lines = [f"  {field.name}: {plain_type(field.type)} ({more})"]
         if field.name in texts:
             lines.append(textwrap.fill(texts[field.name], WIDTH, initial_indent=" " * 6, subsequent_indent=" " * 6))
         yield "\n".join(lines)
+
+
+def _init_fields(cls: type) -> "list[attrs.Attribute[Any]]":
+    try:
+        return [field for field in attrs.fields(attrs.resolve_types(cls)) if field.init]
+    except NameError as error:  # in user code
+        raise RegistryError(f"the annotations of {cls.__name__} cannot be resolved: {error}") from error
 
 
 def plain_type(type_: Any) -> str:
@@ -88,19 +93,26 @@ def plain_type(type_: Any) -> str:
         return f"a list of {len(args)}: {', '.join(map(plain_type, args))}"
     if origin in (list, tuple):
         item = plain_type(args[0]) if args else "anything"
-        return f"a list of {item.removeprefix('a ')}{'' if item == 'text' else 's'}"
+        return f"a list of {_plural(item)}"
     if origin is dict:
         return f"a mapping of names to {plain_type(args[1]) if args else 'anything'}"
     if type_ in KIND_OF:
-        return f"{'an' if KIND_OF[type_][0] in 'aeiou' else 'a'} {KIND_OF[type_]} block"
-    known = {
+        return f"{article(KIND_OF[type_])} block"
+    known: dict[Any, str] = {
         bool: "true or false",
         str: "text",
         Path: "path",
         Secret: "${NAME} of an environment variable",
         Any: "anything",
     }
-    return str(known.get(type_) or getattr(type_, "__name__", type_))
+    return known.get(type_) or str(getattr(type_, "__name__", type_))
+
+
+def _plural(words: str) -> str:
+    if words in ("text", "anything") or words.startswith("one of"):
+        return words
+    noun, of, rest = words.removeprefix("a ").removeprefix("an ").partition(" of ")
+    return f"{noun}s{of}{rest}"
 
 
 def _default(field: "attrs.Attribute[Any]") -> str:
@@ -121,7 +133,7 @@ def _default(field: "attrs.Attribute[Any]") -> str:
 
 def _values_of(cls: type) -> Iterator[type]:
     """Yield the attrs classes, other than blocks, that the fields of a class are made of."""
-    pending = [field.type for field in attrs.fields(attrs.resolve_types(cls)) if field.init]
+    pending = [field.type for field in _init_fields(cls)]
     while pending:
         type_ = pending.pop(0)
         pending += get_args(type_)

@@ -9,17 +9,16 @@ from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
-import yaml
-
-from posttrain.errors import CheckpointError
+from posttrain import yaml12
+from posttrain.errors import CheckpointError, RecipeError
 
 if TYPE_CHECKING:
     from posttrain.interfaces import LoggerBlock
     from posttrain.run import Run
 
 FREE = (
-    "output_dir", "resume", "stop_after", "log_every", "eval_every", "logger", "checkpoint", "callbacks", "accelerator",
-    "devices", "num_nodes", "strategy", "micro_batch_size", "gradient_accumulation_steps",
+    "output_dir", "code", "resume", "stop_after", "log_every", "eval_every", "logger", "checkpoint", "callbacks",
+    "accelerator", "devices", "num_nodes", "strategy", "micro_batch_size", "gradient_accumulation_steps",
 )  # fmt: skip
 """Keys that may differ when a run goes on: they change where and how it runs, not what it computes.
 How a step is cut is among them; that its rows stay the same is checked when a checkpoint is loaded."""
@@ -70,18 +69,19 @@ def _claim(run: "Run", resume: str) -> str | None:
         folder.mkdir(parents=True, exist_ok=True)
         saved = folder / "recipe.yaml"
         if resume == "auto" and saved.exists():
-            differs = difference(yaml.safe_load(saved.read_text()), json.loads(json.dumps(run.recipe)))
+            there = yaml12.parse(saved.read_text(encoding="utf-8"), lambda line: (line, f"{saved}:{line}")).data
+            differs = difference(there, json.loads(json.dumps(run.recipe)))
             if differs:
                 return (
                     f"{folder} holds a run of another recipe:\n  " + "\n  ".join(differs) + "\n"
                     "give another output_dir, go on all the same with resume=force, or start anew with resume=never"
                 )
-        saved.write_text(yaml.safe_dump(run.recipe, sort_keys=False))
+        saved.write_text(yaml12.write(run.recipe), encoding="utf-8")
         (folder / "versions.json").write_text(json.dumps(versions(), indent=1))
         (folder / "ledger.json").write_text(json.dumps(run.loaders.ledger, indent=1))
     except OSError as error:
         return f"the run's folder {folder} cannot be written: {error.strerror or error}; give another output_dir"
-    except yaml.YAMLError:
+    except (RecipeError, UnicodeDecodeError):
         return f"{folder}/recipe.yaml is damaged; give another output_dir, or start anew with resume=never"
     return None
 

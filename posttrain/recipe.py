@@ -49,7 +49,8 @@ def load(path: str | Path, overrides: Iterable[str] = ()) -> Trainer:
         cause = error.__cause__
     else:
         trainer, found = structure(document.data)
-        document.problems += [(_place(document, key), key, message) for key, message in found]
+        known = document.unreadable
+        document.problems += [(_place(document, key), key, message) for key, message in found if key not in known]
     if trainer is None or document.problems:
         found_in_order = sorted(document.problems, key=lambda problem: problem[0][0])
         raise RecipeError("\n".join(_line(*problem) for problem in found_in_order)) from cause
@@ -103,6 +104,7 @@ def _set_override(document: Document, text: str, order: int) -> None:
         document.problems.append((place, (), str(error).removeprefix(f"{place[1]}: ")))
         return
     document.problems += [(where, key + below, message) for where, below, message in given.problems]
+    document.unreadable |= {key + below for below in given.unreadable}
     document.places = {k: p for k, p in document.places.items() if k[: len(key)] != key}
     for depth in range(1, len(key)):
         document.places.setdefault(key[:depth], place)  # a mapping that this override made
@@ -154,9 +156,12 @@ def _import_code(data: dict[str, Any], folder: Path) -> None:
     files = files if isinstance(files, list) else [files]
     if not all(isinstance(file, str) and "\0" not in file for file in files):
         return  # `structure` says what is wrong
-    resolved = [(folder / file).expanduser().absolute() for file in files]
-    for file in resolved:
-        _import_file(file)
+    try:
+        resolved = [(folder / Path(file).expanduser()).absolute() for file in files]
+        for file in resolved:
+            _import_file(file)
+    except (OSError, RuntimeError) as error:  # a name too long, the home of nobody
+        raise RecipeError(str(error)) from error
     if resolved:
         data["code"] = [str(file) for file in resolved]
 

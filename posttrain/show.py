@@ -1,57 +1,83 @@
-"""What people look at: tokens in colour, ledgers as tables, curves as pictures."""
+"""What people look at on a terminal: tokens in colour, ledgers as tables."""
 
-import json
-import math
-from collections.abc import Iterable
-from pathlib import Path
+import itertools
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
-
-from posttrain.errors import PosttrainError
 
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
     from posttrain.blocks.data import Preview
+    from posttrain.blocks.encode import Token
 
-ROLE_COLORS = {"system": "magenta", "user": "cyan", "assistant": "green", "tool": "yellow"}
-TITLES = {
-    "loss": "loss (nats per token)",
-    "lr": "learning rate",
-    "grad_norm": "gradient norm",
-    "tokens_per_second": "tokens per second",
-    "memory_gb": "peak memory (GiB)",
-}
-"""Metrics that are drawn unless others are asked for, if a run has them."""
-NOISY = ("loss", "grad_norm")
-FROM_ZERO = ("lr", "tokens_per_second", "memory_gb")
+SUPERVISED = ("black on green3", "black on green1")
+"""In turn, so that one sees where a token ends."""
+MASKED = ("dim", "dim underline")
+ROLE_WIDTH = 10
 
 
 def tokens(previews: "Iterable[Preview]", console: "Console") -> None:
-    """Print documents token by token: supervised ones on a coloured ground, or in [brackets] without colours."""
+    """Print documents token by token: supervised ones stand out, roles at the left, a rule between documents."""
     from rich.rule import Rule
+    from rich.table import Table
     from rich.text import Text
 
-    plain = not console.is_terminal
-    if plain:
-        console.print("[supervised tokens are in brackets]", markup=False)
-    else:
-        console.print("[black on green]supervised[/] [dim]masked[/]  ↵ is a line break; one colour of text per role")
+    coloured = console.is_terminal and not console.no_color
+    line = "─" if coloured else "-"
+    console.print(_legend(coloured))
+    counts = []
     for preview in previews:
-        console.print(Rule(preview.source, style="dim"))
-        text, last = Text(), ""
-        for token, supervised, role in preview.tokens:
-            if role != last:
-                text.append(f"\n{role or '...':>9} │ ", style=f"bold {ROLE_COLORS.get(role, 'white')}")
-                last = role
-            shown = token.replace("\n", "↵")
-            if plain:
-                text.append(f"[{shown}]" if supervised else shown)
-            else:
-                text.append(shown, style="black on green" if supervised else f"dim {ROLE_COLORS.get(role, 'white')}")
-        console.print(text)
-        count = sum(supervised for _, supervised, _ in preview.tokens)
-        console.print(f"\n{len(preview.tokens)} tokens, {count} of them supervised", style="dim", highlight=False)
+        supervised = sum(trained for _, trained, _ in preview.tokens)
+        counts.append((len(preview.tokens), supervised))
+        title = Text(f"{preview.source}  {len(preview.tokens)} tokens, {supervised} supervised")
+        console.print(Rule(title, align="left", characters=line))
+        grid = Table.grid(padding=(0, 1))
+        grid.add_column(justify="right", width=ROLE_WIDTH, style="cyan", overflow="fold")
+        grid.add_column(overflow="fold")
+        for role, text in _stretches(preview.tokens, coloured):
+            grid.add_row(Text(role or "..."), text)
+        console.print(grid)
+    total, trained = (sum(column) for column in zip(*counts, strict=True)) if counts else (0, 0)
+    console.print(Rule(characters=line))
+    share = f" ({trained / total:.1%})" if total else ""
+    console.print(Text(f"{len(counts)} documents, {total} tokens, {trained} supervised{share}"))
+
+
+def _legend(coloured: bool) -> "Text":
+    from rich.text import Text
+
+    if not coloured:
+        return Text("[supervised text] is in brackets, the rest is masked; at the left stands whose text it is")
+    legend = Text()
+    legend.append(" supervised ", SUPERVISED[0]).append(" supervised ", SUPERVISED[1]).append("  ")
+    legend.append("masked ", MASKED[0]).append("masked", MASKED[1])
+    return legend.append("   the shade changes with each token; ↵ ends a line")
+
+
+def _stretches(tokens: "list[Token]", coloured: bool) -> "Iterator[tuple[str, Text]]":
+    """Yield (role, text) for each stretch of one role."""
+    from rich.text import Text
+
+    shades = itertools.cycle((0, 1))
+    for role, stretch in itertools.groupby(tokens, key=lambda token: token[2]):
+        text = Text()
+        if coloured:
+            for (token, trained, _), shade in zip(stretch, shades, strict=False):
+                text.append(_visible(token).replace("\n", "↵\n"), (SUPERVISED if trained else MASKED)[shade])
+        else:
+            for trained, run in itertools.groupby(stretch, key=lambda token: token[1]):
+                joined = _visible("".join(token for token, _, _ in run))
+                text.append(f"[{joined}]" if trained else joined)
+        if breaks := len(text.plain) - len(text.plain.rstrip("\n")):
+            text.right_crop(breaks)  # they would leave lines empty
+        yield role, text
+
+
+def _visible(text: str) -> str:
+    """Show what would move the cursor or vanish."""
+    return "".join(c if c == "\n" or c.isprintable() else repr(c)[1:-1] for c in text)
 
 
 def ledger(found: dict[str, Any]) -> "Table":
@@ -84,95 +110,6 @@ def ledger(found: dict[str, Any]) -> "Table":
     table.caption = "\n".join(reasons) or None
     table.caption_justify = "left"
     return table
-
-
-def curves(runs: list[Path], names: list[str] | None, target: Path) -> None:
-    """Draw the metrics of runs, one panel per metric and one line per run.
-
-    Raises:
-        PosttrainError: a run has no metrics, or matplotlib is not installed.
-    """
-    try:
-        import matplotlib
-    except ImportError:
-        raise PosttrainError("drawing needs matplotlib: pip install 'posttrain[plot]'") from None
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    found = {run: read_metrics(run) for run in runs}
-    panels = names or [n for n in TITLES if n != "memory_gb" and any(series(lines, n)[0] for lines in found.values())]
-    across = 2 if len(panels) > 1 else 1
-    down = math.ceil(len(panels) / across)
-    figure, axes = plt.subplots(down, across, figsize=(5.5 * across, 3.4 * down), squeeze=False, layout="constrained")
-    for axis, name in zip(axes.flat, panels, strict=False):
-        for color, (run, lines) in zip(
-            plt.rcParams["axes.prop_cycle"].by_key()["color"] * 9, found.items(), strict=False
-        ):
-            draw(axis, lines, name, str(run), color)
-        axis.set_title(TITLES.get(name, name.replace("_", " ")), fontsize=11, loc="left")
-        axis.set_xlabel("optimizer step")
-        axis.grid(alpha=0.25)
-        axis.spines[["top", "right"]].set_visible(False)
-        if axis.get_legend_handles_labels()[0] and (len(runs) > 1 or name == "loss"):
-            axis.legend(frameon=False, fontsize=9)
-    for axis in list(axes.flat)[len(panels) :]:
-        axis.remove()
-    figure.savefig(target, dpi=140)
-    plt.close(figure)
-
-
-def draw(axis: Any, lines: list[dict[str, Any]], name: str, label: str, color: str) -> None:
-    """Draw one metric of one run: the raw values faintly, their running mean over them, evaluation as points."""
-    steps, values = series(lines, name)
-    if not steps:
-        return
-    noisy = name in NOISY and len(values) > 20
-    if noisy:
-        axis.plot(steps, values, color=color, alpha=0.25, linewidth=0.8)
-    axis.plot(steps, smoothed(values) if noisy else values, color=color, linewidth=1.6, label=label)
-    if name in FROM_ZERO:
-        axis.set_ylim(bottom=0)
-    held_out = series(lines, f"eval_{name}")
-    if held_out[0]:
-        axis.plot(*held_out, color=color, linestyle="none", marker="o", markersize=4, label=f"{label}, held out")
-
-
-def smoothed(values: list[float]) -> list[float]:
-    """Return the exponential mean of a curve, with the bias of its beginning taken out."""
-    decay, mean, weight, found = 0.9, 0.0, 0.0, []
-    for value in values:
-        mean, weight = decay * mean + (1 - decay) * value, decay * weight + (1 - decay)
-        found.append(mean / weight)
-    return found
-
-
-def series(lines: list[dict[str, Any]], name: str) -> tuple[list[int], list[float]]:
-    """Return the steps at which a metric was logged, and its values."""
-    pairs = [(line["step"], line[name]) for line in lines if name in line]
-    return [step for step, _ in pairs], [value for _, value in pairs]
-
-
-def read_metrics(run: Path) -> list[dict[str, Any]]:
-    """Read the metrics of a run.
-
-    Raises:
-        PosttrainError: there are none, or a line is damaged.
-    """
-    path = run / "metrics.jsonl" if run.is_dir() else run
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise PosttrainError(f"{path} cannot be read: {getattr(error, 'strerror', None) or error}") from None
-    found = []
-    for number, line in enumerate(lines, start=1):
-        try:
-            values = json.loads(line)
-            found.append({**values, "step": int(values["step"])})
-        except (ValueError, KeyError, TypeError):
-            raise PosttrainError(f"{path}:{number}: not a line of metrics") from None
-    if not found:
-        raise PosttrainError(f"{path} holds no metrics yet")
-    return found
 
 
 def _count(dropped: int | dict[str, Any]) -> int:

@@ -74,6 +74,11 @@ def _under(key: str | int, found: list[Problem]) -> Iterator[None]:
         found += [((key, *rest), message) for rest, message in error.found]
 
 
+def article(noun: str) -> str:
+    """Return a noun with its indefinite article."""
+    return f"{'an' if noun[0] in 'aeiou' else 'a'} {noun}"
+
+
 # -- blocks and other attrs classes ---------------------------------------------------
 
 
@@ -83,14 +88,14 @@ def structure_block(data: Any, protocol: Any) -> Any:
     if isinstance(data, str):
         data = {BARE: data}
     if not isinstance(data, dict):
-        raise wrong(f"a mapping with the keys of a {kind}", data)
+        raise wrong(f"a mapping with the keys of {article(kind)}", data)
     rest = {key: value for key, value in data.items() if key not in ("type", BARE)}
     name = data.get("type", data.get(BARE))
     key = ("type",) if "type" in data else ()
     if name is None:
         raise Problems(((), f"needs `type` to say which {kind} it is (known: {', '.join(names(kind))})"))
     if not isinstance(name, str):
-        raise Problems((key, f"expected the name of a {kind}, got {shortened(name)}"))
+        raise Problems(*((key, message) for _, message in wrong(f"the name of {article(kind)}", name).found))
     try:
         cls = lookup(kind, str(name))
     except RegistryError as error:

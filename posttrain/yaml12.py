@@ -84,6 +84,8 @@ class Document:
         self.data: Any = None
         self.places: dict[Key, Place] = {}
         self.problems: list[tuple[Place, Key, str]] = []
+        self.unreadable: set[Key] = set()
+        """Keys whose value is not known because of such a problem; the data has None there."""
         self._nodes = 0
         self._above: list[yaml.Node] = []
 
@@ -148,14 +150,14 @@ class Document:
 
     def _scalar(self, node: yaml.ScalarNode, key: Key) -> Any:
         read = READERS.get(node.tag)
-        if read is None:
-            self._refuse_tag(node, key)
-            return None
         try:
-            return read(node.value)
+            if read is not None:
+                return read(node.value)
+            self._refuse_tag(node, key)
         except (ValueError, KeyError):  # such as `!!int word`, or a number of thousands of digits
             self.add_problem(node, key, f"cannot be read as {node.tag.rpartition(':')[2]}: {shortened(node.value)}")
-            return None
+        self.unreadable.add(key)
+        return None
 
     def _refuse_tag(self, node: yaml.Node, key: Key) -> None:
         tag = node.tag.replace("tag:yaml.org,2002:", "!!")
@@ -198,7 +200,8 @@ for _tag, _pattern, _first in SCALARS:
 
 
 def _represent_text(dumper: _Dumper, text: str) -> yaml.ScalarNode:
-    return dumper.represent_scalar(STR, text, style="|" if "\n" in text else None)
+    hidden = any(not c.isprintable() and c != "\n" for c in text)  # PyYAML would write some as line breaks
+    return dumper.represent_scalar(STR, text, style='"' if hidden else "|" if "\n" in text else None)
 
 
 def _represent_list(dumper: _Dumper, items: list[Any]) -> yaml.SequenceNode:

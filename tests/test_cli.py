@@ -1,5 +1,6 @@
 """The command line as a person meets it: output, messages, exit codes."""
 
+import io
 import json
 import os
 import subprocess
@@ -7,8 +8,14 @@ import sys
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
+from posttrain.blocks.data import Preview
 from posttrain.cli import main
+from posttrain.errors import RecipeError
+from posttrain.plot import smooth
+from posttrain.show import tokens
+from posttrain.trainer import Trainer
 
 ROOT = Path(__file__).parent.parent
 
@@ -50,7 +57,10 @@ def test_samples_are_printed_before_and_while_training(recipe: Path, capsys: pyt
 
 def test_check_says_what_would_be_done(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["check", str(recipe)]) == 0
-    assert "valid sft recipe" in capsys.readouterr().out
+    output = capsys.readouterr().out
+    assert "valid" in output
+    assert "sft (SFTTrainer)" in output
+    assert "3 steps, each step 1 x 1 rows per device" in output
 
 
 def test_a_wrong_recipe_exits_with_2_and_no_traceback(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -95,12 +105,13 @@ def test_show_prints_a_recipe_that_runs(recipe: Path, tmp_path: Path, capsys: py
 def test_show_data_marks_what_is_trained(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["show", str(recipe), "--data", "1"]) == 0
     output = capsys.readouterr().out
-    assert "[0][<|im_end|>]" in output.replace("\n", "")
+    assert "[0<|im_end|>]" in output
     assert "assistant" in output
+    assert "1 documents, 26 tokens, 2 supervised (7.7%)" in output
     assert main(["show", str(recipe), "--data", "2", "--json"]) == 0
     lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert len(lines) == 2
-    assert ["<|im_end|>", True, "assistant"] in lines[0]["tokens"]
+    assert {"text": "<|im_end|>", "supervised": True, "role": "assistant"} in lines[0]["tokens"]
 
 
 def test_prepare_tokenizes_and_prints_the_ledger(
@@ -148,6 +159,156 @@ def test_the_file_itself_can_be_run(recipe: Path) -> None:
         env=environment,
     )
     assert done.returncode == 0, done.stderr
+
+
+def test_overrides_may_stand_between_options(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["show", str(recipe), "seed=1", "--json", "max_steps=2k"]) == 0
+    shown = json.loads(capsys.readouterr().out)
+    assert (shown["seed"], shown["max_steps"]) == (1, 2000)
+    for wrong in (
+        ["check", str(recipe), "--fast"],
+        ["show", str(recipe), "--json", "fast"],
+        ["blocks", "a", "b", "c=1"],
+    ):
+        with pytest.raises(SystemExit) as usage:
+            main(wrong)
+        assert usage.value.code == 2
+        assert "unrecognized arguments" in capsys.readouterr().err
+
+
+def test_the_number_of_documents_must_be_one(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for wrong in ("0", "-1", "x", "²"):
+        with pytest.raises(SystemExit):
+            main(["show", str(recipe), "--data", wrong])
+    assert "how many documents?" in capsys.readouterr().err
+
+
+def test_several_problems_are_counted_and_begin_their_lines(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    recipe.write_text(recipe.read_text() + "sed: 1\nepochs: 0\n")
+    assert main(["check", str(recipe)]) == 2
+    assert capsys.readouterr().err.startswith(f"error: 2 problems\n{recipe}:7: sed: ")
+
+
+def test_only_the_first_rank_complains_about_a_recipe(
+    recipe: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("RANK", "1")
+    assert main(["train", str(recipe), "seed=x"]) == 2
+    assert capsys.readouterr().err == ""
+
+
+def test_the_traceback_is_there_for_those_who_ask(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("POSTTRAIN_TRACEBACK", "1")
+    with pytest.raises(RecipeError):
+        main(["check", str(recipe), "seed=x"])
+
+
+def test_a_run_that_a_signal_ended_exits_as_shells_expect(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Ended:
+        signal = 15
+
+    monkeypatch.setattr(Trainer, "train", lambda self: Ended())
+    assert main(["train", str(recipe)]) == 143
+
+
+def test_a_pipe_that_is_closed_early_is_no_error(recipe: Path) -> None:
+    command = f"set -o pipefail; {sys.executable} -m posttrain.cli blocks trainer sft | head -1"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, cwd=ROOT)
+    assert done.stdout.startswith("trainer: sft")
+    assert "Error" not in done.stderr
+
+
+def test_checking_a_recipe_imports_nothing_heavy(recipe: Path) -> None:
+    code = f"import sys\nfrom posttrain.cli import main\nmain(['check', {str(recipe)!r}])\nprint(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert not {"torch", "transformers", "lightning", "numpy", "datasets", "pyarrow", "rich"} & set(done.stdout.split())
+
+
+def test_no_secret_reaches_output_or_folder(
+    recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("CANARY", "hunter2")
+    recipe.write_text(recipe.read_text().replace("model: {", "model: {token: '${CANARY}', "))
+    for command in (["check"], ["show"], ["show", "--json"], ["train"]):
+        assert main([command[0], str(recipe), *command[1:]]) == 0
+    assert main(["train", str(recipe), "model.name_or_path=/nowhere", "resume=never"]) == 2
+    found = capsys.readouterr()
+    assert "${CANARY}" in found.out
+    assert "hunter2" not in found.out + found.err
+    for file in (tmp_path / "run").rglob("*"):
+        assert not file.is_file() or b"hunter2" not in file.read_bytes(), file
+
+
+Token = tuple[str, bool, str]
+TOKENS: list[Token] = [
+    ("<|im_start|>", False, "user"), ("a\n", False, "user"), ("[bold]x", True, "assistant"), ("\x07", True, "assistant"),
+    ("<|im_end|>", True, "assistant"), ("\n", False, ""),
+]  # fmt: skip
+
+
+def shown(terminal: bool) -> str:
+    console = Console(force_terminal=terminal, width=100, color_system="256" if terminal else None, file=io.StringIO())
+    tokens([Preview("a.jsonl:1", TOKENS), Preview("a.jsonl:2", TOKENS)], console)
+    assert isinstance(console.file, io.StringIO)
+    return console.file.getvalue()
+
+
+def test_tokens_can_be_read_without_a_terminal() -> None:
+    found = shown(terminal=False)
+    assert "      user <|im_start|>a" in found
+    assert r" assistant [[bold]x\x07<|im_end|>]" in found
+    assert "a.jsonl:2  6 tokens, 3 supervised --" in found
+    assert "2 documents, 12 tokens, 6 supervised (50.0%)" in found
+
+
+def test_tokens_on_a_terminal_show_where_each_one_ends() -> None:
+    green, bright = "\x1b[30;48;5;40m", "\x1b[30;48;5;46m"
+    found = shown(terminal=True)
+    assert f"{green}[bold]x\x1b[0m{bright}\\x07\x1b[0m{green}<|im_end|>" in found
+    assert "a↵" in found
+
+
+def metrics(folder: Path, steps: int, **more: float) -> Path:
+    folder.mkdir()
+    lines = [
+        {"step": s, "loss": 2 / s, "lr": 1e-5, **({"eval_loss": 3 / s} if s % 5 == 0 else {}), **more}
+        for s in range(1, steps)
+    ]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return folder
+
+
+def test_curves_of_several_runs_go_into_one_picture(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    one, two = metrics(tmp_path / "one", 100, grad_norm=1.0), metrics(tmp_path / "two", 7, reward=0.5)
+    assert main(["plot", str(one), str(two)]) == 0
+    assert (one / "curves.png").read_bytes().startswith(b"\x89PNG")
+    assert (
+        main(["plot", str(two), "-o", str(tmp_path / "new" / "x.svg"), "--metric", "reward", "--metric", "loss"]) == 0
+    )
+    assert "Reward" in (tmp_path / "new" / "x.svg").read_text()
+    capsys.readouterr()
+    assert main(["plot", str(two), "--metric", "rewards"]) == 2
+    assert "did you mean 'reward'?" in capsys.readouterr().err
+    assert main(["plot", str(two), "-o", str(tmp_path / "x.doc")]) == 1
+    assert "x.doc cannot be written" in capsys.readouterr().err
+
+
+def test_a_damaged_line_of_metrics_is_named_unless_it_is_still_being_written(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = metrics(tmp_path / "run", 9)
+    file = run / "metrics.jsonl"
+    file.write_text(file.read_text() + '{"step": 9, "lo')
+    assert main(["plot", str(run)]) == 0
+    file.write_text(file.read_text().replace('"step": 3', '"step: 3'))
+    assert main(["plot", str(run)]) == 1
+    assert "metrics.jsonl:3: not JSON" in capsys.readouterr().err
+
+
+def test_the_mean_of_a_straight_line_is_that_line() -> None:
+    line = [float(i) for i in range(200)]
+    assert smooth(line)[20:150] == pytest.approx(line[20:150])
+    assert smooth([1.0]) == [1.0]
 
 
 def test_help_imports_nothing_heavy() -> None:

@@ -1,6 +1,5 @@
 """What users add: hooks, blocks, plugins; and what the package promises about itself."""
 
-import ast
 from pathlib import Path
 from typing import Any
 
@@ -199,33 +198,3 @@ def test_a_trainer_of_ones_own_gets_token_log_probabilities(tmp_path: Path) -> N
     like.train()
     assert losses(tmp_path / "one") == pytest.approx(losses(tmp_path / "four"), abs=1e-6)
     assert losses(tmp_path / "one")[0] < losses(tmp_path / "plain")[0]
-
-
-# -- promises about the package -------------------------------------------------------
-
-LAYERS = [
-    "errors", "interfaces", "registry", "values", "hooks", "launch", "signals", "run", "show", "folder", "blocks", "trainer",
-    "trainers", "yaml12", "scalars", "structure", "recipe", "explain", "cli",
-]  # fmt: skip
-
-
-def test_imports_only_go_down() -> None:
-    """Lower layers never import higher ones, so that each file can be read on its own."""
-    for file in ROOT.rglob("*.py"):
-        layer = file.relative_to(ROOT).parts[0].removesuffix(".py")
-        if layer == "__init__":
-            continue
-        for node in ast.parse(file.read_text()).body:  # top level only: TYPE_CHECKING blocks and lazy imports are free
-            if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "posttrain":
-                parts = (node.module or "").split(".")
-                for name in parts[1:2] or [alias.name for alias in node.names]:
-                    assert LAYERS.index(name) <= LAYERS.index(layer), f"{file.name} imports {name}"
-
-
-def test_the_public_names_are_these_and_all_exist() -> None:
-    assert posttrain.__all__ == sorted(posttrain.__all__)
-    assert set(posttrain.__all__) == set(posttrain._HOME_OF)
-    for name in posttrain.__all__:
-        assert getattr(posttrain, name) is not None
-    with pytest.raises(AttributeError, match="no attribute 'Sftrainer'"):
-        _ = posttrain.Sftrainer

@@ -1,312 +1,742 @@
-"""Recipes: a constructor call in YAML, and everything that is wrong with it in one report."""
+"""Recipes: what they mean, and what is said about wrong ones."""
 
-import json
-import subprocess
+import re
 import sys
 import textwrap
+import time
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+import attrs
 import pytest
-import yaml
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 import posttrain
-from posttrain.errors import RecipeError
+from posttrain import registry
+from posttrain.errors import RecipeError, RegistryError
+from posttrain.explain import explain
 from posttrain.recipe import dump, load
-from posttrain.values import as_data
+from posttrain.registry import block, key
+from posttrain.trainers.sft import SFTTrainer
+from posttrain.values import Secret, as_data
+from posttrain.yaml12 import number, parse, write
 
 GOOD = """\
 type: sft
-model: {name_or_path: some/model}
-data: {sources: [some/data]}
+model: {name_or_path: org/model}
+data:
+  sources:
+    - org/dataset
 """
 
 
-def recipe(folder: Path, text: str) -> Path:
-    file = folder / "recipe.yaml"
+@attrs.frozen(kw_only=True)
+class Part:
+    shorthand = "name"
+    name: str
+    share: float = key(0.5, check=attrs.validators.in_([0.5, 1.0]))
+
+
+@block("trainer", "test-fields")
+class Fields(SFTTrainer):
+    """A field of every type."""
+
+    token: Secret | None = None
+    parts: list[Part] = attrs.field(factory=list)
+    pair: tuple[int, str] = (1, "a")
+    free: dict[str, Any] = attrs.field(factory=dict)
+    table: dict[str, float] = attrs.field(factory=dict)
+    mode: Literal["fast", "slow", 3] = "fast"
+    either: int | list[str] | None = None
+    text: str = ""
+    share: float = 0.0
+    flag: bool = False
+    anything: Any = None
+    where: Path = Path("x")
+
+
+@block("callback", "test-unwritable")
+class Unwritable:
+    tags: set[str] = attrs.field(factory=set)
+
+
+def recipe(tmp_path: Path, text: str, name: str = "r.yaml") -> Path:
+    file = tmp_path / name
     file.write_text(textwrap.dedent(text))
     return file
 
 
-def problems(folder: Path, text: str, *overrides: str) -> list[str]:
-    with pytest.raises(RecipeError) as error:
-        load(recipe(folder, text), overrides)
-    return str(error.value).replace(f"{folder}/", "").splitlines()
+def fields(tmp_path: Path, text: str, *overrides: str) -> Any:
+    return load(recipe(tmp_path, GOOD.replace("sft", "test-fields") + textwrap.dedent(text)), overrides)
 
 
-def test_a_recipe_is_the_constructor_in_yaml(tmp_path: Path) -> None:
+def errors(tmp_path: Path, text: str, *overrides: str) -> list[str]:
+    """The lines of the error, without the folder."""
+    with pytest.raises(RecipeError) as caught:
+        load(recipe(tmp_path, text), overrides)
+    return str(caught.value).replace(f"{tmp_path}/", "").splitlines()
+
+
+def field_error(tmp_path: Path, text: str) -> str:
+    (line,) = errors(tmp_path, GOOD.replace("sft", "test-fields") + textwrap.dedent(text))
+    return line.partition(": ")[2]
+
+
+# -- all problems at once -------------------------------------------------------------
+
+
+def test_every_mistake_is_reported_in_one_go_with_its_line(tmp_path):
+    found = errors(
+        tmp_path,
+        """\
+        type: sft
+        model: {name_or_path: tiny, dtpe: float32}
+        data:
+          sources: org/dataset
+          max_length: -5
+        optimizer:
+          learning_rate: fast
+          betas: [0.9]
+        scheduler: cosin
+        seed: true
+        seed: 3
+        epochs: 0
+        deepspeed: {a: "${HOME}"}
+        checkpoint: {every: 5}
+        precision: bf16-mixd
+        trian: 1
+        """,
+        "optimizer.eps=x",
+        "nonsense",
+        "model.0.dtype=float32",
+    )
+    assert found == [
+        "r.yaml:2: model.dtpe: HFModel has no such key; did you mean 'dtype'?",
+        "r.yaml:4: data.sources: expected a list, got 'org/dataset'; write [org/dataset]",
+        "r.yaml:5: data.max_length: must be > 1, got -5",
+        "r.yaml:7: optimizer.learning_rate: expected a number, got 'fast'",
+        "r.yaml:8: optimizer.betas: expected a list of 2, got 1",
+        "r.yaml:9: scheduler: there is no scheduler 'cosin'; did you mean 'cosine'? "
+        "(known: constant, cosine, linear, wsd)",
+        "r.yaml:10: seed: expected a whole number, got true",
+        "r.yaml:11: seed: given twice; first at r.yaml:10",
+        "r.yaml:12: epochs: must be > 0, got 0",
+        "r.yaml:13: deepspeed.a: only secrets may come from the environment (${NAME}); write the value itself here",
+        "r.yaml:14: checkpoint: needs `type` to say which checkpoint it is (known: huggingface, resume)",
+        "r.yaml:15: precision: expected one of 32-true, bf16-mixed, bf16-true, 16-mixed, 64-true, got 'bf16-mixd'; "
+        "did you mean 'bf16-mixed'?",
+        "r.yaml:16: trian: SFTTrainer has no such key" + found[12].partition("no such key")[2],
+        "override optimizer.eps: expected a number, got 'x'",
+        "override nonsense: an override has the form key.subkey=value",
+        "override model.0.dtype: model is not a list here: there is no entry 0 to set",
+    ]
+
+
+def test_what_is_missing_is_named(tmp_path):
+    assert errors(tmp_path, "type: sft\nmodel: {}\n") == [
+        "r.yaml:1: data: missing; SFTTrainer needs it",
+        "r.yaml:2: model.name_or_path: missing; HFModel needs it",
+    ]
+    assert "needs `type` to say which trainer it is" in errors(tmp_path, "model: x\n")[0]
+
+
+def test_blocks_check_themselves_while_others_are_still_wrong(tmp_path):
+    found = errors(tmp_path, GOOD + "  eval_split: 10%\n  eval_sources: [org/other]\nseed: x\n")
+    assert found == [
+        "r.yaml:6: data.eval_split: holds out rows of `sources`, but `eval_sources` is given too; choose one",
+        "r.yaml:8: seed: expected a whole number, got 'x'",
+    ]
+
+
+# -- what a recipe can say ------------------------------------------------------------
+
+
+def test_a_recipe_is_the_constructor_in_yaml(tmp_path):
     made = load(recipe(tmp_path, GOOD + "optimizer: {lr: 1e-5}\nscheduler: linear\n"), ["optimizer.weight_decay=0.1"])
     by_hand = posttrain.SFTTrainer(
-        model=posttrain.HFModel(name_or_path="some/model"),
-        data=posttrain.SFTData(sources=[posttrain.Source(name_or_path="some/data")]),
+        model=posttrain.HFModel(name_or_path="org/model"),
+        data=posttrain.SFTData(sources=[posttrain.Source(name_or_path="org/dataset")]),
         optimizer=posttrain.AdamW(lr=1e-5, weight_decay=0.1), scheduler=posttrain.Linear(),
     )  # fmt: skip
     assert as_data(made) == as_data(by_hand)
 
 
-def test_the_recipe_of_the_arctictraining_blog_reads_as_written(tmp_path: Path) -> None:
-    made: Any = load(recipe(tmp_path, """
-        type: sft
-        micro_batch_size: 2
-        model:
-          name_or_path: meta-llama/Llama-3.1-8B-Instruct
-        data:
-          sources:
-            - HuggingFaceH4/ultrachat_200k
-        deepspeed:
-          zero_optimization:
-            stage: 3
-        optimizer:
-          learning_rate: 1e-5
-        checkpoint:
-          - type: huggingface
-            save_end_of_training: true
-            output_dir: ./fine-tuned-model
-    """))  # fmt: skip
-    assert made.strategy == posttrain.DeepSpeed(config={"zero_optimization": {"stage": 3}})
-    assert made.checkpoint == [posttrain.HuggingFace(output_dir=Path("./fine-tuned-model"))]
-    assert made.optimizer.lr == 1e-5
-    assert made.data.sources[0].name_or_path == "HuggingFaceH4/ultrachat_200k"
-
-
-def test_all_mistakes_are_reported_at_once_with_their_lines(tmp_path: Path) -> None:
-    found = problems(tmp_path, """\
-        type: sft
-        micro_batchsize: 2
-        model:
-          name_or_path: some-model
-          dtype: float8
-        data:
-          type: stf
-          sources: [a.jsonl]
-        optimizer:
-          learning_rate: -1e-5
-          betas: [0.9, "high"]
-        scheduler: cosin
-        epochs: 1.5
-        overfit_first_batch: "yes"
-        max_steps: 3
-        max_steps: 4
-    """, "seed=many", "optimizer.lrr=3")  # fmt: skip
-    expected = [
-        "recipe.yaml:2: micro_batchsize: SFTTrainer has no such key; did you mean 'micro_batch_size'?",
-        "recipe.yaml:5: model.dtype: ",
-        "recipe.yaml:7: data.type: there is no data 'stf'; did you mean 'sft'?",
-        "recipe.yaml:10: optimizer.learning_rate: must be > 0, got -1e-05",
-        "recipe.yaml:11: optimizer.betas.1: expected a number, got 'high'",
-        "recipe.yaml:12: scheduler: there is no scheduler 'cosin'; did you mean 'cosine'?",
-        "recipe.yaml:13: epochs: ",
-        "recipe.yaml:14: overfit_first_batch: expected true or false, got 'yes'",
-        "recipe.yaml:16: ",
-        "override seed: ",
-        "override optimizer.lrr: AdamW has no such key; did you mean 'lr'?",
-    ]
-    assert len(found) == len(expected)
-    for line, begin in zip(found, expected, strict=True):
-        assert line.startswith(begin)
+def test_the_recipe_of_arctic_trainings_blog_reads_naturally(tmp_path):
+    trainer = load(
+        recipe(
+            tmp_path,
+            """\
+            type: sft
+            micro_batch_size: 2
+            model:
+              name_or_path: meta-llama/Llama-3.1-8B-Instruct
+            data:
+              sources:
+                - HuggingFaceH4/ultrachat_200k
+            deepspeed:
+              zero_optimization:
+                stage: 3
+            optimizer:
+              learning_rate: 2e-5
+            checkpoint:
+              - type: huggingface
+                save_end_of_training: true
+                output_dir: ./out
+            """,
+        )
+    )
+    data = as_data(trainer)
+    assert data["data"]["sources"][0]["name_or_path"] == "HuggingFaceH4/ultrachat_200k"
+    assert data["strategy"]["type"] == "deepspeed"
+    assert data["strategy"]["config"] == {"zero_optimization": {"stage": 3}}
+    assert data["optimizer"]["lr"] == 2e-5
+    assert [(c["type"], c["at_end"], c["output_dir"]) for c in data["checkpoint"]] == [("huggingface", True, "out")]
 
 
 @pytest.mark.parametrize(
-    ("text", "value"),
-    [("10k", 10_000), ("1_000_000", 1_000_000), ("2M", 2_000_000), ("1Ki", 1024), ("1e3", 1000), ("7", 7)],
+    ("written", "meant"),
+    [("10k", 10_000), ("1_000_000", 1_000_000), ("1Ki", 1024), ("2M", 2_000_000), ("1.5k", 1500), ("1e3", 1000),
+     ("0x10", 16), ("012", 12), ("+3", 3), ("100%", 1), ("1B", 10**9), ("3Mi", 3 * 2**20)],
+)  # fmt: skip
+def test_whole_numbers_can_be_written_as_people_write_them(tmp_path, written, meant):
+    found = load(recipe(tmp_path, GOOD + f"max_steps: {written}\n")).max_steps
+    assert found == meant and type(found) is int
+
+
+@pytest.mark.parametrize(
+    ("written", "meant"), [("1e-5", 1e-5), ("1.5%", 0.015), ("3", 3.0), (".5", 0.5), ("2k", 2000.0)]
 )
-def test_whole_numbers_are_written_as_people_write_them(tmp_path: Path, text: str, value: int) -> None:
-    assert load(recipe(tmp_path, GOOD + f"max_steps: {text}\n")).max_steps == value
+def test_numbers_can_be_written_as_people_write_them(tmp_path, written, meant):
+    found = load(recipe(tmp_path, GOOD + f"optimizer: {{eps: {written}}}\n")).optimizer.eps
+    assert found == meant and type(found) is float
 
 
-@pytest.mark.parametrize(("text", "value"), [("1e-5", 1e-5), ("1.5%", 0.015), ("1", 1.0), ("5E-4", 5e-4), (".5", 0.5)])
-def test_numbers_are_written_as_people_write_them(tmp_path: Path, text: str, value: float) -> None:
-    made: Any = load(recipe(tmp_path, GOOD + f"optimizer: {{lr: {text}}}\n"))
-    assert made.optimizer.lr == value
-
-
-@pytest.mark.parametrize(
-    "line",
-    ["max_steps: 1.9", "max_steps: true", "max_steps: '3'", "max_grad_norm: .nan", "max_grad_norm: .inf", "max_steps: 12:30",
-     "overfit_first_batch: 'false'", "overfit_first_batch: no", "overfit_first_batch: 1", "output_dir: [a]", "seed: null",
-     "data: {sources: a.jsonl}", "model: {name_or_path: 7}", "resume: yes", "max_steps: ${STEPS}", "log_every: 0"],
-)  # fmt: skip
-def test_a_value_must_mean_what_it_says(tmp_path: Path, line: str) -> None:
-    key = line.split(":")[0]
-    text = "\n".join(kept for kept in GOOD.splitlines() if not kept.startswith(key)) + f"\n{line}\n"
-    assert len(problems(tmp_path, text)) == 1
-
-
-def test_words_that_yaml_1_1_takes_for_booleans_stay_words(tmp_path: Path) -> None:
-    made: Any = load(recipe(tmp_path, GOOD.replace("some/model", "no") + "output_dir: 2024-01-01\n"))
-    assert (made.model.name_or_path, made.output_dir) == ("no", Path("2024-01-01"))
+def test_human_numbers_stay_text_where_text_is_expected(tmp_path):
+    made = fields(tmp_path, "text: 10k\nfree: {a: 3B, b: [1e-5, 7]}\nanything: 5%\n")
+    assert (made.text, made.free, made.anything) == ("10k", {"a": "3B", "b": [1e-5, 7]}, "5%")
+    assert type(made.text) is type(made.free["a"]) is type(made.anything) is str
 
 
 @pytest.mark.parametrize(
-    "text",
-    ["", "- a\n", "type: [", "a: &x [*x]\n", "x: !!python/object/apply:os.system ['true']\n", "[" * 3000, "type: sft\n\ttab: 1\n",
-     "a: &a [1]\nb: &b [*a,*a,*a,*a,*a,*a,*a,*a]\nc: &c [*b,*b,*b,*b,*b,*b,*b,*b]\nd: &d [*c,*c,*c,*c,*c,*c,*c,*c]\ne: &e [*d,*d,*d,*d,*d,*d,*d,*d]\nf: [*e,*e,*e,*e,*e,*e,*e,*e]\n",
-     "\x00", "? {a: b}\n: c\n", "1: 2\n"],
+    ("text", "message"),
+    [
+        ('seed: "5"', "seed: expected a whole number, got '5'"),
+        ('share: "1e-5"', "share: expected a number, got '1e-5'"),
+        ("seed: 1.9", "seed: expected a whole number, got 1.9"),
+        ("seed: 1.5k1", "seed: expected a whole number, got '1.5k1'"),
+        ("seed: true", "seed: expected a whole number, got true"),
+        ("seed: .inf", "seed: expected a whole number, got inf"),
+        ("share: true", "share: expected a number, got true"),
+        ("share: .nan", "share: expected a finite number, got nan"),
+        ("share: 1e999", "share: expected a finite number, got inf"),
+        ("share: " + "9" * 400, "share: expected a finite number, got 9"),
+        ("share: 9e307k", "share: expected a number, got '9e307k'"),
+        ("seed: " + "9" * 5000, "seed: cannot be read as int: '9999"),
+        ('flag: "false"', "flag: expected true or false, got 'false'"),
+        ("flag: no", "flag: expected true or false, got 'no'"),
+        ("flag: 0", "flag: expected true or false, got 0"),
+        ("text: 5", "text: expected text, got 5"),
+        ("text: null", "text: expected text, got null"),
+        ("text: [a]", "text: expected text, got a list"),
+        ("text: {a: b}", "text: expected text, got a mapping"),
+        ('text: "a\\0b"', "text: holds a NUL character"),
+        ('where: ""', "where: expected a path, got ''"),
+        ("where: 7", "where: expected a path, got 7"),
+        ("parts: some", "parts: expected a list, got 'some'; write [some]"),
+        ("parts: [{name: 5}]", "parts.0.name: expected text, got 5"),
+        ("parts: {name: a, shares: 1}", "parts.shares: Part has no such key; did you mean 'share'?"),
+        ("parts: {name: a, share: 0.7}", "parts.share: must be in [0.5, 1.0] (got 0.7)"),
+        ("parts: [3]", "parts.0: expected a mapping with the keys of Part, or its name as text, got 3"),
+        ("pair: [1]", "pair: expected a list of 2, got 1"),
+        ("pair: [1, 2]", "pair.1: expected text, got 2"),
+        ("table: {a: x}", "table.a: expected a number, got 'x'"),
+        ("table: [1]", "table: expected a mapping, got a list"),
+        ("mode: fsat", "mode: expected one of fast, slow, 3, got 'fsat'; did you mean 'fast'?"),
+        ('mode: "3"', "mode: expected one of fast, slow, 3, got '3'"),
+        ("mode: 3.0", "mode: expected one of fast, slow, 3, got 3.0"),
+        ("either: x", "either: expected a whole number or a list, got 'x'"),
+        ("either: [1]", "either.0: expected text, got 1"),
+        ("optimizer: 5", "optimizer: expected a mapping with the keys of an optimizer, got 5"),
+        ("optimizer: {type: 5}", "optimizer.type: expected the name of an optimizer, got 5"),
+        ("optimizer: {type: adam}", "optimizer.type: there is no optimizer 'adam'; did you mean 'adamw'?"),
+        ("optimizer: {lr: 1, learning_rate: 2}", "optimizer.learning_rate: means the same as 'lr', which is given too"),
+        ("text: ${HOME}/x", "text: only secrets may come from the environment"),
+        ("where: ${HOME}/x", "where: only secrets may come from the environment"),
+        ("free: {a: [{b: '${HOME}'}]}", "free.a.0.b: only secrets may come from the environment"),
+        ("deepspeed: 5", "deepspeed: expected a mapping, got 5"),
+        ("deepspeed: {}\nstrategy: ddp", "deepspeed: is short for `strategy: {type: deepspeed, config: ...}`"),
+        ("callbacks: {type: test-unwritable, tags: [a]}", "tags: a set cannot be written in a recipe; set"),
+        ("run: 5", "run: Fields has no such key"),
+    ],
 )  # fmt: skip
-def test_what_is_no_recipe_is_refused_with_a_message(tmp_path: Path, text: str) -> None:
-    assert problems(tmp_path, text)
+def test_a_value_must_mean_what_it_says(tmp_path, text, message):
+    assert message in field_error(tmp_path, text + "\n")
 
 
-def test_missing_folders_and_odd_bytes_are_messages(tmp_path: Path) -> None:
-    recipe(tmp_path, GOOD)
-    (tmp_path / "latin.yaml").write_bytes(b"type: sft\nname: \xff\n")
-    for path, message in (
-        ("recipe.yml", "did you mean 'recipe.yaml'"),
-        ("", "is a folder"),
-        ("latin.yaml", "latin.yaml:2: not UTF-8"),
-    ):
-        with pytest.raises(RecipeError, match=message):
-            load(tmp_path / path)
+def test_values_that_are_right_arrive_as_they_are(tmp_path):
+    made = fields(
+        tmp_path,
+        """\
+        parts: {name: a, share: 1}
+        pair: [2, b]
+        table: {a: 1, b: 5%}
+        mode: 3
+        either: [x, y]
+        where: ~/runs
+        token: ${HF_TOKEN}
+        scheduler: linear
+        """,
+    )
+    assert made.parts == [Part(name="a", share=1.0)]
+    assert (made.pair, made.table, made.mode, made.either) == ((2, "b"), {"a": 1.0, "b": 0.05}, 3, ["x", "y"])
+    assert made.where == Path.home() / "runs"
+    assert made.token == Secret("HF_TOKEN")
+    assert as_data(made.scheduler)["type"] == "linear"
+    assert fields(tmp_path, "parts: [a, {name: b}]\n").parts == [Part(name="a"), Part(name="b")]
 
 
-KEYS = [
-    "type",
-    "model",
-    "data",
-    "optimizer",
-    "checkpoint",
-    "max_steps",
-    "deepspeed",
-    "strategy",
-    "code",
-    "sources",
-    "lr",
-    "x",
-]
-TREES = st.recursive(
+# -- the environment ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "line", ["token: hunter2", "token: [hunter2]", "tokn: hunter2", "token: ${hunter2", "token: {a: hunter2}"]
+)
+def test_a_secret_is_never_repeated(tmp_path, line):
+    assert "hunter2" not in field_error(tmp_path, f"{line}\n")
+    file = recipe(tmp_path, GOOD.replace("sft", "test-fields"))
+    for override in (line.replace(": ", "="), "token=[hunter2", "token=!!int hunter2"):
+        with pytest.raises(RecipeError) as caught:
+            load(file, [override])
+        assert "hunter2" not in str(caught.value) or "!!int" in override
+
+
+def test_the_value_of_a_secret_is_not_in_the_resolved_recipe(tmp_path, monkeypatch):
+    monkeypatch.setenv("CANARY", "hunter2")
+    made = fields(tmp_path, "token: ${CANARY}\n")
+    assert made.token.reveal() == "hunter2"
+    assert "hunter2" not in dump(made) + repr(made.token) + str(as_data(made))
+    assert "${CANARY}" in dump(made)
+
+
+# -- overrides ------------------------------------------------------------------------
+
+
+def test_overrides_reach_into_lists_texts_and_keys_with_other_names(tmp_path):
+    text = "optimizer: {learning_rate: 1}\nscheduler: cosine\ncheckpoint: [{type: resume}]\ndeepspeed: {a: 1}\n"
+    overrides = [
+        "model={name_or_path: other, dtype: bfloat16}", "optimizer.lr=1e-4", "data.sources.0.split=test", "max_steps=10k",
+        "scheduler.warmup=5%", "checkpoint.0.every=5", "strategy=ddp", "tokenizer.name_or_path=tok",
+    ]  # fmt: skip
+    trainer = load(recipe(tmp_path, GOOD + text), overrides)
+    data = as_data(trainer)
+    assert data["optimizer"]["lr"] == 1e-4
+    assert data["data"]["sources"][0]["name_or_path"] == "org/dataset" and data["data"]["sources"][0]["split"] == "test"
+    assert (data["scheduler"]["type"], data["scheduler"]["warmup"]) == ("cosine", 0.05)
+    assert (data["checkpoint"][0]["every"], data["max_steps"]) == (5, 10_000)
+    assert (data["model"]["name_or_path"], data["model"]["dtype"]) == ("other", "bfloat16")
+    assert data["strategy"]["type"] == "ddp"
+    assert data["tokenizer"]["name_or_path"] == "tok"
+
+
+def test_an_override_replaces_a_wrong_value_and_its_place(tmp_path):
+    assert load(recipe(tmp_path, GOOD + "seed: wrong\n"), ["seed=7"]).seed == 7
+    assert errors(tmp_path, GOOD + "seed: 1\n", "seed=[1", "a=1", "model=5")[0].startswith(
+        "override seed: not valid YAML"
+    )
+    assert errors(tmp_path, GOOD, "optimizer={lr: x}") == [
+        "override optimizer: optimizer.lr: expected a number, got 'x'"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("data.sources.7.split=x", "data.sources has 1 entries, counted from 0: there is no 7"),
+        ("data.sources.split=x", "data.sources is a list: say which entry, such as data.sources.0.split"),
+        ("type.x.y=1", "type: expected the name of a trainer, got a mapping"),
+        ("seed.x=1", "seed is 1, which has no keys"),
+        ("checkpoint.0.every=5", "checkpoint is not a list here"),
+        ("=1", "has the form"),
+        (".=1", "has the form"),
+        ("a..b=1", "has the form"),
+        ("", "has the form"),
+        ("seed", "has the form"),
+        ("data.sources.99999999999999=1", "say which entry"),
+        ("data.sources.²=1", "say which entry"),
+        ("seed=\0", "override seed: holds the character"),
+        ("seed=!!python/name:os.system", "override seed: "),
+        ("seed=&a [*a]", "an alias that refers to what it is a part of"),
+    ],
+)
+def test_a_bad_override_is_a_message(tmp_path, override, message):
+    found = errors(tmp_path, GOOD + "seed: 1\ncheckpoint: {type: resume}\n", override)
+    assert message in "\n".join(found)
+
+
+# -- YAML -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "meant"),
+    [
+        ("1e-5", 1e-5), ("1E5", 1e5), ("on", "on"), ("yes", "yes"), ("no", "no"), ("off", "off"), ("y", "y"),
+        ("true", True), ("False", False), ("12:30:45", "12:30:45"), ("2024-01-01", "2024-01-01"), ("012", 12),
+        ("0o17", 15), ("0x1F", 31), ("0b1", "0b1"), ("1_000", "1_000"), ("", None), ("~", None), ("null", None),
+        ("'1'", "1"), ('"true"', "true"), ("'~'", "~"), ("=", "="), ("!!str 5", "5"), ("1.", 1.0), (".5", 0.5),
+        ("+.inf", float("inf")), ("-.INF", float("-inf")), (".", "."), ("-", [None]), ("<<", "<<"), ("5 # five", 5),
+        ("[1, [2]]", [1, [2]]), ("{a: {b: 1}}", {"a": {"b": 1}}), ("on: 1", {"on": 1}), ("1: 2", {"1": 2}),
+        ("~: 1", {"~": 1}), ("{a: &x {b: 1}, c: *x}", {"a": {"b": 1}, "c": {"b": 1}}),
+        ("{a: &x {b: 1, c: 2}, d: {<<: *x, b: 3}}", {"a": {"b": 1, "c": 2}, "d": {"b": 3, "c": 2}}),
+        ("{a: &x {b: 1}, d: {<<: [*x, *x]}}", {"a": {"b": 1}, "d": {"b": 1}}),
+    ],
+)  # fmt: skip
+def test_scalars_follow_the_core_schema(text, meant):
+    document = parse(text, lambda line: (line, str(line)))
+    assert document.problems == []
+    assert document.data == meant and type(document.data) in (type(meant), *type(meant).__subclasses__(), str)
+
+
+BOMB = "a: &a [1,1,1,1,1,1,1,1,1,1]\n" + "".join(
+    f"{b}: &{b} [{','.join([f'*{a}'] * 10)}]\n" for a, b in zip("abcdefgh", "bcdefghi", strict=True)
+)
+
+
+@pytest.mark.parametrize(
+    ("text", "line", "message"),
+    [
+        (BOMB, 1, "more than 100000 values"),
+        ("a: &a [*a]\n", 1, "refers to what it is a part of"),
+        ("a: 1\nb: &b {c: *b}\n", 2, "refers to what it is a part of"),
+        ("a: " + "[" * 2000, 1, "nested more than 64 deep"),
+        ("a: " + "{a: " * 2000, 1, "nested more than 64 deep"),
+        ("a: *nothing\n", 1, "undefined alias"),
+        ("a: 1\n b: 2\n", 2, "not valid YAML"),
+        ("a: 1\n\tb: 2\n", 2, "not valid YAML"),
+        ("a: [1\nb: 2\n", 2, "not valid YAML"),
+        ("a: 1\n---\nb: 2\n", 2, "single document"),
+        ("a: 1\nb: \0\n", 2, "which YAML does not allow"),
+        ('a: 1\nb: "\\UFFFFFFFF"\n', 2, "not valid YAML"),
+        ("a: !!python/object/apply:os.system [echo]\n", 1, "the tag '!!python/object/apply:os.system' is not allowed"),
+        ("a: !mine 5\n", 1, "the tag '!mine' is not allowed"),
+        ("a: !!binary aGk=\n", 1, "the tag '!!binary' is not allowed"),
+        ("a: !!set {x}\n", 1, "the tag '!!set' is not allowed"),
+        ("a: 1\na: !!int x\n", 2, "given twice"),
+        ("b: !!int x\n", 1, "cannot be read as int"),
+        ("b: !!bool maybe\n", 1, "cannot be read as bool"),
+        ("? [a]\n: 1\n", 1, "a key must be text"),
+        ("a: {<<: 5}\n", 1, "only mappings can be merged"),
+        ("", 1, "is empty"),
+        ("# nothing\n", 1, "is empty"),
+        ("- a\n", 1, "does not hold keys and values"),
+        ("just text", 1, "does not hold keys and values"),
+    ],
+)
+def test_yaml_that_is_wrong_or_hostile_is_a_message_with_a_line(tmp_path, text, line, message):
+    began = time.process_time()
+    found = errors(tmp_path, text)
+    assert any(f"r.yaml:{line}: " in entry and message in entry for entry in found), found
+    assert time.process_time() - began < 5
+
+
+def test_files_that_are_no_recipes_are_messages(tmp_path):
+    def message(path: Path) -> str:
+        with pytest.raises(RecipeError) as caught:
+            load(path)
+        return str(caught.value)
+
+    recipe(tmp_path, GOOD, "sft.yaml")
+    (tmp_path / "latin.yaml").write_bytes(b"type: sft\nmodel: caf\xe9\n")
+    (tmp_path / "large.yaml").write_bytes(b"a" * 2_000_000)
+    assert message(tmp_path / "stf.yaml").endswith("no such file; did you mean 'sft.yaml'?")
+    assert message(tmp_path / "no" / "x.yaml").endswith("no such file")
+    assert message(tmp_path).endswith("is a folder, not a recipe")
+    assert "latin.yaml:2: not UTF-8: byte 0xe9" in message(tmp_path / "latin.yaml")
+    assert "holds 2,000,000 bytes" in message(tmp_path / "large.yaml")
+    assert "cannot be read" in message(Path("nul\0"))
+
+
+def test_a_byte_order_mark_and_windows_lines_do_not_matter(tmp_path):
+    (tmp_path / "r.yaml").write_bytes(b"\xef\xbb\xbf" + GOOD.replace("\n", "\r\n").encode())
+    assert load(tmp_path / "r.yaml").model.name_or_path == "org/model"
+
+
+# -- the resolved recipe --------------------------------------------------------------
+
+
+def test_the_resolved_recipe_loads_to_the_same_trainer(tmp_path):
+    first = fields(
+        tmp_path,
+        """\
+        text: "1e-5"
+        free: {a: "10k", b: "on", c: "null", d: ["1", "2024-01-01"], e: {f: "two\\nlines\\n", g: "=", h: "<<", i: ""}}
+        anything: "true"
+        either: ["5", "a: b", "#", "[", "é", "\\u0085", " x "]
+        token: ${TOKEN}
+        parts: [a, {name: b, share: 1}]
+        optimizer: {lr: 1e-7, betas: [90%, .999]}
+        deepspeed: {zero_optimization: {stage: 3}}
+        """,
+    )
+    again = load(recipe(tmp_path, dump(first), "again.yaml"))
+    assert as_data(again) == as_data(first)
+    assert dump(again) == dump(first)
+    assert dump(first).startswith("type: test-fields\nmodel:\n")
+
+
+plain = st.recursive(
     st.none()
     | st.booleans()
     | st.integers()
-    | st.floats()
-    | st.text(max_size=5)
-    | st.sampled_from(["sft", "adamw", "${X}", "10k"]),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(KEYS), inner, max_size=4),
+    | st.floats(allow_nan=False)
+    | st.text(st.characters(codec="utf-8"), max_size=12),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=6), inner, max_size=4),
     max_leaves=12,
 )
 
 
-@given(
-    st.text(max_size=80)
-    | TREES.map(lambda tree: yaml.safe_dump({"type": "sft", **tree} if isinstance(tree, dict) else tree))
+@given(plain)
+@settings(max_examples=200, deadline=None)
+@example({"a": "1e5\n"})
+@example("\n x")
+def test_what_is_written_reads_back_the_same(data):
+    document = parse(write(data), lambda line: (line, ""))
+    assert document.problems == []
+    assert document.data == data
+
+
+# -- fuzzing --------------------------------------------------------------------------
+
+KEYS = [
+    "type", "model", "data", "sources", "optimizer", "lr", "learning_rate", "scheduler",
+    "checkpoint", "every", "deepspeed", "strategy", "config", "name_or_path", "seed", "max_steps",
+    "devices", "precision", "logger", "code", "callbacks", "betas", "eval_split", "token",
+    "columns", "weight", "<<", "run", "output_dir", "parts", "",
+]  # fmt: skip
+VALUES = [
+    "sft", "test-fields", "adamw", "cosine", "resume", "10k", "5%", "${X}", "~", "org/data", "auto", "", "\0", "a" * 300,
+]  # fmt: skip
+scalars = st.none() | st.booleans() | st.integers() | st.floats() | st.sampled_from(VALUES) | st.text(max_size=5)
+trees = st.recursive(
+    scalars,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(KEYS), inner, max_size=5),
+    max_leaves=20,
 )
-@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-def test_no_text_and_no_tree_gives_a_traceback(tmp_path: Path, text: str) -> None:
-    file = tmp_path / "fuzzed.yaml"
-    file.write_bytes(text.encode("utf-8", "surrogatepass"))
+roots = st.dictionaries(st.sampled_from(KEYS), trees, max_size=8).map(lambda tree: {"type": "test-fields", **tree})
+FUZZ = settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+
+
+def survives(file: Path, content: bytes, overrides: tuple[str, ...] = ()) -> None:
+    file.write_bytes(content)
+    began = time.process_time()
     try:
-        load(file)
+        load(file, overrides)
     except RecipeError as error:
-        assert str(error)
+        assert str(error).strip()
+    assert time.process_time() - began < 5
 
 
-@given(
-    st.lists(
-        st.text(alphabet="abc.=0123[]{}:", max_size=14) | st.sampled_from(["model.x=1", "data.sources.0.split=test"]),
-        max_size=3,
-    )
-)
-@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-def test_no_override_gives_a_traceback(tmp_path: Path, overrides: list[str]) -> None:
-    try:
-        load(recipe(tmp_path, GOOD), overrides)
-    except RecipeError as error:
-        assert str(error)
+@given(text=st.text(max_size=200) | st.text(alphabet="ab:-[]{},&*!|>'\"#%@`? \n\t<~01.", max_size=60))
+@FUZZ
+@example(text="%YAML 1.99999999999999999999999\n---\na: 1")
+@example(text="a: !<tag:yaml.org,2002:int> _")
+def test_any_text_is_a_recipe_or_an_error_that_says_why(tmp_path, text):
+    survives(tmp_path / "r.yaml", text.encode(errors="surrogatepass"))
 
 
-def test_overrides_reach_into_lists_and_say_why_they_cannot(tmp_path: Path) -> None:
-    made: Any = load(recipe(tmp_path, GOOD), ["data.sources.0.split=test", "scheduler=wsd", "scheduler.decay=20%"])
-    assert (made.data.sources[0].split, made.scheduler) == ("test", posttrain.WSD(decay=0.2))
-    assert "counted from 0: there is no 5" in problems(tmp_path, GOOD, "data.sources.5.split=x")[0]
-    assert "has the form key.subkey=value" in problems(tmp_path, GOOD, "nonsense")[0]
+@given(content=st.binary(max_size=100))
+@FUZZ
+def test_any_bytes_are_a_recipe_or_an_error_that_says_why(tmp_path, content):
+    survives(tmp_path / "r.yaml", content)
 
 
-def test_the_resolved_recipe_can_be_run_again(tmp_path: Path) -> None:
-    made = load(
-        recipe(
-            tmp_path, GOOD + "deepspeed: {stage: 2}\nmodel: {name_or_path: m, lora: {r: 8}}\n".replace("model: ", "#")
+@given(tree=roots)
+@FUZZ
+def test_any_tree_of_known_keys_is_a_recipe_or_an_error_that_says_why(tmp_path, tree):
+    survives(tmp_path / "r.yaml", write(tree).encode(errors="replace"))
+
+
+@given(data=st.data())
+@FUZZ
+def test_a_good_recipe_that_was_damaged_is_an_error_that_says_why(tmp_path, data):
+    text = GOOD + "optimizer: {lr: 1e-5}\ncheckpoint: [{type: resume, every: 5}]\nseed: 5\n"
+    for _ in range(data.draw(st.integers(1, 4))):
+        at = data.draw(st.integers(0, len(text)))
+        text = (
+            text[:at]
+            + data.draw(st.text(alphabet="a:-[]{}&*!'\" \n0~", max_size=3))
+            + text[at + data.draw(st.integers(0, 3)) :]
         )
-    )
-    again = load(recipe(tmp_path, dump(made)))
-    assert as_data(again) == as_data(made)
+    survives(tmp_path / "r.yaml", text.encode())
 
 
-# -- secrets --------------------------------------------------------------------------
-
-
-def test_secrets_come_from_the_environment_and_are_never_shown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("MY_TOKEN", "canary-123")
-    made: Any = load(recipe(tmp_path, GOOD.replace("some/model}", "some/model, token: '${MY_TOKEN}'}")))
-    assert made.model.token.reveal() == "canary-123"
-    assert "canary-123" not in repr(made) + dump(made) + json.dumps(as_data(made))
-    assert "${MY_TOKEN}" in dump(made)
-    (line,) = problems(tmp_path, GOOD.replace("some/model}", "some/model, token: canary-456}"))
-    assert "canary-456" not in line
-    assert "name of an environment variable" in line
+@given(
+    path=st.lists(st.sampled_from([*KEYS, "0", "1", "-1"]), min_size=1, max_size=4),
+    value=trees.map(write) | st.text(max_size=9),
+)
+@FUZZ
+def test_any_override_works_or_is_an_error_that_says_why(tmp_path, path, value):
+    survives(tmp_path / "r.yaml", GOOD.encode(), (f"{'.'.join(path)}={value}",))
 
 
 # -- user code ------------------------------------------------------------------------
 
-BLOCKS = """
-import torch
-from posttrain import SFTTrainer, block
 
-@block("optimizer", "{name}-sgd")
-class SGD:
-    lr: float
-    def build(self, model):
-        return torch.optim.SGD(model.parameters(), self.lr)
-
-@block("trainer", "{name}-half")
-class Half(SFTTrainer):
-    scale: float = 0.5
-    def loss(self, batch):
-        return super().loss(batch) * self.scale
-"""
+@pytest.fixture
+def clean_imports(monkeypatch):
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    known = set(sys.modules)
+    yield
+    for name in set(sys.modules) - known:
+        if name.startswith("my_"):
+            del sys.modules[name]
 
 
-def test_user_code_named_by_the_recipe_registers_blocks(tmp_path: Path, tiny_model: Path, sums: Path) -> None:
-    (tmp_path / "blocks_of_mine.py").write_text(BLOCKS.format(name="mine"))
-    made: Any = load(recipe(tmp_path, f"""
-        code: blocks_of_mine.py
-        type: mine-half
-        scale: 0.25
-        model: {{name_or_path: {tiny_model}}}
-        data: {{sources: [{sums}]}}
-        optimizer: {{type: mine-sgd, lr: 1e-3}}
-        accelerator: cpu
-        logger: []
-        output_dir: {tmp_path}/run
-        max_steps: 2
-    """))  # fmt: skip
-    assert (type(made).__name__, made.scale) == ("Half", 0.25)
-    assert made.train().step == 2
-    assert load(tmp_path / "run" / "recipe.yaml").scale == 0.25  # type: ignore[attr-defined]
+def test_a_trainer_of_ones_own_adds_keys(tmp_path, clean_imports):
+    recipe(
+        tmp_path,
+        """\
+        from posttrain import SFTTrainer, block, key
+
+        @block("trainer", "test-half")
+        class Half(SFTTrainer):
+            scale: float = key(0.5, check=lambda self, field, value: None)
+        """,
+        "my_half.py",
+    )
+    file = recipe(tmp_path, GOOD.replace("type: sft", "code: my_half.py\ntype: test-half\nscale: 25%"))
+    trainer = load(file)
+    assert type(trainer).__name__ == "Half" and trainer.scale == 0.25
+    assert trainer.code == [tmp_path / "my_half.py"]
+    assert type(trainer).__module__ == "my_half" and sys.modules["my_half"].Half is type(trainer)
+    again = load(recipe(tmp_path / "..", dump(trainer), "again.yaml"))
+    assert as_data(again) == as_data(trainer)
 
 
 @pytest.mark.parametrize(
     ("name", "code", "message"),
     [
-        ("broken_1", "def f(:\n", "broken_1.py:1: SyntaxError"),
-        ("broken_2", "x = 1\nraise ValueError('no luck')\n", "broken_2.py:2: ValueError: no luck"),
-        ("json", "x = 1\n", "rename json.py"),
+        ("my_missing.py", None, "code: there is no file"),
+        ("~nobody-of-this-name/my_x.py", None, "code: Could not determine home directory"),
+        ("a" * 300 + ".py", None, "File name too long"),
+        ("json.py", "", "a module 'json' exists already"),
+        ("attrs.py", "", "rename attrs.py"),
+        ("my-code.py", "", "give it a name like my_blocks.py"),
+        ("my_syntax.py", "x = 1\ny = = 2\n", "my_syntax.py:2: SyntaxError"),
+        ("my_bug.py", "def f():\n    return nothing\n\nf()\n", "my_bug.py:2: NameError: name 'nothing' is not defined"),
+        ("my_import.py", "import no_such_thing\n", "my_import.py:1: ModuleNotFoundError"),
+        ("my_exit.py", "import sys\nsys.exit(3)\n", "my_exit.py:2: SystemExit: 3"),
+        (
+            "my_unfit.py",
+            "from posttrain import block\n@block('optimizer', 'test-unfit')\nclass A:\n    pass\n",
+            "my_unfit.py:2: RegistryError: A (",
+        ),
+        (
+            "my_taken.py",
+            "from posttrain import block\n@block('optimizer', 'adamw')\nclass A:\n    def build(self, model): ...\n",
+            "is already registered by AdamW",
+        ),
     ],
 )
-def test_user_code_that_cannot_be_imported_is_reported_with_its_line(
-    tmp_path: Path, name: str, code: str, message: str
-) -> None:
-    (tmp_path / f"{name}.py").write_text(code)
-    assert message in problems(tmp_path, f"code: {name}.py\n{GOOD}")[0]
-    assert "there is no file" in problems(tmp_path, f"code: nowhere.py\n{GOOD}")[0]
+def test_code_that_cannot_be_imported_is_a_message(tmp_path, clean_imports, name, code, message):
+    if code is not None:
+        (tmp_path / name).write_text(code)
+    found = errors(tmp_path, f"code: {name}\n{GOOD}seed: 1\nseed: 2\n")
+    assert found[0].startswith("r.yaml:1: code: ") and message in found[0]
+    assert found[-1].startswith("r.yaml:8: seed: given twice")
 
 
-def test_code_beside_a_recipe_is_not_run_unless_it_is_named(tmp_path: Path) -> None:
+def test_the_traceback_of_user_code_stays_chained(tmp_path, clean_imports):
+    (tmp_path / "my_chained.py").write_text("1 / 0\n")
+    with pytest.raises(RecipeError) as caught:
+        load(recipe(tmp_path, f"code: my_chained.py\n{GOOD}"))
+    assert isinstance(caught.value.__cause__, ZeroDivisionError)
+
+
+def test_a_run_of_user_code_writes_a_recipe_that_runs_again(tmp_path, clean_imports, tiny_model, sums):
+    recipe(
+        tmp_path,
+        """\
+        import torch
+        from posttrain import SFTTrainer, block
+
+        @block("optimizer", "test-sgd")
+        class SGD:
+            lr: float
+            def build(self, model):
+                return torch.optim.SGD(model.parameters(), self.lr)
+
+        @block("trainer", "test-scaled")
+        class Scaled(SFTTrainer):
+            scale: float = 0.5
+            def loss(self, batch):
+                return super().loss(batch) * self.scale
+        """,
+        "my_method.py",
+    )
+    text = f"""\
+        code: my_method.py
+        type: test-scaled
+        scale: 0.25
+        model: {{name_or_path: {tiny_model}, revision: "1e5"}}
+        data: {{sources: [{sums}]}}
+        optimizer: {{type: test-sgd, lr: 1e-3}}
+        accelerator: cpu
+        logger: []
+        checkpoint: []
+        output_dir: {tmp_path}/run
+        max_steps: 2
+        """
+    assert load(recipe(tmp_path, text)).train().step == 2
+    again = load(tmp_path / "run" / "recipe.yaml")
+    assert (again.scale, again.model.revision) == (0.25, "1e5")
+
+
+def test_code_beside_a_recipe_is_not_run_unless_it_is_named(tmp_path):
     (tmp_path / "train.py").write_text("raise SystemExit('I was run')\n")
     load(recipe(tmp_path, GOOD))
 
 
-def test_validating_imports_nothing_heavy(tmp_path: Path) -> None:
-    code = f"import sys; from posttrain.recipe import load; load({str(recipe(tmp_path, GOOD))!r}); print(*sys.modules)"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert not {"torch", "transformers", "lightning", "numpy", "datasets", "pyarrow"} & set(done.stdout.split())
+def test_code_must_name_files(tmp_path):
+    assert errors(tmp_path, f"code: 5\n{GOOD}") == ["r.yaml:1: code: expected a list, got 5"]
+    assert errors(tmp_path, f"code: [5]\n{GOOD}") == ["r.yaml:1: code.0: expected a path, got 5"]
+
+
+def test_annotations_that_cannot_be_resolved_are_a_message(tmp_path, monkeypatch):
+    monkeypatch.setattr(registry, "_blocks", dict(registry._blocks))  # others list all blocks
+
+    @block("callback", "test-unresolved")
+    class Unresolved:
+        x: "Nowhere" = 1  # type: ignore[name-defined]  # noqa: F821
+
+    found = errors(tmp_path, GOOD + "callbacks: [test-unresolved]\n")
+    assert found == [
+        "r.yaml:6: callbacks.0: the annotations of Unresolved cannot be resolved: name 'Nowhere' is not defined"
+    ]
+    with pytest.raises(RegistryError, match="cannot be resolved: name 'Nowhere' is not defined"):
+        explain("callback", "test-unresolved")
+
+
+def test_validators_may_look_at_other_fields(tmp_path):
+    @block("callback", "test-range")
+    class Range:
+        low: int = 0
+        high: int = key(1, check=lambda self, field, value: _above(self.low, value))
+
+    def _above(low: int, high: int) -> None:
+        if high <= low:
+            raise ValueError(f"must be above low, got {high}")
+
+    assert errors(tmp_path, GOOD + "callbacks: [{type: test-range, low: 3, high: 2}]\n") == [
+        "r.yaml:6: callbacks.0.high: must be above low, got 2"
+    ]
+    assert errors(tmp_path, GOOD + "callbacks: [{type: test-range, low: 3}]\n") == [
+        "r.yaml:6: callbacks.0: must be above low, got 1"
+    ]
+
+
+def test_numbers_are_exact():
+    assert [number(t) for t in ("0.1k", "1.1M", "7%", "-2k", "1e2k", "x", "1e400", "1e-400")] == [
+        100, 1_100_000, 0.07, -2000, 100_000, None, None, 0,
+    ]  # fmt: skip
+    assert re.fullmatch(r"\d+", str(number("1e300")))

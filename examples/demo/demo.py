@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 import posttrain
-from posttrain import show
+from posttrain import plot
 
 FOLDER = Path("runs/demo")
 RECIPE = Path(__file__).parent / "recipe.yaml"
@@ -60,7 +60,7 @@ def main(overrides: list[str]) -> None:
     table.add_section()
     table.add_row("[bold]exactly right", f"[bold]{share[0]:.1%}", f"[bold]{share[1]:.1%}", f"of {len(expected)}")
     console.print(table)
-    show.curves([run.output_dir], None, run.output_dir / "curves.png")
+    plot.curves([run.output_dir], None, run.output_dir / "curves.png")
     console.print(f"trained in {seconds:.0f} s", highlight=False)
     for what, where in (
         ("the curves", run.output_dir / "curves.png"),
