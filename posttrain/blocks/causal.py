@@ -90,9 +90,16 @@ class CausalLM(nn.Module):
         finally:
             self.train(was_training)
 
-    def save_pretrained(self, folder: Path) -> None:
-        """Write what `from_pretrained` and vLLM load: safetensors and configuration, or peft's adapters."""
-        self.hf.save_pretrained(folder)
+    def save_pretrained(self, folder: Path, state_dict: dict[str, Tensor] | None = None) -> None:
+        """Write what `from_pretrained` and vLLM load: safetensors and configuration, or peft's adapters.
+
+        Args:
+            folder: is made.
+            state_dict: parameters to write instead of this module's, by this module's names.
+        """
+        if state_dict is not None:
+            state_dict = {name.removeprefix("hf."): value for name, value in state_dict.items()}
+        self.hf.save_pretrained(folder, state_dict=state_dict)
 
 
 def inputs(batch: Batch) -> dict[str, Any]:

@@ -36,11 +36,24 @@ class _EveryMicroBatchSyncs(_BackwardSyncControl):
         return nullcontext()
 
 
+def gathered(engine: Any) -> dict[str, Any] | None:
+    """Return the whole parameters of a ZeRO-3 engine, on rank zero; None for other stages, which hold them whole.
+
+    All ranks must call it.
+    """
+    if engine.zero_optimization_stage() < 3:
+        return None
+    found: dict[str, Any] | None = engine._zero3_consolidated_16bit_state_dict()
+    return found or {}
+
+
 class Engine(DeepSpeedStrategy):
     """DeepSpeed, stepped by its engine, on GPUs or (for tests) on CPUs."""
 
     def __init__(self, config: dict[str, Any]) -> None:
         os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
+        import deepspeed  # noqa: F401  # an error here is about the installation, and is reported as such
+
         super().__init__(config={**config, **OURS})
         self._backward_sync_control = _EveryMicroBatchSyncs()
 
@@ -72,7 +85,9 @@ class Engine(DeepSpeedStrategy):
             self._format_config()
             self._config_initialized = True
 
-    def _initialize_engine(self, model: nn.Module, optimizer: Any = None, scheduler: Any = None) -> tuple[Any, Any, Any]:
+    def _initialize_engine(
+        self, model: nn.Module, optimizer: Any = None, scheduler: Any = None
+    ) -> tuple[Any, Any, Any]:
         import deepspeed
 
         engine, optimizer, _, scheduler = deepspeed.initialize(
@@ -85,5 +100,3 @@ class Engine(DeepSpeedStrategy):
             dist_init_required=False,
         )
         return engine, optimizer, scheduler
-
-
