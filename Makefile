@@ -20,7 +20,7 @@ setup: .venv/made
 	@touch $@
 
 demo: setup
-	OMP_NUM_THREADS=2 $(BIN)/python examples/demo/demo.py
+	OMP_NUM_THREADS=2 OMP_WAIT_POLICY=PASSIVE $(BIN)/python examples/demo/demo.py
 
 test: setup
 	$(BIN)/python -m pytest -m "not slow and not gpu"

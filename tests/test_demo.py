@@ -1,62 +1,48 @@
-"""What a newcomer meets first: the demo, and the code in the README."""
+"""The demo from end to end, made small: few chats, few steps."""
 
-import os
-import re
-import subprocess
-import sys
+import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-import posttrain
-
-ROOT = Path(__file__).parent.parent
-README = (ROOT / "README.md").read_text()
+DEMO = Path(__file__).parent.parent / "examples" / "demo"
 
 
-def test_the_demo_runs_from_data_to_picture(tmp_path: Path) -> None:
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, ROOT / "examples" / "demo" / "demo.py", "max_steps=6", "eval_every=3", "accelerator=cpu"]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment, timeout=250)
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert "exactly right" in done.stdout
-    run = tmp_path / "runs" / "demo" / "run"
-    assert (run / "curves.png").read_bytes()[:4] == b"\x89PNG"
-    assert (run / "huggingface" / "model.safetensors").exists()
-
-
-def test_held_out_questions_of_the_demo_are_not_trained_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(str(ROOT / "examples" / "demo"))
+def test_the_demo_leaves_what_it_promises(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.syspath_prepend(str(DEMO))
+    monkeypatch.chdir(tmp_path)
+    import demo
     import make_data
 
-    make_data.make(tmp_path, train=500, test=50)
-    train, test = (set((tmp_path / f"{name}.jsonl").read_text().splitlines()) for name in ("train", "test"))
-    assert len(test) > 40
-    assert not train & test
+    make_data.make(Path("runs/demo/data"), train=600, test=12)
+    monkeypatch.setattr(demo.console, "_width", 160)
+    demo.main(["max_steps=4", "eval_every=2", "log_every=2", "accelerator=cpu"])
+
+    folder = Path("runs/demo/run")
+    for name in ("recipe.yaml", "ledger.json", "metrics.jsonl", "huggingface/model.safetensors", "tensorboard"):
+        assert (folder / name).exists(), name
+    assert (folder / "curves.png").read_bytes().startswith(b"\x89PNG")
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [1, 2, 3, 4]
+    assert lines[-1]["loss"] < lines[0]["loss"]
+    assert "eval_loss" in lines[-1]
+    shown = capsys.readouterr().out
+    assert "Spell python backwards." in shown
+    assert "exactly right" in shown
+    assert "of 30" in shown
 
 
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
+def test_the_demo_asks_nothing_that_it_trained_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(DEMO))
+    import make_data
 
-
-def test_the_code_in_the_readme_runs(
-    tmp_path: Path, tiny_model: Path, sums: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    sums.rename(tmp_path / "chats.jsonl")
-    (tmp_path / "Qwen").mkdir()
-    (tmp_path / "Qwen" / "Qwen3-0.6B").symlink_to(tiny_model)
-    names: dict[str, Any] = {}
-    for code in blocks("python"):
-        exec(compile(code, "README.md", "exec"), names)
-    assert (tmp_path / "runs" / "first" / "huggingface").is_dir()
-    (recipe,) = blocks("yaml")
-    (tmp_path / "first.yaml").write_text(recipe.replace("runs/first", "runs/second"))
-    assert posttrain.load("first.yaml").train().status == "finished"
-
-
-def test_every_file_is_named_in_the_readme() -> None:
-    tree = README[README.index("## Where everything is") :]
-    for file in (ROOT / "posttrain").rglob("*.py"):
-        assert file.name == "__init__.py" or file.name in tree, file.name
+    make_data.make(tmp_path, train=20_000, test=100)
+    train, test = (
+        [make_data.question_of(json.loads(line)) for line in (tmp_path / f"{name}.jsonl").read_text().splitlines()]
+        for name in ("train", "test")
+    )
+    assert len(test) == len(set(test)) > 100
+    assert not set(train) & set(test)
+    assert len(train) < 20_000, "nothing was held out"

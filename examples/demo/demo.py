@@ -1,20 +1,24 @@
 """See a model learn: from random weights to right answers in about two minutes on two cores."""
 
 import json
+import os
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import make_data
+from rich import box
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 import posttrain
 from posttrain import plot
 
 FOLDER = Path("runs/demo")
 RECIPE = Path(__file__).parent / "recipe.yaml"
-console = Console()
+console = Console(highlight=False)
 
 
 def answers(model, tokenizer, questions: list[str]) -> list[str]:
@@ -26,48 +30,78 @@ def answers(model, tokenizer, questions: list[str]) -> list[str]:
         prompt = tokenizer.apply_chat_template(
             chats, add_generation_prompt=True, padding=True, return_tensors="pt", return_dict=True
         )
+        prompt = prompt.to(next(model.parameters()).device)
         replies = model.generate(**prompt, max_new_tokens=10, do_sample=False)[:, prompt["input_ids"].shape[1] :]
         found += tokenizer.batch_decode(replies, skip_special_tokens=True)
     return found
 
 
+def comparison(questions: list[str], before: list[str], after: list[str], right: list[str]) -> Table:
+    """Return some answers before and after, and the share of all that are exactly right."""
+    table = Table("a question it has not seen", "before", "after", "right answer", box=box.SIMPLE_HEAD, pad_edge=False)
+    rows = list(zip(questions, before, after, right, strict=True))
+    for question, old, new, wanted in rows[:9]:
+        color = "green" if new == wanted else "red"
+        table.add_row(question, Text(printable(old), "dim"), Text(printable(new), color), wanted)
+    table.add_section()
+    table.add_row("[bold]exactly right")
+    for label, found in groups(rows):
+        shares = [sum(row[i] == row[3] for row in found) / len(found) for i in (1, 2)]
+        table.add_row(label, f"{shares[0]:.1%}", f"{shares[1]:.1%}", f"of {len(found)}")
+    return table
+
+
+def groups(rows: list[tuple[str, ...]]) -> Iterator[tuple[str, list[tuple[str, ...]]]]:
+    """Yield the rows of each skill under its question, then all of them."""
+    for skill in make_data.SKILLS:
+        begin, end = skill.split("{}")
+        yield f"{begin}...{end.rstrip('.?')}", [row for row in rows if row[0].startswith(begin)]
+    yield "[bold]all[/]", rows
+
+
+def printable(reply: str) -> str:
+    """Return a reply as one line; random weights say anything."""
+    return "".join(letter if letter.isprintable() else "·" for letter in reply.replace("\n", "↵"))
+
+
 def main(overrides: list[str]) -> None:
     """Make the data, train, and compare before and after."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    import transformers
 
-    if not (FOLDER / "data" / "test.jsonl").exists():
+    if not (FOLDER / "data" / "model").exists():
         make_data.make(FOLDER / "data")
     tests = [json.loads(line)["messages"] for line in (FOLDER / "data" / "test.jsonl").read_text().splitlines()]
-    questions, expected = [chat[0]["content"] for chat in tests], [chat[1]["content"] for chat in tests]
+    questions, right = [chat[0]["content"] for chat in tests], [chat[1]["content"] for chat in tests]
     before: list[str] = []
 
-    @posttrain.before("trainer.fit")
-    def look(trainer):
-        before.extend(answers(trainer.run.model.module, trainer.run.tokenizer, questions))
+    @posttrain.after("trainer.setup")
+    def look(trainer, run):
+        before.extend(answers(run.model.module, run.tokenizer, questions))
+        console.print("[bold]before training[/], from random weights:")
+        for question, reply in list(zip(questions, before, strict=True))[:3]:
+            console.print(f"  {question}  [dim]->[/]  ", Text(printable(reply), "red"), sep="")
 
-    trainer = posttrain.load(RECIPE, ["resume=never", *overrides])
+    trainer = posttrain.load(RECIPE, ["resume=never", *overrides])  # a command line would be `posttrain train RECIPE`
     began = time.perf_counter()
     run = trainer.train(callbacks=[look])
     seconds = time.perf_counter() - began
+    if run.status != "finished":
+        sys.exit(f"stopped after {run.step} of {run.max_steps} steps: {run.stop}")
 
+    transformers.utils.logging.disable_progress_bar()
     exported = run.output_dir / "huggingface"  # plain transformers from here on
-    model, tokenizer = AutoModelForCausalLM.from_pretrained(exported), AutoTokenizer.from_pretrained(exported)
-    after = answers(model, tokenizer, questions)
-    table = Table("a question it has not seen", "before", "after", "right answer")
-    for question, old, new, right in list(zip(questions, before, after, expected, strict=True))[:8]:
-        table.add_row(question, repr(old[:6]), f"[{'green' if new == right else 'red'}]{new}[/]", right)
-    share = [sum(a == b for a, b in zip(found, expected, strict=True)) / len(expected) for found in (before, after)]
-    table.add_section()
-    table.add_row("[bold]exactly right", f"[bold]{share[0]:.1%}", f"[bold]{share[1]:.1%}", f"of {len(expected)}")
-    console.print(table)
+    model = transformers.AutoModelForCausalLM.from_pretrained(exported)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(exported)
+    console.print("[bold]after training[/], through plain transformers:")
+    console.print(comparison(questions, before, answers(model, tokenizer, questions), right))
     plot.curves([run.output_dir], None, run.output_dir / "curves.png")
-    console.print(f"trained in {seconds:.0f} s", highlight=False)
-    for what, where in (
-        ("the curves", run.output_dir / "curves.png"),
-        ("the model, for transformers and vLLM", exported),
-        ("TensorBoard", f"tensorboard --logdir {run.output_dir / 'tensorboard'}"),
-    ):
-        console.print(f"{what}: {where}", highlight=False)
+    places = Table.grid(padding=(0, 2))
+    places.add_row("trained in", f"{seconds:.0f} s")
+    places.add_row("curves", str(run.output_dir / "curves.png"))
+    places.add_row("model", str(exported))
+    places.add_row("TensorBoard", f"tensorboard --logdir {run.output_dir / 'tensorboard'}")
+    places.add_row("recipe", os.path.relpath(RECIPE))
+    console.print(places)
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
+import transformers
 from torch import Tensor, nn
 
 from posttrain.blocks.attention import packed
@@ -90,6 +91,7 @@ class CausalLM(nn.Module):
         finally:
             self.train(was_training)
 
+<<<<<<< HEAD
     def save_pretrained(self, folder: Path, state_dict: dict[str, Tensor] | None = None) -> None:
         """Write what `from_pretrained` and vLLM load: safetensors and configuration, or peft's adapters.
 
@@ -100,6 +102,17 @@ class CausalLM(nn.Module):
         if state_dict is not None:
             state_dict = {name.removeprefix("hf."): value for name, value in state_dict.items()}
         self.hf.save_pretrained(folder, state_dict=state_dict)
+=======
+    def save_pretrained(self, folder: Path) -> None:
+        """Write what `from_pretrained` and vLLM load: safetensors and configuration, or peft's adapters."""
+        shown = transformers.utils.logging.is_progress_bar_enabled()
+        transformers.utils.logging.disable_progress_bar()  # it would break the live line of the console logger
+        try:
+            self.hf.save_pretrained(folder)
+        finally:
+            if shown:
+                transformers.utils.logging.enable_progress_bar()
+>>>>>>> demo
 
 
 def inputs(batch: Batch) -> dict[str, Any]:

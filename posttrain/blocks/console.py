@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from rich import box
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from posttrain.show import ledger
@@ -28,13 +28,13 @@ class ConsoleLogger:
         self.tokens = 0.0
         self.losses: list[float] = []
         self.progress = Progress(
-            TextColumn("[bold]step"), MofNCompleteColumn(), BarColumn(bar_width=24), TaskProgressColumn(),
-            TextColumn("{task.fields[news]}"), TimeRemainingColumn(), TextColumn("left"),
+            TextColumn("[bold]step"), MofNCompleteColumn(), BarColumn(bar_width=14), TextColumn("{task.fields[news]}"),
+            TimeRemainingColumn(), TextColumn("left"),
             console=self.console, disable=not self.console.is_terminal,
         )  # fmt: skip
         if run.loaders.ledger:
             self.console.print(ledger(run.loaders.ledger))
-        self.console.print(self.opening())
+        self.console.print(self.opening(), highlight=False)
         self.progress.start()
         self.task = self.progress.add_task("", total=run.max_steps, completed=run.step, news="")
 
@@ -46,7 +46,8 @@ class ConsoleLogger:
             self.losses.append(metrics["loss"])
         due = "memory_gb" in metrics
         if due and self.console.is_terminal:
-            self.progress.update(self.task, completed=step, news=self.news(metrics))
+            line = {name: value for name, value in metrics.items() if not name.startswith("eval_")}  # printed below
+            self.progress.update(self.task, completed=step, news=self.news(line))
         elif due:
             self.console.print(
                 f"step {step}/{self.run.max_steps}  {self.news(metrics)}  {self.left(step)}", highlight=False

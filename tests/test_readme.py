@@ -1,0 +1,75 @@
+"""What the README shows runs as written; only the model is a tiny one."""
+
+import runpy
+import shlex
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+import posttrain
+from posttrain import cli
+
+TEXT = (Path(__file__).parent.parent / "README.md").read_text()
+MODEL = "Qwen/Qwen3-0.6B"
+
+
+def code(language: str, containing: str) -> str:
+    """Return the one block of the README in a language that contains a text."""
+    blocks = [block.partition("\n") for block in TEXT.split("```")[1::2]]
+    found = [text for title, _, text in blocks if title == language and containing in text]
+    assert len(found) == 1, f"{len(found)} {language} blocks contain {containing!r}"
+    return found[0]
+
+
+@pytest.fixture
+def write(tmp_path: Path, tiny_model: Path, sums: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str, str], Path]:
+    """Write a file into a folder that has chats, and make that folder the current one."""
+    sums.rename(tmp_path / "chats.jsonl")
+    monkeypatch.chdir(tmp_path)
+
+    def written(name: str, text: str) -> Path:
+        path = tmp_path / name
+        path.write_text(text.replace(MODEL, str(tiny_model)))
+        return path
+
+    return written
+
+
+def test_the_python_example_and_the_recipe_are_the_same_run(write: Callable[[str, str], Path]) -> None:
+    from_python = runpy.run_path(str(write("first.py", code("python", "SFTTrainer("))))["run"]
+    recipe = write("first.yaml", code("yaml", "type: sft"))
+    from_recipe = posttrain.load(recipe, ["resume=never"]).train()
+    assert from_python.step == from_recipe.step > 0
+    assert from_python.last["loss"] == from_recipe.last["loss"]
+    assert {**from_python.recipe, "resume": ""} == {**from_recipe.recipe, "resume": ""}
+
+
+def test_the_trainer_of_ones_own_trains(write: Callable[[str, str], Path]) -> None:
+    write("focal.py", code("python", "FocalTrainer"))
+    first = code("yaml", "type: sft")
+    recipe = write("focal.yaml", first.replace("type: sft", "code: focal.py\ntype: focal\ngamma: 1.5"))
+    run = posttrain.load(recipe).train()
+    assert 0 < run.last["confidence"] < 1
+    assert run.recipe["gamma"] == 1.5
+
+
+def test_the_callback_runs(write: Callable[[str, str], Path]) -> None:
+    clamp = runpy.run_path(str(write("clamp.py", code("python", "clamp"))))["clamp"]
+    trainer = posttrain.load(write("first.yaml", code("yaml", "type: sft")), ["max_steps=1"])
+    assert trainer.train(callbacks=[clamp]).last["loss"] <= 10
+
+
+def test_the_commands_exist() -> None:
+    lines = [shlex.split(line, comments=True) for line in TEXT.splitlines() if line.startswith("posttrain ")]
+    assert len(lines) >= 6
+    for _, *arguments in lines:
+        cli.parse_arguments(arguments)
+
+
+def test_the_file_tree_names_every_file() -> None:
+    tree = code("", "posttrain/\n  cli.py")
+    root = Path(posttrain.__file__).parent
+    for path in root.rglob("*.py"):
+        if path.name != "__init__.py" and path.read_text().count("\n") > 1:
+            assert path.name in tree, f"{path.relative_to(root)} is not in the README's tree"
