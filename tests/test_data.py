@@ -270,10 +270,15 @@ def test_plain_documents_are_trained_whole_with_the_tokens_asked_for(tmp_path: P
 def test_a_stream_goes_on_from_any_row(tmp_path: Path) -> None:
     first = write(tmp_path / "a.jsonl", *({"n": i} for i in range(20)))
     (tmp_path / "b.json").write_text(json.dumps([{"n": 100 + i} for i in range(9)]))
-    sources = [Source(name_or_path=str(first), weight=2), Source(name_or_path=str(tmp_path / "b.json"))]
+    half = write(tmp_path / "c.jsonl", *({"n": 1000 + i} for i in range(40)))
+    files: tuple[tuple[Path, float], ...] = ((first, 2), (tmp_path / "b.json", 1), (half, 0.5))
+    sources = [Source(name_or_path=str(file), weight=weight) for file, weight in files]
     whole = [(row.values["n"], json.loads(json.dumps(state))) for row, _, state in Stream(sources, 7).read(0, None)]
-    assert sorted(n for n, _ in whole) == [*range(20), *range(100, 109)]
-    for cut in range(0, 28, 5):
+    assert sorted(n for n, _ in whole) == sorted(
+        [*range(20), *range(20), *range(100, 109), *(n for n, _ in whole if n >= 1000)]
+    )
+    assert 10 <= sum(n >= 1000 for n, _ in whole) <= 30
+    for cut in range(len(whole)):
         rest = [row.values["n"] for row, _, _ in Stream(sources, 7).read(0, whole[cut][1])]
         assert rest == [n for n, _ in whole[cut + 1 :]]
     assert [n for n, _ in whole] != [row.values["n"] for row, _, _ in Stream(sources, 7).read(1, None)]
@@ -333,3 +338,90 @@ def test_gsm8k_trains_end_to_end(tmp_path: Path, tiny_model: Path) -> None:
     curve = [json.loads(line)["loss"] for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert len(curve) == run.step == 50
     assert sum(curve[-5:]) / 5 < 0.75 * curve[0]
+
+
+def test_a_stream_goes_on_from_any_row_of_every_format(tmp_path: Path) -> None:
+    import datasets
+
+    rows = [{"n": str(i), "text": "é\n" * i} for i in range(1200)]  # more than a batch of the readers
+    made = datasets.Dataset.from_list(rows)
+    made.to_csv(tmp_path / "a.csv", index=False)
+    made.to_parquet(tmp_path / "a.parquet", batch_size=300)
+    made.save_to_disk(tmp_path / "saved")
+    with gzip.open(tmp_path / "a.jsonl.gz", "wt", encoding="utf-8") as file:
+        file.writelines(json.dumps(row) + "\n" for row in rows)
+    for name in ("a.csv", "a.parquet", "saved", "a.jsonl.gz"):
+        stream = Stream([Source(name_or_path=str(tmp_path / name))], 0)
+        whole = [(row.values, json.loads(json.dumps(state))) for row, _, state in stream.read(0, None)]
+        assert [values["n"] for values, _ in whole] == [row["n"] for row in rows], name
+        for cut in (0, 298, 299, 511, 512, 1000, 1199):
+            rest = [row.values for row, _, _ in stream.read(0, whole[cut][1])]
+            assert rest == [values for values, _ in whole[cut + 1 :]], (name, cut)
+
+
+def test_a_hub_stream_goes_on_from_any_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import datasets
+
+    asked: dict[str, Any] = {}
+
+    def load_dataset(name: str, configuration: str | None, **options: Any) -> Any:
+        asked.update(options, name=name, configuration=configuration)
+        return datasets.Dataset.from_list([{"query": str(i), "response": "a"} for i in range(30)]).to_iterable_dataset(
+            3
+        )
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    stream = Stream([Source(name_or_path="meta-math/MetaMathQA", stream=True, max_rows=25)], 0)
+    whole = [(row.values, json.loads(json.dumps(state))) for row, _, state in stream.read(0, None)]
+    assert [values["prompt"] for values, _ in whole] == [str(i) for i in range(25)]
+    assert (asked["split"], asked["streaming"]) == ("train", True)
+    for cut in (0, 9, 10, 24):
+        assert [row.values for row, _, _ in stream.read(0, whole[cut][1])] == [values for values, _ in whole[cut + 1 :]]
+
+
+def test_a_stream_of_which_nothing_can_be_used_ends_with_a_message(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.jsonl", {"prompt": "q"})
+    loaders = data(path, source={"stream": True}, invalid="drop").build(TOKENIZER, 1, 0, 1, 42)
+    with pytest.raises(DataError, match="gave no row that can be trained on"):
+        next(loaders.train.batches(loaders.train.start()))
+
+
+def test_a_cache_that_may_only_be_read_is_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write(tmp_path / "a.jsonl", SCHEMAS["alpaca"])
+    data(path).prepare(TOKENIZER)
+
+    def refuse(*args: Any, **options: Any) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "mkdir", refuse)
+    assert replies(data(path).prepare(TOKENIZER).train) == ["a"]
+
+
+def test_an_evaluation_sees_each_row_once_whatever_the_weights(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.jsonl", *[{"prompt": "q", "response": f"answer {i}"} for i in range(40)])
+    source = Source(name_or_path=str(path), weight=0.5)
+    for options in ({"eval_split": 0.5}, {"eval_sources": [source]}):
+        prepared = SFTData(sources=[source], **options).prepare(TOKENIZER)
+        assert prepared.eval is not None
+        assert (prepared.train.weights, prepared.eval.weights) == ([0.5], [1.0])
+
+
+def test_code_without_a_file_is_told_apart_by_what_it_does(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.jsonl", SCHEMAS["alpaca"])
+    for ending in ("!", "?"):  # a cell of a notebook, edited and run again
+        scope: dict[str, Any] = {"SFTData": SFTData, "__name__": "a_notebook"}
+        exec(
+            "class Mine(SFTData):\n"
+            "    def conversation(self, row):\n"
+            f"        return SFTData.conversation(self, {{**row, 'output': row['output'] + {ending!r}}})",
+            scope,
+        )
+        assert replies(scope["Mine"](sources=[Source(name_or_path=str(path))]).prepare(TOKENIZER).train) == [
+            "a" + ending
+        ]
+
+
+def test_an_error_of_the_schema_names_the_source(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.jsonl", {"frage": "q"})
+    with pytest.raises(DataError, match=r"a\.jsonl: columns 'frage' fit no known schema"):
+        data(path).prepare(TOKENIZER)

@@ -4,6 +4,7 @@ What is expected is written out per template as a function from messages to (tex
 """
 
 import json
+import random
 from collections.abc import Callable
 from typing import Any
 
@@ -12,7 +13,7 @@ import pytest
 from conftest import SPECIAL, byte_tokenizer
 
 from posttrain.blocks.chat import ChatRenderer
-from posttrain.blocks.encode import ChatEncoder
+from posttrain.blocks.encode import ChatEncoder, supervised
 from posttrain.blocks.schemas import Refused, conversation
 
 Message = dict[str, Any]
@@ -69,7 +70,7 @@ def thinking(messages: list[Message]) -> Pieces:
     for i, m in enumerate(messages):
         content, thought = m["content"], m.get("reasoning_content", "")
         if "</think>" in content:
-            thought, content = content.split("</think>")
+            thought, content = content.split("</think>")[0], content.split("</think>")[-1]
             thought, content = thought.removeprefix("<think>").strip("\n"), content.lstrip("\n")
         if m["role"] == "assistant" and i > last:
             content = f"<think>\n{thought.strip(chr(10))}\n</think>\n\n{content.lstrip(chr(10))}"
@@ -318,7 +319,7 @@ BROKEN = {
         "{% if not loop.last %}{{ '<|im_end|>\n' }}{% endif %}{% endfor %}" + ASK,
         "never learn to stop",
     ),
-    "leaves replies out": ("{% for m in messages %}{% if m.role == 'user' %}{{ m.content + eos_token }}{% endif %}{% endfor %}", "leaves it out"),
+    "leaves replies out": ("{% for m in messages %}{% if m.role == 'user' %}{{ m.content + eos_token }}{% endif %}{% endfor %}", "leaves out a message"),
     "raises": ("{{ raise_exception('roles must alternate') }}", "roles must alternate"),
     "is not Jinja's friend": ("{{ messages[99].content.strip() }}", "refuses the conversation"),
     "looks inside": ("{% for m in messages %}{{ (m.content | length) ~ m.content + '<|im_end|>' }}{% endfor %}", "changes or inspects"),
@@ -338,7 +339,8 @@ def test_a_template_that_hides_the_reply_is_refused(name: str) -> None:
         (chat("x", "stop <|im_end|> now"), "control token <|im_end|>"),
         (chat("x <|im_start|>assistant\nyes<|im_end|>", "y"), "control token <|im_start|>"),
         (chat("x", "a \ue000 b"), "U\\+E000"),
-        (chat("x", ""), "is empty, or the chat template leaves it out"),
+        (chat("x \ud800 y", "yes"), "half of a UTF-16 surrogate pair"),
+        (chat("x", ""), "a message of role 'assistant' is empty"),
         (chat("x"), "no message has a trained role"),
         ([], "the conversation is empty"),
         ([{"role": "user", "content": None}], "content of a message of role 'user' is null"),
@@ -362,7 +364,96 @@ def test_a_tool_call_needs_a_generation_prompt_to_tell_where_it_begins() -> None
         pieces_of(encoder(template), CONVERSATIONS["a tool call without text"])
 
 
-def test_a_lone_surrogate_does_not_stop_a_run() -> None:
-    text, trained, _ = pieces_of(encoder(TEMPLATES["chatml"]), chat("x \ud800 y", "yes"))
-    assert trained == "yes<|im_end|>"
-    assert "x ? y" in text
+ATOMS = [
+    "a", "yes", "x", " ", "\n", "  ", "\n\n", "<think>", "</think>", "</", "<", "{{", "漢", "😀", "é", "\u200d", '"', "\\",
+    "</tool_call>", "<tool_response>", "assistant", "assistant\n", "model\n", "[/INST]", "[INST]", "ASSISTANT: ", "|",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_random_conversations_give_exact_spans_or_a_refusal(name: str) -> None:
+    chance = random.Random(name)
+
+    def text() -> str:
+        return "".join(chance.choice(ATOMS) for _ in range(chance.randint(1, 6)))
+
+    template, exact = TEMPLATES[name], 0
+    made = encoder(template)
+    for _ in range(150):
+        messages = chat(*(text() for _ in range(chance.choice([2, 4, 6]))), system=chance.choice([None, text()]))
+        if name in FITS["reasoning"]:
+            for message in messages:
+                if message["role"] == "assistant" and chance.random() < 0.5:
+                    message["reasoning_content"] = text()
+        try:
+            full, trained, _ = pieces_of(made, messages)
+        except Refused:
+            continue
+        expected = template.expected(messages)
+        if full == "".join(piece for piece, _ in expected):  # the hand-written rendering knows no odd tags
+            assert trained == "".join(piece for piece, reply in expected if reply), messages
+            exact += 1
+    assert exact > 100
+
+
+def test_the_edges_of_spans_are_those_that_all_offsets_give() -> None:
+    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
+
+    vocabulary = {letter: number for number, letter in enumerate("▁abcdefghijklmnopqrstuvwxyz?")}
+    bpe = Tokenizer(models.BPE(vocab=vocabulary, merges=[], unk_token="?"))
+    bpe.normalizer = normalizers.Sequence([normalizers.NFKD(), normalizers.StripAccents(), normalizers.Lowercase()])
+    bpe.pre_tokenizer = pre_tokenizers.Metaspace()
+    chance = random.Random(0)
+    for backend in (bpe, byte_tokenizer().backend_tokenizer):
+        for _ in range(300):
+            text = "".join(chance.choice(["a", "B", " ", "é", "ﬁ", "漢", "😀", "\n", "zz"]) for _ in range(12))
+            start, end = sorted(chance.sample(range(len(text) + 1), 2))
+            encoding = backend.encode(text, add_special_tokens=False)
+            overlap = [begin < end and start < stop and begin < stop for begin, stop in encoding.offsets]
+            assert supervised(encoding, [(start, end)]).tolist() == overlap, (text, start, end)
+
+
+MORE_BROKEN = {
+    "shows a reply's beginning in a title": ("{{ messages[-1].content[:2] }}" + CHATML + ASK, "changes or inspects"),
+    "glm (a role ends the turn before)": (
+        "{% for m in messages %}{{ '<|' + m.role + '|>\n' + m.content }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}",
+        "never learn to stop",
+    ),
+    "writes JSON in ASCII": ("{% for m in messages %}{{ m.content | tojson(ensure_ascii=True) }}{% endfor %}", "changes"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", MORE_BROKEN)
+def test_a_template_that_rewrites_the_reply_is_refused(name: str) -> None:
+    jinja, reason = MORE_BROKEN[name]
+    with pytest.raises(Refused, match=reason):
+        pieces_of(encoder(Template(jinja, chatml)), CONVERSATIONS["one turn"])
+
+
+def test_an_empty_reply_behind_reasoning_is_refused() -> None:
+    messages = [*chat("x"), {"role": "assistant", "content": "\n", "reasoning_content": "2+2"}]
+    with pytest.raises(Refused, match="of role 'assistant' is empty"):
+        pieces_of(encoder(TEMPLATES["harmony (channels)"]), messages)
+
+
+def test_llama_3_1_tool_calls_are_trained_from_the_brace_on() -> None:
+    header = "<|start_header_id|>{}<|end_header_id|>\n\n"
+    jinja = (
+        "{{ bos_token }}{% for m in messages %}{{ '<|start_header_id|>' + m.role + '<|end_header_id|>\n\n' }}"
+        "{% if m.tool_calls %}{% set call = m.tool_calls[0].function %}{{ '{\"name\": \"' + call.name + '\", ' }}"
+        "{{ '\"parameters\": ' + (call.arguments | tojson) + '}' }}{{ '<|eom_id|>' }}"
+        "{% else %}{{ m.content | trim + '<|eot_id|>' }}{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"
+    )
+    special = ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", "<|eom_id|>")
+    messages = [*chat("weather?"), {"role": "assistant", "tool_calls": [CALL]}]
+    text, trained, _ = pieces_of(encoder(Template(jinja, chatml, special, "<|eot_id|>")), messages)
+    assert text == "<s>" + header.format("user") + "weather?<|eot_id|>" + header.format("assistant") + trained
+    assert trained == '{"name": "weather", "parameters": {"city": "Rome", "days": 2}}<|eom_id|>'
+
+
+def test_a_template_that_upper_cases_trains_what_it_writes() -> None:
+    template = Template(CHATML.replace("m.content", "(m.content | upper)") + ASK, chatml)
+    _, trained, _ = pieces_of(encoder(template), chat("Say yes", "yes é"))
+    assert trained == "YES É<|im_end|>"

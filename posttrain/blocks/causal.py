@@ -91,12 +91,19 @@ class CausalLM(nn.Module):
         finally:
             self.train(was_training)
 
-    def save_pretrained(self, folder: Path) -> None:
-        """Write what `from_pretrained` and vLLM load: safetensors and configuration, or peft's adapters."""
+    def save_pretrained(self, folder: Path, state_dict: dict[str, Tensor] | None = None) -> None:
+        """Write what `from_pretrained` and vLLM load: safetensors and configuration, or peft's adapters.
+
+        Args:
+            folder: is made.
+            state_dict: parameters to write instead of this module's, by this module's names.
+        """
+        if state_dict is not None:
+            state_dict = {name.removeprefix("hf."): value for name, value in state_dict.items()}
         shown = transformers.utils.logging.is_progress_bar_enabled()
-        transformers.utils.logging.disable_progress_bar()  # it would break the live line of the console logger
+        transformers.utils.logging.disable_progress_bar()  # it would tear the live line of the console
         try:
-            self.hf.save_pretrained(folder)
+            self.hf.save_pretrained(folder, state_dict=state_dict)
         finally:
             if shown:
                 transformers.utils.logging.enable_progress_bar()

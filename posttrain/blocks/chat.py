@@ -148,7 +148,7 @@ class ChatRenderer:
                 "(chatml, llama3, zephyr, plain), to a .jinja file, or to Jinja text"
             )
         self.templates = {with_tools: self._template(with_tools) for with_tools in (False, True)}
-        special = set(self.tokenizer.all_special_tokens)
+        special = set(special_tokens(self.tokenizer))
         self.stops = re.compile("|".join(map(re.escape, sorted(stop_tokens(self.tokenizer), key=len, reverse=True))))
         mentioned = {tag for text in self.templates.values() for tag in TAG.findall(text)} - special
         self.tags = re.compile("(" + "|".join(map(re.escape, sorted(mentioned))) + ")") if mentioned else None
@@ -215,10 +215,14 @@ class ChatRenderer:
         self, index: int, conversation: dict[str, Any], text: str, pieces: list[tuple[Piece, int, int]]
     ) -> tuple[int, int]:
         """Return where the trained part of a message starts and ends."""
-        role = conversation["messages"][index]["role"]
+        message = conversation["messages"][index]
+        role = message["role"]
+        if is_blank(message.get("content")) and not message.get("tool_calls"):
+            # Nothing marks where it is, and behind reasoning the first token that ends something is not its end.
+            raise Refused(f"a message of role {role!r} is empty")
         order = [n for n, (piece, _, _) in enumerate(pieces) if piece.message == index]
         if not order:
-            raise Refused(f"a message of role {role!r} is empty, or the chat template leaves it out")
+            raise Refused(f"the chat template leaves out a message of role {role!r}")
         first, last = order[0], order[-1]
         if last - first >= len(order):
             raise Refused("the chat template mixes a trained message with another one")
@@ -239,8 +243,10 @@ class ChatRenderer:
         """Return where the trained part of the message that begins with piece `first` starts."""
         piece, start, _ = pieces[first]
         before = pieces[first - 1][2] if first else 0
-        if role == "assistant" and self.prompt and (at := text.rfind(self.prompt, before, start)) >= 0:
-            return at + len(self.prompt)
+        if role == "assistant" and self.prompt and (found := text.count(self.prompt, before, start)):
+            if found > 1:
+                raise Refused("the generation prompt is there more than once before a reply (behind an empty message?)")
+            return text.index(self.prompt, before, start) + len(self.prompt)
         if piece.kind != "content" or piece.lead is None:
             raise Refused(
                 f"a message of role {role!r} begins with what the template writes, and the template's generation "
@@ -273,6 +279,12 @@ class ChatRenderer:
                 stop = self.stops.search(text, end, follower[1] if follower else len(text))
                 turns.append((stop.end() if stop else end, str(messages[piece.message]["role"])))
         return turns
+
+
+def is_blank(content: Any) -> bool:
+    """Whether a message's content (text, text parts or nothing) holds nothing but whitespace."""
+    parts = [part["text"] for part in content] if isinstance(content, list) else [content or ""]
+    return not any(part.strip() for part in parts)
 
 
 def stop_tokens(tokenizer: Any) -> set[str]:

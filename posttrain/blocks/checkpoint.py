@@ -46,6 +46,11 @@ class Resume:
         Raises:
             CheckpointError: all are damaged, or this run cuts the data into other steps.
         """
+        if is_sharded(run):
+            raise CheckpointError(
+                "checkpoints of type resume cannot be written under a sharded strategy yet; "
+                "leave them out: checkpoint: [{type: huggingface}]"
+            )
         if run.fabric.is_global_zero:
             for stale in run.output_dir.glob("step-*.tmp-*"):
                 shutil.rmtree(stale)
@@ -132,15 +137,16 @@ class HuggingFace:
             return
         folder = self.output_dir or run.output_dir / "huggingface"
         folder = folder if at_end else folder / f"step-{run.step:08d}"
-        problem = self._export(run, folder) if run.fabric.is_global_zero else None
+        parameters = whole_parameters(run)
+        problem = self._export(run, folder, parameters) if run.fabric.is_global_zero else None
         if problem := run.fabric.broadcast(problem):
             raise CheckpointError(problem)
 
-    def _export(self, run: "Run", folder: Path) -> str | None:
+    def _export(self, run: "Run", folder: Path, parameters: dict[str, Any] | None) -> str | None:
         aside = folder.with_name(f"{folder.name}.tmp-{os.getpid()}")
         try:
             shutil.rmtree(aside, ignore_errors=True)
-            run.model.module.save_pretrained(aside)  # type: ignore[operator]
+            run.model.module.save_pretrained(aside, state_dict=parameters)  # type: ignore[operator]
             run.tokenizer.save_pretrained(aside)
             if folder.exists():
                 shutil.rmtree(folder)
@@ -164,6 +170,22 @@ def is_due(block: Resume | HuggingFace, run: "Run", at_end: bool) -> bool:
 def remove(folder: Path) -> None:
     """Remove a checkpoint; a crash on the way leaves no half-removed `step-N`."""
     shutil.rmtree(folder.rename(folder.with_suffix(f".tmp-old-{os.getpid()}")))
+
+
+def is_sharded(run: "Run") -> bool:
+    """Whether each rank holds only a part of the parameters or of the optimizer's state."""
+    from lightning.fabric.strategies.strategy import _Sharded
+
+    return isinstance(run.fabric.strategy, _Sharded)
+
+
+def whole_parameters(run: "Run") -> dict[str, Any] | None:
+    """Return all parameters, on rank zero, if the ranks hold only parts of them; all ranks must call it."""
+    if not is_sharded(run):
+        return None
+    from posttrain.blocks.deepspeed import gathered
+
+    return gathered(run.model._forward_module)
 
 
 def checkpoints(folder: Path) -> list[Path]:

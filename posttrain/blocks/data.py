@@ -97,9 +97,9 @@ class Data:
         train, ledger = self._documents(self.sources, tokenizer, self.eval_split, False)
         held_out = None
         if self.eval_split:
-            held_out, ledger["eval"] = self._documents(self.sources, tokenizer, self.eval_split, True)
+            held_out, ledger["eval"] = self._documents(once(self.sources), tokenizer, self.eval_split, True)
         elif self.eval_sources:
-            held_out, ledger["eval"] = self._documents(self.eval_sources, tokenizer, 0.0, False)
+            held_out, ledger["eval"] = self._documents(once(self.eval_sources), tokenizer, 0.0, False)
         return Prepared(train, held_out, ledger)
 
     def build(self, tokenizer: Any, micro_batch_size: int, rank: int, world_size: int, seed: int) -> Loaders:
@@ -146,9 +146,14 @@ class Data:
         )
         held_out, ledger = None, {"sources": encoding.ledger}
         if self.eval_sources:
-            documents_, ledger["eval"] = self._documents(self.eval_sources, tokenizer, 0.0, False)
+            documents_, ledger["eval"] = self._documents(once(self.eval_sources), tokenizer, 0.0, False)
             held_out = MapLoader(documents=documents_, **shape)
         return Loaders(train=train, eval=held_out, ledger=ledger)
+
+
+def once(sources: list[Source]) -> list[Source]:
+    """Return sources without their weights: an evaluation sees each row once."""
+    return [attrs.evolve(source, weight=1.0) for source in sources]
 
 
 @attrs.frozen

@@ -36,6 +36,17 @@ class _EveryMicroBatchSyncs(_BackwardSyncControl):
         return nullcontext()
 
 
+def gathered(engine: Any) -> dict[str, Any] | None:
+    """Return the whole parameters of a ZeRO-3 engine, on rank zero; None for other stages, which hold them whole.
+
+    All ranks must call it.
+    """
+    if engine.zero_optimization_stage() < 3:
+        return None
+    found: dict[str, Any] | None = engine._zero3_consolidated_16bit_state_dict()
+    return found or {}
+
+
 class Engine(DeepSpeedStrategy):
     """DeepSpeed, stepped by its engine, on GPUs or (for tests) on CPUs."""
 
@@ -64,7 +75,8 @@ class Engine(DeepSpeedStrategy):
             super()._setup_distributed()
             return
         # An op that speeds up small messages would be compiled here, for minutes; training does not need it.
-        importlib.import_module("deepspeed.comm.torch").build_shm_op = lambda: None
+        comm: Any = importlib.import_module("deepspeed.comm.torch")
+        comm.build_shm_op = lambda: None
         reset_seed()
         self._set_world_ranks()
         self._init_deepspeed_distributed()
@@ -72,7 +84,9 @@ class Engine(DeepSpeedStrategy):
             self._format_config()
             self._config_initialized = True
 
-    def _initialize_engine(self, model: nn.Module, optimizer: Any = None, scheduler: Any = None) -> tuple[Any, Any, Any]:
+    def _initialize_engine(
+        self, model: nn.Module, optimizer: Any = None, scheduler: Any = None
+    ) -> tuple[Any, Any, Any]:
         import deepspeed
 
         engine, optimizer, _, scheduler = deepspeed.initialize(
@@ -85,5 +99,3 @@ class Engine(DeepSpeedStrategy):
             dist_init_required=False,
         )
         return engine, optimizer, scheduler
-
-

@@ -1,9 +1,12 @@
 """Rows -> token ids, and which of them are supervised. Text is tokenized here and nowhere else."""
 
 import hashlib
+import inspect
 import json
+import marshal
 import re
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
 import attrs
@@ -75,6 +78,7 @@ class ChatEncoder:
     def _rendered(self, row: Values) -> Rendered | Refused:
         try:
             found = self.renderer.render(self.conversation(row))
+            refuse_surrogates(found.text)
             for _, start, end in found.pieces:
                 if control := self.special.search(found.text, start, end):
                     raise Refused(f"the text of a message holds the control token {control.group()}")
@@ -85,8 +89,7 @@ class ChatEncoder:
     def _encoded(self, rendered: Rendered, encoding: Any) -> Encoded:
         import numpy as np
 
-        offsets = np.array(encoding.offsets, dtype=np.int64).reshape(-1, 2)
-        mask = overlaps(offsets, rendered.spans)
+        mask = supervised(encoding, rendered.spans)
         if not mask[1:].any():
             return Refused("no token of it would be supervised")
         return np.array(encoding.ids, dtype=np.uint32), mask
@@ -105,13 +108,12 @@ class TextEncoder:
         """Encode many rows at once."""
         import numpy as np
 
-        texts = [row.get(self.column) for row in rows]
-        good = [text for text in texts if isinstance(text, str) and text]
-        encodings = iter(tokenize(self.tokenizer, good))
+        texts = [self._text(row) for row in rows]
+        encodings = iter(tokenize(self.tokenizer, [text for text in texts if isinstance(text, str)]))
         found: list[Encoded] = []
         for text in texts:
-            if not isinstance(text, str) or not text:
-                found.append(Refused(f"the column {self.column!r} is missing, empty or not text"))
+            if isinstance(text, Refused):
+                found.append(text)
                 continue
             ids = [*self._bos(), *next(encodings).ids, *self._eos()]
             mask = np.ones(len(ids), dtype=bool)
@@ -129,6 +131,16 @@ class TextEncoder:
         """Return a hash of everything that decides what a row becomes."""
         return _hash(tokenizer_text(self.tokenizer), repr([self.column, self.bos, self.eos]))
 
+    def _text(self, row: Values) -> str | Refused:
+        text = row.get(self.column)
+        if not isinstance(text, str) or not text:
+            return Refused(f"the column {self.column!r} is missing, empty or not text")
+        try:
+            refuse_surrogates(text)
+        except Refused as refused:
+            return refused
+        return text
+
     def _bos(self) -> list[int]:
         return [self.tokenizer.bos_token_id] if self.bos else []
 
@@ -141,33 +153,51 @@ def tokenize(tokenizer: Any, texts: list[str]) -> list[Any]:
     backend = tokenizer.backend_tokenizer
     backend.no_truncation()
     backend.no_padding()
-    try:
-        return list(backend.encode_batch(texts, add_special_tokens=False))
-    except (TypeError, UnicodeEncodeError):  # a lone surrogate, which no encoding can write
-        safe = [text.encode("utf-8", "replace").decode() for text in texts]
-        return list(backend.encode_batch(safe, add_special_tokens=False))
+    return list(backend.encode_batch(texts, add_special_tokens=False))
 
 
-def overlaps(offsets: "np.ndarray", spans: list[tuple[int, int]]) -> "np.ndarray":
-    """Tell which tokens share a character with a span.
+def refuse_surrogates(text: str) -> None:
+    """Refuse text that no encoding can write; one such row would fail the whole batch.
+
+    Raises:
+        Refused: it holds half of a UTF-16 surrogate pair.
+    """
+    if not text.isascii():
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            raise Refused("the text holds half of a UTF-16 surrogate pair") from None
+
+
+def supervised(encoding: Any, spans: list[tuple[int, int]]) -> "np.ndarray":
+    """Tell which tokens lie in a span, wholly or in part.
+
+    Only the edges of the spans are looked up: the offsets of all tokens as Python tuples cost more than the rest.
 
     Args:
-        offsets: [n, 2] start and end of each token, in characters.
-        spans: starts and ends, sorted and disjoint.
+        encoding: of the `tokenizers` library, [n] tokens.
+        spans: starts and ends, in characters.
 
     Returns:
         [n] booleans.
-
-    >>> import numpy as np
-    >>> overlaps(np.array([[0, 2], [2, 2], [2, 5], [5, 6]]), [(4, 5)]).tolist()
-    [False, False, True, False]
     """
     import numpy as np
 
-    starts, ends = np.array(spans, dtype=np.int64).reshape(-1, 2).T
-    first = np.searchsorted(ends, offsets[:, 0], side="right")  # the first span that ends behind the token's start
-    begins = np.append(starts, np.iinfo(np.int64).max)[first]
-    return np.asarray((begins < offsets[:, 1]) & (offsets[:, 0] < offsets[:, 1]))
+    mask = np.zeros(len(encoding), dtype=bool)
+    for start, end in spans:
+        first = _token_at(encoding, range(start, end))
+        last = _token_at(encoding, range(end - 1, start - 1, -1))
+        if first is None or last is None:
+            continue
+        while last + 1 < len(mask) and encoding.token_to_chars(last + 1)[0] < end:
+            last += 1  # more bytes of the span's last character
+        mask[first : last + 1] = True
+    return mask
+
+
+def _token_at(encoding: Any, characters: range) -> int | None:
+    """Return the token of the first of these characters that has one: a normalizer may have dropped some."""
+    return next((token for c in characters if (token := encoding.char_to_token(c)) is not None), None)
 
 
 def readable(encoding: Any, text: str) -> Iterator[str]:
@@ -183,16 +213,25 @@ def tokenizer_text(tokenizer: Any) -> str:
     return str(tokenizer.backend_tokenizer.to_str()) + repr(sorted(tokenizer.special_tokens_map.items()))
 
 
-def code_of(function: Callable[..., Any]) -> str:
-    """Return what identifies a function that a user may have written: its source where it can be had."""
-    import inspect
+def code_of(method: Callable[..., Any]) -> str:
+    """Return what identifies code that a user may have written: the files of its classes, or else their bytecode.
 
-    owner = type(getattr(function, "__self__", None))
-    target = owner if hasattr(function, "__self__") else function
+    Whole files, because a method calls what stands beside it. Ours do not count: `store.FORMAT` stands for them.
+    """
+    owner = type(method.__self__) if inspect.ismethod(method) else method
+    classes = inspect.getmro(owner) if inspect.isclass(owner) else (owner,)
+    return "\n".join(
+        _code(item) for item in classes if item.__module__.partition(".")[0] not in ("builtins", "posttrain")
+    )
+
+
+def _code(item: Any) -> str:
     try:
-        return inspect.getsource(target)
-    except (OSError, TypeError):
-        return f"{target.__module__}.{target.__qualname__}"
+        return Path(inspect.getfile(item)).read_text(encoding="utf-8")
+    except (OSError, TypeError):  # typed at a prompt or into a notebook
+        functions = vars(item).items() if inspect.isclass(item) else [(item.__qualname__, item)]
+        code = [(name, marshal.dumps(f.__code__)) for name, f in functions if inspect.isfunction(f)]
+        return hashlib.sha256(repr(sorted(code)).encode()).hexdigest()
 
 
 def _hash(*parts: str) -> str:

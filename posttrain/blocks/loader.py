@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, TypeVar
 import attrs
 
 from posttrain.blocks.packing import plan
+from posttrain.errors import DataError
 from posttrain.interfaces import Batch, Position
 
 if TYPE_CHECKING:
@@ -269,12 +270,13 @@ class StreamLoader(RowLoader):
         while found:
             epoch, found = before["epoch"], before["state"] is not None
             for raw in chunks(self.stream.read(epoch, before["state"]), self.window):
-                found = True
                 rows = self._packed(self.encode([(row, source) for row, source, _ in raw]), epoch, before["window"])
                 after = {"epoch": epoch, "row": 0, "window": before["window"] + 1, "state": raw[-1][2]}
+                found = found or bool(rows)
                 yield rows, before, after
                 before = after
             before = {"epoch": epoch + 1, "row": 0, "window": 0, "state": None}
+        raise DataError("a whole pass over the stream gave no row that can be trained on; see the ledger for reasons")
 
     def _packed(self, documents: list[Document], epoch: int, window: int) -> list[list[Document]]:
         import numpy as np

@@ -84,6 +84,8 @@ class ArrowRows:
     def rows(self, at: Any) -> Iterator[tuple[Values, str, Any]]:
         """Yield rows; the position is the number of the next row."""
         number = at or 0
+        if number == len(self.dataset):  # `select` of nothing from the end is an IndexError
+            return
         for batch in self.dataset.select(range(number, len(self.dataset))).iter(batch_size=512):
             columns = list(batch)
             for values in zip(*batch.values(), strict=True):

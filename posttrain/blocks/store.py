@@ -66,6 +66,8 @@ def table(source: Source, encoder: Encoder, cache: Path) -> Table:
     reader = source.open()
     key = hashlib.sha256(f"{FORMAT} {source.fingerprint(reader)} {encoder.fingerprint()}".encode()).hexdigest()[:32]
     folder = cache / key
+    if is_whole(folder):  # without the lock, so that a cache that may only be read can be used
+        return opened(folder, source.label)
     try:
         cache.mkdir(parents=True, exist_ok=True)
         with FileLock(cache / f"{key}.lock"):
@@ -107,6 +109,12 @@ def build(source: Source, reader: Any, encoder: Encoder, folder: Path) -> None:
                     files[name].write(np.asarray(value, dtype=ARRAYS[name]).tobytes())
             if rows_in % (100 * BATCH) == 0:
                 log.info("tokenizing %s: %s rows, %s tokens", source.label, f"{rows_in:,}", f"{total:,}")
+        for file in files.values():
+            file.flush()
+            os.fsync(file.fileno())  # after a power cut, a renamed folder must not hold holes
+    except DataError as error:
+        shutil.rmtree(aside, ignore_errors=True)
+        raise error if source.name_or_path in str(error) else DataError(f"{source.label}: {error}") from None
     except BaseException:
         shutil.rmtree(aside, ignore_errors=True)
         raise

@@ -1,5 +1,7 @@
 """How ranks share the work: Lightning Fabric strategies."""
 
+import importlib.util
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import attrs
@@ -9,6 +11,18 @@ from posttrain.registry import block
 
 if TYPE_CHECKING:
     from lightning.fabric.strategies.strategy import Strategy
+
+OWNED = {
+    "train_batch_size": "micro_batch_size",
+    "train_micro_batch_size_per_gpu": "micro_batch_size",
+    "gradient_accumulation_steps": "gradient_accumulation_steps",
+    "gradient_clipping": "max_grad_norm",
+    "optimizer": "optimizer",
+    "scheduler": "scheduler",
+    "bf16": "precision",
+    "fp16": "precision",
+}
+"""Keys of a DeepSpeed configuration -> the key of the recipe that says it; `auto` means the same."""
 
 
 @block("strategy", "auto")
@@ -43,15 +57,22 @@ class DeepSpeed:
     """ZeRO, as a DeepSpeed configuration says (extra `deepspeed`)."""
 
     config: dict[str, Any] = attrs.field(factory=dict)
-    """Handed to DeepSpeed as it is; what the recipe says elsewhere (batch sizes, clipping) is added."""
+    """Handed to DeepSpeed as it is; batch sizes, clipping, precision and optimizer are the recipe's to say."""
+
+    def check(self) -> Iterator[tuple[str, str]]:
+        """Yield what the configuration says although the recipe does."""
+        for name, ours in OWNED.items():
+            if self.config.get(name, "auto") != "auto":
+                yield "config", f"{name!r} cannot be set here: the recipe says it with `{ours}`"
 
     def build(self) -> "Strategy | str":
-        """Refuse: accumulation under Fabric's DeepSpeed strategy would silently drop micro-batches.
+        """Return Fabric's strategy, put right (see deepspeed.py).
 
         Raises:
-            RecipeError: always, until the strategy is right.
+            RecipeError: deepspeed is not installed.
         """
-        raise RecipeError(
-            "strategy: deepspeed recipes are validated, but this version does not train with DeepSpeed yet; "
-            "use strategy=ddp, or leave `deepspeed` out on a single device"
-        )
+        if not importlib.util.find_spec("deepspeed"):
+            raise RecipeError("strategy: deepspeed is not installed: pip install 'posttrain[deepspeed]'")
+        from posttrain.blocks.deepspeed import Engine
+
+        return Engine({name: value for name, value in self.config.items() if name not in OWNED})

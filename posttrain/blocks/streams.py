@@ -1,43 +1,89 @@
-"""Several sources as one stream of rows, with a state from which reading can go on."""
+"""Reads several sources as one stream of rows that can be taken up again after any row.
 
-import random
-from collections.abc import Iterator
+Which source comes next is a pure function of (seed, epoch, count of choices), so the state is small and plain:
+that count, which sources are used up, and where each one stands.
+"""
+
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import attrs
 
 from posttrain.blocks.readers import Row
 from posttrain.blocks.sources import Source
+from posttrain.errors import DataError
 
 
 @attrs.frozen
 class Stream:
-    """Rows of weighted sources, interleaved by chance; which source comes next is a function of (seed, epoch, count).
+    """Weighted sources, interleaved.
 
-    A weight is relative here: a source of weight 2 is drawn from twice as often, until it is exhausted.
+    Sizes of streams are unknown, so each choice falls on a source with a probability in proportion to its weight
+    among those that are not used up. A weight of 2.5 reads a source twice and a random half of it a third time.
     """
 
-    sources: list[Source]
+    sources: Sequence[Source]
     seed: int
 
     def read(self, epoch: int, state: dict[str, Any] | None) -> Iterator[tuple[Row, int, dict[str, Any]]]:
-        """Yield one pass: each row with the number of its source, and the JSON-able state after it."""
-        states: list[Any] = list(state["sources"]) if state else [None] * len(self.sources)
-        open_: list[int] = list(state["open"]) if state else list(range(len(self.sources)))
-        count = state["count"] if state else 0
-        readers = {n: self.sources[n].read(self.sources[n].open(), states[n]) for n in open_}
+        """Yield the rows of one pass: (row, index of its source, JSON-able state after it).
+
+        Args:
+            epoch: number of the pass, from 0.
+            state: what came with the last row that was used; None for the beginning.
+        """
+        every = list(range(len(self.sources)))
+        state = state or {"choices": 0, "open": every, "sources": [{"pass": 0, "state": None} for _ in every]}
+        choices, places = state["choices"], [dict(place) for place in state["sources"]]
+        readers = [self._passes(number, epoch, places[number]) for number in every]
+        open_ = list(state["open"])
+        yielded = False
         while open_:
-            number = self._draw(open_, epoch, count)
-            count += 1
-            try:
-                row, states[number] = next(readers[number])
-            except StopIteration:
+            number = self._choose(open_, epoch, choices)
+            choices += 1
+            found = next(readers[number], None)
+            if found is None:
                 open_.remove(number)
                 continue
-            yield row, number, {"sources": list(states), "open": list(open_), "count": count}
+            row, places[number] = found
+            yielded = True
+            yield row, number, {"choices": choices, "open": list(open_), "sources": list(places)}
+        if not yielded and state["choices"] == 0:
+            raise DataError(f"no rows in {', '.join(source.label for source in self.sources)}")
 
-    def _draw(self, open_: list[int], epoch: int, count: int) -> int:
+    def _choose(self, open_: list[int], epoch: int, choices: int) -> int:
         if len(open_) == 1:
             return open_[0]
-        chance = random.Random(f"{self.seed},{epoch},{count}")
-        return chance.choices(open_, [self.sources[n].weight for n in open_])[0]
+        point = uniform(self.seed, epoch, choices) * sum(self.sources[n].weight for n in open_)
+        for number in open_:
+            point -= self.sources[number].weight
+            if point < 0:
+                return number
+        return open_[-1]
+
+    def _passes(self, number: int, epoch: int, place: dict[str, Any]) -> Iterator[tuple[Row, dict[str, Any]]]:
+        """Yield the rows of one source, as often as its weight says, each with the place after it."""
+        source = self.sources[number]
+        state = place["state"]
+        for turn in range(place["pass"], int(-(-source.weight // 1))):
+            share = min(1.0, source.weight - turn)
+            for row, after in source.read(source.open(), state):
+                if share == 1.0 or uniform(self.seed, epoch, number, row.number) < share:
+                    yield row, {"pass": turn, "state": after}
+            state = None
+
+
+def uniform(*numbers: int) -> float:
+    """Return a number in [0, 1) that looks random and depends on nothing but its arguments (splitmix64)."""
+    value = 0
+    for number in numbers:
+        value = mix(value ^ (number & (1 << 64) - 1))
+    return (value >> 11) / (1 << 53)
+
+
+def mix(value: int) -> int:
+    """Return the next state of splitmix64 (Steele, Lea and Flood 2014)."""
+    value = value + 0x9E3779B97F4A7C15 & (1 << 64) - 1
+    value = (value ^ value >> 30) * 0xBF58476D1CE4E5B9 & (1 << 64) - 1
+    value = (value ^ value >> 27) * 0x94D049BB133111EB & (1 << 64) - 1
+    return value ^ value >> 31
