@@ -9,6 +9,7 @@ from toy import losses, metrics, trainer
 
 import posttrain.hooks as hooks
 from posttrain.blocks.callbacks import EarlyStop
+from posttrain.blocks.checkpoint import Resume
 from posttrain.blocks.optimizer import AdamW
 from posttrain.errors import RecipeError, TrainingError
 from posttrain.interfaces import Batch
@@ -180,7 +181,8 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_step(tmp_path: Pa
         return loss * float("nan") if trainer.run.step == 2 else None
 
     with pytest.raises(TrainingError, match="step 3: loss is nan"):
-        trainer(tmp_path).train(callbacks=[poison])
+        trainer(tmp_path, checkpoint=[Resume(every=1)], log_every=100).train(callbacks=[poison])
+    assert (tmp_path / "step-00000002").exists()
     assert not (tmp_path / "step-00000003").exists()
 
 

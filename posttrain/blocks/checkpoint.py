@@ -79,6 +79,7 @@ class Resume:
         folder = run.output_dir / f"step-{run.step:08d}"
         if not is_due(self, run, at_end) or run.step == run.first_step:
             return
+        run.flush()  # a loss that is not finite is raised here, and not saved
         problem = self._write(run, folder) if run.fabric.is_global_zero else None
         if problem := run.fabric.broadcast(problem):
             raise CheckpointError(problem)
@@ -135,6 +136,7 @@ class HuggingFace:
         """Export if it is time to; an interrupted run exports nothing."""
         if not is_due(self, run, at_end) or (at_end and run.status != "finished"):
             return
+        run.flush()
         folder = self.output_dir or run.output_dir / "huggingface"
         folder = folder if at_end else folder / f"step-{run.step:08d}"
         parameters = whole_parameters(run)
