@@ -65,7 +65,7 @@ class CausalLM(nn.Module):
     @property
     def base(self) -> Any:
         """The transformers model itself, with peft's layers in it but without its wrapper."""
-        return self.hf.get_base_model() if hasattr(self.hf, "get_base_model") else self.hf
+        return without_adapters_wrapper(self.hf)
 
     def hidden_states(self, batch: Batch) -> Tensor:
         """Return the last hidden states, [rows, width, size]."""
@@ -126,12 +126,17 @@ def inputs(batch: Batch) -> dict[str, Any]:
     }
 
 
+def without_adapters_wrapper(hf: Any) -> Any:
+    """Return the transformers model inside peft's wrapper, if there is one."""
+    return hf.get_base_model() if hasattr(hf, "get_base_model") else hf
+
+
 def has_plain_head(hf: Any) -> bool:
     """Whether logits are a linear layer of the last hidden states, and nothing else.
 
     Some models scale or cap them (Cohere's logit_scale, Granite's logits_scaling, Gemma's soft cap).
     """
-    base = hf.get_base_model() if hasattr(hf, "get_base_model") else hf
+    base = without_adapters_wrapper(hf)
     if type(base.get_output_embeddings()) is not nn.Linear:
         return False
     suspicious = {k: v for k, v in base.config.get_text_config().to_dict().items() if "logit" in k or "multiplier" in k}

@@ -21,6 +21,8 @@ from posttrain.errors import CheckpointError
 from posttrain.registry import block, key
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from posttrain.run import Run
 
 FORMAT = 1
@@ -51,10 +53,11 @@ class Resume:
                 "checkpoints of type resume cannot be written under a sharded strategy yet; "
                 "leave them out: checkpoint: [{type: huggingface}]"
             )
+        found, problem = None, None
         if run.fabric.is_global_zero:
             for stale in run.output_dir.glob("step-*.tmp-*"):
                 shutil.rmtree(stale)
-        found, problem = newest_whole(run.output_dir) if run.fabric.is_global_zero else (None, None)
+            found, problem = newest_whole(run.output_dir)
         found, problem = run.fabric.broadcast((found, problem))
         if problem:
             raise CheckpointError(problem)
@@ -233,14 +236,17 @@ def state_of(run: "Run") -> dict[str, Any]:
     Frozen parameters come from where they came from. Random numbers need no place: every step is
     seeded by its number.
     """
-    module = run.model.module
-    trained = {name for name, parameter in module.named_parameters() if parameter.requires_grad}
-    frozen = {name for name, _ in module.named_parameters()} - trained
     return {
-        "model": {name: value for name, value in module.state_dict().items() if name not in frozen},
+        "model": trained_state(run.model.module),
         "optimizer": run.optimizer.state_dict(),
         "scheduler": run.scheduler.state_dict(),
     }
+
+
+def trained_state(module: "nn.Module") -> dict[str, Any]:
+    """Return a module's parameters and buffers, without the parameters that are frozen."""
+    frozen = {name for name, parameter in module.named_parameters() if not parameter.requires_grad}
+    return {name: value for name, value in module.state_dict().items() if name not in frozen}
 
 
 def load_state(run: "Run", file: Path) -> None:
@@ -251,7 +257,7 @@ def load_state(run: "Run", file: Path) -> None:
         state = torch.load(file, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise CheckpointError(f"{file} holds more than tensors and plain data, and is not loaded: {error}") from None
-    expected = set(state_of(run)["model"])
+    expected = set(trained_state(run.model.module))
     if expected != set(state["model"]):
         differ = sorted(expected ^ set(state["model"]))
         raise CheckpointError(f"{file} holds other parameters than this model trains: {', '.join(differ[:5])}, ...")

@@ -172,7 +172,7 @@ class MapLoader(RowLoader):
 
     def rows(self, epochs: int) -> int | None:
         """Return how many rows `epochs` passes hold."""
-        return sum(len(self.plan(epoch)) for epoch in range(epochs))
+        return sum(len(self.plan(epoch)) for epoch in reversed(range(epochs)))  # the first pass stays planned
 
     def plan(self, epoch: int) -> list[list[int]]:
         """Return the documents of each row of a pass, in training order."""
