@@ -54,6 +54,7 @@ def loader(shape: str, replies_only: bool):
     """Return posttrain's loader: both loops take the very same batches from it."""
     import numpy as np
 
+    from posttrain.blocks.batches import Example
     from posttrain.blocks.loader import MapLoader
 
     class Documents:
@@ -65,11 +66,11 @@ def loader(shape: str, replies_only: bool):
         def __len__(self):
             return len(self.found)
 
-        def doc(self, index):
-            return self.found[index]
+        def __getitem__(self, index):
+            return Example((self.found[index],))
 
     return MapLoader(
-        documents=Documents(),
+        examples=Documents(),
         max_length=LENGTH,
         packing=True,
         micro_batch_size=ROWS,

@@ -109,7 +109,8 @@ def show(arguments: argparse.Namespace) -> None:
             found = [
                 {"text": text, "supervised": bool(trained), "role": role} for text, trained, role in preview.tokens
             ]
-            say(json.dumps({"source": preview.source, "tokens": found}))
+            side = {"side": preview.side} if preview.side else {}
+            say(json.dumps({"source": preview.source, **side, "tokens": found}))
     elif arguments.json:
         say(json.dumps(as_data(trainer), indent=2))
     elif console.is_terminal:

@@ -31,7 +31,7 @@ def tokens(previews: "Iterable[Preview]", console: "Console") -> None:
     for preview in previews:
         supervised = sum(trained for _, trained, _ in preview.tokens)
         counts.append((len(preview.tokens), supervised))
-        title = Text(f"{preview.source}  {len(preview.tokens)} tokens, {supervised} supervised")
+        title = Text(f"{' '.join(filter(None, (preview.source, preview.side)))}  {len(preview.tokens)} tokens, {supervised} supervised")
         console.print(Rule(title, align="left", characters=line))
         grid = Table.grid(padding=(0, 1))
         grid.add_column(justify="right", width=ROLE_WIDTH, style="cyan", overflow="fold")
@@ -89,7 +89,7 @@ def ledger(found: dict[str, Any]) -> "Table":
 
     parts = [("", found), ("held out: ", found.get("eval", {}))]
     entries = [(prefix + source, entry) for prefix, part in parts for source, entry in part.get("sources", {}).items()]
-    known = ("rows_in", "dropped", "too_long", "tokens_cut", "documents", "tokens", "supervised_tokens")
+    known = ("rows_in", "dropped", "too_long", "tokens_cut", "documents", "pairs", "tokens", "supervised_tokens")
     counted = [
         (name, {**entry, "dropped": sum(_count(n) for n in entry["dropped"].values())}) for name, entry in entries
     ]

@@ -11,7 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from posttrain.blocks import attention, losses
 from posttrain.blocks.causal import CausalLM
-from posttrain.blocks.loader import collate
+from posttrain.blocks.batches import lay
 from posttrain.errors import RecipeError, TrainingError
 
 SMALL = {k: v for k, v in LLAMA.items() if k != "model_type"}
@@ -51,7 +51,7 @@ PAIRS = [(kind, how) for kind in MODELS for how in ("packed", "sdpa", "eager") i
 @pytest.mark.parametrize(("kind", "implementation"), PAIRS)
 def test_a_packed_row_equals_its_documents_alone(kind: str, implementation: str) -> None:
     net = model(kind, implementation)
-    together = net(collate(rows(), 0), "logits")
+    together = net(lay(rows(), 0), "logits")
     reference = net.hf
     reference.set_attn_implementation("eager")
     alone = []
@@ -66,7 +66,7 @@ def test_a_packed_row_equals_its_documents_alone(kind: str, implementation: str)
 @pytest.mark.parametrize("kind", MODELS)
 def test_the_summed_loss_and_its_gradients_equal_full_logits(kind: str) -> None:
     net = model(kind, "eager")
-    batch = collate(rows(), 0)
+    batch = lay(rows(), 0)
     ours = net(batch)
     ours.backward()
     gradients = {name: p.grad.clone() for name, p in net.named_parameters() if p.grad is not None}
@@ -85,7 +85,7 @@ def test_the_summed_loss_and_its_gradients_equal_full_logits(kind: str) -> None:
 def test_a_leak_between_documents_would_be_seen() -> None:
     """The test above can fail: without positions that restart, sdpa lets documents see each other."""
     net = model("llama", "sdpa")
-    batch = collate(rows(), 0)
+    batch = lay(rows(), 0)
     good = net(batch, "logits")
     batch["position_ids"] = torch.arange(batch["input_ids"].shape[1]).expand_as(batch["input_ids"])
     assert (net(batch, "logits") - good).abs().max() > 1e-2
@@ -126,7 +126,7 @@ def test_the_loss_is_exact_to_float32_in_bfloat16() -> None:
 def test_no_supervised_token_gives_a_loss_of_zero_and_gradients() -> None:
     net = model("llama", "packed")
     ids, mask = document(1)
-    loss = net(collate([[(ids, np.zeros_like(mask))]], 0))
+    loss = net(lay([[(ids, np.zeros_like(mask))]], 0))
     loss.backward()
     assert loss.item() == 0
     assert all(p.grad is not None and not p.grad.any() for p in net.parameters())
@@ -136,7 +136,7 @@ def test_attention_that_cannot_be_computed_is_refused() -> None:
     net = model("gemma2", "eager")
     net.hf.set_attn_implementation(attention.NAME)
     with pytest.raises(TrainingError, match=r"uses `softcap`.*attn_implementation"):
-        net(collate(rows(), 0))
+        net(lay(rows(), 0))
 
 
 def test_models_with_recurrent_layers_are_refused() -> None:

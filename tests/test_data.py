@@ -33,11 +33,11 @@ def data(path: Path | str, **options: Any) -> SFTData:
 
 
 def texts(documents: Any) -> list[str]:
-    return [TOKENIZER.decode(documents.doc(i)[0].tolist()) for i in range(len(documents))]
+    return [TOKENIZER.decode(documents[i].documents[0][0].tolist()) for i in range(len(documents))]
 
 
 def replies(documents: Any) -> list[str]:
-    found = [documents.doc(i) for i in range(len(documents))]
+    found = [documents[i].documents[0] for i in range(len(documents))]
     return [TOKENIZER.decode(ids[mask].tolist()).removesuffix("<|im_end|>") for ids, mask in found]
 
 
@@ -147,12 +147,12 @@ def test_overflow_policies_count_what_they_leave_out(tmp_path: Path, overflow: A
     assert len(prepared.train) == entry["documents"] == documents
     assert lengths.max() <= 100
     assert entry["tokens"] + entry["tokens_cut"] == entry["tokens_in"] == whole.train.lengths.sum()
-    found = [prepared.train.doc(i)[1] for i in range(documents)]
-    assert prepared.train.supervised.tolist() == [int(mask[1:].sum()) for mask in found]
+    found = [prepared.train[i].documents[0][1] for i in range(documents)]
+    assert prepared.train.supervised[:, 0].tolist() == [int(mask[1:].sum()) for mask in found]
     assert prepared.ledger["total"]["documents"] == documents
     if overflow == "split":
-        ours = sorted(t for i in range(documents) for t in prepared.train.doc(i)[0].tolist())
-        assert ours == sorted(t for i in range(4) for t in whole.train.doc(i)[0].tolist())
+        ours = sorted(t for i in range(documents) for t in prepared.train[i].documents[0][0].tolist())
+        assert ours == sorted(t for i in range(4) for t in whole.train[i].documents[0][0].tolist())
 
 
 def test_held_out_rows_are_never_trained_on_and_no_seed_changes_them(tmp_path: Path) -> None:
@@ -261,7 +261,7 @@ def test_plain_documents_are_trained_whole_with_the_tokens_asked_for(tmp_path: P
     for bos, eos, expected in ((False, True, "abc</s>"), (True, False, "<s>abc"), (False, False, "abc")):
         tokenizer = byte_tokenizer(eos="</s>")
         made = CausalData(sources=[Source(name_or_path=str(path))], bos=bos, eos=eos)
-        ids, mask = made.prepare(tokenizer).train.doc(0)
+        ids, mask = made.prepare(tokenizer).train[0].documents[0]
         assert tokenizer.decode(ids.tolist()) == expected
         assert mask.all()
         assert made.prepare(tokenizer).train.supervised[0] == len(ids) - 1

@@ -9,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from toy import InMemory, Numbers, document
 
-from posttrain.blocks.loader import MapLoader, StreamLoader, ahead, collate
+from posttrain.blocks.batches import lay
+from posttrain.blocks.loader import MapLoader, StreamLoader, ahead
 from posttrain.blocks.packing import best_fit, plan
 
 
@@ -19,7 +20,7 @@ def loader(
     shape = {"max_length": 64, "packing": packing, "micro_batch_size": micro, "rank": rank, "world_size": world,
              "seed": seed, "pad_id": 0}  # fmt: skip
     if kind == "map":
-        return MapLoader(documents=more.get("documents") or InMemory(range(50)), **shape)
+        return MapLoader(examples=more.get("documents") or InMemory(range(50)), **shape)
     return StreamLoader(
         stream=Numbers(50), encode=lambda rows: [document(row) for row, _ in rows], window=20, **shape
     )  # fmt: skip
@@ -107,7 +108,7 @@ def test_evaluation_gives_every_rank_as_many_batches_and_counts_each_row_once() 
 
 def test_a_batch_says_where_documents_begin_and_what_predicts_what() -> None:
     first, second = (np.array([5, 6, 7]), np.array([True, False, True])), (np.array([8, 9]), np.array([True, True]))
-    batch = collate([[first, second], [second]], pad_id=0)
+    batch = lay([[first, second], [second]], pad_id=0)
     assert batch["input_ids"].tolist() == [[5, 6, 7, 8, 9], [8, 9, 0, 0, 0]]
     assert batch["labels"].tolist() == [[-100, -100, 7, -100, 9], [-100, 9, -100, -100, -100]]
     assert batch["position_ids"].tolist() == [[0, 1, 2, 0, 1], [0, 1, 0, 1, 2]]

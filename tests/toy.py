@@ -6,7 +6,8 @@ from typing import Any
 
 import numpy as np
 
-from posttrain.blocks.loader import Document, MapLoader, StreamLoader
+from posttrain.blocks.batches import Document, Example
+from posttrain.blocks.loader import MapLoader, StreamLoader
 from posttrain.blocks.logger import JSONL
 from posttrain.blocks.model import HFModel
 from posttrain.blocks.optimizer import AdamW
@@ -45,8 +46,8 @@ class InMemory:
     def __len__(self) -> int:
         return len(self.documents)
 
-    def doc(self, index: int) -> Document:
-        return self.documents[index]
+    def __getitem__(self, index: int) -> Example:
+        return Example((self.documents[index],))
 
 
 class Numbers:
@@ -76,12 +77,12 @@ class ToyData:
         }  # fmt: skip
         if self.streaming:
             train: Any = StreamLoader(
-                stream=Numbers(self.rows), encode=lambda rows: [document(row) for row, _ in rows], window=30, **shape
+                stream=Numbers(self.rows), encode=lambda rows: [Example((document(row),)) for row, _ in rows], window=30, **shape
             )
         else:
-            train = MapLoader(documents=InMemory(range(self.rows)), **shape)
+            train = MapLoader(examples=InMemory(range(self.rows)), **shape)
         held_out = InMemory(range(10_000, 10_000 + self.eval_rows))
-        return Loaders(train=train, eval=MapLoader(documents=held_out, **shape) if self.eval_rows else None)
+        return Loaders(train=train, eval=MapLoader(examples=held_out, **shape) if self.eval_rows else None)
 
 
 @block("tokenizer", "toy")

@@ -4,6 +4,9 @@ Registered with transformers as `packed`. Documents are told by `cu_seq_lens_q`,
 hands from the model's call to every attention layer. On GPUs in half precision it is one
 variable-length flash attention (`torch.nn.attention.varlen`); elsewhere one
 `scaled_dot_product_attention` per document. Outside of `packed()`, as in `generate`, it is sdpa.
+
+Documents may branch: `kv_index` names the token of each key, so that a document whose beginning is
+computed in another one sees it there (see `batches.branched`).
 """
 
 import itertools
@@ -46,7 +49,10 @@ def packed_attention(
     scaling: float | None = None,
     sliding_window: int | None = None,
     cu_seq_lens_q: Tensor | None = None,
+    cu_seq_lens_k: Tensor | None = None,
     max_length_q: int | None = None,
+    max_length_k: int | None = None,
+    kv_index: Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Causal attention within each document.
@@ -59,8 +65,10 @@ def packed_attention(
         dropout: probability, of attention weights.
         scaling: of the scores; 1 / sqrt(size) by default.
         sliding_window: how many of the last tokens are seen; all by default.
-        cu_seq_lens_q: int32 [documents + 1], where documents begin, counted over rows * width.
-        max_length_q: the longest document.
+        cu_seq_lens_q, cu_seq_lens_k: int32 [documents + 1], where the queries and keys of each document begin,
+            counted over rows * width. Where there are more keys, the queries are the last of its tokens.
+        max_length_q, max_length_k: the longest document.
+        kv_index: int64 [keys], the token of each key, counted over rows * width; by default they are all tokens.
         kwargs: of which `softcap` and `s_aux` (attention sinks) are refused.
 
     Returns:
@@ -75,21 +83,28 @@ def packed_attention(
         return sdpa_attention_forward(  # type: ignore[no-any-return]
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
         )
+    assert cu_seq_lens_k is not None
     for feature in ("softcap", "s_aux", "position_bias"):
         if kwargs.get(feature) is not None:
             _refuse(module, f"uses `{feature}`")
     if query.is_cuda and query.dtype in (torch.float16, torch.bfloat16):
         if dropout:
             _refuse(module, "uses attention dropout")
-        assert max_length_q is not None
+        assert max_length_q is not None and max_length_k is not None
         window = (-1 if sliding_window is None else sliding_window - 1, 0)
         q, k, v = (x.transpose(1, 2).flatten(0, 1) for x in (query, key, value))
+        if kv_index is not None:
+            k, v = k.index_select(0, kv_index), v.index_select(0, kv_index)
         out = varlen_attn(
-            q, k, v, cu_seq_lens_q, cu_seq_lens_q, max_length_q, max_length_q,
+            q, k, v, cu_seq_lens_q, cu_seq_lens_k, max_length_q, max_length_k,
             scale=scaling, window_size=window, enable_gqa=query.shape[1] != key.shape[1],
         )  # fmt: skip
         return out.view(query.shape[0], query.shape[2], *out.shape[1:]), None  # type: ignore[union-attr]
-    return _by_document(query, key, value, cu_seq_lens_q, dropout, scaling, sliding_window), None
+    if kv_index is not None:
+        assert query.shape[0] == 1, "documents branch within one long row"
+        key, value = key.index_select(2, kv_index), value.index_select(2, kv_index)
+    bounds = cu_seq_lens_q.tolist(), cu_seq_lens_k.tolist()
+    return _by_document(query, key, value, *bounds, dropout, scaling, sliding_window), None
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]
@@ -97,24 +112,22 @@ def _by_document(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    cu_seq_lens: Tensor,
+    query_bounds: list[int],
+    key_bounds: list[int],
     dropout: float,
     scale: float | None,
     window: int | None,
 ) -> Tensor:
-    width, begins = query.shape[2], cu_seq_lens.tolist()
+    widths = query.shape[2], key.shape[2]
     rows: list[list[Tensor]] = [[] for _ in range(query.shape[0])]
-    for begin, end in itertools.pairwise(begins):
-        row, at = divmod(begin, width)
-        part = slice(at, at + end - begin)
-        mask = None
-        if window is not None and end - begin > window:
-            mask = torch.ones(end - begin, end - begin, dtype=torch.bool, device=query.device).tril().triu(1 - window)
+    for queries, keys in zip(itertools.pairwise(query_bounds), itertools.pairwise(key_bounds), strict=True):
+        (row, own), (_, seen) = (_part(*bounds, width) for bounds, width in zip((queries, keys), widths, strict=True))
+        mask = _visible(queries[1] - queries[0], keys[1] - keys[0], window, query.device)
         rows[row].append(
             F.scaled_dot_product_attention(
-                query[row : row + 1, :, part],
-                key[row : row + 1, :, part],
-                value[row : row + 1, :, part],
+                query[row : row + 1, :, own],
+                key[row : row + 1, :, seen],
+                value[row : row + 1, :, seen],
                 attn_mask=mask,
                 dropout_p=dropout,
                 is_causal=mask is None,
@@ -123,6 +136,20 @@ def _by_document(
             )
         )
     return torch.cat([torch.cat(parts, dim=2) for parts in rows]).transpose(1, 2)
+
+
+def _part(begin: int, end: int, width: int) -> tuple[int, slice]:
+    """Return the row of a document, and where in the row it is."""
+    row, at = divmod(begin, width)
+    return row, slice(at, at + end - begin)
+
+
+def _visible(queries: int, keys: int, window: int | None, device: torch.device) -> Tensor | None:
+    """Return which keys each query sees, [queries, keys]; None if it is all up to itself in a square."""
+    if queries == keys and (window is None or keys <= window):
+        return None
+    seen = torch.ones(queries, keys, dtype=torch.bool, device=device).tril(keys - queries)
+    return seen if window is None else seen.triu(keys - queries + 1 - window)
 
 
 def _mask(*args: Any, **kwargs: Any) -> Tensor | None:

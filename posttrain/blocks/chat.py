@@ -157,6 +157,10 @@ class ChatRenderer:
     def render(self, conversation: dict[str, Any]) -> Rendered:
         """Return the text of a conversation and its trained spans.
 
+        Args:
+            conversation: `messages`, and perhaps `tools`, and `shared`: how many messages at its beginning are not
+                trained, whatever their role.
+
         Raises:
             Refused: the template refuses it, or the spans cannot be told for certain.
         """
@@ -175,7 +179,7 @@ class ChatRenderer:
         spans = [
             self._span(index, conversation, text, pieces)
             for index, message in enumerate(messages)
-            if message["role"] in self.train_on
+            if message["role"] in self.train_on and index >= conversation.get("shared", 0)
         ]
         if not spans:
             raise Refused(f"no message has a trained role ({', '.join(self.train_on)}), so nothing would be learned")

@@ -1,6 +1,7 @@
 """Data blocks: sources in, micro-batches out."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
@@ -9,16 +10,18 @@ import attrs
 from attrs.converters import optional as or_none
 from attrs.validators import and_, ge, gt, lt, min_len
 
+from posttrain.blocks.batches import Example, collate, collate_pairs
 from posttrain.blocks.chat import ChatRenderer
 from posttrain.blocks.encode import ChatEncoder, Encoder, TextEncoder, Token
-from posttrain.blocks.loader import Document, MapLoader, StreamLoader
-from posttrain.blocks.readers import Row
-from posttrain.blocks.schemas import Refused, conversation
+from posttrain.blocks.loader import MapLoader, StreamLoader
+from posttrain.blocks.pairs import CHOSEN, REJECTED, pair
+from posttrain.blocks.schemas import Refused, Sample, conversation
 from posttrain.blocks.sources import Source, as_sources
-from posttrain.blocks.store import Documents, Limits, default_cache, documents, note, table, totals
-from posttrain.blocks.streams import Stream
+from posttrain.blocks.store import default_cache, table
+from posttrain.blocks.streams import Stream, StreamEncoding
+from posttrain.blocks.views import Documents, Limits, documents, totals
 from posttrain.errors import DataError
-from posttrain.interfaces import Loaders
+from posttrain.interfaces import Batch, Loaders
 from posttrain.registry import block, key
 
 
@@ -37,6 +40,8 @@ class Preview:
 
     source: str
     tokens: list[Token]
+    side: str = ""
+    """Of a pair: `chosen` or `rejected`."""
 
 
 @attrs.frozen(kw_only=True, slots=False)
@@ -77,6 +82,16 @@ class Data:
                 yield "eval_sources", f"{source.label} cannot be a stream: every evaluation needs the same rows"
 
     @property
+    def row_length(self) -> int:
+        """Tokens in a packed row."""
+        return self.max_length
+
+    @property
+    def collate(self) -> Callable[[list[list[Example]], int], Batch]:
+        """What makes rows of examples a batch."""
+        return collate
+
+    @property
     def streams(self) -> bool:
         """Whether rows are read while training."""
         return any(source.stream for source in self.sources)
@@ -105,15 +120,15 @@ class Data:
     def build(self, tokenizer: Any, micro_batch_size: int, rank: int, world_size: int, seed: int) -> Loaders:
         """Return loaders for one rank, and the ledger."""
         shape: dict[str, Any] = {
-            "max_length": self.max_length, "packing": self.packing, "micro_batch_size": micro_batch_size, "rank": rank,
-            "world_size": world_size, "seed": seed, "pad_id": tokenizer.pad_token_id or 0,
+            "max_length": self.row_length, "packing": self.packing, "micro_batch_size": micro_batch_size, "rank": rank,
+            "world_size": world_size, "seed": seed, "pad_id": tokenizer.pad_token_id or 0, "collate": self.collate,
         }  # fmt: skip
         if self.streams:
             return self._streaming(tokenizer, shape)
         prepared = self.prepare(tokenizer)
-        train = MapLoader(documents=prepared.train, **shape)
+        train = MapLoader(examples=prepared.train, **shape)
         prepared.ledger["packing"] = {"rows": len(train.plan(0)), "filled": round(train.fill(), 4)}
-        held_out = MapLoader(documents=prepared.eval, **shape) if prepared.eval is not None else None
+        held_out = MapLoader(examples=prepared.eval, **shape) if prepared.eval is not None else None
         return Loaders(train=train, eval=held_out, ledger=prepared.ledger)
 
     def preview(self, tokenizer: Any, count: int) -> Iterator[Preview]:
@@ -126,7 +141,8 @@ class Data:
         for source in self.sources:
             for row, _ in islice(source.read(source.open()), count):
                 try:
-                    yield Preview(row.place, encoder.show(row.values))
+                    for side, tokens in zip(encoder.sides, encoder.show(row.values), strict=True):
+                        yield Preview(row.place, tokens, side)
                 except Refused as refused:
                     raise DataError(f"{row.place}: {refused}") from None
 
@@ -147,72 +163,13 @@ class Data:
         held_out, ledger = None, {"sources": encoding.ledger}
         if self.eval_sources:
             documents_, ledger["eval"] = self._documents(once(self.eval_sources), tokenizer, 0.0, False)
-            held_out = MapLoader(documents=documents_, **shape)
+            held_out = MapLoader(examples=documents_, **shape)
         return Loaders(train=train, eval=held_out, ledger=ledger)
 
 
 def once(sources: list[Source]) -> list[Source]:
     """Return sources without their weights: an evaluation sees each row once."""
     return [attrs.evolve(source, weight=1.0) for source in sources]
-
-
-@attrs.frozen
-class StreamEncoding:
-    """Encodes the rows of a stream, and keeps its ledger as they pass."""
-
-    encoder: Encoder
-    limits: Limits
-    labels: list[str]
-    ledger: dict[str, Any] = attrs.field(factory=dict)
-
-    def encode(self, rows: list[tuple[Row, int]]) -> list[Document]:
-        """Return the documents of some rows, cut or left out as the policies say."""
-        found: list[Document] = []
-        for (row, number), encoded in zip(rows, self.encoder.encode([row.values for row, _ in rows]), strict=True):
-            if isinstance(encoded, Refused):
-                if self.limits.invalid == "error":
-                    raise DataError(f"{row.place}: {encoded}; mend it, or leave such rows out with data.invalid=drop")
-                pieces: list[Document] = []
-                self._drop(number, str(encoded), row.place)
-            else:
-                pieces = self._cut(encoded, row, number)
-            self._count(number, pieces)
-            found += pieces
-        return found
-
-    def _cut(self, document: Document, row: Row, number: int) -> list[Document]:
-        (ids, mask), size = document, self.limits.max_length
-        if len(ids) <= size:
-            return [document]
-        if self.limits.overflow == "error":
-            raise DataError(
-                f"{row.place} has {len(ids):,} tokens, data.max_length is {size:,}: raise it, or set data.overflow to "
-                "drop, truncate or split"
-            )
-        if self.limits.overflow == "drop":
-            self._drop(number, f"longer than {size} tokens", row.place)
-            return []
-        begins = [0] if self.limits.overflow == "truncate" else range(0, len(ids), size)
-        pieces = [(ids[begin : begin + size], mask[begin : begin + size]) for begin in begins]
-        useful = [(piece, trained) for piece, trained in pieces if trained[1:].any()]
-        if len(useful) < len(pieces):
-            self._drop(number, "cut pieces without a supervised token", row.place)
-        return useful
-
-    def _entry(self, number: int) -> dict[str, Any]:
-        empty = {"rows_in": 0, "dropped": {}, "documents": 0, "tokens": 0, "supervised_tokens": 0}
-        entry: dict[str, Any] = self.ledger.setdefault(self.labels[number], empty)
-        return entry
-
-    def _drop(self, number: int, reason: str, place: str) -> None:
-        note(self._entry(number)["dropped"], reason, place)
-
-    def _count(self, number: int, pieces: list[Document]) -> None:
-        entry = self._entry(number)
-        entry["rows_in"] += 1
-        entry["documents"] += len(pieces)
-        entry["tokens"] += sum(len(ids) for ids, _ in pieces)
-        entry["supervised_tokens"] += sum(int(mask[1:].sum()) for _, mask in pieces)
 
 
 @block("data", "sft")
@@ -226,11 +183,49 @@ class SFTData(Data):
 
     def encoder(self, tokenizer: Any) -> Encoder:
         """Return what renders and tokenizes conversations."""
-        return ChatEncoder(ChatRenderer(tokenizer, self.train_on, self.template_args), self.conversation)
+        return ChatEncoder(ChatRenderer(tokenizer, self.train_on, self.template_args), self.sample)
+
+    def sample(self, row: dict[str, Any]) -> Sample:
+        """Return what a row says: one conversation."""
+        return Sample([self.conversation(row)])
 
     def conversation(self, row: dict[str, Any]) -> dict[str, Any]:
         """Return a row's `{"messages": [...]}`; override it for a schema of your own."""
         return conversation(row)
+
+
+@block("data", "preference")
+class PreferenceData(Data):
+    """Pairs of conversations that answer the same messages, one better than the other.
+
+    The two sides of a pair are never torn apart. `max_length` is that of a side; a packed row holds twice as many
+    tokens. Rows whose sides are equal or empty are refused or dropped as `invalid` says.
+    """
+
+    overflow: Literal["error", "drop", "truncate"] = "error"
+    """What happens to a pair with a side that is longer: say so and stop, leave the pair out, or keep the beginning of
+    its sides."""
+    template_args: dict[str, Any] = attrs.field(factory=dict)
+    """More variables for the chat template (`enable_thinking`)."""
+
+    @property
+    def row_length(self) -> int:
+        """Tokens in a packed row: at least one pair fits."""
+        return 2 * self.max_length
+
+    @property
+    def collate(self) -> Callable[[list[list[Example]], int], Batch]:
+        """What makes rows of pairs a batch."""
+        return partial(collate_pairs, packing=self.packing)
+
+    def encoder(self, tokenizer: Any) -> Encoder:
+        """Return what renders and tokenizes both sides."""
+        renderer = ChatRenderer(tokenizer, template_args=self.template_args)
+        return ChatEncoder(renderer, self.pair, (CHOSEN, REJECTED))
+
+    def pair(self, row: dict[str, Any]) -> Sample:
+        """Return a row's chosen and rejected conversation; override it for a schema of your own (see pairs.py)."""
+        return pair(row)
 
 
 @block("data", "causal")

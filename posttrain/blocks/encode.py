@@ -6,32 +6,38 @@ import json
 import marshal
 import re
 from collections.abc import Callable, Iterator
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
 import attrs
 
+from posttrain.blocks.batches import Document, Example
 from posttrain.blocks.chat import ChatRenderer, Rendered, special_tokens
-from posttrain.blocks.schemas import Refused
+from posttrain.blocks.schemas import Refused, Sample
 
 if TYPE_CHECKING:
     import numpy as np
 
 Values: TypeAlias = dict[str, Any]
-Encoded: TypeAlias = "tuple[np.ndarray, np.ndarray] | Refused"
-"""Token ids [n] and whether each is supervised [n]; or why the row cannot be trained on."""
+Encoded: TypeAlias = Example | Refused
+"""What the row became, or why it cannot be trained on."""
 Token: TypeAlias = tuple[str, bool, str]
 """Text, supervised, role: for showing."""
 
 
 class Encoder(Protocol):
-    """Turns rows into documents."""
+    """Turns rows into examples."""
+
+    @property
+    def sides(self) -> tuple[str, ...]:
+        """What the documents of an example are called; a single one needs no name."""
 
     def encode(self, rows: list[Values]) -> list[Encoded]:
         """Encode many rows at once."""
 
-    def show(self, row: Values) -> list[Token]:
-        """Return a row's tokens for a person to look at; raises Refused if it cannot be trained on."""
+    def show(self, row: Values) -> list[list[Token]]:
+        """Return the tokens of a row's documents for a person to look at; raises Refused as `encode` returns it."""
 
     def fingerprint(self) -> str:
         """Return a hash of everything that decides what a row becomes."""
@@ -42,9 +48,12 @@ class ChatEncoder:
     """Conversations, rendered with a chat template; the trained spans of the text become supervised tokens."""
 
     renderer: ChatRenderer
-    conversation: Callable[[Values], dict[str, Any]]
-    """Row -> `{"messages": [...], "tools"?: [...]}`."""
+    sample: Callable[[Values], Sample]
+    """Row -> its conversations."""
+    sides: tuple[str, ...] = ("",)
+    """What they are called."""
     special: re.Pattern[str] = attrs.field(init=False)
+    """The tokenizer's control tokens."""
 
     def __attrs_post_init__(self) -> None:
         tokens = sorted(special_tokens(self.renderer.tokenizer), key=len, reverse=True)
@@ -53,46 +62,62 @@ class ChatEncoder:
     def encode(self, rows: list[Values]) -> list[Encoded]:
         """Encode many rows at once; the tokenizer's own threads share the work."""
         rendered = [self._rendered(row) for row in rows]
-        good = [found for found in rendered if isinstance(found, Rendered)]
-        encodings = iter(tokenize(self.renderer.tokenizer, [found.text for found in good]))
-        return [self._encoded(found, next(encodings)) if isinstance(found, Rendered) else found for found in rendered]
+        good = [side for found in rendered if not isinstance(found, Refused) for side in found[0]]
+        encodings = iter(tokenize(self.renderer.tokenizer, [side.text for side in good]))
+        found: list[Encoded] = []
+        for row in rendered:
+            found.append(row if isinstance(row, Refused) else self._encoded(*row, list(islice(encodings, len(row[0])))))
+        return found
 
-    def show(self, row: Values) -> list[Token]:
-        """Return a row's tokens as text, with the role of the message that each belongs to."""
+    def show(self, row: Values) -> list[list[Token]]:
+        """Return the tokens of a row as text, with the role of the message that each belongs to."""
         found = self._rendered(row)
         if isinstance(found, Refused):
             raise found
-        (encoding,) = tokenize(self.renderer.tokenizer, [found.text])
-        encoded = self._encoded(found, encoding)
+        sides, value = found
+        encodings = tokenize(self.renderer.tokenizer, [side.text for side in sides])
+        encoded = self._encoded(sides, value, encodings)
         if isinstance(encoded, Refused):
             raise encoded
-        roles = [next((role for end, role in found.turns if at < end), "") for at, _ in encoding.offsets]
-        return list(zip(readable(encoding, found.text), encoded[1].tolist(), roles, strict=True))
+        shown = []
+        for side, encoding, (_, mask) in zip(sides, encodings, encoded.documents, strict=True):
+            roles = [next((role for end, role in side.turns if at < end), "") for at, _ in encoding.offsets]
+            shown.append(list(zip(readable(encoding, side.text), mask.tolist(), roles, strict=True)))
+        return shown
 
     def fingerprint(self) -> str:
         """Return a hash of everything that decides what a row becomes."""
         renderer = self.renderer
         said = [renderer.templates[True], renderer.templates[False], sorted(renderer.train_on), renderer.template_args]
-        return _hash(tokenizer_text(renderer.tokenizer), json.dumps(said, default=str), code_of(self.conversation))
+        return _hash(tokenizer_text(renderer.tokenizer), json.dumps(said, default=str), *self.sides, code_of(self.sample))
 
-    def _rendered(self, row: Values) -> Rendered | Refused:
+    def _rendered(self, row: Values) -> tuple[list[Rendered], float] | Refused:
         try:
-            found = self.renderer.render(self.conversation(row))
-            refuse_surrogates(found.text)
-            for _, start, end in found.pieces:
-                if control := self.special.search(found.text, start, end):
-                    raise Refused(f"the text of a message holds the control token {control.group()}")
+            sample = self.sample(row)
+            return [self._render(conversation) for conversation in sample.conversations], sample.value
         except Refused as refused:
             return refused
+
+    def _render(self, conversation: Values) -> Rendered:
+        found = self.renderer.render(conversation)
+        refuse_surrogates(found.text)
+        for _, start, end in found.pieces:
+            if control := self.special.search(found.text, start, end):
+                raise Refused(f"the text of a message holds the control token {control.group()}")
         return found
 
-    def _encoded(self, rendered: Rendered, encoding: Any) -> Encoded:
+    def _encoded(self, sides: list[Rendered], value: float, encodings: list[Any]) -> Encoded:
         import numpy as np
 
-        mask = supervised(encoding, rendered.spans)
-        if not mask[1:].any():
-            return Refused("no token of it would be supervised")
-        return np.array(encoding.ids, dtype=np.uint32), mask
+        documents: list[Document] = []
+        for side, encoding in zip(sides, encodings, strict=True):
+            mask = supervised(encoding, side.spans)
+            if not mask[1:].any():
+                return Refused("no token of it would be supervised")
+            documents.append((np.array(encoding.ids, dtype=np.uint32), mask))
+        if len(documents) > 1 and all(np.array_equal(ids, documents[0][0]) for ids, _ in documents):
+            return Refused(f"{' and '.join(self.sides)} are equal")
+        return Example(tuple(documents), value)
 
 
 @attrs.define
@@ -103,6 +128,7 @@ class TextEncoder:
     column: str
     bos: bool
     eos: bool
+    sides: tuple[str, ...] = ("",)
 
     def encode(self, rows: list[Values]) -> list[Encoded]:
         """Encode many rows at once."""
@@ -117,15 +143,17 @@ class TextEncoder:
                 continue
             ids = [*self._bos(), *next(encodings).ids, *self._eos()]
             mask = np.ones(len(ids), dtype=bool)
-            found.append((np.array(ids, dtype=np.uint32), mask) if len(ids) > 1 else Refused("it is a single token"))
+            document = np.array(ids, dtype=np.uint32), mask
+            found.append(Example((document,)) if len(ids) > 1 else Refused("it is a single token"))
         return found
 
-    def show(self, row: Values) -> list[Token]:
+    def show(self, row: Values) -> list[list[Token]]:
         """Return a row's tokens as text."""
         (encoded,) = self.encode([row])
         if isinstance(encoded, Refused):
             raise encoded
-        return [(self.tokenizer.decode([i]), n > 0, "text") for n, i in enumerate(encoded[0].tolist())]
+        ((ids, _),) = encoded.documents
+        return [[(self.tokenizer.decode([i]), n > 0, "text") for n, i in enumerate(ids.tolist())]]
 
     def fingerprint(self) -> str:
         """Return a hash of everything that decides what a row becomes."""

@@ -1,6 +1,6 @@
-"""Loaders: documents in, micro-batches for one rank out, in an order that any number of ranks shares.
+"""Loaders: examples in, micro-batches for one rank out, in an order that any number of ranks shares.
 
-A row holds one document, or as many as fit (packing). The rows of all ranks form one sequence,
+A row holds one example, or as many as fit (packing). The rows of all ranks form one sequence,
 pass after pass; a micro-batch takes the next `micro_batch_size` rows for each rank. Nothing is
 dropped: where a pass does not fill the last step, the next pass goes on in the middle of it.
 """
@@ -9,10 +9,11 @@ import itertools
 import queue
 import threading
 from collections.abc import Callable, Iterable, Iterator
-from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import attrs
 
+from posttrain.blocks.batches import Example, collate
 from posttrain.blocks.packing import plan
 from posttrain.errors import DataError
 from posttrain.interfaces import Batch, Position
@@ -20,25 +21,19 @@ from posttrain.interfaces import Batch, Position
 if TYPE_CHECKING:
     import numpy as np
 
-IGNORE = -100
-"""The label of a token that is not supervised, as in torch's cross_entropy."""
-
-Document: TypeAlias = "tuple[np.ndarray, np.ndarray]"
-"""Token ids and, for each, whether it is supervised."""
-
 T = TypeVar("T")
 
 
-class Documents(Protocol):
-    """Tokenized documents at rest (see store.py)."""
+class Examples(Protocol):
+    """Tokenized examples at rest (see store.py)."""
 
     @property
     def lengths(self) -> "np.ndarray":
-        """[documents], in tokens."""
+        """[examples], in tokens."""
 
     @property
     def source(self) -> "np.ndarray":
-        """[documents], the number of the source."""
+        """[examples], the number of the source."""
 
     @property
     def weights(self) -> list[float]:
@@ -46,8 +41,14 @@ class Documents(Protocol):
 
     def __len__(self) -> int: ...
 
-    def doc(self, index: int) -> Document:
-        """Return token ids and mask."""
+    def __getitem__(self, index: int) -> Example: ...
+
+
+class Extra(Protocol):
+    """Tensors that batches get beside their tokens, such as what a teacher said of them (see recorded.py)."""
+
+    def of(self, indices: list[int]) -> dict[str, Any]:
+        """Return tensors for the examples of a batch, in the order of its rows."""
 
 
 class Stream(Protocol):
@@ -55,63 +56,6 @@ class Stream(Protocol):
 
     def read(self, epoch: int, state: dict[str, Any] | None) -> Iterator[tuple[Any, int, dict[str, Any]]]:
         """Yield one pass: each row with the number of its source, and the state after it."""
-
-
-def collate(rows: list[list[Document]], pad_id: int) -> Batch:
-    """Lay rows of documents side by side.
-
-    The padding behind a row is a document of its own, so that `seqlens` covers every position and
-    no attention mask is needed. Positions and lengths are derived here, once.
-
-    Returns:
-        input_ids, labels, position_ids: int64 [rows, width]; labels are not shifted.
-        seqlens: int32 [documents], lengths in reading order; cu_seqlens: int32 [documents + 1].
-        max_seqlen, max_token: int, the longest document and the highest token.
-        supervised: int64 [n], the flat positions (row * width + column) that predict a supervised token.
-        targets: int64 [n], the tokens they predict.
-        weight, supervised_tokens: n.
-        tokens: how many positions are not padding.
-    """
-    import numpy as np
-    import torch
-
-    width = max(sum(len(ids) for ids, _ in row) for row in rows)
-    input_ids = np.full((len(rows), width), pad_id, dtype=np.int64)
-    labels = np.full((len(rows), width), IGNORE, dtype=np.int64)
-    positions = np.zeros((len(rows), width), dtype=np.int64)
-    seqlens: list[int] = []
-    tokens = 0
-    for i, row in enumerate(rows):
-        at = 0
-        for ids, mask in row:
-            end = at + len(ids)
-            input_ids[i, at:end] = ids
-            labels[i, at + 1 : end][mask[1:]] = ids[1:][mask[1:]]  # nothing predicts the first token
-            positions[i, at:end] = np.arange(len(ids))
-            seqlens.append(len(ids))
-            at = end
-        tokens += at
-        if at < width:
-            positions[i, at:] = np.arange(width - at)
-            seqlens.append(width - at)
-    flat = labels.reshape(-1)
-    predicted = np.flatnonzero(flat != IGNORE)
-    cu_seqlens = np.zeros(len(seqlens) + 1, dtype=np.int32)
-    np.cumsum(seqlens, out=cu_seqlens[1:])
-    return {
-        "input_ids": torch.from_numpy(input_ids),
-        "labels": torch.from_numpy(labels),
-        "position_ids": torch.from_numpy(positions),
-        "seqlens": torch.tensor(seqlens, dtype=torch.int32),
-        "cu_seqlens": torch.from_numpy(cu_seqlens),
-        "max_seqlen": max(seqlens),
-        "max_token": int(input_ids.max()),
-        "supervised": torch.from_numpy(predicted - 1),
-        "targets": torch.from_numpy(flat[predicted]),
-        "weight": len(predicted),
-        "supervised_tokens": len(predicted),
-        "tokens": tokens,
-    }
 
 
 @attrs.frozen(kw_only=True, slots=False)
@@ -125,7 +69,7 @@ class RowLoader:
     world_size: int
     seed: int
     pad_id: int
-    collate: Callable[[list[list[Document]], int], Batch] = collate
+    collate: Callable[[list[list[Example]], int], Batch] = collate
 
     def sequence(self, position: Position) -> Iterator[tuple[Any, Position]]:
         """Yield the rows of all ranks from a position on, each with the position after it."""
@@ -135,8 +79,8 @@ class RowLoader:
         """Yield the rows of all ranks in the first pass."""
         raise NotImplementedError
 
-    def documents_of(self, row: Any) -> list[Document]:
-        """Return the documents of a row that `sequence` gave."""
+    def batch(self, rows: list[Any]) -> Batch:
+        """Return the micro-batch of some rows that `sequence` gave."""
         raise NotImplementedError
 
     def start(self) -> Position:
@@ -157,17 +101,17 @@ class RowLoader:
     def _mine(self, group: list[Any]) -> Batch:
         """Collate this rank's part of a group; where a short group leaves it nothing, a row that counts nothing."""
         first = self.rank * self.micro_batch_size
-        rows = [self.documents_of(row) for row in group[first : first + self.micro_batch_size]]
-        if not rows:
-            rows = [[(ids, mask & False) for ids, mask in self.documents_of(group[0])]]
-        return self.collate(rows, self.pad_id)
+        if rows := group[first : first + self.micro_batch_size]:
+            return self.batch(rows)
+        return self.batch(group[:1]) | {"weight": 0, "tokens": 0, "supervised_tokens": 0}
 
 
 @attrs.frozen(kw_only=True, slots=False)
 class MapLoader(RowLoader):
-    """Documents at rest, in a random order that is a function of (seed, epoch)."""
+    """Examples at rest, in a random order that is a function of (seed, epoch)."""
 
-    documents: Documents
+    examples: Examples
+    extra: Extra | None = None
     _plans: dict[int, list[list[int]]] = attrs.field(factory=dict, init=False, eq=False)
 
     def rows(self, epochs: int) -> int | None:
@@ -175,14 +119,14 @@ class MapLoader(RowLoader):
         return sum(len(self.plan(epoch)) for epoch in reversed(range(epochs)))  # the first pass stays planned
 
     def plan(self, epoch: int) -> list[list[int]]:
-        """Return the documents of each row of a pass, in training order."""
+        """Return the examples of each row of a pass, in training order."""
         if epoch not in self._plans:
             import numpy as np
 
             random = np.random.default_rng([self.seed, epoch])
             order = random.permutation(self._drawn(random))
             if self.packing:
-                rows = plan(order, self.documents.lengths, self.max_length)
+                rows = plan(order, self.examples.lengths, self.max_length)
                 shuffled = [rows[i] for i in random.permutation(len(rows)).tolist()]
             else:
                 shuffled = [[i] for i in order.tolist()]
@@ -193,12 +137,12 @@ class MapLoader(RowLoader):
     def fill(self) -> float:
         """Return the share of the first pass's rows that is not padding."""
         rows = self.plan(0)
-        lengths = self.documents.lengths
+        lengths = self.examples.lengths
         capacity = len(rows) * self.max_length
         return float(sum(int(lengths[i]) for row in rows for i in row) / capacity) if capacity else 0.0
 
     def sequence(self, position: Position) -> Iterator[tuple[list[int], Position]]:
-        """Yield rows as lists of document indices."""
+        """Yield rows as lists of indices of examples."""
         epoch, first = position["epoch"], position["row"]
         while rows := self.plan(epoch):
             for i in range(first, len(rows)):
@@ -209,20 +153,21 @@ class MapLoader(RowLoader):
         """Yield the rows of the first pass."""
         return iter(self.plan(0))
 
-    def documents_of(self, row: list[int]) -> list[Document]:
-        """Read the documents of a row."""
-        return [self.documents.doc(index) for index in row]
+    def batch(self, rows: list[list[int]]) -> Batch:
+        """Read the examples of some rows, and collate them."""
+        made = self.collate([[self.examples[index] for index in row] for row in rows], self.pad_id)
+        return made if self.extra is None else made | self.extra.of([index for row in rows for index in row])
 
     def _drawn(self, random: "np.random.Generator") -> "np.ndarray":
         """Return the indices of a pass: a source of weight 2.5 twice, and a random half of it a third time."""
         import numpy as np
 
-        weights = self.documents.weights
+        weights = self.examples.weights
         if all(weight == 1.0 for weight in weights):
-            return np.arange(len(self.documents))
+            return np.arange(len(self.examples))
         parts = []
         for number, weight in enumerate(weights):
-            members = np.flatnonzero(self.documents.source == number)
+            members = np.flatnonzero(self.examples.source == number)
             extra = random.permutation(members)[: round(len(members) * (weight % 1))]
             parts += [members] * int(weight) + [extra]
         return np.concatenate(parts)
@@ -237,7 +182,7 @@ class StreamLoader(RowLoader):
     """
 
     stream: Stream
-    encode: Callable[[list[tuple[Any, int]]], list[Document]]
+    encode: Callable[[list[tuple[Any, int]]], list[Example]]
     window: int
 
     def start(self) -> Position:
@@ -248,24 +193,24 @@ class StreamLoader(RowLoader):
         """Return None: only reading it tells how long a stream is."""
         return None
 
-    def sequence(self, position: Position) -> Iterator[tuple[list[Document], Position]]:
-        """Yield rows as lists of documents; the next window is made while this one is trained on."""
+    def sequence(self, position: Position) -> Iterator[tuple[list[Example], Position]]:
+        """Yield rows as lists of examples; the next window is made while this one is trained on."""
         for rows, before, after in ahead(self._windows(position)):
             for i in range(before["row"], len(rows)):
                 yield rows[i], {**before, "row": i + 1} if i + 1 < len(rows) else after
 
-    def first_pass(self) -> Iterator[list[Document]]:
+    def first_pass(self) -> Iterator[list[Example]]:
         """Yield the rows of the first pass."""
         for rows, before, _ in self._windows(self.start()):
             if before["epoch"] > 0:
                 return
             yield from rows
 
-    def documents_of(self, row: list[Document]) -> list[Document]:
-        """Return the row: its documents are in memory."""
-        return row
+    def batch(self, rows: list[list[Example]]) -> Batch:
+        """Collate some rows, which are in memory."""
+        return self.collate(rows, self.pad_id)
 
-    def _windows(self, position: Position) -> Iterator[tuple[list[list[Document]], Position, Position]]:
+    def _windows(self, position: Position) -> Iterator[tuple[list[list[Example]], Position, Position]]:
         before, found = position, True
         while found:
             epoch, found = before["epoch"], before["state"] is not None
@@ -278,17 +223,17 @@ class StreamLoader(RowLoader):
             before = {"epoch": epoch + 1, "row": 0, "window": 0, "state": None}
         raise DataError("a whole pass over the stream gave no row that can be trained on; see the ledger for reasons")
 
-    def _packed(self, documents: list[Document], epoch: int, window: int) -> list[list[Document]]:
+    def _packed(self, examples: list[Example], epoch: int, window: int) -> list[list[Example]]:
         import numpy as np
 
         random = np.random.default_rng([self.seed, epoch, window])
-        order = random.permutation(len(documents))
+        order = random.permutation(len(examples))
         rows = [[int(i)] for i in order]
         if self.packing:
-            lengths = np.array([len(ids) for ids, _ in documents], dtype=np.int64)
+            lengths = np.array([len(example) for example in examples], dtype=np.int64)
             packed = plan(order, lengths, self.max_length)
             rows = [packed[i] for i in random.permutation(len(packed))]
-        return [[documents[i] for i in row] for row in rows]
+        return [[examples[i] for i in row] for row in rows]
 
 
 def chunks(items: Iterable[T], size: int) -> Iterator[list[T]]:

@@ -8,6 +8,8 @@ import json
 from collections.abc import Collection
 from typing import Any
 
+import attrs
+
 from posttrain.errors import DataError
 
 Message = dict[str, Any]
@@ -33,6 +35,14 @@ SHAREGPT = {
 
 class Refused(Exception):
     """A row that cannot become training data; the message is the reason that the ledger counts."""
+
+
+@attrs.frozen
+class Sample:
+    """What a row says: a conversation, or several that stay together, and perhaps a number."""
+
+    conversations: list[dict[str, Any]]
+    value: float = 0.0
 
 
 def conversation(row: dict[str, Any], roles: Collection[str] = ROLES) -> dict[str, Any]:

@@ -29,6 +29,7 @@ class Known:
 KNOWN = {
     "AI-MO/NuminaMath-CoT": Known({"messages": "messages"}),
     "HuggingFaceH4/no_robots": Known({"messages": "messages"}),
+    "HuggingFaceH4/ultrafeedback_binarized": Known({}, {"train": "train_prefs", "test": "test_prefs"}),
     "HuggingFaceH4/ultrachat_200k": Known({"messages": "messages"}, {"train": "train_sft", "test": "test_sft"}),
     "HuggingFaceTB/smoltalk": Known({"messages": "messages"}, name="all"),
     "Open-Orca/OpenOrca": Known({"system": "system_prompt", "prompt": "question", "response": "response"}),

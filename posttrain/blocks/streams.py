@@ -9,8 +9,13 @@ from typing import Any
 
 import attrs
 
+from posttrain.blocks.batches import Example
+from posttrain.blocks.encode import Encoder
 from posttrain.blocks.readers import Row
+from posttrain.blocks.schemas import Refused
 from posttrain.blocks.sources import Source
+from posttrain.blocks.store import note
+from posttrain.blocks.views import Limits, pieces
 from posttrain.errors import DataError
 
 
@@ -71,6 +76,68 @@ class Stream:
                 if share == 1.0 or uniform(self.seed, epoch, number, row.number) < share:
                     yield row, {"pass": turn, "state": after}
             state = None
+
+
+@attrs.frozen
+class StreamEncoding:
+    """Encodes the rows of a stream, and keeps its ledger as they pass."""
+
+    encoder: Encoder
+    limits: Limits
+    labels: list[str]
+    ledger: dict[str, Any] = attrs.field(factory=dict)
+
+    def encode(self, rows: list[tuple[Row, int]]) -> list[Example]:
+        """Return the examples of some rows, cut or left out as the policies say."""
+        found: list[Example] = []
+        for (row, number), encoded in zip(rows, self.encoder.encode([row.values for row, _ in rows]), strict=True):
+            if isinstance(encoded, Refused):
+                if self.limits.invalid == "error":
+                    raise DataError(f"{row.place}: {encoded}; mend it, or leave such rows out with data.invalid=drop")
+                left: list[Example] = []
+                self._drop(number, str(encoded), row.place)
+            else:
+                left = self._cut(encoded, row, number)
+            self._count(number, left)
+            found += left
+        return found
+
+    def _cut(self, example: Example, row: Row, number: int) -> list[Example]:
+        longest = max(len(ids) for ids, _ in example.documents)
+        if longest <= self.limits.max_length:
+            return [example]
+        if self.limits.overflow == "error":
+            raise DataError(
+                f"{row.place} has {longest:,} tokens, data.max_length is {self.limits.max_length:,}: {self.limits.advice}"
+            )
+        if self.limits.overflow == "drop":
+            self._drop(number, self.limits.too_long, row.place)
+            return []
+        left = []
+        for piece in pieces(example, self.limits, self.encoder.sides):
+            if piece.useless:
+                self._drop(number, piece.useless, row.place)
+            else:
+                cut = zip(example.documents, piece.parts, strict=True)
+                left.append(Example(tuple((ids[part], mask[part]) for (ids, mask), part in cut), example.value))
+        return left
+
+    def _entry(self, number: int) -> dict[str, Any]:
+        documents = "documents" if len(self.encoder.sides) == 1 else "pairs"
+        empty = {"rows_in": 0, "dropped": {}, documents: 0, "tokens": 0, "supervised_tokens": 0}
+        entry: dict[str, Any] = self.ledger.setdefault(self.labels[number], empty)
+        return entry
+
+    def _drop(self, number: int, reason: str, place: str) -> None:
+        note(self._entry(number)["dropped"], reason, place)
+
+    def _count(self, number: int, examples: list[Example]) -> None:
+        entry = self._entry(number)
+        documents = [document for example in examples for document in example.documents]
+        entry["rows_in"] += 1
+        entry["documents" if len(self.encoder.sides) == 1 else "pairs"] += len(examples)
+        entry["tokens"] += sum(len(ids) for ids, _ in documents)
+        entry["supervised_tokens"] += sum(int(mask[1:].sum()) for _, mask in documents)
 
 
 def uniform(*numbers: int) -> float:
