@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from posttrain.blocks.callbacks import EarlyStop, Samples
     from posttrain.blocks.checkpoint import HuggingFace, Resume
-    from posttrain.blocks.data import CausalData, SFTData
+    from posttrain.blocks.data import CausalData, PreferenceData, SFTData
     from posttrain.blocks.logger import JSONL, Console, TensorBoard
     from posttrain.blocks.model import HFModel, LoRA
     from posttrain.blocks.optimizer import AdamW
+    from posttrain.blocks.preference import preference_loss
     from posttrain.blocks.scheduler import WSD, Constant, Cosine, Linear
     from posttrain.blocks.sources import Source
     from posttrain.blocks.strategy import DDP, Auto, DeepSpeed
@@ -32,16 +33,18 @@ if TYPE_CHECKING:
     from posttrain.registry import block, default, key
     from posttrain.run import Run
     from posttrain.trainer import Trainer
+    from posttrain.trainers.dpo import DPOTrainer
     from posttrain.trainers.sft import CausalTrainer, SFTTrainer
     from posttrain.values import Secret
 
 _HOMES = {
     "blocks.callbacks": ("EarlyStop", "Samples"),
     "blocks.checkpoint": ("HuggingFace", "Resume"),
-    "blocks.data": ("CausalData", "SFTData"),
+    "blocks.data": ("CausalData", "PreferenceData", "SFTData"),
     "blocks.logger": ("Console", "JSONL", "TensorBoard"),
     "blocks.model": ("HFModel", "LoRA"),
     "blocks.optimizer": ("AdamW",),
+    "blocks.preference": ("preference_loss",),
     "blocks.scheduler": ("Constant", "Cosine", "Linear", "WSD"),
     "blocks.sources": ("Source",),
     "blocks.strategy": ("Auto", "DDP", "DeepSpeed"),
@@ -55,6 +58,7 @@ _HOMES = {
     "registry": ("block", "default", "key"),
     "run": ("Run",),
     "trainer": ("Trainer",),
+    "trainers.dpo": ("DPOTrainer",),
     "trainers.sft": ("CausalTrainer", "SFTTrainer"),
     "values": ("Secret",),
 }  # fmt: skip
@@ -63,10 +67,10 @@ _HOME_OF = {name: f"posttrain.{module}" for module, found in _HOMES.items() for 
 
 __all__ = [
     "AdamW", "Auto", "Batch", "CausalData", "CausalTrainer", "CheckpointError", "Console", "Constant", "Cosine",
-    "DDP", "DataError", "DeepSpeed", "EarlyStop", "HFModel", "HFTokenizer", "HookError", "HuggingFace", "JSONL",
-    "Linear", "LoRA", "PosttrainError", "RecipeError", "RegistryError", "Resume", "Run", "SFTData", "SFTTrainer",
-    "Samples", "Secret", "Source", "TensorBoard", "Trainer", "TrainingError", "WSD", "after", "before", "block",
-    "default", "key", "load",
+    "DDP", "DPOTrainer", "DataError", "DeepSpeed", "EarlyStop", "HFModel", "HFTokenizer", "HookError",
+    "HuggingFace", "JSONL", "Linear", "LoRA", "PosttrainError", "PreferenceData", "RecipeError", "RegistryError",
+    "Resume", "Run", "SFTData", "SFTTrainer", "Samples", "Secret", "Source", "TensorBoard", "Trainer",
+    "TrainingError", "WSD", "after", "before", "block", "default", "key", "load", "preference_loss",
 ]  # fmt: skip
 
 

@@ -118,6 +118,8 @@ def _plural(words: str) -> str:
 def _default(field: "attrs.Attribute[Any]") -> str:
     if block := field.metadata.get("block"):
         name = name_of(block) or block.__name__
+        if field.default is None:
+            return f"default none; {name} unless `type` says otherwise"
         return f"required; {name} unless `type` says otherwise" if field.default is attrs.NOTHING else f"default {name}"
     if field.default is attrs.NOTHING:
         return "required"

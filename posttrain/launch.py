@@ -93,6 +93,24 @@ def all_reduce(fabric: "Fabric", tensor: "Tensor", op: str = "SUM") -> "Tensor":
     return tensor
 
 
+def gather_rows(fabric: "Fabric", tensor: "Tensor") -> "list[Tensor]":
+    """Return every rank's rows of a tensor [n, ...]; n may differ between ranks."""
+    if fabric.world_size == 1:
+        return [tensor]
+    import torch
+    from torch.distributed import all_gather
+
+    count = torch.tensor(len(tensor), device=tensor.device)
+    counts = [torch.empty_like(count) for _ in range(fabric.world_size)]
+    all_gather(counts, count)
+    sizes = [int(size) for size in counts]
+    padded = tensor.new_zeros(max(sizes), *tensor.shape[1:])
+    padded[: len(tensor)] = tensor
+    gathered = [torch.empty_like(padded) for _ in sizes]
+    all_gather(gathered, padded)
+    return [rows[:size] for rows, size in zip(gathered, sizes, strict=True)]
+
+
 def reseed(seed: int, step: int, rank: int) -> None:
     """Seed every generator from (seed, step, rank), so that a resumed run draws what an uninterrupted one would."""
     import numpy as np

@@ -54,10 +54,14 @@ def key(
     return attrs.field(default=made, validator=check, converter=convert, metadata={"also": also})
 
 
-def default(block: type[T], *, required: bool = False) -> T:
-    """A field holding a block; a recipe that gives no `type` for it means this class."""
-    made = attrs.NOTHING if required else attrs.Factory(block)
-    return cast(T, attrs.field(default=made, metadata={"block": block}))
+def default(block: type[T], *, required: bool = False, optional: bool = False, also: tuple[str, ...] = ()) -> T:
+    """A field holding a block; a recipe that gives no `type` for it means this class.
+
+    Without a value, the field holds such a block with its defaults; a `required` one must be given, an
+    `optional` one is None. `also` holds other names that a recipe may use.
+    """
+    made = attrs.NOTHING if required else None if optional else attrs.Factory(block)
+    return cast(T, attrs.field(default=made, metadata={"block": block, "also": also}))
 
 
 @dataclass_transform(kw_only_default=True, field_specifiers=(attrs.field,))

@@ -176,10 +176,13 @@ class Run:
         device = self.fabric.device
         if device.type == "cpu":
             return batch
-        return {
-            name: value.pin_memory().to(device, non_blocking=True) if isinstance(value, torch.Tensor) else value
-            for name, value in batch.items()
-        }
+
+        def moved(value: Any) -> Any:
+            if isinstance(value, dict):
+                return self.to_device(value)
+            return value.pin_memory().to(device, non_blocking=True) if isinstance(value, torch.Tensor) else value
+
+        return {name: moved(value) for name, value in batch.items()}
 
     def flush(self) -> None:
         """Hand the closed steps to the loggers. Here, and only here, the host waits for the device.

@@ -31,7 +31,8 @@ def tokens(previews: "Iterable[Preview]", console: "Console") -> None:
     for preview in previews:
         supervised = sum(trained for _, trained, _ in preview.tokens)
         counts.append((len(preview.tokens), supervised))
-        title = Text(f"{' '.join(filter(None, (preview.source, preview.side)))}  {len(preview.tokens)} tokens, {supervised} supervised")
+        name = f"{preview.source} {preview.side}".rstrip()
+        title = Text(f"{name}  {len(preview.tokens)} tokens, {supervised} supervised")
         console.print(Rule(title, align="left", characters=line))
         grid = Table.grid(padding=(0, 1))
         grid.add_column(justify="right", width=ROLE_WIDTH, style="cyan", overflow="fold")

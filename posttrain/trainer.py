@@ -8,7 +8,7 @@ import math
 import signal
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, get_args
 
 import attrs
 from attrs.validators import ge, gt, optional
@@ -122,6 +122,7 @@ class Trainer:
         """
         run, fabric = self.run, self.run.fabric
         total = self.total_weight(batches)
+        batches = list(self.together(batches))
         losses = []
         for i, micro_batch in enumerate(batches, start=1):
             with (
@@ -160,6 +161,14 @@ class Trainer:
                 f"(rows from {run.position} on); look at them with `posttrain show --data`"
             )
         return total
+
+    def together(self, batches: Iterable[Batch]) -> Iterable[Batch]:
+        """Return the micro-batches of a step or of an evaluation, with what their loss must know of all of them.
+
+        Args:
+            batches: on the device; they can be iterated over more than once.
+        """
+        return batches
 
     # -- the loop -------------------------------------------------------------------
 
@@ -221,21 +230,29 @@ class Trainer:
         model = self.model.build(fabric)
         optimizer = self.optimizer.build(model)
         scheduler = self.scheduler.build(optimizer, max_steps)
+        frozen = self.build_frozen(fabric, model)
         model, optimizer = fabric.setup(model, optimizer)
         return Run(
-            fabric=fabric, output_dir=self.output_dir, model=model, frozen=self.build_frozen(fabric),
-            tokenizer=tokenizer, loaders=loaders, optimizer=optimizer, scheduler=scheduler, max_steps=max_steps,
+            fabric=fabric, output_dir=self.output_dir, model=model, frozen=frozen, tokenizer=tokenizer,
+            loaders=loaders, optimizer=optimizer, scheduler=scheduler, max_steps=max_steps,
             rows_per_step=rows_per_step, recipe=as_data(self), position=loaders.train.start(),
         )  # fmt: skip
 
-    def build_frozen(self, fabric: "Fabric") -> "dict[str, nn.Module]":
-        """Build every model block but `model`: references and teachers, not trained and not wrapped."""
-        frozen = {}
-        for field in attrs.fields(attrs.resolve_types(type(self))):
-            if field.type is ModelBlock and field.name != "model":
-                module = getattr(self, field.name).build(fabric).requires_grad_(False).eval()
-                frozen[field.name] = fabric.to_device(fabric.strategy.precision.convert_module(module))
-        return frozen
+    def build_frozen(self, fabric: "Fabric", model: "nn.Module") -> "dict[str, nn.Module]":
+        """Build every model block but `model`: references and teachers, not trained and not wrapped.
+
+        Args:
+            fabric: of the run.
+            model: the network to train, with its first weights, before the strategy wraps it.
+        """
+        from posttrain.blocks.frozen import Frozen
+
+        blocks = {
+            field.name: getattr(self, field.name)
+            for field in attrs.fields(attrs.resolve_types(type(self)))
+            if ModelBlock in (field.type, *get_args(field.type)) and field.name != "model"
+        }
+        return {name: Frozen(block.build(fabric), fabric) for name, block in blocks.items() if block is not None}
 
     def horizon(self, loader: Loader, rows_per_step: int) -> int:
         """Return the number of optimizer steps; a last step that is not full is filled from the next pass."""
@@ -281,9 +298,9 @@ class Trainer:
         outer, run.metrics, weight = run.metrics, Metrics(), 0.0
         run.model.eval()
         with torch.no_grad(), run.unmeasured():
-            for batch in run.loaders.eval.one_pass():
+            for batch in self.together(OnDevice(run, run.loaders.eval)):
                 weight += batch["weight"]
-                with run.metrics.counting(run.to_device(batch), 1.0) as (counted, _):
+                with run.metrics.counting(batch, 1.0) as (counted, _):
                     run.log(loss=self.loss(counted))
             found = {f"eval_{name}": value for name, value in run.metrics.averages(weight, run.fabric).items()}
         run.model.train()
@@ -309,3 +326,14 @@ class Trainer:
         """Whether `stop_after` ended the run before its last step."""
         run = self.run
         return self.stop_after is not None and run.step < run.max_steps and run.step - run.first_step >= self.stop_after
+
+
+@attrs.frozen
+class OnDevice:
+    """The micro-batches of one pass, on the device, as often as they are asked for."""
+
+    run: Run
+    loader: Loader
+
+    def __iter__(self) -> Iterator[Batch]:
+        return map(self.run.to_device, self.loader.one_pass())

@@ -10,8 +10,8 @@ from toy import LLAMA, document
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from posttrain.blocks import attention, losses
-from posttrain.blocks.causal import CausalLM
 from posttrain.blocks.batches import lay
+from posttrain.blocks.causal import CausalLM
 from posttrain.errors import RecipeError, TrainingError
 
 SMALL = {k: v for k, v in LLAMA.items() if k != "model_type"}

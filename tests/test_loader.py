@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from toy import InMemory, Numbers, document
 
-from posttrain.blocks.batches import lay
+from posttrain.blocks.batches import Example, lay
 from posttrain.blocks.loader import MapLoader, StreamLoader, ahead
 from posttrain.blocks.packing import best_fit, plan
 
@@ -22,7 +22,7 @@ def loader(
     if kind == "map":
         return MapLoader(examples=more.get("documents") or InMemory(range(50)), **shape)
     return StreamLoader(
-        stream=Numbers(50), encode=lambda rows: [document(row) for row, _ in rows], window=20, **shape
+        stream=Numbers(50), encode=lambda rows: [Example((document(row),)) for row, _ in rows], window=20, **shape
     )  # fmt: skip
 
 

@@ -14,7 +14,7 @@ from conftest import SPECIAL, byte_tokenizer
 
 from posttrain.blocks.chat import ChatRenderer
 from posttrain.blocks.encode import ChatEncoder, supervised
-from posttrain.blocks.schemas import Refused, conversation
+from posttrain.blocks.schemas import Refused, Sample, conversation
 
 Message = dict[str, Any]
 Pieces = list[tuple[str, bool]]
@@ -284,14 +284,14 @@ FITS = {  # conversations that only some templates can show
 
 def encoder(template: Template, **options: Any) -> ChatEncoder:
     tokenizer = byte_tokenizer(template.jinja, [*SPECIAL, *template.special], template.eos)
-    return ChatEncoder(ChatRenderer(tokenizer, **options), conversation)
+    return ChatEncoder(ChatRenderer(tokenizer, **options), lambda row: Sample([conversation(row)]))
 
 
 def pieces_of(made: ChatEncoder, messages: list[Message]) -> tuple[str, str, Any]:
     (encoded,) = made.encode([{"messages": messages}])
     if isinstance(encoded, Refused):
         raise encoded
-    ids, mask = encoded
+    ((ids, mask),) = encoded.documents
     decode = made.renderer.tokenizer.decode
     return decode(ids.tolist()), decode(ids[mask].tolist()), ids
 

@@ -77,7 +77,10 @@ class ToyData:
         }  # fmt: skip
         if self.streaming:
             train: Any = StreamLoader(
-                stream=Numbers(self.rows), encode=lambda rows: [Example((document(row),)) for row, _ in rows], window=30, **shape
+                stream=Numbers(self.rows),
+                encode=lambda rows: [Example((document(row),)) for row, _ in rows],
+                window=30,
+                **shape,
             )
         else:
             train = MapLoader(examples=InMemory(range(self.rows)), **shape)

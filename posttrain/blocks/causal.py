@@ -1,95 +1,58 @@
-"""The network that trainers call: a transformers model whose logits exist only at supervised positions."""
+"""The networks that trainers call: transformers models whose logits exist only at supervised positions."""
 
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-import torch.nn.functional as F
 import transformers
 from torch import Tensor, nn
 
-from posttrain.blocks.attention import packed
-from posttrain.blocks.losses import nll_sum, target_log_probs
+from posttrain.blocks.attention import NAME, packed
+from posttrain.blocks.losses import nll_sum, token_log_probs, top_log_probs, top_of
 from posttrain.errors import TrainingError
 from posttrain.interfaces import Batch
 
 
-class CausalLM(nn.Module):
-    """A causal language model over batches of packed documents.
+class PackedModel(nn.Module):
+    """A transformers model over batches of packed documents.
 
-    What it computes lies inside one `forward`, so that DDP, FSDP and ZeRO see every use of every
+    What a subclass computes lies inside one `forward`, so that DDP, FSDP and ZeRO see every use of every
     parameter. `hf` is the transformers model, possibly wrapped by peft: what is exported.
     """
 
     def __init__(self, hf: Any) -> None:
         super().__init__()
         self.hf = hf
-        self.plain_head = has_plain_head(hf)
-
-    def forward(self, batch: Batch, output: Literal["nll", "log_probs", "logits", "hidden"] = "nll") -> Tensor:
-        """Compute something at the supervised positions of a batch (see `loader.collate`).
-
-        Args:
-            batch: its `input_ids`, `position_ids`, `cu_seqlens`, `max_seqlen`, `max_token`, `supervised` and `targets`
-                are used.
-            output: what to return.
-
-        Returns:
-            nll: a scalar, the summed negative log-likelihood of the targets, in nats.
-            log_probs: [n], each target's log-probability.
-            logits: [n, vocabulary]; mind the memory.
-            hidden: [rows, width, size], the last hidden states, of every position.
-
-        Raises:
-            TrainingError: the batch holds a token that the model does not have.
-        """
-        size = self.base.get_input_embeddings().num_embeddings
-        if batch["max_token"] >= size:  # on a GPU it would be an assertion in a kernel
-            raise TrainingError(
-                f"the data holds token {batch['max_token']}, but the model has a vocabulary of {size}: "
-                "tokenizer and model do not belong together"
-            )
-        if output == "hidden":
-            return self.hidden_states(batch)
-        if self.plain_head and output != "logits":
-            hidden = self.hidden_states(batch).flatten(0, 1).index_select(0, batch["supervised"])
-            head = self.base.get_output_embeddings()
-            score = nll_sum if output == "nll" else target_log_probs
-            return score(hidden, head.weight, head.bias, batch["targets"])
-        logits = self.logits(batch)
-        if output == "logits":
-            return logits
-        log_probs = -F.cross_entropy(logits.float(), batch["targets"], reduction="none")
-        return -log_probs.sum() if output == "nll" else log_probs
 
     @property
     def base(self) -> Any:
         """The transformers model itself, with peft's layers in it but without its wrapper."""
         return without_adapters_wrapper(self.hf)
 
+    @property
+    def vocabulary(self) -> int:
+        """How many tokens the model knows."""
+        return int(self.base.get_input_embeddings().num_embeddings)
+
+    def layout(self, batch: Batch) -> Batch:
+        """Return the batch with the tokens that pairs begin with only once, where the attention can branch.
+
+        Raises:
+            TrainingError: the batch holds a token that the model does not have.
+        """
+        if batch["max_token"] >= self.vocabulary:  # on a GPU it would be an assertion in a kernel
+            raise TrainingError(
+                f"the data holds token {batch['max_token']}, but the model has a vocabulary of {self.vocabulary}: "
+                "tokenizer and model do not belong together"
+            )
+        branches = "branch" in batch and self.base.config._attn_implementation == NAME
+        return {**batch, **batch["branch"]} if branches else batch
+
     def hidden_states(self, batch: Batch) -> Tensor:
         """Return the last hidden states, [rows, width, size]."""
         with packed():
             output = self.base.get_decoder()(**inputs(batch))
         return output.last_hidden_state  # type: ignore[no-any-return]
-
-    def logits(self, batch: Batch) -> Tensor:
-        """Return the model's own logits at the supervised positions, [n, vocabulary]."""
-        flat = inputs(batch)
-        for name in ("input_ids", "position_ids"):  # one long row, since one index list serves all rows
-            flat[name] = flat[name].reshape(1, -1)
-        with packed():
-            return self.base(**flat, logits_to_keep=batch["supervised"]).logits[0]  # type: ignore[no-any-return]
-
-    @torch.no_grad()
-    def generate(self, **kwargs: Any) -> Tensor:
-        """Generate with transformers, in evaluation mode; arguments and result are transformers' own."""
-        was_training = self.training
-        self.eval()
-        try:
-            return self.hf.generate(use_cache=True, **kwargs)  # type: ignore[no-any-return]
-        finally:
-            self.train(was_training)
 
     def save_pretrained(self, folder: Path, state_dict: dict[str, Tensor] | None = None) -> None:
         """Write what `from_pretrained` and vLLM load: safetensors and configuration, or peft's adapters.
@@ -107,6 +70,85 @@ class CausalLM(nn.Module):
         finally:
             if shown:
                 transformers.utils.logging.enable_progress_bar()
+
+
+class CausalLM(PackedModel):
+    """A causal language model."""
+
+    def __init__(self, hf: Any) -> None:
+        super().__init__(hf)
+        self.plain_head = has_plain_head(hf)
+
+    def forward(
+        self,
+        batch: Batch,
+        output: Literal["nll", "log_probs", "logits", "hidden"] = "nll",
+        tokens: Tensor | None = None,
+        temperature: float = 1.0,
+    ) -> Tensor:
+        """Compute something at the supervised positions of a batch (see batches.py).
+
+        Args:
+            batch: its `input_ids`, `position_ids`, `cu_seqlens`, `max_seqlen`, `max_token`, `supervised` and `targets`
+                are used.
+            output: what to return.
+            tokens: int64 [n, k], for log_probs: the tokens that are asked about, instead of the targets.
+            temperature: for log_probs: what logits are divided by.
+
+        Returns:
+            nll: a scalar, the summed negative log-likelihood of the targets, in nats.
+            log_probs: [n], each target's log-probability, or [n, k], those of `tokens`.
+            logits: [n, vocabulary]; mind the memory.
+            hidden: [rows, width, size], the last hidden states, of every position.
+
+        Raises:
+            TrainingError: the batch holds a token that the model does not have.
+        """
+        layout = self.layout(batch)
+        if output == "hidden":
+            return self.hidden_states(batch)
+        if output == "logits":
+            return self.logits(layout)
+        if output == "nll" and self.plain_head:
+            return nll_sum(*self.head_inputs(layout), batch["targets"])
+        asked = batch["targets"][:, None] if tokens is None else tokens
+        if self.plain_head:
+            log_probs = token_log_probs(*self.head_inputs(layout), asked, temperature)
+        else:
+            log_probs = (self.logits(layout).float() / temperature).log_softmax(-1).gather(1, asked)
+        log_probs = log_probs[:, 0] if tokens is None else log_probs
+        return -log_probs.sum() if output == "nll" else log_probs
+
+    def head_inputs(self, layout: Batch) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Return the hidden states at the supervised positions, [n, size], and the head's weight and bias."""
+        head = self.base.get_output_embeddings()
+        return self.hidden_states(layout).flatten(0, 1).index_select(0, layout["supervised"]), head.weight, head.bias
+
+    def logits(self, batch: Batch) -> Tensor:
+        """Return the model's own logits at the supervised positions, [n, vocabulary]."""
+        flat = inputs(batch)
+        for name in ("input_ids", "position_ids"):  # one long row, since one index list serves all rows
+            flat[name] = flat[name].reshape(1, -1)
+        with packed():
+            return self.base(**flat, logits_to_keep=batch["supervised"]).logits[0]  # type: ignore[no-any-return]
+
+    @torch.no_grad()
+    def top_log_probs(self, batch: Batch, k: int, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
+        """Return the k highest log-probabilities at the supervised positions, and their tokens: [n, k] each."""
+        layout = self.layout(batch)
+        if self.plain_head:
+            return top_log_probs(*self.head_inputs(layout), k, temperature)
+        return top_of(self.logits(layout), k, temperature)
+
+    @torch.no_grad()
+    def generate(self, **kwargs: Any) -> Tensor:
+        """Generate with transformers, in evaluation mode; arguments and result are transformers' own."""
+        was_training = self.training
+        self.eval()
+        try:
+            return self.hf.generate(use_cache=True, **kwargs)  # type: ignore[no-any-return]
+        finally:
+            self.train(was_training)
 
 
 def inputs(batch: Batch) -> dict[str, Any]:

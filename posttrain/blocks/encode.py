@@ -89,7 +89,9 @@ class ChatEncoder:
         """Return a hash of everything that decides what a row becomes."""
         renderer = self.renderer
         said = [renderer.templates[True], renderer.templates[False], sorted(renderer.train_on), renderer.template_args]
-        return _hash(tokenizer_text(renderer.tokenizer), json.dumps(said, default=str), *self.sides, code_of(self.sample))
+        return _hash(
+            tokenizer_text(renderer.tokenizer), json.dumps(said, default=str), *self.sides, code_of(self.sample)
+        )
 
     def _rendered(self, row: Values) -> tuple[list[Rendered], float] | Refused:
         try:

@@ -5,7 +5,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 CHUNK_ELEMENTS = 2**25
 """Logits computed at a time: 128 MiB in float32."""
@@ -30,7 +29,7 @@ def nll_sum(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor
 
 
 def target_log_probs(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor) -> Tensor:
-    """Return the log-probability of each target; the backward pass computes each chunk's logits again.
+    """Return the log-probability of each target.
 
     Args:
         hidden: [n, size].
@@ -41,12 +40,56 @@ def target_log_probs(hidden: Tensor, weight: Tensor, bias: Tensor | None, target
     Returns:
         float32 [n], in nats.
     """
-    chunk = chunk_rows(weight)
-    parts = [
-        checkpoint(_log_probs, hidden[i : i + chunk], weight, bias, targets[i : i + chunk], use_reentrant=False)
-        for i in range(0, len(targets), chunk)
-    ]
-    return torch.cat(parts) if parts else hidden.sum(-1).float()
+    return token_log_probs(hidden, weight, bias, targets[:, None])[:, 0]
+
+
+def token_log_probs(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, tokens: Tensor, temperature: float = 1.0
+) -> Tensor:
+    """Return the log-probabilities of some tokens at each position.
+
+    The backward pass computes the logits again, chunk by chunk, unless all of them fit into one chunk.
+
+    Args:
+        hidden: [n, size].
+        weight: [vocabulary, size].
+        bias: [vocabulary], or None.
+        tokens: int64 [n, k], of one position all different.
+        temperature: what logits are divided by.
+
+    Returns:
+        float32 [n, k], in nats.
+    """
+    return _LogProbs.apply(hidden, weight, bias, tokens, temperature)  # type: ignore[no-any-return, no-untyped-call]
+
+
+@torch.no_grad()
+def top_log_probs(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, k: int, temperature: float = 1.0
+) -> tuple[Tensor, Tensor]:
+    """Return the k most probable tokens of each position, the most probable first.
+
+    Args:
+        hidden: [n, size].
+        weight: [vocabulary, size].
+        bias: [vocabulary], or None.
+        k: at most the vocabulary.
+        temperature: what logits are divided by.
+
+    Returns:
+        log_probs: float32 [n, k], in nats.
+        tokens: int64 [n, k].
+    """
+    parts = [top_of(F.linear(rows, weight, bias), k, temperature) for rows in torch.split(hidden, chunk_rows(weight))]
+    log_probs, tokens = (torch.cat(column) for column in zip(*parts, strict=True))
+    return log_probs, tokens
+
+
+def top_of(logits: Tensor, k: int, temperature: float) -> tuple[Tensor, Tensor]:
+    """Return the k highest log-probabilities of logits [n, vocabulary], and their tokens: [n, k] each."""
+    log_probs = (logits.float() / temperature).log_softmax(-1)
+    found = log_probs.topk(k, dim=-1)
+    return found.values, found.indices
 
 
 def chunk_rows(weight: Tensor) -> int:
@@ -54,16 +97,17 @@ def chunk_rows(weight: Tensor) -> int:
     return max(64, CHUNK_ELEMENTS // weight.shape[0])
 
 
-def _log_probs(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor) -> Tensor:
-    return -F.cross_entropy(F.linear(hidden, weight, bias).float(), targets, reduction="none")
+def compute_dtype(tensor: Tensor) -> torch.dtype:
+    """Return the precision that a linear layer computes in: autocast's, or the tensor's own."""
+    device = tensor.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else tensor.dtype
 
 
 class _NLLSum(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor) -> Tensor:
         wanted = [x is not None and x.requires_grad for x in (hidden, weight, bias)]
-        device = hidden.device.type
-        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
+        device, dtype = hidden.device.type, compute_dtype(hidden)
         head, offset = weight.to(dtype), None if bias is None else bias.to(dtype)
         grads = [
             torch.empty_like(hidden) if wanted[0] else None,
@@ -87,10 +131,8 @@ class _NLLSum(torch.autograd.Function):
                 slopes = probs.to(dtype)
                 if grads[0] is not None:
                     grads[0][i : i + chunk] = slopes @ head
-                if grads[1] is not None and dtype == torch.float32:
-                    grads[1].addmm_(slopes.t(), rows)
-                elif grads[1] is not None:
-                    grads[1] += slopes.t() @ rows
+                if grads[1] is not None:
+                    add_product(grads[1], slopes, rows)
         ctx.dtypes = hidden.dtype, weight.dtype, None if bias is None else bias.dtype
         ctx.save_for_backward(*grads)
         return total
@@ -100,3 +142,64 @@ class _NLLSum(torch.autograd.Function):
         (scale,) = upstream
         pairs = zip(ctx.saved_tensors, ctx.dtypes, strict=True)
         return *(None if g is None else (g * scale).to(dtype) for g, dtype in pairs), None
+
+
+class _LogProbs(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, tokens: Tensor, temperature: float
+    ) -> Tensor:
+        device, dtype = hidden.device.type, compute_dtype(hidden)
+        head, offset = weight.to(dtype), None if bias is None else bias.to(dtype)
+        found = torch.empty(tokens.shape, dtype=torch.float32, device=hidden.device)
+        norms = torch.empty(len(tokens), 1, dtype=torch.float32, device=hidden.device)
+        chunk, logits = chunk_rows(weight), None
+        with torch.autocast(device, enabled=False):
+            for i in range(0, len(tokens), chunk):
+                part = slice(i, i + chunk)
+                logits = F.linear(hidden[part].to(dtype), head, offset).float().div_(temperature)
+                norms[part] = logits.logsumexp(-1, keepdim=True)
+                found[part] = logits.gather(1, tokens[part]) - norms[part]
+        kept = logits if len(tokens) <= chunk and any(ctx.needs_input_grad) else None
+        ctx.save_for_backward(hidden, weight, bias, tokens, norms, kept)
+        ctx.dtype, ctx.temperature = dtype, temperature
+        return found
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
+        (scale,) = upstream
+        hidden, weight, bias, tokens, norms, kept = ctx.saved_tensors
+        dtype, wanted = ctx.dtype, ctx.needs_input_grad
+        head, offset = weight.to(dtype), None if bias is None else bias.to(dtype)
+        for_hidden = torch.empty_like(hidden) if wanted[0] else None
+        for_weight = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device) if wanted[1] else None
+        for_bias = torch.zeros(weight.shape[0], dtype=torch.float32, device=weight.device) if wanted[2] else None
+        chunk = chunk_rows(weight)
+        with torch.autocast(hidden.device.type, enabled=False):
+            for i in range(0, len(tokens), chunk):
+                part = slice(i, i + chunk)
+                rows, slope = hidden[part].to(dtype), scale[part] / ctx.temperature
+                logits = kept
+                if logits is None:
+                    logits = F.linear(rows, head, offset).float().div_(ctx.temperature)
+                # d log p(token) = [token] - p(all), summed over the tokens asked for
+                slopes = logits.sub_(norms[part]).exp_().mul_(-slope.sum(-1, keepdim=True))
+                slopes.scatter_add_(1, tokens[part], slope)
+                if for_bias is not None:
+                    for_bias += slopes.sum(0)
+                slopes = slopes.to(dtype)
+                if for_hidden is not None:
+                    for_hidden[part] = slopes @ head
+                if for_weight is not None:
+                    add_product(for_weight, slopes, rows)
+        grads = (for_hidden, for_weight, for_bias)
+        cast = (None if g is None else g.to(x.dtype) for g, x in zip(grads, (hidden, weight, bias), strict=True))
+        return *cast, None, None
+
+
+def add_product(total: Tensor, slopes: Tensor, rows: Tensor) -> None:
+    """Add slopes' [vocabulary, n] x rows [n, size] to a float32 sum, in place where precision allows."""
+    if slopes.dtype == torch.float32:
+        total.addmm_(slopes.t(), rows)
+    else:
+        total += slopes.t() @ rows

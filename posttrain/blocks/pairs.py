@@ -94,9 +94,7 @@ def _dialogue(text: str, name: str) -> list[Message]:
     if not turns or before.strip():
         raise Refused(f"{name} is text, but there is no prompt, and it holds no 'Human:' and 'Assistant:' turns")
     roles = {"Human": "user", "Assistant": "assistant"}
-    return [
-        {"role": roles[who], "content": said.strip()} for who, said in zip(turns[::2], turns[1::2], strict=True)
-    ]
+    return [{"role": roles[who], "content": said.strip()} for who, said in zip(turns[::2], turns[1::2], strict=True)]
 
 
 def _margin(row: dict[str, Any]) -> float:

@@ -1,6 +1,7 @@
 """Tokenized rows at rest: flat memory-mapped arrays, made once per source and shared by every run that can use them.
 
-What a row becomes depends on the source's content, the X is keyed by all of these. How long a row may be is decided afterwards, on views, and costs no tokenizing.
+What a row becomes depends on the source's content, the tokenizer, the template and the options of the encoder: the
+cache is keyed by all of these. How long a row may be is decided afterwards (see views.py), and costs no tokenizing.
 """
 
 import hashlib

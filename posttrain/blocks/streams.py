@@ -108,7 +108,8 @@ class StreamEncoding:
             return [example]
         if self.limits.overflow == "error":
             raise DataError(
-                f"{row.place} has {longest:,} tokens, data.max_length is {self.limits.max_length:,}: {self.limits.advice}"
+                f"{row.place} has {longest:,} tokens, data.max_length is {self.limits.max_length:,}: "
+                f"{self.limits.advice}"
             )
         if self.limits.overflow == "drop":
             self._drop(number, self.limits.too_long, row.place)

@@ -1,4 +1,4 @@
-"""What is trained on of the tokenized rows at rest: views, after rows were held out, dropped and cut; and the ledger."""
+"""What of the tokenized rows is trained on: views, after rows were held out, dropped and cut; and the ledger."""
 
 from collections import Counter
 from collections.abc import Iterable, Iterator

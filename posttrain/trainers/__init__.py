@@ -1,5 +1,5 @@
 """One module per training method. Importing this package registers them; it imports nothing heavy."""
 
-from posttrain.trainers import sft
+from posttrain.trainers import dpo, sft
 
-__all__ = ["sft"]
+__all__ = ["dpo", "sft"]

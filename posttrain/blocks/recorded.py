@@ -1,0 +1,206 @@
+"""What a frozen network says of the training data, asked once and kept on disk.
+
+A recording holds numbers for every supervised token of every example, in the order of the examples at rest, so that
+any packing, order and number of ranks reads the same ones. It is keyed by the content of the network, of the data and
+of what was asked. The pass that makes it can be broken off at any time and goes on where it was.
+"""
+
+import hashlib
+import json
+import logging
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+import attrs
+import numpy as np
+import torch
+from filelock import FileLock
+from torch import Tensor, nn
+
+from posttrain.blocks.data import Data
+from posttrain.blocks.loader import MapLoader, chunks
+from posttrain.blocks.packing import plan
+from posttrain.blocks.store import default_cache
+from posttrain.errors import DataError, RecipeError
+from posttrain.interfaces import Batch, Loader
+
+if TYPE_CHECKING:
+    from posttrain.run import Run
+
+FORMAT = 1
+CHUNK = 64
+"""Examples that are asked about, synced and ticked off together."""
+log = logging.getLogger("posttrain")
+
+Shapes: TypeAlias = dict[str, tuple[str, int]]
+"""Name of each array -> its numpy type, and its numbers per token."""
+Ask: TypeAlias = Callable[[Batch], dict[str, Tensor]]
+"""Batch -> [n, numbers per token] for each array, in the order of the batch's supervised tokens."""
+
+
+@attrs.frozen(eq=False)
+class Recording:
+    """Numbers for every supervised token, memory-mapped."""
+
+    arrays: dict[str, np.ndarray]
+    offsets: np.ndarray
+    """int64 [examples + 1], where each example's tokens begin."""
+
+    def of(self, indices: list[int]) -> dict[str, Any]:
+        """Return the numbers of some examples: [n] or [n, numbers per token]."""
+        parts = [slice(*self.offsets[index : index + 2]) for index in indices]
+        found = {name: np.concatenate([array[part] for part in parts]) for name, array in self.arrays.items()}
+        return {name: torch.from_numpy(array).squeeze(-1) for name, array in found.items()}
+
+
+@attrs.frozen(eq=False)
+class Recorder:
+    """Makes recordings of one network for the loaders of a run."""
+
+    run: "Run"
+    cache: Path
+    network: str
+    """What identifies its content."""
+    asked: dict[str, Any]
+    """What identifies the question: plain JSON data."""
+    shapes: Shapes
+
+    def recording(self, loader: MapLoader, teacher: Callable[[], Ask]) -> Recording:
+        """Return the recording for a loader's examples, made now as far as it is not there yet.
+
+        All ranks must call it; each asks about its part of what is missing.
+
+        Args:
+            loader: of the examples.
+            teacher: loads the network, if it is needed, and returns what asks it.
+        """
+        content, offsets = survey(loader)
+        said = [FORMAT, self.network, content, self.asked, self.shapes, self.run.fabric.strategy.precision.precision]
+        key = hashlib.sha256(json.dumps(said).encode()).hexdigest()[:32]
+        folder = self.run.fabric.broadcast(self.cache / "recorded" / key)
+        try:
+            if self.run.fabric.is_global_zero:
+                self._allocate(folder, int(offsets[-1]), len(offsets) - 1)
+            self.run.fabric.barrier()
+            self._fill(folder, loader, offsets, teacher)
+        except OSError as error:
+            raise DataError(
+                f"the cache folder {folder} cannot be written: {error.strerror or error}; set data.cache_dir or "
+                "$POSTTRAIN_CACHE"
+            ) from error
+        self.run.fabric.barrier()
+        return Recording({name: self._mapped(folder, name, int(offsets[-1])) for name in self.shapes}, offsets)
+
+    def _allocate(self, folder: Path, tokens: int, examples: int) -> None:
+        """Make the files at their full size, once."""
+        folder.mkdir(parents=True, exist_ok=True)
+        with FileLock(folder / "lock"):
+            sizes = {name: tokens * width * np.dtype(kind).itemsize for name, (kind, width) in self.shapes.items()}
+            for name, size in {**sizes, "done": -(-examples // CHUNK)}.items():
+                with (folder / name).open("ab") as file:
+                    file.truncate(size)
+
+    def _fill(self, folder: Path, loader: MapLoader, offsets: np.ndarray, teacher: Callable[[], Ask]) -> None:
+        """Ask about the chunks that are not ticked off, this rank's part of them."""
+        fabric = self.run.fabric
+        missing = np.flatnonzero(np.fromfile(folder / "done", dtype=bool) == False)  # noqa: E712
+        mine = missing[fabric.global_rank :: fabric.world_size]
+        if not len(missing):
+            return
+        ask = teacher()
+        log.info("asking the network about %s of %s examples", f"{len(missing) * CHUNK:,}", f"{len(offsets) - 1:,}")
+        handles = {name: os.open(folder / name, os.O_WRONLY) for name in (*self.shapes, "done")}
+        try:
+            for chunk in mine.tolist():
+                indices = range(chunk * CHUNK, min((chunk + 1) * CHUNK, len(offsets) - 1))
+                for index, found in self._asked(loader, indices, offsets, ask):
+                    for name, numbers in found.items():
+                        kind, width = self.shapes[name]
+                        place = int(offsets[index]) * width * np.dtype(kind).itemsize
+                        os.pwrite(handles[name], numbers.astype(kind).tobytes(), place)
+                for name in self.shapes:
+                    os.fsync(handles[name])
+                os.pwrite(handles["done"], b"\x01", chunk)  # only now: what is ticked off is on disk
+        finally:
+            for handle in handles.values():
+                os.close(handle)
+
+    def _asked(
+        self, loader: MapLoader, indices: range, offsets: np.ndarray, ask: Ask
+    ) -> Iterator[tuple[int, dict[str, np.ndarray]]]:
+        """Yield the numbers of each example."""
+        order = np.arange(indices.start, indices.stop)
+        rows = plan(order, loader.examples.lengths, loader.max_length) if loader.packing else [[i] for i in indices]
+        for group in chunks(rows, loader.micro_batch_size):
+            found = {name: x.cpu().numpy() for name, x in ask(self.run.to_device(loader.batch(group))).items()}
+            at = 0
+            for index in (index for row in group for index in row):
+                size = int(offsets[index + 1] - offsets[index])
+                yield index, {name: numbers[at : at + size] for name, numbers in found.items()}
+                at += size
+
+    def _mapped(self, folder: Path, name: str, tokens: int) -> np.ndarray:
+        kind, width = self.shapes[name]
+        return np.asarray(np.memmap(folder / name, dtype=kind, mode="r", shape=(tokens, width)))
+
+
+def record(run: "Run", recorder: Recorder, teacher: Callable[[], Ask]) -> None:
+    """Give the loaders of a run a recording of their examples."""
+    loaders = {name: loader for name in ("train", "eval") if (loader := getattr(run.loaders, name)) is not None}
+    stored = {name: at_rest(loader) for name, loader in loaders.items()}
+    made: dict[str, Any] = {name: attrs.evolve(x, extra=recorder.recording(x, teacher)) for name, x in stored.items()}
+    run.loaders = attrs.evolve(run.loaders, **made)
+
+
+def record_targets(run: "Run", name: str, data: Any) -> None:
+    """Let a frozen network score the targets of all examples, and free it: batches then hold `NAME_log_probs`, [n]."""
+    network = run.frozen[name]
+    recorder = Recorder(
+        run, cache_of(data), content_of(network), {"asked": "targets"}, {f"{name}_log_probs": ("float32", 1)}
+    )
+
+    def ask(batch: Batch) -> dict[str, Tensor]:
+        return {f"{name}_log_probs": network(batch, "log_probs")[:, None]}
+
+    record(run, recorder, lambda: ask)
+    del run.frozen[name]
+
+
+def at_rest(loader: Loader) -> MapLoader:
+    """Return the loader, if its examples are at rest.
+
+    Raises:
+        RecipeError: they are not.
+    """
+    if not isinstance(loader, MapLoader):
+        raise RecipeError("a network can only be asked ahead about data at rest, not about a stream")
+    return loader
+
+
+def cache_of(data: Any) -> Path:
+    """Return the folder where a data block keeps what it makes."""
+    return (data.cache_dir if isinstance(data, Data) else None) or default_cache()
+
+
+def survey(loader: MapLoader) -> tuple[str, np.ndarray]:
+    """Return a hash of a loader's examples, and where the supervised tokens of each begin: int64 [examples + 1]."""
+    digest, counts = hashlib.sha256(), [0]
+    for index in range(len(loader.examples)):
+        documents = loader.examples[index].documents
+        for ids, mask in documents:
+            digest.update(len(ids).to_bytes(8, "big"))
+            digest.update(np.ascontiguousarray(ids, dtype=np.int64).tobytes())
+            digest.update(np.ascontiguousarray(mask, dtype=bool).tobytes())
+        counts.append(sum(int(mask[1:].sum()) for _, mask in documents))
+    return digest.hexdigest(), np.cumsum(counts)
+
+
+def content_of(network: nn.Module) -> str:
+    """Return a hash of a network's parameters and buffers."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(network.state_dict().items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()

@@ -1,0 +1,124 @@
+"""Preference training: DPO and its relatives, on pairs of a chosen and a rejected reply."""
+
+from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING
+
+import attrs
+from attrs.validators import and_, ge, gt, lt, optional
+
+from posttrain.blocks.data import PreferenceData
+from posttrain.blocks.model import HFModel
+from posttrain.blocks.preference import Objective
+from posttrain.interfaces import Batch, DataBlock, ModelBlock
+from posttrain.registry import block, default, key
+from posttrain.trainer import Trainer
+
+if TYPE_CHECKING:
+    from lightning.fabric import Fabric
+    from torch import Tensor, nn
+
+    from posttrain.run import Run
+
+
+@block("trainer", "dpo")
+class DPOTrainer(Trainer):
+    """Direct preference optimization, and other losses of the same pairs (`posttrain/blocks/preference.py`)."""
+
+    model: ModelBlock = default(HFModel, required=True)
+    data: DataBlock = default(PreferenceData, required=True)
+    reference: ModelBlock | None = default(HFModel, optional=True, also=("ref_model",))
+    """The model to stay close to; by default a frozen copy of `model` as it is at the start, and with LoRA `model`
+    without its adapters."""
+    precompute_reference: bool = key(False, also=("precompute_ref_log_probs",))
+    """Ask the reference once for all pairs before training, keep its answers in the cache, and free its memory."""
+    loss_type: str | list[str] | dict[str, float] = "sigmoid"
+    """A name of preference.py; several are added up, as a list or with weights: `{sigmoid: 1, sft: 0.2}`."""
+    beta: float | None = key(None, check=optional(gt(0)))
+    """Scale of rewards: higher ties the model closer to the reference. By default the loss's own: 0.1, SimPO 2."""
+    label_smoothing: float | None = key(None, check=optional(and_(ge(0), lt(0.5))))
+    """Probability that a label is wrong, for the losses that take it."""
+    loss_args: dict[str, float | bool] = attrs.field(factory=dict)
+    """Further options of the losses: `{gamma: 1.4}`."""
+
+    @property
+    def objective(self) -> Objective:
+        """The losses with their weights and options."""
+        names = [self.loss_type] if isinstance(self.loss_type, str) else self.loss_type
+        weights = names if isinstance(names, dict) else dict.fromkeys(names, 1.0)
+        given = {"beta": self.beta, "label_smoothing": self.label_smoothing}
+        return Objective(weights, {k: v for k, v in given.items() if v is not None} | self.loss_args)
+
+    def check(self) -> Iterator[tuple[str, str]]:
+        """Yield what is wrong with the losses and their options."""
+        objective = self.objective
+        if found := objective.problems():
+            yield from (("loss_type", message) for message in found)
+        elif not objective.needs_reference:
+            for name in ("reference", "precompute_reference"):
+                if getattr(self, name):
+                    yield name, f"{' + '.join(objective.weights)} has no use for a reference model"
+
+    def build_frozen(self, fabric: "Fabric", model: "nn.Module") -> "dict[str, nn.Module]":
+        """Add the reference: a copy of the policy, unless there is a model of its own or adapters to switch off."""
+        from posttrain.blocks.frozen import reference_of
+
+        frozen = super().build_frozen(fabric, model)
+        if self.objective.needs_reference and self.reference is None:
+            frozen["reference"] = reference_of(model, fabric)
+        return frozen
+
+    def setup(self) -> "Run":
+        """Ask the reference about all pairs, if it is to be asked only once."""
+        from posttrain.blocks.recorded import record_targets
+
+        run = super().setup()
+        if self.precompute_reference:
+            record_targets(run, "reference", self.data)
+        return run
+
+    def loss(self, batch: Batch) -> "Tensor":
+        """Return the mean loss of the pairs."""
+        from posttrain.blocks.joint import through
+
+        policy, reference = self.log_probs(batch)
+        if "joint" in batch:
+            losses = through(policy, *batch["joint"])
+        else:
+            losses = self.objective(policy, reference, batch["lengths"], batch.get("mean_lengths"))
+        self.log(policy.detach(), reference, batch["lengths"])
+        weight: int = batch["weight"]
+        return losses.sum() / weight
+
+    def log_probs(self, batch: Batch) -> "tuple[Tensor, Tensor]":
+        """Return the summed log-probabilities of both replies, [pairs, 2], of the model and of the reference."""
+        policy = self.run.model(batch, "log_probs")
+        reference = policy.detach()
+        if "reference_log_probs" in batch:
+            reference = batch["reference_log_probs"]
+        elif self.objective.needs_reference:
+            reference = self.run.frozen["reference"](batch, "log_probs")
+        both = (x.new_zeros(2 * batch["pairs"]).index_add(0, batch["side"], x) for x in (policy, reference))
+        ours, theirs = (sums.view(-1, 2) for sums in both)
+        return ours, theirs
+
+    def together(self, batches: Iterable[Batch]) -> Iterable[Batch]:
+        """Let losses that depend on all pairs of a step see them all."""
+        from posttrain.blocks import joint
+
+        objective, fabric = self.objective, self.run.fabric
+        if objective.over_step:
+            return joint.with_joint_losses(batches, self.log_probs, objective, fabric)
+        return joint.with_mean_lengths(batches, fabric) if objective.takes("mean_lengths") else batches
+
+    def log(self, policy: "Tensor", reference: "Tensor", lengths: "Tensor") -> None:
+        """Log the means over pairs of rewards, log-probabilities (in nats) and lengths (in tokens)."""
+        objective = self.objective
+        gain = policy - reference if objective.needs_reference else policy / lengths
+        rewards = objective.beta * gain
+        margin = rewards[:, 0] - rewards[:, 1]
+        found = {"rewards/margin": margin.mean(), "rewards/accuracy": (margin > 0).float().mean()}
+        for side, name in enumerate(("chosen", "rejected")):
+            found[f"rewards/{name}"] = rewards[:, side].mean()
+            found[f"log_probs/{name}"] = policy[:, side].mean()
+            found[f"length/{name}"] = lengths[:, side].mean()
+        self.run.log(**found)
