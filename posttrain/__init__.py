@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from posttrain.blocks.checkpoint import HuggingFace, Resume
     from posttrain.blocks.data import CausalData, PreferenceData, SFTData
     from posttrain.blocks.logger import JSONL, Console, TensorBoard
-    from posttrain.blocks.model import HFModel, LoRA
+    from posttrain.blocks.model import HFModel, LoRA, RewardModel
     from posttrain.blocks.optimizer import AdamW
     from posttrain.blocks.preference import preference_loss
     from posttrain.blocks.scheduler import WSD, Constant, Cosine, Linear
@@ -33,7 +33,9 @@ if TYPE_CHECKING:
     from posttrain.registry import block, default, key
     from posttrain.run import Run
     from posttrain.trainer import Trainer
+    from posttrain.trainers.distill import DistillTrainer
     from posttrain.trainers.dpo import DPOTrainer
+    from posttrain.trainers.reward import RewardTrainer
     from posttrain.trainers.sft import CausalTrainer, SFTTrainer
     from posttrain.values import Secret
 
@@ -42,7 +44,7 @@ _HOMES = {
     "blocks.checkpoint": ("HuggingFace", "Resume"),
     "blocks.data": ("CausalData", "PreferenceData", "SFTData"),
     "blocks.logger": ("Console", "JSONL", "TensorBoard"),
-    "blocks.model": ("HFModel", "LoRA"),
+    "blocks.model": ("HFModel", "LoRA", "RewardModel"),
     "blocks.optimizer": ("AdamW",),
     "blocks.preference": ("preference_loss",),
     "blocks.scheduler": ("Constant", "Cosine", "Linear", "WSD"),
@@ -58,7 +60,9 @@ _HOMES = {
     "registry": ("block", "default", "key"),
     "run": ("Run",),
     "trainer": ("Trainer",),
+    "trainers.distill": ("DistillTrainer",),
     "trainers.dpo": ("DPOTrainer",),
+    "trainers.reward": ("RewardTrainer",),
     "trainers.sft": ("CausalTrainer", "SFTTrainer"),
     "values": ("Secret",),
 }  # fmt: skip
@@ -67,10 +71,11 @@ _HOME_OF = {name: f"posttrain.{module}" for module, found in _HOMES.items() for 
 
 __all__ = [
     "AdamW", "Auto", "Batch", "CausalData", "CausalTrainer", "CheckpointError", "Console", "Constant", "Cosine",
-    "DDP", "DPOTrainer", "DataError", "DeepSpeed", "EarlyStop", "HFModel", "HFTokenizer", "HookError",
-    "HuggingFace", "JSONL", "Linear", "LoRA", "PosttrainError", "PreferenceData", "RecipeError", "RegistryError",
-    "Resume", "Run", "SFTData", "SFTTrainer", "Samples", "Secret", "Source", "TensorBoard", "Trainer",
-    "TrainingError", "WSD", "after", "before", "block", "default", "key", "load", "preference_loss",
+    "DDP", "DPOTrainer", "DataError", "DeepSpeed", "DistillTrainer", "EarlyStop", "HFModel", "HFTokenizer",
+    "HookError", "HuggingFace", "JSONL", "Linear", "LoRA", "PosttrainError", "PreferenceData", "RecipeError",
+    "RegistryError", "Resume", "RewardModel", "RewardTrainer", "Run", "SFTData", "SFTTrainer", "Samples", "Secret",
+    "Source", "TensorBoard", "Trainer", "TrainingError", "WSD", "after", "before", "block", "default", "key",
+    "load", "preference_loss",
 ]  # fmt: skip
 
 

@@ -112,6 +112,7 @@ def collate_pairs(rows: list[list[Example]], pad_id: int, packing: bool = True) 
         side: int64 [n], for each supervised token 2 * pair, or 2 * pair + 1 on the rejected side.
         lengths: float32 [pairs, 2], the supervised tokens of both sides.
         margins: float32 [pairs], the value of each example.
+        ends_with_padding: whether the last token of any side is the padding token.
         branch: with packing, the layout in which what both sides begin with is there only once (see `branched`).
     """
     import numpy as np
@@ -126,6 +127,7 @@ def collate_pairs(rows: list[list[Example]], pad_id: int, packing: bool = True) 
         "pairs": len(pairs),
         "side": torch.from_numpy(np.repeat(np.arange(len(counts)), counts)),
         "lengths": torch.from_numpy(counts.astype(np.float32).reshape(-1, 2)),
+        "ends_with_padding": bool((batch["input_ids"].view(-1)[batch["ends"]] == pad_id).any()),
         "margins": torch.tensor([pair.value for pair in pairs], dtype=torch.float32),
     }
     return batch | {"branch": branched(batch, [len(ids) for row in sides for ids, _ in row])} if packing else batch

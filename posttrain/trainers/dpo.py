@@ -1,7 +1,7 @@
 """Preference training: DPO and its relatives, on pairs of a chosen and a rejected reply."""
 
 from collections.abc import Iterable, Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import attrs
 from attrs.validators import and_, ge, gt, lt, optional
@@ -66,6 +66,10 @@ class DPOTrainer(Trainer):
         if self.objective.needs_reference and self.reference is None:
             frozen["reference"] = reference_of(model, fabric)
         return frozen
+
+    def prepare(self) -> dict[str, Any]:
+        """Tokenize, and record what the reference says if it is to be asked only once."""
+        return self.setup().loaders.ledger if self.precompute_reference else super().prepare()
 
     def setup(self) -> "Run":
         """Ask the reference about all pairs, if it is to be asked only once."""
