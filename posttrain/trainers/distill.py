@@ -1,10 +1,11 @@
 """Distillation: a student learns the next-token distribution of a teacher, whose answers may be stored ahead."""
 
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, Literal
 
 from attrs.validators import gt, optional
 
-from posttrain.blocks.data import SFTData
+from posttrain.blocks.data import Data, SFTData
 from posttrain.blocks.model import HFModel
 from posttrain.interfaces import Batch, DataBlock, ModelBlock
 from posttrain.registry import block, default, key
@@ -37,6 +38,14 @@ class DistillTrainer(Trainer):
     """KL(teacher || student), KL(student || teacher), or Jensen-Shannon."""
     temperature: float = key(1.0, check=gt(0))
     """What the logits of both are divided by; the loss is multiplied by its square."""
+
+    def check(self) -> Iterator[tuple[str, str]]:
+        """Yield what contradicts the data."""
+        if self.stored and isinstance(self.data, Data) and self.data.streams:
+            yield (
+                "stored",
+                "the teacher cannot be asked ahead about a stream, which is read while training: set it false",
+            )
 
     def build_frozen(self, fabric: "Fabric", model: "nn.Module") -> "dict[str, nn.Module]":
         """Build the teacher only if it takes part in every step."""
