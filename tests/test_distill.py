@@ -84,7 +84,7 @@ def test_probabilities_of_nothing_and_of_everything_are_finite() -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("k", [8, None])
+@pytest.mark.parametrize("k", [1, 8, None])
 def test_stored_answers_train_like_the_teacher(tmp_path: Path, kind: str, k: int | None) -> None:
     keys = {"divergence": kind, "top_k": k, "temperature": 1.5, "eval_rows": 9, "eval_every": 2}
     stored = distill(tmp_path / "stored", **keys).train()

@@ -117,6 +117,17 @@ def test_a_recorded_reference_trains_the_same_and_is_asked_only_once(tmp_path: P
     assert len(list((tmp_path / "cache" / "recorded").iterdir())) == 4
 
 
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # peft still says gradient checkpointing
+def test_recordings_of_models_without_their_adapters_are_told_apart(tmp_path: Path) -> None:
+    pytest.importorskip("peft")
+    for seed in (1, 2):  # other weights
+        keys = {"model": {"lora": LoRA(r=4)}, "seed": seed, "max_steps": 2}
+        dpo(tmp_path / f"asked-{seed}", **keys).train()
+        dpo(tmp_path / f"recorded-{seed}", precompute_reference=True, **keys).train()
+        assert losses(tmp_path / f"recorded-{seed}") == pytest.approx(losses(tmp_path / f"asked-{seed}"), abs=1e-6)
+    assert len(list((tmp_path / "cache" / "recorded").iterdir())) == 2
+
+
 def test_a_recording_that_was_broken_off_is_completed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from posttrain.blocks import recorded
 

@@ -45,9 +45,14 @@ class WithoutAdapters(nn.Module):
         self.shared = (module,)  # in a tuple, so that its parameters are not this module's
         self.fabric = fabric
 
+    @property
+    def module(self) -> PackedModel:
+        """The network, with its adapters."""
+        return self.shared[0]
+
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Return what the network returns with its adapters switched off."""
-        (module,) = self.shared
+        module = self.module
         training = module.training
         module.eval()
         try:
