@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from posttrain.blocks.scheduler import WSD, Constant, Cosine, Linear
     from posttrain.blocks.sources import Source
     from posttrain.blocks.strategy import DDP, Auto, DeepSpeed
+    from posttrain.blocks.swiftkv import SwiftKVModel
     from posttrain.blocks.tokenizer import HFTokenizer
     from posttrain.errors import (
         CheckpointError,
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
     from posttrain.trainers.dpo import DPOTrainer
     from posttrain.trainers.reward import RewardTrainer
     from posttrain.trainers.sft import CausalTrainer, SFTTrainer
+    from posttrain.trainers.swiftkv import SwiftKVTrainer
     from posttrain.values import Secret
 
 _HOMES = {
@@ -50,6 +52,7 @@ _HOMES = {
     "blocks.scheduler": ("Constant", "Cosine", "Linear", "WSD"),
     "blocks.sources": ("Source",),
     "blocks.strategy": ("Auto", "DDP", "DeepSpeed"),
+    "blocks.swiftkv": ("SwiftKVModel",),
     "blocks.tokenizer": ("HFTokenizer",),
     "errors": (
         "CheckpointError", "DataError", "HookError", "PosttrainError", "RecipeError", "RegistryError", "TrainingError",
@@ -64,6 +67,7 @@ _HOMES = {
     "trainers.dpo": ("DPOTrainer",),
     "trainers.reward": ("RewardTrainer",),
     "trainers.sft": ("CausalTrainer", "SFTTrainer"),
+    "trainers.swiftkv": ("SwiftKVTrainer",),
     "values": ("Secret",),
 }  # fmt: skip
 """Module -> the public names in it."""
@@ -74,8 +78,8 @@ __all__ = [
     "DDP", "DPOTrainer", "DataError", "DeepSpeed", "DistillTrainer", "EarlyStop", "HFModel", "HFTokenizer",
     "HookError", "HuggingFace", "JSONL", "Linear", "LoRA", "PosttrainError", "PreferenceData", "RecipeError",
     "RegistryError", "Resume", "RewardModel", "RewardTrainer", "Run", "SFTData", "SFTTrainer", "Samples", "Secret",
-    "Source", "TensorBoard", "Trainer", "TrainingError", "WSD", "after", "before", "block", "default", "key",
-    "load", "preference_loss",
+    "Source", "SwiftKVModel", "SwiftKVTrainer", "TensorBoard", "Trainer", "TrainingError", "WSD", "after", "before",
+    "block", "default", "key", "load", "preference_loss",
 ]  # fmt: skip
 
 

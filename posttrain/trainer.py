@@ -122,8 +122,8 @@ class Trainer:
         is this rank's part of the loss; the parts add up to it.
         """
         run, fabric = self.run, self.run.fabric
-        total = self.total_weight(batches)
         batches = list(self.together(batches))
+        total = self.total_weight(batches)
         losses = []
         for i, micro_batch in enumerate(batches, start=1):
             with (

@@ -52,6 +52,7 @@ def lay(rows: list[list[Document]], pad_id: int) -> Batch:
         targets: int64 [n], the tokens they predict.
         weight, supervised_tokens: n.
         tokens: how many positions are not padding.
+        row_lengths: int64 [rows], how many of each row are not.
     """
     import numpy as np
     import torch
@@ -62,7 +63,7 @@ def lay(rows: list[list[Document]], pad_id: int) -> Batch:
     positions = np.zeros((len(rows), width), dtype=np.int64)
     seqlens: list[int] = []
     ends: list[int] = []
-    tokens = 0
+    row_lengths: list[int] = []
     for i, row in enumerate(rows):
         at = 0
         for ids, mask in row:
@@ -73,7 +74,7 @@ def lay(rows: list[list[Document]], pad_id: int) -> Batch:
             seqlens.append(len(ids))
             ends.append(i * width + end - 1)
             at = end
-        tokens += at
+        row_lengths.append(at)
         if at < width:
             positions[i, at:] = np.arange(width - at)
             seqlens.append(width - at)
@@ -94,7 +95,8 @@ def lay(rows: list[list[Document]], pad_id: int) -> Batch:
         "targets": torch.from_numpy(flat[predicted]),
         "weight": len(predicted),
         "supervised_tokens": len(predicted),
-        "tokens": tokens,
+        "tokens": sum(row_lengths),
+        "row_lengths": torch.tensor(row_lengths),
     }
 
 

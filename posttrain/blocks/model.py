@@ -128,6 +128,7 @@ class HFModel:
                 config = AutoConfig.for_model(**changes)
             else:
                 config = AutoConfig.from_pretrained(self.name_or_path, **changes, **shared)
+            config = self.configured(config)
             if self.attn_implementation != "auto":
                 config._attn_implementation = self.attn_implementation
             if self.random_init:
@@ -144,6 +145,10 @@ class HFModel:
         if self.attn_implementation == "auto" and fits:
             hf.set_attn_implementation(attention.NAME)
         return hf
+
+    def configured(self, config: Any) -> Any:
+        """Return the configuration to build from; a subclass may make another one of the model's own."""
+        return config
 
     def fingerprint(self) -> str | None:
         """Return what identifies the weights without loading them: a hash of the files, or the hub's commit.
