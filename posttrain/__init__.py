@@ -14,8 +14,9 @@ if TYPE_CHECKING:
     from posttrain.blocks.model import HFModel, LoRA, RewardModel
     from posttrain.blocks.optimizer import AdamW
     from posttrain.blocks.preference import preference_loss
-    from posttrain.blocks.scheduler import WSD, Constant, Cosine, Linear
+    from posttrain.blocks.scheduler import WSD, Constant, Cosine, Linear, TwoStage
     from posttrain.blocks.sources import Source
+    from posttrain.blocks.speculator import SpeculatorModel
     from posttrain.blocks.strategy import DDP, Auto, DeepSpeed
     from posttrain.blocks.swiftkv import SwiftKVModel
     from posttrain.blocks.tokenizer import HFTokenizer
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
     from posttrain.trainer import Trainer
     from posttrain.trainers.distill import DistillTrainer
     from posttrain.trainers.dpo import DPOTrainer
+    from posttrain.trainers.mlp_speculator import SpeculatorTrainer
     from posttrain.trainers.reward import RewardTrainer
     from posttrain.trainers.sft import CausalTrainer, SFTTrainer
     from posttrain.trainers.swiftkv import SwiftKVTrainer
@@ -49,8 +51,9 @@ _HOMES = {
     "blocks.model": ("HFModel", "LoRA", "RewardModel"),
     "blocks.optimizer": ("AdamW",),
     "blocks.preference": ("preference_loss",),
-    "blocks.scheduler": ("Constant", "Cosine", "Linear", "WSD"),
+    "blocks.scheduler": ("Constant", "Cosine", "Linear", "TwoStage", "WSD"),
     "blocks.sources": ("Source",),
+    "blocks.speculator": ("SpeculatorModel",),
     "blocks.strategy": ("Auto", "DDP", "DeepSpeed"),
     "blocks.swiftkv": ("SwiftKVModel",),
     "blocks.tokenizer": ("HFTokenizer",),
@@ -65,6 +68,7 @@ _HOMES = {
     "trainer": ("Trainer",),
     "trainers.distill": ("DistillTrainer",),
     "trainers.dpo": ("DPOTrainer",),
+    "trainers.mlp_speculator": ("SpeculatorTrainer",),
     "trainers.reward": ("RewardTrainer",),
     "trainers.sft": ("CausalTrainer", "SFTTrainer"),
     "trainers.swiftkv": ("SwiftKVTrainer",),
@@ -78,8 +82,8 @@ __all__ = [
     "DDP", "DPOTrainer", "DataError", "DeepSpeed", "DistillTrainer", "EarlyStop", "HFModel", "HFTokenizer",
     "HookError", "HuggingFace", "JSONL", "Linear", "LoRA", "PosttrainError", "PreferenceData", "RecipeError",
     "RegistryError", "Resume", "RewardModel", "RewardTrainer", "Run", "SFTData", "SFTTrainer", "Samples", "Secret",
-    "Source", "SwiftKVModel", "SwiftKVTrainer", "TensorBoard", "Trainer", "TrainingError", "WSD", "after", "before",
-    "block", "default", "key", "load", "preference_loss",
+    "Source", "SpeculatorModel", "SpeculatorTrainer", "SwiftKVModel", "SwiftKVTrainer", "TensorBoard", "Trainer",
+    "TrainingError", "TwoStage", "WSD", "after", "before", "block", "default", "key", "load", "preference_loss",
 ]  # fmt: skip
 
 

@@ -65,12 +65,13 @@ def default(block: type[T], *, required: bool = False, optional: bool = False, a
 
 
 @dataclass_transform(kw_only_default=True, field_specifiers=(attrs.field,))
-def block(kind: str, name: str) -> Callable[[type[T]], type[T]]:
+def block(kind: str, name: str, *, also: tuple[str, ...] = ()) -> Callable[[type[T]], type[T]]:
     """Make a class a block: keyword-only attrs fields, and a name for `type:`.
 
     Args:
         kind: one of `KINDS`.
         name: what a recipe calls it.
+        also: other names that a recipe may use.
 
     Raises:
         RegistryError: the kind is unknown, the class does not fit it, or the name is taken.
@@ -94,12 +95,13 @@ def block(kind: str, name: str) -> Callable[[type[T]], type[T]]:
             cls = attrs.frozen(cls, kw_only=True, slots=False)
         if problem := mismatch(cls, KINDS[kind]):
             raise RegistryError(f"{where(cls)} is not a {kind}: {problem}")
-        known = _blocks.get((kind, name))
-        if known is not None and _home(known) != _home(cls):
-            raise RegistryError(
-                f"{kind} {name!r} is already registered by {where(known)}; {where(cls)} needs another name"
-            )
-        _blocks[kind, name] = cls  # the same class again (a notebook cell, a reload) replaces itself
+        for called in (name, *also):
+            known = _blocks.get((kind, called))
+            if known is not None and _home(known) != _home(cls):
+                raise RegistryError(
+                    f"{kind} {called!r} is already registered by {where(known)}; {where(cls)} needs another name"
+                )
+            _blocks[kind, called] = cls  # the same class again (a notebook cell, a reload) replaces itself
         _names[cls] = name
         return cls
 

@@ -180,7 +180,9 @@ class Run:
         def moved(value: Any) -> Any:
             if isinstance(value, dict):
                 return self.to_device(value)
-            return value.pin_memory().to(device, non_blocking=True) if isinstance(value, torch.Tensor) else value
+            if not isinstance(value, torch.Tensor) or value.device == device:
+                return value
+            return value.pin_memory().to(device, non_blocking=True)
 
         return {name: moved(value) for name, value in batch.items()}
 

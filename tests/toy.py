@@ -13,11 +13,13 @@ from posttrain.blocks.loader import MapLoader, StreamLoader
 from posttrain.blocks.logger import JSONL
 from posttrain.blocks.model import HFModel, RewardModel
 from posttrain.blocks.optimizer import AdamW
+from posttrain.blocks.speculator import SpeculatorModel
 from posttrain.blocks.swiftkv import SwiftKVModel
 from posttrain.interfaces import Loaders
 from posttrain.registry import block
 from posttrain.trainer import Trainer
 from posttrain.trainers.dpo import DPOTrainer
+from posttrain.trainers.mlp_speculator import SpeculatorTrainer
 from posttrain.trainers.reward import RewardTrainer
 from posttrain.trainers.sft import SFTTrainer
 from posttrain.trainers.swiftkv import SwiftKVTrainer
@@ -147,7 +149,9 @@ def trainer(folder: Path, method: type[Trainer] = SFTTrainer, **keys: Any) -> An
         "tokenizer": ToyTokenizer(), "optimizer": AdamW(lr=1e-3), "output_dir": folder, "accelerator": "cpu",
         "logger": [JSONL()], "log_every": 1, "max_steps": 8, "micro_batch_size": 4,
     }  # fmt: skip
-    block = {RewardTrainer: RewardModel, SwiftKVTrainer: SwiftKVModel}.get(method, HFModel)
+    block = {RewardTrainer: RewardModel, SwiftKVTrainer: SwiftKVModel, SpeculatorTrainer: SpeculatorModel}.get(
+        method, HFModel
+    )
     made = network(block, **model)
     return method(model=made, data=ToyData(**data), **{**defaults, **keys})
 

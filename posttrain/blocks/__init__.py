@@ -8,11 +8,13 @@ from posttrain.blocks import (
     model,
     optimizer,
     scheduler,
+    speculator,
     strategy,
     swiftkv,
     tokenizer,
 )  # fmt: skip
 
 __all__ = [
-    "callbacks", "checkpoint", "data", "logger", "model", "optimizer", "scheduler", "strategy", "swiftkv", "tokenizer",
+    "callbacks", "checkpoint", "data", "logger", "model", "optimizer", "scheduler", "speculator", "strategy", "swiftkv",
+    "tokenizer",
 ]  # fmt: skip

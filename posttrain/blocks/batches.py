@@ -50,6 +50,8 @@ def lay(rows: list[list[Document]], pad_id: int) -> Batch:
         ends: int64 [documents but padding], the flat position (row * width + column) of each one's last token.
         supervised: int64 [n], the flat positions that predict a supervised token.
         targets: int64 [n], the tokens they predict.
+        streaks, depths: numpy int64 [n], so they stay on the host: how many supervised tokens in a row begin with each
+            target, and how far inside its document each of `supervised` is.
         weight, supervised_tokens: n.
         tokens: how many positions are not padding.
         row_lengths: int64 [rows], how many of each row are not.
@@ -93,11 +95,26 @@ def lay(rows: list[list[Document]], pad_id: int) -> Batch:
         "ends": torch.tensor(ends, dtype=torch.int64),
         "supervised": torch.from_numpy(predicted - 1),
         "targets": torch.from_numpy(flat[predicted]),
+        "streaks": streaks(predicted),
+        "depths": positions.reshape(-1)[predicted - 1],
         "weight": len(predicted),
         "supervised_tokens": len(predicted),
         "tokens": sum(row_lengths),
         "row_lengths": torch.tensor(row_lengths),
     }
+
+
+def streaks(indices: "np.ndarray") -> "np.ndarray":
+    """Return how many consecutive numbers begin with each of some ascending ones.
+
+    >>> import numpy as np
+    >>> streaks(np.array([3, 4, 5, 9, 11, 12])).tolist()
+    [3, 2, 1, 1, 2, 1]
+    """
+    import numpy as np
+
+    ends = np.flatnonzero(np.diff(indices, append=-1) != 1)  # the last of each run
+    return ends[np.searchsorted(ends, np.arange(len(indices)))] - np.arange(len(indices)) + 1
 
 
 def collate_pairs(rows: list[list[Example]], pad_id: int, packing: bool = True) -> Batch:

@@ -69,6 +69,43 @@ class Cosine(Linear):
         return self.floor + (1.0 - self.floor) * 0.5 * (1.0 + math.cos(math.pi * progress))
 
 
+@block("scheduler", "two-stage")
+class TwoStage:
+    """As IBM trains speculators (fms-fsdp): a cosine for each stage, the second one a tenth as high.
+
+    In stage 1 the rate rises along a parabola in 5 % of its steps, 2,000 at most, and falls to a tenth of the peak;
+    in stage 2 it falls from there to a hundredth.
+    """
+
+    stage_one: float = key(0.714, check=SHARE)
+    """Share of the steps that belong to stage 1; 15,000 of 21,000 in the paper's runs."""
+
+    def build(self, optimizer: "Optimizer", max_steps: int) -> "LRScheduler":
+        """Return the schedule for a run of `max_steps` optimizer steps."""
+        from torch.optim.lr_scheduler import LambdaLR
+
+        return LambdaLR(optimizer, self.factor(max_steps))
+
+    def factor(self, max_steps: int) -> Callable[[int], float]:
+        """Return step -> factor, with step 0 the first."""
+        first = round(self.stage_one * max_steps)
+        warmup = min(2000, round(0.05 * first))
+
+        def factor(step: int) -> float:
+            if step < warmup:
+                return 1.0 - (1.0 - (step + 1) / (warmup + 1)) ** 2
+            if step < first:
+                return fall((step - warmup) / max(1, first - warmup), 1.0, 0.1)
+            return fall(min(1.0, (step - first) / max(1, max_steps - first)), 0.1, 0.01)
+
+        return factor
+
+
+def fall(progress: float, top: float, bottom: float) -> float:
+    """Return half a cosine from the top down to the bottom."""
+    return bottom + (top - bottom) * 0.5 * (1.0 + math.cos(math.pi * progress))
+
+
 @block("scheduler", "wsd")
 class WSD(Linear):
     """Warm up, stay, decay: the peak rate, then a straight line down in the last steps (arXiv:2404.06395)."""

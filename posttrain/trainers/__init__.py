@@ -1,5 +1,5 @@
 """One module per training method. Importing this package registers them; it imports nothing heavy."""
 
-from posttrain.trainers import distill, dpo, reward, sft, swiftkv
+from posttrain.trainers import distill, dpo, mlp_speculator, reward, sft, swiftkv
 
-__all__ = ["distill", "dpo", "reward", "sft", "swiftkv"]
+__all__ = ["distill", "dpo", "mlp_speculator", "reward", "sft", "swiftkv"]
