@@ -47,7 +47,7 @@ def test_pairs_are_made_of_different_solutions_and_what_is_left_out_is_counted(
     assert counts["questions without pairs: no solution is wrong"] == 1
     pairs = make_pairs.read(tmp_path / "data" / "pairs_train.jsonl")
     assert [pair["chosen"] + pair["rejected"] for pair in pairs] == ["ab", "ad", "cb", "cd", "ab"]
-    assert pairs[1]["chosen_by"], pairs[1]["rejected_by"] == ("6b_finetuning", "175b_verification")
+    assert (pairs[1]["chosen_by"], pairs[1]["rejected_by"]) == ("6b_finetuning", "175b_verification")
     practice = make_pairs.read(tmp_path / "data" / "sft_train.jsonl")
     assert [row["response"] for row in practice] == ["a", "c", "a", "a", "b", "c", "d"]
 
@@ -82,8 +82,10 @@ def test_no_held_out_question_is_trained_on(tmp_path: Path) -> None:
 def test_dpo_after_sft_raises_the_margin_on_held_out_pairs(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    import make_pairs
     import run
 
+    monkeypatch.setattr(make_pairs, "HELD_OUT", range(8))
     monkeypatch.setattr(run.console, "_width", 120)
     small = ["accelerator=cpu", "data.max_length=256", "data.cache_dir=cache"]
     sft = ["sft.max_steps=20", "sft.model.config={hidden_size: 64, intermediate_size: 128}"]

@@ -14,13 +14,13 @@ SOURCE = Path("../shared/data/gsm8k_model_solutions.jsonl")
 FOLDER = Path("runs/dpo_gsm8k/data")
 MODELS = ("6b_finetuning", "175b_finetuning", "6b_verification", "175b_verification")
 """Those who answered, from the one that is right least often to the one that is right most often."""
-HELD_OUT = 20
-"""Percent of the questions."""
+HELD_OUT = range(20)
+"""Which hundredths of the questions."""
 
 
 def is_held_out(question: str) -> bool:
     """Whether a question is kept for evaluation: decided by its text alone, whatever else is in the file."""
-    return int(hashlib.sha256(question.encode()).hexdigest(), 16) % 100 < HELD_OUT
+    return int(hashlib.sha256(question.encode()).hexdigest(), 16) % 100 in HELD_OUT
 
 
 def answers(row: dict, counts: Counter) -> tuple[dict[str, str], dict[str, str]]:
