@@ -11,12 +11,13 @@ if TYPE_CHECKING:
     from posttrain.blocks.checkpoint import HuggingFace, Resume
     from posttrain.blocks.data import CausalData, PreferenceData, SFTData
     from posttrain.blocks.logger import JSONL, Console, TensorBoard
-    from posttrain.blocks.model import HFModel, LoRA
+    from posttrain.blocks.model import HFModel, LoRA, RewardModel
     from posttrain.blocks.optimizer import AdamW
     from posttrain.blocks.preference import preference_loss
     from posttrain.blocks.scheduler import WSD, Constant, Cosine, Linear
     from posttrain.blocks.sources import Source
     from posttrain.blocks.strategy import DDP, Auto, DeepSpeed
+    from posttrain.blocks.swiftkv import SwiftKVModel
     from posttrain.blocks.tokenizer import HFTokenizer
     from posttrain.errors import (
         CheckpointError,
@@ -33,8 +34,11 @@ if TYPE_CHECKING:
     from posttrain.registry import block, default, key
     from posttrain.run import Run
     from posttrain.trainer import Trainer
+    from posttrain.trainers.distill import DistillTrainer
     from posttrain.trainers.dpo import DPOTrainer
+    from posttrain.trainers.reward import RewardTrainer
     from posttrain.trainers.sft import CausalTrainer, SFTTrainer
+    from posttrain.trainers.swiftkv import SwiftKVTrainer
     from posttrain.values import Secret
 
 _HOMES = {
@@ -42,12 +46,13 @@ _HOMES = {
     "blocks.checkpoint": ("HuggingFace", "Resume"),
     "blocks.data": ("CausalData", "PreferenceData", "SFTData"),
     "blocks.logger": ("Console", "JSONL", "TensorBoard"),
-    "blocks.model": ("HFModel", "LoRA"),
+    "blocks.model": ("HFModel", "LoRA", "RewardModel"),
     "blocks.optimizer": ("AdamW",),
     "blocks.preference": ("preference_loss",),
     "blocks.scheduler": ("Constant", "Cosine", "Linear", "WSD"),
     "blocks.sources": ("Source",),
     "blocks.strategy": ("Auto", "DDP", "DeepSpeed"),
+    "blocks.swiftkv": ("SwiftKVModel",),
     "blocks.tokenizer": ("HFTokenizer",),
     "errors": (
         "CheckpointError", "DataError", "HookError", "PosttrainError", "RecipeError", "RegistryError", "TrainingError",
@@ -58,8 +63,11 @@ _HOMES = {
     "registry": ("block", "default", "key"),
     "run": ("Run",),
     "trainer": ("Trainer",),
+    "trainers.distill": ("DistillTrainer",),
     "trainers.dpo": ("DPOTrainer",),
+    "trainers.reward": ("RewardTrainer",),
     "trainers.sft": ("CausalTrainer", "SFTTrainer"),
+    "trainers.swiftkv": ("SwiftKVTrainer",),
     "values": ("Secret",),
 }  # fmt: skip
 """Module -> the public names in it."""
@@ -67,10 +75,11 @@ _HOME_OF = {name: f"posttrain.{module}" for module, found in _HOMES.items() for 
 
 __all__ = [
     "AdamW", "Auto", "Batch", "CausalData", "CausalTrainer", "CheckpointError", "Console", "Constant", "Cosine",
-    "DDP", "DPOTrainer", "DataError", "DeepSpeed", "EarlyStop", "HFModel", "HFTokenizer", "HookError",
-    "HuggingFace", "JSONL", "Linear", "LoRA", "PosttrainError", "PreferenceData", "RecipeError", "RegistryError",
-    "Resume", "Run", "SFTData", "SFTTrainer", "Samples", "Secret", "Source", "TensorBoard", "Trainer",
-    "TrainingError", "WSD", "after", "before", "block", "default", "key", "load", "preference_loss",
+    "DDP", "DPOTrainer", "DataError", "DeepSpeed", "DistillTrainer", "EarlyStop", "HFModel", "HFTokenizer",
+    "HookError", "HuggingFace", "JSONL", "Linear", "LoRA", "PosttrainError", "PreferenceData", "RecipeError",
+    "RegistryError", "Resume", "RewardModel", "RewardTrainer", "Run", "SFTData", "SFTTrainer", "Samples", "Secret",
+    "Source", "SwiftKVModel", "SwiftKVTrainer", "TensorBoard", "Trainer", "TrainingError", "WSD", "after", "before",
+    "block", "default", "key", "load", "preference_loss",
 ]  # fmt: skip
 
 

@@ -102,7 +102,7 @@ def show(arguments: argparse.Namespace) -> None:
 
     trainer, console = load(arguments), Console()
     if arguments.data is not None:
-        previews = _data_block(trainer, "preview").preview(_tokenizer(trainer), arguments.data)
+        previews = _previews(trainer, arguments.data)
         if not arguments.json:
             return tokens(previews, console)
         for preview in previews:
@@ -126,9 +126,7 @@ def prepare(arguments: argparse.Namespace) -> None:
 
     from posttrain.show import ledger
 
-    trainer = load(arguments)
-    prepared = _data_block(trainer, "prepare").prepare(_tokenizer(trainer))
-    Console().print(ledger(prepared.ledger))
+    Console().print(ledger(load(arguments).prepare()))
 
 
 def blocks(arguments: argparse.Namespace) -> None:
@@ -168,16 +166,12 @@ def _name(data: Any) -> str:
     return str(data.get("name_or_path", data.get("type"))) if isinstance(data, dict) else str(data)
 
 
-def _tokenizer(trainer: "Trainer") -> Any:
-    return trainer.tokenizer.build(trainer.model)
-
-
-def _data_block(trainer: "Trainer", verb: str) -> Any:
+def _previews(trainer: "Trainer", count: int) -> Any:
     from posttrain.errors import RecipeError
 
-    if not callable(getattr(trainer.data, verb, None)):
-        raise RecipeError(f"data: {type(trainer.data).__name__} has no method {verb}(), which this command needs")
-    return trainer.data
+    if not callable(getattr(trainer.data, "preview", None)):
+        raise RecipeError(f"data: {type(trainer.data).__name__} has no method preview(), which this command needs")
+    return trainer.data.preview(trainer.tokenizer.build(trainer.model), count)  # type: ignore[attr-defined]
 
 
 # -- arguments ------------------------------------------------------------------------

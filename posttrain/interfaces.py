@@ -129,6 +129,14 @@ class Checked(Protocol):
 
 
 @runtime_checkable
+class Fingerprinted(Protocol):
+    """A model block that can say which weights it stands for, without loading them."""
+
+    def fingerprint(self) -> str | None:
+        """Return a text that differs where the weights do; None if it cannot tell."""
+
+
+@runtime_checkable
 class Preparable(Protocol):
     """A data block whose slow work can be done ahead of a run, by `posttrain prepare`."""
 

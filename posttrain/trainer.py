@@ -8,7 +8,7 @@ import math
 import signal
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import attrs
 from attrs.validators import ge, gt, optional
@@ -31,6 +31,7 @@ from posttrain.interfaces import (
     ModelBlock,
     OptimizerBlock,
     Position,
+    Preparable,
     SchedulerBlock,
     StrategyBlock,
     TokenizerBlock,
@@ -121,8 +122,8 @@ class Trainer:
         is this rank's part of the loss; the parts add up to it.
         """
         run, fabric = self.run, self.run.fabric
-        total = self.total_weight(batches)
         batches = list(self.together(batches))
+        total = self.total_weight(batches)
         losses = []
         for i, micro_batch in enumerate(batches, start=1):
             with (
@@ -215,6 +216,17 @@ class Trainer:
             run.status = "interrupted" if run.signal or self.stopped_short() else "finished"
             run.flush()
             self.save(at_end=True)
+
+    def prepare(self) -> dict[str, Any]:
+        """Do what can be done ahead of the run, such as tokenizing, and return the ledger.
+
+        Raises:
+            RecipeError: the data block has nothing to prepare.
+        """
+        if not isinstance(self.data, Preparable):
+            raise RecipeError(f"data: {type(self.data).__name__} has no method prepare(), which this command needs")
+        ledger: dict[str, Any] = self.data.prepare(self.tokenizer.build(self.model)).ledger
+        return ledger
 
     def setup(self) -> Run:
         """Build every block, in the order in which they need one another."""

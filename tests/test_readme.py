@@ -1,5 +1,6 @@
 """What the README shows runs as written; only the model is a tiny one."""
 
+import json
 import runpy
 import shlex
 from collections.abc import Callable
@@ -52,6 +53,20 @@ def test_the_trainer_of_ones_own_trains(write: Callable[[str, str], Path]) -> No
     run = posttrain.load(recipe).train()
     assert 0 < run.last["confidence"] < 1
     assert run.recipe["gamma"] == 1.5
+
+
+def test_dpo_goes_on_from_the_first_run_and_the_loss_of_ones_own_trains(write: Callable[[str, str], Path]) -> None:
+    posttrain.load(write("first.yaml", code("yaml", "type: sft"))).train()
+    write(
+        "pairs.jsonl",
+        "".join(json.dumps({"prompt": f"{n}?", "chosen": "yes", "rejected": "no"}) + "\n" for n in range(9)),
+    )
+    dpo = code("yaml", "type: dpo")
+    assert posttrain.load(write("dpo.yaml", dpo)).train().last["loss"] > 0
+    write("linear.py", code("python", "preference_loss"))
+    own = dpo.replace("loss_type: {sigmoid: 1, sft: 0.2}", "code: linear.py\nloss_type: linear")
+    run = posttrain.load(write("own.yaml", own), ["output_dir=runs/own"]).train()
+    assert run.last["loss"] == pytest.approx(-run.last["rewards/margin"], abs=1e-6)
 
 
 def test_the_callback_runs(write: Callable[[str, str], Path]) -> None:

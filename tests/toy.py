@@ -1,19 +1,26 @@
-"""What the loop's tests train on: random documents in memory, and a tiny Llama made from a configuration."""
+"""What the loop's tests train on: random documents and pairs in memory, and a tiny Llama made from a configuration."""
 
 import json
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from posttrain.blocks.batches import Document, Example
+from posttrain.blocks.batches import Document, Example, collate_pairs
 from posttrain.blocks.loader import MapLoader, StreamLoader
 from posttrain.blocks.logger import JSONL
-from posttrain.blocks.model import HFModel
+from posttrain.blocks.model import HFModel, RewardModel
 from posttrain.blocks.optimizer import AdamW
+from posttrain.blocks.swiftkv import SwiftKVModel
 from posttrain.interfaces import Loaders
 from posttrain.registry import block
+from posttrain.trainer import Trainer
+from posttrain.trainers.dpo import DPOTrainer
+from posttrain.trainers.reward import RewardTrainer
 from posttrain.trainers.sft import SFTTrainer
+from posttrain.trainers.swiftkv import SwiftKVTrainer
 
 VOCABULARY = 97
 LLAMA = {
@@ -34,20 +41,38 @@ def document(seed: int) -> Document:
     return np.array(ids, dtype=np.int64), mask
 
 
-class InMemory:
-    """Documents as the loaders know them."""
+def example(seed: int) -> Example:
+    """A document by itself."""
+    return Example((document(seed),))
 
-    def __init__(self, seeds: range, weights: tuple[float, ...] = (1.0,)) -> None:
-        self.documents = [document(seed) for seed in seeds]
-        self.lengths = np.array([len(ids) for ids, _ in self.documents], dtype=np.int32)
+
+def pair(seed: int) -> Example:
+    """Two replies to one prompt; the chosen one goes on counting up, the rejected one is random."""
+    random = np.random.default_rng(seed)
+    prompt = random.integers(3, VOCABULARY, int(random.integers(2, 20)))
+    sizes = random.integers(2, 20, 2)
+    chosen = (prompt[-1] + 1 + np.arange(sizes[0])) % (VOCABULARY - 1) + 1
+    rejected = random.integers(3, VOCABULARY, sizes[1])
+    sides = [np.concatenate([prompt, reply]) for reply in (chosen, rejected)]
+    return Example(tuple((ids, np.arange(len(ids)) >= len(prompt)) for ids in sides), value=float(seed % 3) / 2)
+
+
+class InMemory:
+    """Examples as the loaders know them."""
+
+    def __init__(
+        self, seeds: range, weights: tuple[float, ...] = (1.0,), make: Callable[[int], Example] = example
+    ) -> None:
+        self.examples = [make(seed) for seed in seeds]
+        self.lengths = np.array([len(found) for found in self.examples], dtype=np.int32)
         self.source = np.arange(len(seeds), dtype=np.int16) % len(weights)
         self.weights = list(weights)
 
     def __len__(self) -> int:
-        return len(self.documents)
+        return len(self.examples)
 
     def __getitem__(self, index: int) -> Example:
-        return Example((self.documents[index],))
+        return self.examples[index]
 
 
 class Numbers:
@@ -69,28 +94,34 @@ class ToyData:
     eval_rows: int = 0
     packing: bool = True
     streaming: bool = False
+    pairs: bool = False
 
     def build(self, tokenizer: Any, micro_batch_size: int, rank: int, world_size: int, seed: int) -> Loaders:
         shape: dict[str, Any] = {
             "max_length": 64, "packing": self.packing, "micro_batch_size": micro_batch_size, "rank": rank,
             "world_size": world_size, "seed": seed, "pad_id": 0,
         }  # fmt: skip
+        make = pair if self.pairs else example
+        if self.pairs:
+            shape |= {"max_length": 128, "collate": partial(collate_pairs, packing=self.packing)}
         if self.streaming:
             train: Any = StreamLoader(
                 stream=Numbers(self.rows),
-                encode=lambda rows: [Example((document(row),)) for row, _ in rows],
+                encode=lambda rows: [make(row) for row, _ in rows],
                 window=30,
                 **shape,
             )
         else:
-            train = MapLoader(examples=InMemory(range(self.rows)), **shape)
-        held_out = InMemory(range(10_000, 10_000 + self.eval_rows))
+            train = MapLoader(examples=InMemory(range(self.rows), make=make), **shape)
+        held_out = InMemory(range(10_000, 10_000 + self.eval_rows), make=make)
         return Loaders(train=train, eval=MapLoader(examples=held_out, **shape) if self.eval_rows else None)
 
 
 @block("tokenizer", "toy")
 class ToyTokenizer:
     """Nothing to tokenize; exported as nothing."""
+
+    pad_token_id: int = 0
 
     def build(self, model: Any) -> Any:
         return self
@@ -99,19 +130,26 @@ class ToyTokenizer:
         """Nothing."""
 
 
-def trainer(folder: Path, **keys: Any) -> SFTTrainer:
+def network(block: type = HFModel, **keys: Any) -> Any:
+    """A model block from a configuration alone."""
+    config = {**LLAMA, **keys.pop("config", {})}
+    return block(**{"name_or_path": "toy", "random_init": True, "config": config, **keys})
+
+
+def trainer(folder: Path, method: type[Trainer] = SFTTrainer, **keys: Any) -> Any:
     """Four rows a step on one CPU process; every step is logged as it ends."""
     model = keys.pop("model", {})
-    data = {name: keys.pop(name) for name in ("rows", "eval_rows", "packing", "streaming") if name in keys}
+    pairs = issubclass(method, DPOTrainer | RewardTrainer)
+    data = {"pairs": pairs} | {
+        name: keys.pop(name) for name in ("rows", "eval_rows", "packing", "streaming") if name in keys
+    }
     defaults: dict[str, Any] = {
         "tokenizer": ToyTokenizer(), "optimizer": AdamW(lr=1e-3), "output_dir": folder, "accelerator": "cpu",
         "logger": [JSONL()], "log_every": 1, "max_steps": 8, "micro_batch_size": 4,
     }  # fmt: skip
-    config = {**LLAMA, **model.pop("config", {})}
-    return SFTTrainer(
-        model=HFModel(**{"name_or_path": "toy", "random_init": True, "config": config, **model}), data=ToyData(**data),
-        **{**defaults, **keys},
-    )  # fmt: skip
+    block = {RewardTrainer: RewardModel, SwiftKVTrainer: SwiftKVModel}.get(method, HFModel)
+    made = network(block, **model)
+    return method(model=made, data=ToyData(**data), **{**defaults, **keys})
 
 
 def metrics(folder: Path) -> list[dict[str, float]]:

@@ -9,7 +9,10 @@ from posttrain.blocks import (
     optimizer,
     scheduler,
     strategy,
+    swiftkv,
     tokenizer,
 )  # fmt: skip
 
-__all__ = ["callbacks", "checkpoint", "data", "logger", "model", "optimizer", "scheduler", "strategy", "tokenizer"]
+__all__ = [
+    "callbacks", "checkpoint", "data", "logger", "model", "optimizer", "scheduler", "strategy", "swiftkv", "tokenizer",
+]  # fmt: skip

@@ -52,6 +52,7 @@ def lay(rows: list[list[Document]], pad_id: int) -> Batch:
         targets: int64 [n], the tokens they predict.
         weight, supervised_tokens: n.
         tokens: how many positions are not padding.
+        row_lengths: int64 [rows], how many of each row are not.
     """
     import numpy as np
     import torch
@@ -62,7 +63,7 @@ def lay(rows: list[list[Document]], pad_id: int) -> Batch:
     positions = np.zeros((len(rows), width), dtype=np.int64)
     seqlens: list[int] = []
     ends: list[int] = []
-    tokens = 0
+    row_lengths: list[int] = []
     for i, row in enumerate(rows):
         at = 0
         for ids, mask in row:
@@ -73,7 +74,7 @@ def lay(rows: list[list[Document]], pad_id: int) -> Batch:
             seqlens.append(len(ids))
             ends.append(i * width + end - 1)
             at = end
-        tokens += at
+        row_lengths.append(at)
         if at < width:
             positions[i, at:] = np.arange(width - at)
             seqlens.append(width - at)
@@ -94,7 +95,8 @@ def lay(rows: list[list[Document]], pad_id: int) -> Batch:
         "targets": torch.from_numpy(flat[predicted]),
         "weight": len(predicted),
         "supervised_tokens": len(predicted),
-        "tokens": tokens,
+        "tokens": sum(row_lengths),
+        "row_lengths": torch.tensor(row_lengths),
     }
 
 
@@ -112,6 +114,7 @@ def collate_pairs(rows: list[list[Example]], pad_id: int, packing: bool = True) 
         side: int64 [n], for each supervised token 2 * pair, or 2 * pair + 1 on the rejected side.
         lengths: float32 [pairs, 2], the supervised tokens of both sides.
         margins: float32 [pairs], the value of each example.
+        ends_with_padding: whether the last token of any side is the padding token.
         branch: with packing, the layout in which what both sides begin with is there only once (see `branched`).
     """
     import numpy as np
@@ -126,6 +129,7 @@ def collate_pairs(rows: list[list[Example]], pad_id: int, packing: bool = True) 
         "pairs": len(pairs),
         "side": torch.from_numpy(np.repeat(np.arange(len(counts)), counts)),
         "lengths": torch.from_numpy(counts.astype(np.float32).reshape(-1, 2)),
+        "ends_with_padding": bool((batch["input_ids"].view(-1)[batch["ends"]] == pad_id).any()),
         "margins": torch.tensor([pair.value for pair in pairs], dtype=torch.float32),
     }
     return batch | {"branch": branched(batch, [len(ids) for row in sides for ids, _ in row])} if packing else batch

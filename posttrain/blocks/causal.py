@@ -133,12 +133,22 @@ class CausalLM(PackedModel):
             return self.base(**flat, logits_to_keep=batch["supervised"]).logits[0]  # type: ignore[no-any-return]
 
     @torch.no_grad()
-    def top_log_probs(self, batch: Batch, k: int, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
-        """Return the k highest log-probabilities at the supervised positions, and their tokens: [n, k] each."""
-        layout = self.layout(batch)
+    def top_log_probs(
+        self, batch: Batch, k: int, temperature: float = 1.0, vocabulary: int | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Return the k highest log-probabilities at the supervised positions, and their tokens: [n, k] each.
+
+        Args:
+            batch: see `forward`.
+            k: at most the vocabulary.
+            temperature: what logits are divided by.
+            vocabulary: only this many tokens, from the first one on, are thought of; all by default.
+        """
+        layout, known = self.layout(batch), slice(vocabulary)
         if self.plain_head:
-            return top_log_probs(*self.head_inputs(layout), k, temperature)
-        return top_of(self.logits(layout), k, temperature)
+            hidden, weight, bias = self.head_inputs(layout)
+            return top_log_probs(hidden, weight[known], None if bias is None else bias[known], k, temperature)
+        return top_of(self.logits(layout)[:, known], k, temperature)
 
     @torch.no_grad()
     def generate(self, **kwargs: Any) -> Tensor:

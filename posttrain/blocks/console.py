@@ -52,7 +52,9 @@ class ConsoleLogger:
             self.console.print(
                 f"step {step}/{self.run.max_steps}  {self.news(metrics)}  {self.left(step)}", highlight=False
             )
-        found = "  ".join(f"{name} {value:.4f}" for name, value in metrics.items() if name.startswith("eval_"))
+        found = "  ".join(
+            f"{name} {value:.4f}" for name, value in metrics.items() if name.startswith("eval_") and is_headline(name)
+        )
         if found and self.console.is_terminal:
             self.console.print(f"step {step}/{self.run.max_steps}  {found}", highlight=False)
 
@@ -76,7 +78,8 @@ class ConsoleLogger:
     def news(self, metrics: dict[str, float]) -> str:
         """Return the metrics that fit into a line."""
         parts = [f"loss {metrics['loss']:.4f}"] if "loss" in metrics else []
-        parts += [f"{name} {value:.4f}" for name, value in metrics.items() if name.startswith("eval_")]
+        wanted = [name for name in metrics if "/" in name or name.startswith("eval_")]
+        parts += [f"{name.removeprefix('rewards/')} {metrics[name]:.4f}" for name in wanted if is_headline(name)]
         if "lr" in metrics:
             parts.append(f"lr {metrics['lr']:.1e}")
         if "tokens_per_second" in metrics:
@@ -101,7 +104,7 @@ class ConsoleLogger:
         if self.losses:
             table.add_row("loss", f"{self.losses[0]:.4f} -> {self.losses[-1]:.4f}")
         for name, value in run.last.items():
-            if name.startswith("eval_"):
+            if name.startswith("eval_") and is_headline(name):
                 table.add_row(name.replace("_", " "), f"{value:.4f}")
         if self.tokens:
             table.add_row("tokens", f"{human(self.tokens)}  ({human(self.tokens / seconds)} per second over all)")
@@ -112,6 +115,11 @@ class ConsoleLogger:
         if status == "interrupted":
             table.add_row("to go on", "run the same command again")
         return table
+
+
+def is_headline(name: str) -> bool:
+    """Whether people look at a metric as it comes; of groups (`rewards/chosen`) that is how often and how clearly."""
+    return "/" not in name or name.endswith(("/accuracy", "/margin"))
 
 
 class JSONLLogger:

@@ -1,6 +1,8 @@
 """Networks that are asked but not trained: references and teachers."""
 
 import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -21,8 +23,14 @@ class Frozen(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Return what the network returns."""
-        with torch.no_grad(), self.fabric.autocast():
+        with self.asking():
             return self.module(*args, **kwargs)
+
+    @contextmanager
+    def asking(self) -> Iterator[None]:
+        """For calling another method of `module` than its forward."""
+        with torch.no_grad(), self.fabric.autocast():
+            yield
 
     def train(self, mode: bool = True) -> "Frozen":
         """Stay in evaluation mode."""
@@ -37,9 +45,14 @@ class WithoutAdapters(nn.Module):
         self.shared = (module,)  # in a tuple, so that its parameters are not this module's
         self.fabric = fabric
 
+    @property
+    def module(self) -> PackedModel:
+        """The network, with its adapters."""
+        return self.shared[0]
+
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Return what the network returns with its adapters switched off."""
-        (module,) = self.shared
+        module = self.module
         training = module.training
         module.eval()
         try:

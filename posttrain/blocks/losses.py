@@ -144,6 +144,49 @@ class _NLLSum(torch.autograd.Function):
         return *(None if g is None else (g * scale).to(dtype) for g, dtype in pairs), None
 
 
+def divergence_sum(student: Tensor, teacher: Tensor, head: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    """Return the summed KL(teacher || student) of two states under one frozen linear head, and their agreement.
+
+    In log space, and chunk by chunk with the gradients made in the forward pass, as in `nll_sum`.
+
+    Args:
+        student: [n, size], may require gradients.
+        teacher: [n, size].
+        head: [vocabulary, size], frozen.
+        temperature: what logits are divided by.
+
+    Returns:
+        Float32 scalars: the divergence in nats, and at how many positions the likeliest token is the same.
+    """
+    assert not head.requires_grad, "the head is the teacher's"
+    return _DivergenceSum.apply(student, teacher, head, temperature)  # type: ignore[no-any-return, no-untyped-call]
+
+
+class _DivergenceSum(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, student: Tensor, teacher: Tensor, head: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+        dtype, device = compute_dtype(student), student.device.type
+        weight, slope = head.to(dtype), torch.empty_like(student)
+        total, same = (torch.zeros((), dtype=torch.float32, device=student.device) for _ in range(2))
+        chunk = chunk_rows(head)
+        with torch.autocast(device, enabled=False):
+            for i in range(0, len(student), chunk):
+                part = slice(i, i + chunk)
+                ours, theirs = (F.linear(x[part].to(dtype), weight).float() / temperature for x in (student, teacher))
+                same += (ours.argmax(-1) == theirs.argmax(-1)).sum()
+                q, p = ours.log_softmax(-1), theirs.log_softmax(-1)
+                total += (p.exp() * (p - q)).sum()
+                slope[part] = ((q.exp() - p.exp()) / temperature).to(dtype) @ weight
+        ctx.save_for_backward(slope)
+        ctx.mark_non_differentiable(same)
+        return total, same
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
+        (slope,) = ctx.saved_tensors
+        return (slope * upstream[0]).to(slope.dtype), None, None, None
+
+
 class _LogProbs(torch.autograd.Function):
     @staticmethod
     def forward(

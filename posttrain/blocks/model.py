@@ -1,15 +1,17 @@
 """Model blocks: networks from transformers, ready to train."""
 
 import fnmatch
+import hashlib
 import sys
-from typing import TYPE_CHECKING, Any, Literal
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import attrs
 from attrs.validators import ge, gt
 
 from posttrain.errors import RecipeError
 from posttrain.registry import block, key
-from posttrain.values import Secret
+from posttrain.values import Secret, as_data
 
 if TYPE_CHECKING:
     from lightning.fabric import Fabric
@@ -31,15 +33,15 @@ class LoRA:
     kwargs: dict[str, Any] = attrs.field(factory=dict)
     """Further arguments of `peft.LoraConfig`."""
 
-    def apply(self, hf: Any) -> Any:
-        """Return the model with adapters, everything else frozen."""
+    def apply(self, hf: Any, task: str) -> Any:
+        """Return the model with adapters, everything else frozen; `task` is peft's name of what the model does."""
         try:
             from peft import LoraConfig, get_peft_model
         except ImportError:
             raise RecipeError("model.lora needs peft: pip install 'posttrain[peft]'") from None
         config = LoraConfig(
             r=self.r, lora_alpha=self.alpha, lora_dropout=self.dropout, target_modules=self.target_modules,
-            task_type="CAUSAL_LM", **self.kwargs,
+            task_type=task, **self.kwargs,
         )  # fmt: skip
         return get_peft_model(hf, config)
 
@@ -47,6 +49,11 @@ class LoRA:
 @block("model", "hf")
 class HFModel:
     """A causal language model of transformers, from a folder, a hub name, or a configuration alone."""
+
+    auto: ClassVar[str] = "AutoModelForCausalLM"
+    task: ClassVar[str] = "CAUSAL_LM"
+    fixed: ClassVar[dict[str, Any]] = {}
+    """What the configuration must be for this kind of model."""
 
     name_or_path: str
     """A folder or a hub name."""
@@ -77,29 +84,34 @@ class HFModel:
     """Further arguments of `from_pretrained`."""
 
     def build(self, fabric: "Fabric") -> "nn.Module":
-        """Return a `CausalLM` (see causal.py).
+        """Return the network, ready to train (see `wrap`).
 
         Raises:
             RecipeError: the model cannot be loaded, or an option does not fit it.
         """
-        from posttrain.blocks.causal import CausalLM
-
         hf = self.load()
         self.refuse_unpackable(hf)
         if self.lora is not None:
-            hf = self.lora.apply(hf)
+            hf = self.lora.apply(hf, self.task)
         self.freeze_parameters(hf)
         if self.activation_checkpointing:
             hf.activation_checkpointing_enable({"use_reentrant": False})
         if self.compile:
             for layer in hf.get_decoder().layers:
                 layer.compile(backend="inductor" if self.compile is True else self.compile)
+        return self.wrap(hf)
+
+    def wrap(self, hf: Any) -> "nn.Module":
+        """Return a `CausalLM` around a transformers model (see causal.py)."""
+        from posttrain.blocks.causal import CausalLM
+
         return CausalLM(hf)
 
     def load(self) -> Any:
         """Return the transformers model, with its weights."""
         import torch
-        from transformers import AutoConfig, AutoModelForCausalLM
+        import transformers
+        from transformers import AutoConfig
         from transformers.utils.logging import disable_progress_bar
 
         from posttrain.blocks import attention
@@ -110,21 +122,21 @@ class HFModel:
             "trust_remote_code": self.trust_remote_code, "revision": self.revision,
             "token": self.token.reveal() if self.token else None,
         }  # fmt: skip
+        auto, changes = getattr(transformers, self.auto), {**self.config, **self.fixed}
         try:
             if self.random_init and "model_type" in self.config:
-                config = AutoConfig.for_model(**self.config)
+                config = AutoConfig.for_model(**changes)
             else:
-                config = AutoConfig.from_pretrained(self.name_or_path, **self.config, **shared)
+                config = AutoConfig.from_pretrained(self.name_or_path, **changes, **shared)
+            config = self.configured(config)
             if self.attn_implementation != "auto":
                 config._attn_implementation = self.attn_implementation
             if self.random_init:
-                hf = AutoModelForCausalLM.from_config(
+                hf = auto.from_config(
                     config, dtype=getattr(torch, self.dtype), trust_remote_code=self.trust_remote_code
                 )
             else:
-                hf = AutoModelForCausalLM.from_pretrained(
-                    self.name_or_path, config=config, dtype=self.dtype, **shared, **self.kwargs
-                )
+                hf = auto.from_pretrained(self.name_or_path, config=config, dtype=self.dtype, **shared, **self.kwargs)
         except (OSError, ValueError, ImportError) as error:
             raise RecipeError(f"model {self.name_or_path!r} cannot be loaded: {error}") from error
         fits = (
@@ -133,6 +145,31 @@ class HFModel:
         if self.attn_implementation == "auto" and fits:
             hf.set_attn_implementation(attention.NAME)
         return hf
+
+    def configured(self, config: Any) -> Any:
+        """Return the configuration to build from; a subclass may make another one of the model's own."""
+        return config
+
+    def fingerprint(self) -> str | None:
+        """Return what identifies the weights without loading them: a hash of the files, or the hub's commit.
+
+        None if nothing does: the weights are random, or the hub does not say.
+        """
+        from transformers import AutoConfig
+
+        said = repr({k: v for k, v in as_data(self).items() if k not in ("name_or_path", "token")})
+        folder = Path(self.name_or_path)
+        if self.random_init:
+            return None
+        if not folder.is_dir():
+            token = self.token.reveal() if self.token else None
+            commit = AutoConfig.from_pretrained(self.name_or_path, revision=self.revision, token=token)._commit_hash
+            return f"{said} {commit}" if commit else None
+        digest = hashlib.sha256(said.encode())
+        for file in sorted(file for file in folder.iterdir() if file.suffix in (".json", ".safetensors", ".bin")):
+            with file.open("rb") as content:
+                digest.update(file.name.encode() + hashlib.file_digest(content, "sha256").digest())
+        return digest.hexdigest()
 
     def refuse_unpackable(self, hf: Any) -> None:
         """Refuse models that carry a state along the row, through which documents would leak.
@@ -162,6 +199,24 @@ class HFModel:
                 parameters[name].requires_grad_(False)
         if not any(parameter.requires_grad for parameter in parameters.values()):
             raise RecipeError("model.freeze leaves nothing to train")
+
+
+@block("model", "reward")
+class RewardModel(HFModel):
+    """A model that gives a conversation one number, at its last token: a sequence classifier with one label.
+
+    From a causal language model, its head starts anew. transformers and vLLM (`/classify`) load what is exported.
+    """
+
+    auto: ClassVar[str] = "AutoModelForSequenceClassification"
+    task: ClassVar[str] = "SEQ_CLS"
+    fixed: ClassVar[dict[str, Any]] = {"num_labels": 1}
+
+    def wrap(self, hf: Any) -> "nn.Module":
+        """Return a `Scorer` around a transformers model (see reward.py)."""
+        from posttrain.blocks.reward import Scorer
+
+        return Scorer(hf)
 
 
 def _softcaps(config: Any) -> bool:

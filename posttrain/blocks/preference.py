@@ -170,7 +170,7 @@ def sigmoid(
     """Direct preference optimization (Rafailov et al., arXiv:2305.18290, eq. 7).
 
     With `label_smoothing`, the probability that a label is wrong: conservative DPO (Mitchell 2023,
-    https://ericmitchell.ai/cdpo.pdf, eq. 3).
+    https://ericmitchell.ai/cdpo.pdf).
     """
     return _smoothed(beta * _margin(policy, reference), label_smoothing)
 
@@ -181,7 +181,7 @@ def robust(
 ) -> "Tensor":
     """Robust DPO: unbiased under labels that are flipped with a known probability, `label_smoothing` < 0.5.
 
-    Ray Chowdhury et al., arXiv:2403.00409, eq. 12.
+    Ray Chowdhury et al., arXiv:2403.00409, section 3.1.
     """
     margin = beta * _margin(policy, reference)
     flipped = -label_smoothing * log_sigmoid(-margin)
@@ -222,14 +222,14 @@ def exo_pair(
 
 @preference_loss("nca_pair")
 def nca_pair(policy: "Tensor", reference: "Tensor", lengths: "Tensor", *, beta: float = 0.1) -> "Tensor":
-    """Noise contrastive alignment for two replies (Chen et al., arXiv:2402.05369, algorithm 1, K = 2)."""
+    """Noise contrastive alignment for two replies (Chen et al., arXiv:2402.05369, section 4.1)."""
     chosen, rejected = (beta * (policy - reference)).unbind(-1)
     return -log_sigmoid(chosen) - 0.5 * log_sigmoid(-chosen) - 0.5 * log_sigmoid(-rejected)
 
 
 @preference_loss("bco_pair")
 def bco_pair(policy: "Tensor", reference: "Tensor", lengths: "Tensor", *, beta: float = 0.1) -> "Tensor":
-    """Binary classifier optimization on pairs (Jung et al., arXiv:2404.04656), its reward shift delta left out."""
+    """Binary classifier optimization on pairs (Jung et al., arXiv:2404.04656, section 4), its reward shift left out."""
     chosen, rejected = (beta * (policy - reference)).unbind(-1)
     return -log_sigmoid(chosen) - log_sigmoid(-rejected)
 
@@ -245,7 +245,7 @@ def sppo_hard(policy: "Tensor", reference: "Tensor", lengths: "Tensor", *, beta:
 def aot(
     policy: "Tensor", reference: "Tensor", lengths: "Tensor", *, beta: float = 0.1, label_smoothing: float = 0.0
 ) -> "Tensor":
-    """Alignment via optimal transport, paired (Melnyk et al., arXiv:2406.05882, algorithm 1).
+    """Alignment via optimal transport, paired (Melnyk et al., arXiv:2406.05882, section 3).
 
     The sorted margins of the policy are compared with those of the reference: each pair's loss is that of its
     quantile, so it depends on all pairs of the step.

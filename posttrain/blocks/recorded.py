@@ -5,10 +5,13 @@ any packing, order and number of ranks reads the same ones. It is keyed by the c
 of what was asked. The pass that makes it can be broken off at any time and goes on where it was.
 """
 
+import functools
 import hashlib
 import json
 import logging
+import math
 import os
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -16,15 +19,16 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import attrs
 import numpy as np
 import torch
-from filelock import FileLock
+from rich.progress import track
 from torch import Tensor, nn
 
 from posttrain.blocks.data import Data
+from posttrain.blocks.frozen import Frozen
 from posttrain.blocks.loader import MapLoader, chunks
 from posttrain.blocks.packing import plan
 from posttrain.blocks.store import default_cache
 from posttrain.errors import DataError, RecipeError
-from posttrain.interfaces import Batch, Loader
+from posttrain.interfaces import Batch, Fingerprinted, Loader, ModelBlock
 
 if TYPE_CHECKING:
     from posttrain.run import Run
@@ -34,10 +38,10 @@ CHUNK = 64
 """Examples that are asked about, synced and ticked off together."""
 log = logging.getLogger("posttrain")
 
-Shapes: TypeAlias = dict[str, tuple[str, int]]
-"""Name of each array -> its numpy type, and its numbers per token."""
+Shapes: TypeAlias = dict[str, tuple[str, tuple[int, ...]]]
+"""Name of each array -> its numpy type, and the shape of what it holds for a token."""
 Ask: TypeAlias = Callable[[Batch], dict[str, Tensor]]
-"""Batch -> [n, numbers per token] for each array, in the order of the batch's supervised tokens."""
+"""Batch -> [n, *shape] for each array, in the order of the batch's supervised tokens."""
 
 
 @attrs.frozen(eq=False)
@@ -49,10 +53,10 @@ class Recording:
     """int64 [examples + 1], where each example's tokens begin."""
 
     def of(self, indices: list[int]) -> dict[str, Any]:
-        """Return the numbers of some examples: [n] or [n, numbers per token]."""
+        """Return the numbers of some examples: [n, *shape] for each array."""
         parts = [slice(*self.offsets[index : index + 2]) for index in indices]
         found = {name: np.concatenate([array[part] for part in parts]) for name, array in self.arrays.items()}
-        return {name: torch.from_numpy(array).squeeze(-1) for name, array in found.items()}
+        return {name: torch.from_numpy(array) for name, array in found.items()}
 
 
 @attrs.frozen(eq=False)
@@ -81,7 +85,7 @@ class Recorder:
         key = hashlib.sha256(json.dumps(said).encode()).hexdigest()[:32]
         folder = self.run.fabric.broadcast(self.cache / "recorded" / key)
         try:
-            if self.run.fabric.is_global_zero:
+            if self.run.fabric.is_global_zero and not is_complete(folder):
                 self._allocate(folder, int(offsets[-1]), len(offsets) - 1)
             self.run.fabric.barrier()
             self._fill(folder, loader, offsets, teacher)
@@ -91,35 +95,42 @@ class Recorder:
                 "$POSTTRAIN_CACHE"
             ) from error
         self.run.fabric.barrier()
-        return Recording({name: self._mapped(folder, name, int(offsets[-1])) for name in self.shapes}, offsets)
+        arrays = {
+            name: np.asarray(np.memmap(folder / name, dtype=kind, mode="r", shape=(int(offsets[-1]), *shape)))
+            for name, (kind, shape) in self.shapes.items()
+        }
+        return Recording(arrays, offsets)
+
+    def _bytes(self, name: str) -> int:
+        """Return the size of what an array holds for a token."""
+        kind, shape = self.shapes[name]
+        return math.prod(shape) * np.dtype(kind).itemsize
 
     def _allocate(self, folder: Path, tokens: int, examples: int) -> None:
-        """Make the files at their full size, once."""
+        """Make the files at their full size; where two runs do so at once, they do the same."""
         folder.mkdir(parents=True, exist_ok=True)
-        with FileLock(folder / "lock"):
-            sizes = {name: tokens * width * np.dtype(kind).itemsize for name, (kind, width) in self.shapes.items()}
-            for name, size in {**sizes, "done": -(-examples // CHUNK)}.items():
-                with (folder / name).open("ab") as file:
-                    file.truncate(size)
+        sizes = {name: tokens * self._bytes(name) for name in self.shapes}
+        for name, size in {**sizes, "done": -(-examples // CHUNK)}.items():
+            with (folder / name).open("ab") as file:
+                file.truncate(size)
 
     def _fill(self, folder: Path, loader: MapLoader, offsets: np.ndarray, teacher: Callable[[], Ask]) -> None:
         """Ask about the chunks that are not ticked off, this rank's part of them."""
         fabric = self.run.fabric
-        missing = np.flatnonzero(np.fromfile(folder / "done", dtype=bool) == False)  # noqa: E712
-        mine = missing[fabric.global_rank :: fabric.world_size]
-        if not len(missing):
+        missing: list[int] = fabric.broadcast(np.flatnonzero(~np.fromfile(folder / "done", dtype=bool)).tolist())
+        if not missing:
             return
         ask = teacher()
         log.info("asking the network about %s of %s examples", f"{len(missing) * CHUNK:,}", f"{len(offsets) - 1:,}")
         handles = {name: os.open(folder / name, os.O_WRONLY) for name in (*self.shapes, "done")}
         try:
-            for chunk in mine.tolist():
+            mine = missing[fabric.global_rank :: fabric.world_size]
+            for chunk in track(mine, "asking the network", disable=not (fabric.is_global_zero and sys.stderr.isatty())):
                 indices = range(chunk * CHUNK, min((chunk + 1) * CHUNK, len(offsets) - 1))
                 for index, found in self._asked(loader, indices, offsets, ask):
                     for name, numbers in found.items():
-                        kind, width = self.shapes[name]
-                        place = int(offsets[index]) * width * np.dtype(kind).itemsize
-                        os.pwrite(handles[name], numbers.astype(kind).tobytes(), place)
+                        content = numbers.astype(self.shapes[name][0]).tobytes()
+                        os.pwrite(handles[name], content, int(offsets[index]) * self._bytes(name))
                 for name in self.shapes:
                     os.fsync(handles[name])
                 os.pwrite(handles["done"], b"\x01", chunk)  # only now: what is ticked off is on disk
@@ -141,9 +152,10 @@ class Recorder:
                 yield index, {name: numbers[at : at + size] for name, numbers in found.items()}
                 at += size
 
-    def _mapped(self, folder: Path, name: str, tokens: int) -> np.ndarray:
-        kind, width = self.shapes[name]
-        return np.asarray(np.memmap(folder / name, dtype=kind, mode="r", shape=(tokens, width)))
+
+def is_complete(folder: Path) -> bool:
+    """Whether every chunk of a recording is ticked off."""
+    return (folder / "done").is_file() and bool(np.fromfile(folder / "done", dtype=bool).all())
 
 
 def record(run: "Run", recorder: Recorder, teacher: Callable[[], Ask]) -> None:
@@ -157,15 +169,47 @@ def record(run: "Run", recorder: Recorder, teacher: Callable[[], Ask]) -> None:
 def record_targets(run: "Run", name: str, data: Any) -> None:
     """Let a frozen network score the targets of all examples, and free it: batches then hold `NAME_log_probs`, [n]."""
     network = run.frozen[name]
-    recorder = Recorder(
-        run, cache_of(data), content_of(network), {"asked": "targets"}, {f"{name}_log_probs": ("float32", 1)}
-    )
-
-    def ask(batch: Batch) -> dict[str, Tensor]:
-        return {f"{name}_log_probs": network(batch, "log_probs")[:, None]}
-
-    record(run, recorder, lambda: ask)
+    content = content_of(network.module)  # type: ignore[arg-type]
+    recorder = Recorder(run, cache_of(data), content, {"asked": "targets"}, {f"{name}_log_probs": ("float32", ())})
+    record(run, recorder, lambda: lambda batch: {f"{name}_log_probs": network(batch, "log_probs")})
     del run.frozen[name]
+
+
+def record_top(run: "Run", block: ModelBlock, data: Any, k: int, temperature: float) -> None:
+    """Let a teacher say its k likeliest tokens for all examples; batches then hold what `top_answers` returns.
+
+    The teacher is loaded only if something is missing, and freed afterwards.
+    """
+    vocabulary: int = run.model.module.vocabulary  # type: ignore[assignment]
+
+    @functools.cache
+    def teacher() -> Frozen:
+        return Frozen(block.build(run.fabric), run.fabric)
+
+    identity = block.fingerprint() if isinstance(block, Fingerprinted) else None
+    asked = {"asked": "top", "k": k, "temperature": temperature, "vocabulary": vocabulary}
+    shapes: Shapes = {"teacher_log_probs": ("float32", (k,)), "teacher_tokens": ("int32", (k,))}
+    recorder = Recorder(run, cache_of(data), identity or content_of(teacher().module), asked, shapes)
+    record(run, recorder, lambda: lambda batch: top_answers(teacher(), batch, k, temperature, vocabulary))
+
+
+def top_answers(teacher: nn.Module, batch: Batch, k: int, temperature: float, vocabulary: int) -> dict[str, Tensor]:
+    """Return the teacher's likeliest tokens at the supervised positions of a batch.
+
+    Returns:
+        teacher_log_probs: float32 [n, k], at the given temperature, over the vocabulary of teacher and student.
+        teacher_tokens: int64 [n, k].
+
+    Raises:
+        RecipeError: the teacher knows fewer than k tokens.
+    """
+    assert isinstance(teacher, Frozen)
+    network: Any = teacher.module
+    if network.vocabulary < k:
+        raise RecipeError(f"top_k is {k:,}, but the teacher has a vocabulary of {network.vocabulary:,}")
+    with teacher.asking():
+        log_probs, tokens = network.top_log_probs(batch, k, temperature, vocabulary)
+    return {"teacher_log_probs": log_probs, "teacher_tokens": tokens}
 
 
 def at_rest(loader: Loader) -> MapLoader:

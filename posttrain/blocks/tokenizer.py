@@ -18,6 +18,8 @@ class HFTokenizer:
     chat_template: str | None = None
     """A Jinja template, a file that holds one, or the name of one that ships with posttrain (chatml, llama3,
     zephyr, plain); the tokenizer's own by default."""
+    pad_token: str | None = None
+    """A token of the vocabulary to pad with; the tokenizer's own by default, or else its end token."""
     trust_remote_code: bool = False
     """Run Python code that comes with the tokenizer."""
     revision: str | None = None
@@ -26,10 +28,10 @@ class HFTokenizer:
     """For a private hub tokenizer: `${HF_TOKEN}`."""
 
     def build(self, model: ModelBlock) -> Any:
-        """Return the tokenizer; without a padding token of its own, it pads with its end token.
+        """Return the tokenizer.
 
         Raises:
-            RecipeError: it cannot be loaded, gives no offsets, or lacks the tokens of the chosen template.
+            RecipeError: it cannot be loaded, gives no offsets, or lacks the padding token or those of the template.
         """
         from transformers import AutoTokenizer
 
@@ -56,6 +58,10 @@ class HFTokenizer:
                     f"tokenizer.chat_template: {self.chat_template} needs the tokens {', '.join(missing)}, "
                     f"which {name!r} does not have; zephyr and plain need none but its end token"
                 )
+        if self.pad_token is not None:
+            if self.pad_token not in tokenizer.get_vocab():
+                raise RecipeError(f"tokenizer.pad_token: {name!r} has no token {self.pad_token!r}")
+            tokenizer.pad_token = self.pad_token
         if tokenizer.pad_token is None:
             tokenizer.pad_token = tokenizer.eos_token
         return tokenizer

@@ -1,12 +1,12 @@
 """Preference training: DPO and its relatives, on pairs of a chosen and a rejected reply."""
 
 from collections.abc import Iterable, Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import attrs
 from attrs.validators import and_, ge, gt, lt, optional
 
-from posttrain.blocks.data import PreferenceData
+from posttrain.blocks.data import Data, PreferenceData
 from posttrain.blocks.model import HFModel
 from posttrain.blocks.preference import Objective
 from posttrain.interfaces import Batch, DataBlock, ModelBlock
@@ -57,6 +57,8 @@ class DPOTrainer(Trainer):
             for name in ("reference", "precompute_reference"):
                 if getattr(self, name):
                     yield name, f"{' + '.join(objective.weights)} has no use for a reference model"
+        elif self.precompute_reference and isinstance(self.data, Data) and self.data.streams:
+            yield "precompute_reference", "cannot be asked ahead about a stream, which is read while training"
 
     def build_frozen(self, fabric: "Fabric", model: "nn.Module") -> "dict[str, nn.Module]":
         """Add the reference: a copy of the policy, unless there is a model of its own or adapters to switch off."""
@@ -66,6 +68,10 @@ class DPOTrainer(Trainer):
         if self.objective.needs_reference and self.reference is None:
             frozen["reference"] = reference_of(model, fabric)
         return frozen
+
+    def prepare(self) -> dict[str, Any]:
+        """Tokenize, and record what the reference says if it is to be asked only once."""
+        return self.setup().loaders.ledger if self.precompute_reference else super().prepare()
 
     def setup(self) -> "Run":
         """Ask the reference about all pairs, if it is to be asked only once."""
@@ -91,12 +97,11 @@ class DPOTrainer(Trainer):
 
     def log_probs(self, batch: Batch) -> "tuple[Tensor, Tensor]":
         """Return the summed log-probabilities of both replies, [pairs, 2], of the model and of the reference."""
-        policy = self.run.model(batch, "log_probs")
-        reference = policy.detach()
-        if "reference_log_probs" in batch:
-            reference = batch["reference_log_probs"]
-        elif self.objective.needs_reference:
+        reference = batch.get("reference_log_probs")
+        if reference is None and self.objective.needs_reference:  # first, while no graph is held
             reference = self.run.frozen["reference"](batch, "log_probs")
+        policy = self.run.model(batch, "log_probs")
+        reference = policy.detach() if reference is None else reference
         both = (x.new_zeros(2 * batch["pairs"]).index_add(0, batch["side"], x) for x in (policy, reference))
         ours, theirs = (sums.view(-1, 2) for sums in both)
         return ours, theirs

@@ -1,0 +1,46 @@
+"""Reward modelling: a number for each conversation, higher for the side of a pair that people prefer."""
+
+from typing import TYPE_CHECKING
+
+from attrs.validators import ge
+
+from posttrain.blocks.data import PreferenceData
+from posttrain.blocks.model import RewardModel
+from posttrain.blocks.preference import log_sigmoid
+from posttrain.interfaces import Batch, DataBlock, ModelBlock
+from posttrain.registry import block, default, key
+from posttrain.trainer import Trainer
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from posttrain.run import Run
+
+
+@block("trainer", "reward")
+class RewardTrainer(Trainer):
+    """A reward model, trained with the Bradley-Terry loss (Ouyang et al., arXiv:2203.02155, eq. 1)."""
+
+    model: ModelBlock = default(RewardModel, required=True)
+    data: DataBlock = default(PreferenceData, required=True)
+    """A column `margin` says by how much the chosen side should win (Touvron et al., arXiv:2307.09288, eq. 2)."""
+    center_rewards: float = key(0.0, also=("center_rewards_coefficient",), check=ge(0))
+    """Weight of the squared sum of both rewards, which keeps them around 0 (Eisenstein et al., arXiv:2312.09244)."""
+
+    def setup(self) -> "Run":
+        """Tell the exported model which token is padding."""
+        run = super().setup()
+        run.model.module.base.config.pad_token_id = run.tokenizer.pad_token_id  # type: ignore[union-attr]
+        return run
+
+    def loss(self, batch: Batch) -> "Tensor":
+        """Return the mean negative log-probability that the chosen side wins."""
+        rewards = self.run.model(batch)  # [pairs, 2]
+        margin = rewards[:, 0] - rewards[:, 1]
+        losses: Tensor = -log_sigmoid(margin - batch["margins"]) + self.center_rewards * rewards.sum(-1) ** 2
+        chosen, rejected = rewards.detach().mean(0)
+        found = {"margin": margin.detach().mean(), "accuracy": (margin > 0).float().mean()}
+        found |= {"chosen": chosen, "rejected": rejected}
+        self.run.log(**{f"rewards/{name}": value for name, value in found.items()})
+        weight: int = batch["weight"]
+        return losses.sum() / weight

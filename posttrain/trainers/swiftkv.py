@@ -1,0 +1,58 @@
+"""SwiftKV distillation: upper layers learn to do with the keys and values of one lower layer."""
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+from attrs.validators import ge, gt, lt
+
+from posttrain.blocks.data import SFTData
+from posttrain.blocks.swiftkv import SwiftKVModel
+from posttrain.interfaces import Batch, DataBlock, ModelBlock
+from posttrain.registry import block, default, key
+from posttrain.trainer import Trainer
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@block("trainer", "swiftkv")
+class SwiftKVTrainer(Trainer):
+    """SwiftKV distillation (Qiao et al., arXiv:2410.03960): the student matches logits and a hidden state."""
+
+    model: ModelBlock = default(SwiftKVModel, required=True)
+    data: DataBlock = default(SFTData, required=True)
+    temperature: float = key(2.0, also=("logits_loss_temp",), check=gt(0))
+    """What the logits of both are divided by; the divergence is multiplied by its square."""
+    hidden_loss_mult: float = key(1.0, check=ge(0))
+    """Weight of the mean squared error between hidden states."""
+    hidden_loss_layer: int = key(-2, check=lt(0))
+    """Which hidden state, as transformers counts them from the end: -2 is the input of the last layer."""
+    arctic_masks: bool = False
+    """Compare as ArcticTraining does: logits at the supervised tokens themselves instead of where they are predicted,
+    hidden states at every token, both as means over every token."""
+
+    def together(self, batches: Iterable[Batch]) -> Iterable[Batch]:
+        """With ArcticTraining's masks, a step is a mean over all tokens."""
+        return ({**b, "weight": b["tokens"] if b["weight"] else 0} for b in batches) if self.arctic_masks else batches
+
+    def loss(self, batch: Batch) -> "Tensor":
+        """Return the mean distance of student and teacher, and log its parts and how often both would say the same."""
+        weight: int = batch["weight"]
+        positions = self.positions(batch)
+        distance = self.run.model(batch, "distance", self.temperature, self.hidden_loss_layer, *positions)
+        divergence, squared, same = (distance / weight).unbind()
+        self.run.log(divergence=divergence, hidden_error=squared)
+        if not self.arctic_masks:  # else it is not a mean over all tokens
+            self.run.log(agreement=same)
+        total: Tensor = self.temperature**2 * divergence + self.hidden_loss_mult * squared
+        return total
+
+    def positions(self, batch: Batch) -> "tuple[Tensor, Tensor]":
+        """Return the flat positions where logits and hidden states are compared."""
+        if not self.arctic_masks:
+            return batch["supervised"], batch["supervised"]
+        import torch
+
+        width = batch["input_ids"].shape[1]
+        real = torch.arange(width, device=batch["row_lengths"].device) < batch["row_lengths"][:, None]
+        return batch["supervised"] + 1, real.flatten().nonzero()[:, 0]
