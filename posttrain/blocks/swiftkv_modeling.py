@@ -65,6 +65,7 @@ def family(kind: str) -> tuple[type, type]:
     causal = causal_of(getattr(modeling, f"{prefix}ForCausalLM"), backbone, config)
     for made, name in ((config, "Config"), (attention, "Attention"), (backbone, "Model"), (causal, "ForCausalLM")):
         made.__name__ = made.__qualname__ = f"{prefix}SwiftKV{name}"
+        globals()[made.__name__] = made  # where pickle looks for it
     AutoConfig.register(f"{kind}{SUFFIX}", config)
     AutoModelForCausalLM.register(config, causal)
     return config, causal
