@@ -35,7 +35,7 @@ def pairs(shape: str) -> list[tuple[list[int], list[int], list[int]]]:
         return [chance.randrange(1, vocabulary) for _ in range(length)]
 
     def reply() -> list[int]:
-        return text(min(LENGTH - 100, int(chance.lognormvariate(4.6, 0.6)) + 8))
+        return text(min(LENGTH - 100, int(chance.lognormvariate(4.6, 0.5)) + 8))
 
     return [(text(chance.randint(20, 90)), reply(), reply()) for _ in range(4000)]
 
