@@ -35,4 +35,5 @@ check: setup
 
 bench: setup
 	$(BIN)/python benchmarks/sft_step.py
+	$(BIN)/python benchmarks/dpo_step.py
 	$(BIN)/python benchmarks/data_prep.py

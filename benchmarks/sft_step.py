@@ -203,10 +203,9 @@ def trl(shape: str, steps: int, replies_only: bool) -> dict:
     return clock.result()
 
 
-def measure(name: str, shape: str, steps: int, replies_only: bool) -> dict | None:
-    """Run one candidate in a process of its own."""
-    call = [sys.executable, __file__, "--one", name, "--only", shape, "--steps", str(steps)]
-    done = subprocess.run([*call, *(["--replies-only"] if replies_only else [])], capture_output=True, text=True)
+def measure(script: str, name: str, *options: str) -> dict | None:
+    """Run one candidate of a benchmark in a process of its own."""
+    done = subprocess.run([sys.executable, script, "--one", name, *options], capture_output=True, text=True)
     if done.returncode:
         print(f"{name} does not run here: {done.stderr.strip().splitlines()[-1][:100]}", file=sys.stderr)
         return None
@@ -241,9 +240,10 @@ def main() -> None:
     for shape in [chosen.only] if chosen.only else SHAPES:
         for replies_only in (False, True):
             found: dict[str, list[dict]] = {name: [] for name in CANDIDATES}
+            options = ["--only", shape, "--steps", str(chosen.steps), *(["--replies-only"] if replies_only else [])]
             for _ in range(chosen.rounds):
                 for name in CANDIDATES:
-                    if (result := measure(name, shape, chosen.steps, replies_only)) is not None:
+                    if (result := measure(__file__, name, *options)) is not None:
                         found[name].append(result)
             rate = {n: statistics.median(r["rate"] for r in results) for n, results in found.items() if results}
             peak = {n: statistics.median(r["mb"] for r in results) for n, results in found.items() if results}

@@ -195,23 +195,25 @@ class _LogProbs(torch.autograd.Function):
         device, dtype = hidden.device.type, compute_dtype(hidden)
         head, offset = weight.to(dtype), None if bias is None else bias.to(dtype)
         found = torch.empty(tokens.shape, dtype=torch.float32, device=hidden.device)
-        norms = torch.empty(len(tokens), 1, dtype=torch.float32, device=hidden.device)
-        chunk, logits = chunk_rows(weight), None
+        tops, sums = (torch.empty(len(tokens), 1, dtype=torch.float32, device=hidden.device) for _ in range(2))
+        chunk, powers = chunk_rows(weight), None
         with torch.autocast(device, enabled=False):
             for i in range(0, len(tokens), chunk):
                 part = slice(i, i + chunk)
                 logits = F.linear(hidden[part].to(dtype), head, offset).float().div_(temperature)
-                norms[part] = logits.logsumexp(-1, keepdim=True)
-                found[part] = logits.gather(1, tokens[part]) - norms[part]
-        kept = logits if len(tokens) <= chunk and any(ctx.needs_input_grad) else None
-        ctx.save_for_backward(hidden, weight, bias, tokens, norms, kept)
+                tops[part], asked = logits.amax(-1, keepdim=True), logits.gather(1, tokens[part])
+                powers = logits.sub_(tops[part]).exp_()  # in place, and once: logsumexp would use as much memory again
+                sums[part] = powers.sum(-1, keepdim=True)
+                found[part] = asked - tops[part] - sums[part].log()
+        kept = powers if len(tokens) <= chunk and any(ctx.needs_input_grad) else None
+        ctx.save_for_backward(hidden, weight, bias, tokens, tops, sums, kept)
         ctx.dtype, ctx.temperature = dtype, temperature
         return found
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
         (scale,) = upstream
-        hidden, weight, bias, tokens, norms, kept = ctx.saved_tensors
+        hidden, weight, bias, tokens, tops, sums, kept = ctx.saved_tensors
         dtype, wanted = ctx.dtype, ctx.needs_input_grad
         head, offset = weight.to(dtype), None if bias is None else bias.to(dtype)
         for_hidden = torch.empty_like(hidden) if wanted[0] else None
@@ -222,11 +224,11 @@ class _LogProbs(torch.autograd.Function):
             for i in range(0, len(tokens), chunk):
                 part = slice(i, i + chunk)
                 rows, slope = hidden[part].to(dtype), scale[part] / ctx.temperature
-                logits = kept
-                if logits is None:
-                    logits = F.linear(rows, head, offset).float().div_(ctx.temperature)
+                powers = kept
+                if powers is None:
+                    powers = F.linear(rows, head, offset).float().div_(ctx.temperature).sub_(tops[part]).exp_()
                 # d log p(token) = [token] - p(all), summed over the tokens asked for
-                slopes = logits.sub_(norms[part]).exp_().mul_(-slope.sum(-1, keepdim=True))
+                slopes = powers.mul_(-slope.sum(-1, keepdim=True) / sums[part])
                 slopes.scatter_add_(1, tokens[part], slope)
                 if for_bias is not None:
                     for_bias += slopes.sum(0)
