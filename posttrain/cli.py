@@ -146,6 +146,19 @@ def plot(arguments: argparse.Namespace) -> None:
     say(str(target))
 
 
+def accept(arguments: argparse.Namespace) -> None:
+    """Measure how well the speculator of a run drafts, and draw it."""
+    from rich.console import Console
+
+    from posttrain.accept import measure
+
+    found = measure(arguments.run_folder, arguments.prompts, arguments.max_new_tokens, arguments.drafts)
+    Console().print(found.table())
+    target = arguments.output or arguments.run_folder / "acceptance.png"
+    found.draw(target)
+    say(str(target))
+
+
 # -- helpers --------------------------------------------------------------------------
 
 
@@ -207,6 +220,14 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     drawing.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folder of a run")
     drawing.add_argument("-o", "--output", type=Path, metavar="FILE", help="picture to write (RUN/curves.png)")
     drawing.add_argument("--metric", action="append", metavar="NAME", help="draw this metric; may be repeated")
+
+    drafting = _command(commands, accept, "measure how many of a speculator's drafts its base model accepts",
+                        "posttrain accept runs/speculator --prompts questions.jsonl")  # fmt: skip
+    drafting.add_argument("run_folder", type=Path, metavar="RUN", help="folder of a run of type mlp-speculator")
+    drafting.add_argument("--prompts", type=Path, required=True, metavar="FILE", help="chats or prompts, one a line")
+    drafting.add_argument("--max-new-tokens", type=_count, default=64, metavar="N", help="of each reply (64)")
+    drafting.add_argument("--drafts", type=_count, metavar="K", help="tokens drafted in a pass (one of each head)")
+    drafting.add_argument("-o", "--output", type=Path, metavar="FILE", help="picture to write (RUN/acceptance.png)")
 
     arguments, rest = parser.parse_known_args(argv)
     if rest and not (hasattr(arguments, "overrides") and all("=" in r and not r.startswith("-") for r in rest)):

@@ -16,7 +16,9 @@ Curve: TypeAlias = tuple[list[float], list[float]]
 """Steps, values."""
 
 TITLES = {
-    "loss": ("Loss", "nats per token"),
+    "loss": ("Loss", "nats"),
+    "rewards/accuracy": ("How often the chosen side wins", ""),
+    "rewards/margin": ("Margin of rewards", ""),
     "lr": ("Learning rate", ""),
     "grad_norm": ("Gradient norm", ""),
     "tokens_per_second": ("Throughput", "tokens / s"),
@@ -60,6 +62,34 @@ def curves(runs: list[Path], metrics: list[str] | None, target: Path) -> None:
     except ImportError:
         raise PosttrainError("drawing needs matplotlib: pip install 'posttrain[plot]'") from None
     except (OSError, ValueError) as error:  # ValueError: a file type that matplotlib does not know
+        raise PosttrainError(f"{target} cannot be written: {error}") from None
+
+
+def bars(labels: list[str], shares: list[float], title: str, target: Path) -> None:
+    """Draw shares between 0 and 1 as bars.
+
+    Raises:
+        PosttrainError: matplotlib is not installed, or the picture cannot be written.
+    """
+    try:
+        import matplotlib
+
+        matplotlib.use("Agg")
+        from matplotlib import pyplot
+
+        with pyplot.rc_context(STYLE):
+            figure, axis = pyplot.subplots(figsize=(4.6, 2.7), layout="constrained")
+            drawn = axis.bar(labels, shares, color=COLOURS[0], width=0.6)
+            axis.bar_label(drawn, [f"{share:.0%}" for share in shares], color="#374151")
+            axis.set_title(title)
+            axis.set_ylim(0, 1.08)
+            axis.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
+            target.parent.mkdir(parents=True, exist_ok=True)
+            figure.savefig(target)
+            pyplot.close(figure)
+    except ImportError:
+        raise PosttrainError("drawing needs matplotlib: pip install 'posttrain[plot]'") from None
+    except (OSError, ValueError) as error:
         raise PosttrainError(f"{target} cannot be written: {error}") from None
 
 

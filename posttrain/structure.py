@@ -99,7 +99,8 @@ def structure_block(data: Any, protocol: Any) -> Any:
     try:
         cls = lookup(kind, str(name))
     except RegistryError as error:
-        raise Problems((key, str(error))) from None
+        hint = "; a folder or hub name is written as {name_or_path: ...}" if kind == "model" and not key else ""
+        raise Problems((key, f"{error}{hint}")) from None
     except Exception as error:  # a plugin's import may fail in any way
         raise Problems((key, f"the plugin behind {kind} {name!r} cannot be imported: {error!r}")) from error
     return structure_class(rest, cls)

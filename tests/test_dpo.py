@@ -329,6 +329,41 @@ def test_names_and_options_that_do_not_fit_are_said_together(tmp_path: Path, tin
         )
 
 
+WRONG = {
+    "data: {type: sft, sources: [PAIRS]}": "data: this trainer needs pairs of replies",
+    "loss_args: {beta: 0.3}": "loss_args: beta is a key of its own",
+    "loss_args: {gama: 1}": "loss_args: sigmoid takes no 'gama'",
+    "loss_type: {sigmoid: 0}": "loss_type: the weight of sigmoid must be > 0",
+    "loss_type: [sft, sft]": "loss_type: names a loss twice",
+    "reference: runs/sft": "a folder or hub name is written as {name_or_path: ...}",
+}
+
+
+@pytest.mark.parametrize("line", WRONG)
+def test_values_that_contradict_are_said_under_their_key(
+    tmp_path: Path, tiny_model: Path, pairs: Path, line: str
+) -> None:
+    from posttrain import recipe as recipes
+
+    file = recipe(tmp_path, tiny_model, pairs)
+    kept = [old for old in file.read_text().splitlines() if old.partition(":")[0] != line.partition(":")[0]]
+    file.write_text("\n".join([*kept, line.replace("PAIRS", str(pairs))]))
+    with pytest.raises(RecipeError, match=WRONG[line].replace("{", r"\{").replace("...", r"\.\.\.")):
+        recipes.load(file, [])
+
+
+def test_pairs_are_refused_by_trainers_of_documents(tmp_path: Path, tiny_model: Path, pairs: Path) -> None:
+    from posttrain import recipe as recipes
+
+    text = recipe(tmp_path, tiny_model, pairs).read_text()
+    for kind in ("sft", "causal"):
+        (tmp_path / "x.yaml").write_text(
+            text.replace("type: dpo", f"type: {kind}").replace("{sources", "{type: preference, sources")
+        )
+        with pytest.raises(RecipeError, match="data: this trainer needs single documents"):
+            recipes.load(tmp_path / "x.yaml", [])
+
+
 def test_a_loss_of_ones_own_is_one_function(tmp_path: Path) -> None:
     @preference_loss("test-linear")
     def linear(policy: Any, reference: Any, lengths: Any, *, beta: float = 0.5) -> Any:

@@ -104,6 +104,16 @@ def test_rows_that_are_no_pair_are_refused_with_the_reason(name: str) -> None:
         pair(row)
 
 
+def test_a_row_without_one_side_is_refused_by_itself(tmp_path: Path) -> None:
+    rows = [{"prompt": f"{n}?", "chosen": "yes", "rejected": "no"} for n in range(3)] + [
+        {"prompt": "3?", "chosen": "yes"}
+    ]
+    file = write(tmp_path / "a.jsonl", rows)
+    with pytest.raises(DataError, match=r"1 x there is no 'rejected'.*a\.jsonl:4"):
+        PreferenceData(sources=[file]).prepare(TOKENIZER)
+    assert len(PreferenceData(sources=[file], invalid="drop").prepare(TOKENIZER).train) == 3
+
+
 def test_columns_that_are_missing_are_named() -> None:
     with pytest.raises(DataError, match=r"'question', 'good' hold no 'chosen' and no 'rejected'.*columns"):
         pair({"question": "a", "good": "b"})

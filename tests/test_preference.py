@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from posttrain.blocks.preference import LOSSES, Objective, preference_loss
+from posttrain.blocks.preference import LOSSES, Objective, accuracy, preference_loss
 from posttrain.errors import RegistryError
 
 POLICY = torch.tensor([[-10.0, -14.0], [-7.5, -6.0], [-3.0, -9.0]], dtype=torch.float64)
@@ -134,13 +134,31 @@ def test_an_objective_is_the_weighted_sum_of_its_losses() -> None:
 
 
 def test_options_go_to_the_losses_that_take_them_and_others_are_named() -> None:
-    assert not Objective({"sigmoid": 1, "discopop": 1}, {"tau": 0.1}).problems()
-    (message,) = Objective({"sigmoid": 1}, {"label_smothing": 0.1}).problems()
-    assert message.startswith("sigmoid takes no 'label_smothing'; did you mean 'label_smoothing'?")
-    (message,) = Objective({"sigmod": 1}, {}).problems()
+    assert not list(Objective({"sigmoid": 1, "discopop": 1}, {"tau": 0.1}).problems())
+    ((key, message),) = Objective({"sigmoid": 1}, {"label_smothing": 0.1}).problems()
+    assert key == "loss_args"
+    expected = "sigmoid takes no 'label_smothing'; did you mean 'label_smoothing'? (it takes: beta, label_smoothing)"
+    assert message == expected
+    ((key, message),) = Objective({"hinge": 1}, {"label_smoothing": 0.1}).problems()
+    assert key == "label_smoothing"
+    ((key, message),) = Objective({"sigmod": 1}, {}).problems()
     assert message.startswith("there is no 'sigmod'; did you mean 'sigmoid'?")
-    assert Objective({"exo_pair": 1}, {"label_smoothing": 0}).problems()
-    assert Objective({}, {}).problems()
+    for weights, options in (({"exo_pair": 1}, {"label_smoothing": 0}), ({}, {}), ({"sigmoid": -1}, {})):
+        assert len(list(Objective(weights, options).problems())) == 1
+
+
+def test_rewards_are_sums_or_means_as_the_loss_has_them() -> None:
+    gain = POLICY - REFERENCE
+    for name, expected in (
+        ("sigmoid", gain), ("sigmoid_norm", gain / LENGTHS), ("simpo", POLICY / LENGTHS), ("sft", POLICY),
+    ):  # fmt: skip
+        options = {"beta": BETA} if "beta" in LOSSES[name].options else {}
+        scale = BETA if options else 1.0
+        torch.testing.assert_close(Objective({name: 1}, options).rewards(POLICY, REFERENCE, LENGTHS), scale * expected)
+
+
+def test_a_tie_is_half_a_win() -> None:
+    assert accuracy(torch.tensor([1.0, 0.0, -1.0, 2.0])).item() == 0.625
 
 
 def test_a_taken_name_is_refused() -> None:

@@ -118,7 +118,7 @@ def test_every_mistake_is_reported_in_one_go_with_its_line(tmp_path):
         "r.yaml:7: optimizer.learning_rate: expected a number, got 'fast'",
         "r.yaml:8: optimizer.betas: expected a list of 2, got 1",
         "r.yaml:9: scheduler: there is no scheduler 'cosin'; did you mean 'cosine'? "
-        "(known: constant, cosine, linear, wsd)",
+        "(known: constant, cosine, linear, two-stage, wsd)",
         "r.yaml:10: seed: expected a whole number, got true",
         "r.yaml:11: seed: given twice; first at r.yaml:10",
         "r.yaml:12: epochs: must be > 0, got 0",

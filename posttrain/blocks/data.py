@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import attrs
 from attrs.converters import optional as or_none
@@ -47,6 +47,9 @@ class Preview:
 @attrs.frozen(kw_only=True, slots=False)
 class Data:
     """What data blocks share: from sources to loaders. A subclass says how rows become tokens, in `encoder`."""
+
+    policies: ClassVar[tuple[str, ...]] = ("drop", "truncate", "split")
+    """What may happen to documents that are too long, besides an error."""
 
     sources: list[Source] = key(check=min_len(1), convert=as_sources)
     """What to train on: files, folders, hub datasets."""
@@ -99,7 +102,7 @@ class Data:
     @property
     def limits(self) -> Limits:
         """The policies for rows that are too long or unusable."""
-        return Limits(self.max_length, self.overflow, self.invalid)
+        return Limits(self.max_length, self.overflow, self.invalid, self.policies)
 
     def prepare(self, tokenizer: Any) -> Prepared:
         """Tokenize everything that is not in the cache yet.
@@ -202,6 +205,10 @@ class PreferenceData(Data):
     tokens. Rows whose sides are equal or empty are refused or dropped as `invalid` says.
     """
 
+    policies: ClassVar[tuple[str, ...]] = ("drop", "truncate")
+
+    max_length: int = key(2048, check=gt(1))
+    """Tokens that each side may have; a packed row holds twice as many."""
     overflow: Literal["error", "drop", "truncate"] = "error"
     """What happens to a pair with a side that is longer: say so and stop, leave the pair out, or keep the beginning of
     its sides."""
@@ -251,3 +258,11 @@ class CausalData(Data):
             if wanted and getattr(tokenizer, token) is None:
                 raise DataError(f"the tokenizer has no {token}; set data.{token[:3]} to false")
         return TextEncoder(tokenizer, self.text_column, self.bos, self.eos)
+
+
+def unfit(data: Any, *, pairs: bool) -> str | None:
+    """Say why a data block of ours cannot be trained on by a method that wants pairs, or one that does not."""
+    if isinstance(data, Data) and isinstance(data, PreferenceData) != pairs:
+        wanted = "pairs of replies (type: preference)" if pairs else "single documents (type: sft or causal)"
+        return f"this trainer needs {wanted}, and {type(data).__name__} gives others"
+    return None

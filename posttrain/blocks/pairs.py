@@ -31,11 +31,13 @@ def pair(row: dict[str, Any]) -> Sample:
         DataError: the columns fit no schema.
     """
     missing = [name for name in (CHOSEN, REJECTED) if name not in row]
-    if missing:
+    if len(missing) == 2:
         raise DataError(
-            f"columns {', '.join(map(repr, row)) or '(none)'} hold no {' and no '.join(map(repr, missing))}; say which "
-            "is which with `columns` on the source, such as {prompt: question, chosen: good, rejected: bad}"
+            f"columns {', '.join(map(repr, row)) or '(none)'} hold no {CHOSEN!r} and no {REJECTED!r}; say which is "
+            "which with `columns` on the source, such as {prompt: question, chosen: good, rejected: bad}"
         )
+    if missing:
+        raise Refused(f"there is no {missing[0]!r}; if the column is called otherwise, say so with `columns`")
     prompt = _prompt(row)
     sides = [_side(row, name, prompt) for name in (CHOSEN, REJECTED)]
     shared = 0

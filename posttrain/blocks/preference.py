@@ -19,7 +19,7 @@ Nothing heavy is imported here, so that recipes are validated without torch.
 
 import inspect
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import attrs
@@ -46,6 +46,8 @@ class PreferenceLoss:
     needs_reference: bool
     over_step: bool
     """Whether a pair's loss depends on the other pairs: then it is worked out over all pairs of a step."""
+    averages: bool
+    """Whether its rewards are means over the tokens of a reply, not sums."""
 
     @property
     def options(self) -> dict[str, Any]:
@@ -55,11 +57,22 @@ class PreferenceLoss:
 
 
 LOSSES: dict[str, PreferenceLoss] = {}
+NAMED = ("beta", "label_smoothing")
+"""Options that are keys of the recipe."""
 F = TypeVar("F", bound=Callable[..., Any])
 
 
-def preference_loss(name: str, *, needs_reference: bool = True, over_step: bool = False) -> Callable[[F], F]:
-    """Give a function of your own a name that recipes can use: `loss: name`.
+def preference_loss(
+    name: str, *, needs_reference: bool = True, over_step: bool = False, averages: bool = False
+) -> Callable[[F], F]:
+    """Give a function of your own a name that recipes can use: `loss_type: name`.
+
+    Args:
+        name: what recipes call it.
+        needs_reference: whether it looks at the reference model.
+        over_step: whether a pair's loss depends on the other pairs of the step.
+        averages: whether its rewards are means over the tokens of a reply, not sums.
+
 
     Raises:
         RegistryError: the name is taken by a function of another module.
@@ -69,7 +82,7 @@ def preference_loss(name: str, *, needs_reference: bool = True, over_step: bool 
         known = LOSSES.get(name)
         if known is not None and inspect.getmodule(known.function) is not inspect.getmodule(function):
             raise RegistryError(f"the preference loss {name!r} exists already; give yours another name")
-        LOSSES[name] = PreferenceLoss(function, needs_reference, over_step)
+        LOSSES[name] = PreferenceLoss(function, needs_reference, over_step, averages)
         return function
 
     return register
@@ -108,21 +121,30 @@ class Objective:
         taken = [loss.options["beta"] for loss in self.losses.values() if "beta" in loss.options]
         return float(self.options.get("beta", taken[0] if taken else 1.0))
 
-    def problems(self) -> list[str]:
-        """Return what is wrong with names and options."""
+    def rewards(self, policy: "Tensor", reference: "Tensor", lengths: "Tensor") -> "Tensor":
+        """Return what the losses reward, [pairs, 2]: beta times the gain over the reference, or the log-probability."""
+        gain = policy - reference if self.needs_reference else policy
+        return self.beta * (gain / lengths if any(loss.averages for loss in self.losses.values()) else gain)
+
+    def problems(self) -> Iterator[tuple[str, str]]:
+        """Yield (key, message) for what is wrong with names, weights and options."""
+        known = ", ".join(LOSSES)
         if not self.weights:
-            return ["names no loss"]
-        unknown = [name for name in self.weights if name not in LOSSES]
-        if unknown:
-            return [f"there is no {name!r}{suggest(name, LOSSES)} (known: {', '.join(LOSSES)})" for name in unknown]
+            yield "loss_type", f"names no loss (known: {known})"
+        for name, weight in self.weights.items():
+            if name not in LOSSES:
+                yield "loss_type", f"there is no {name!r}{suggest(name, LOSSES)} (known: {known})"
+            elif not weight > 0:
+                yield "loss_type", f"the weight of {name} must be > 0, got {weight}"
+        if self.weights.keys() - LOSSES.keys():
+            return
         if "exo_pair" in self.weights and self.options.get("label_smoothing") == 0:
-            return ["exo_pair needs a label_smoothing above 0"]
-        takes = {option for loss in self.losses.values() for option in loss.options} - {"mean_lengths"}
-        return [
-            f"{' + '.join(self.weights)} takes no {option!r}{suggest(option, takes)} (it takes: {', '.join(takes)})"
-            for option in self.options
-            if option not in takes
-        ]
+            yield "label_smoothing", "must be above 0 for exo_pair"
+        takes = sorted({option for loss in self.losses.values() for option in loss.options} - {"mean_lengths"})
+        for option in self.options.keys() - set(takes):
+            key = option if option in NAMED else "loss_args"
+            hint = f"{suggest(option, takes)} (it takes: {', '.join(takes) or 'no options'})"
+            yield key, f"{' + '.join(self.weights)} takes no {option!r}{hint}"
 
     def __call__(
         self, policy: "Tensor", reference: "Tensor", lengths: "Tensor", mean_lengths: "Tensor | None" = None
@@ -149,6 +171,11 @@ def log_sigmoid(x: "Tensor") -> "Tensor":
     from torch.nn.functional import logsigmoid
 
     return logsigmoid(x)
+
+
+def accuracy(margin: "Tensor") -> "Tensor":
+    """Return how often the chosen side wins, a scalar; a tie is half a win."""
+    return ((margin > 0).float() + 0.5 * (margin == 0).float()).mean()
 
 
 def _smoothed(margin: "Tensor", label_smoothing: float) -> "Tensor":
@@ -194,7 +221,7 @@ def hinge(policy: "Tensor", reference: "Tensor", lengths: "Tensor", *, beta: flo
     return (1 - beta * _margin(policy, reference)).relu()
 
 
-@preference_loss("ipo")
+@preference_loss("ipo", averages=True)
 def ipo(
     policy: "Tensor", reference: "Tensor", lengths: "Tensor", *, beta: float = 0.1, average: bool = True
 ) -> "Tensor":
@@ -287,7 +314,7 @@ def discopop(
     return (1 - exponential) * -log_sigmoid(margin) + exponential * (-margin).exp()
 
 
-@preference_loss("sigmoid_norm")
+@preference_loss("sigmoid_norm", averages=True)
 def sigmoid_norm(policy: "Tensor", reference: "Tensor", lengths: "Tensor", *, beta: float = 0.1) -> "Tensor":
     """DPO on log-probabilities averaged over the tokens of a reply (Tulu 3, Lambert et al., arXiv:2411.15124)."""
     return -log_sigmoid(beta * _margin(policy / lengths, reference / lengths))
@@ -308,7 +335,7 @@ def sft(policy: "Tensor", reference: "Tensor", lengths: "Tensor", *, mean_length
     return -policy[:, 0] / mean[0]
 
 
-@preference_loss("orpo", needs_reference=False)
+@preference_loss("orpo", needs_reference=False, averages=True)
 def orpo(policy: "Tensor", reference: "Tensor", lengths: "Tensor", *, beta: float = 0.1) -> "Tensor":
     """Odds-ratio preference optimization (Hong et al., arXiv:2403.07691, eq. 6 and 7; `beta` is its lambda).
 
@@ -320,7 +347,7 @@ def orpo(policy: "Tensor", reference: "Tensor", lengths: "Tensor", *, beta: floa
     return -averages[:, 0] - beta * log_sigmoid(chosen - rejected)
 
 
-@preference_loss("simpo", needs_reference=False)
+@preference_loss("simpo", needs_reference=False, averages=True)
 def simpo(
     policy: "Tensor", reference: "Tensor", lengths: "Tensor", *, beta: float = 2.0, gamma: float = 1.0
 ) -> "Tensor":

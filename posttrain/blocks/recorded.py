@@ -121,7 +121,9 @@ class Recorder:
         if not missing:
             return
         ask = teacher()
-        log.info("asking the network about %s of %s examples", f"{len(missing) * CHUNK:,}", f"{len(offsets) - 1:,}")
+        examples = len(offsets) - 1
+        left = sum(min(CHUNK, examples - chunk * CHUNK) for chunk in missing)
+        log.info("asking the network about %s of %s examples", f"{left:,}", f"{examples:,}")
         handles = {name: os.open(folder / name, os.O_WRONLY) for name in (*self.shapes, "done")}
         try:
             mine = missing[fabric.global_rank :: fabric.world_size]

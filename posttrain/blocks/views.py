@@ -54,11 +54,14 @@ class Limits:
     max_length: int
     overflow: str
     invalid: str
+    policies: tuple[str, ...] = ("drop", "truncate", "split")
+    """Values of `overflow` that avoid an error."""
 
     @property
     def advice(self) -> str:
         """What to do about rows that are too long."""
-        return "raise data.max_length, or set data.overflow to drop or truncate (or split, for single documents)"
+        *most, last = self.policies
+        return f"raise data.max_length, or set data.overflow to {', '.join(most)} or {last}"
 
     @property
     def too_long(self) -> str:

@@ -1,8 +1,5 @@
 """The vLLM plugin: registers SwiftKV models. vLLM calls it in every process that it starts."""
 
-SWIFTKV = ("Llama", "Mistral")
-"""Families whose layers vLLM computes with its Llama classes."""
-
 
 def register() -> None:
     """Make vLLM know the architecture and the configuration of SwiftKV models.
@@ -14,7 +11,6 @@ def register() -> None:
 
     import posttrain.blocks.swiftkv_modeling  # noqa: F401 - registers the configurations with transformers
 
-    for family in SWIFTKV:
-        name = f"{family}SwiftKVForCausalLM"
-        if name not in ModelRegistry.get_supported_archs():
-            ModelRegistry.register_model(name, "posttrain.serve.vllm_swiftkv:SwiftKVForCausalLM")
+    name = "LlamaSwiftKVForCausalLM"  # the other families are served by transformers alone
+    if name not in ModelRegistry.get_supported_archs():
+        ModelRegistry.register_model(name, "posttrain.serve.vllm_swiftkv:SwiftKVForCausalLM")

@@ -35,7 +35,7 @@ class Proposer:
         self.count = vllm_config.speculative_config.num_speculative_tokens
         heads = self.speculator.config["n_predict"]
         if self.count > heads:
-            raise ValueError(f"num_speculative_tokens is {self.count}, and the speculator in {folder} has {heads} heads")
+            raise ValueError(f"num_speculative_tokens is {self.count}, the speculator in {folder} has {heads} heads")
         if problem := misfit(self.speculator.config, vllm_config.model_config.hf_text_config):
             raise ValueError(f"the speculator in {folder} is for another base model: {problem}")
         self.states: torch.Tensor | None = None
@@ -96,5 +96,5 @@ def keep_hidden_states() -> None:
             aux_hidden_states, spec_decode_metadata, *args, **kwargs,
         )  # fmt: skip
 
-    propose_draft_token_ids.keeps_hidden_states = True  # type: ignore[attr-defined]
+    propose_draft_token_ids.keeps_hidden_states = True
     GPUModelRunner.propose_draft_token_ids = propose_draft_token_ids

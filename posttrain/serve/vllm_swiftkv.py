@@ -53,8 +53,12 @@ class Store(nn.Module):
         super().__init__()
         self.heads = Heads(config, vllm_config)
         sizes = config.hidden_size, config.num_key_value_heads * config.head_dim
-        self.k_proj_swiftkv = ColumnParallelLinear(*sizes, bias=config.attention_bias, prefix=f"{prefix}.k_proj_swiftkv")
-        self.v_proj_swiftkv = ColumnParallelLinear(*sizes, bias=config.attention_bias, prefix=f"{prefix}.v_proj_swiftkv")
+        self.k_proj_swiftkv = ColumnParallelLinear(
+            *sizes, bias=config.attention_bias, prefix=f"{prefix}.k_proj_swiftkv"
+        )
+        self.v_proj_swiftkv = ColumnParallelLinear(
+            *sizes, bias=config.attention_bias, prefix=f"{prefix}.v_proj_swiftkv"
+        )
         self.attn = self.heads.attention(vllm_config, f"{prefix}.attn")
 
     def forward(self, positions: Tensor, shared: Tensor, rotary: nn.Module) -> None:
@@ -106,7 +110,8 @@ class SwiftKVModel(nn.Module):
         self.first, self.group = config.num_key_value_layers, config.key_value_group_size
         self.embed_tokens = VocabParallelEmbedding(config.vocab_size, config.hidden_size)
         lower = [LlamaDecoderLayer(vllm_config, prefix=f"{prefix}.layers.{i}") for i in range(self.first)]
-        names = [f"{prefix}.stores.{depth + i}" for i in range((depth - self.first) // self.group)]  # before their readers
+        # Stores come before their readers: vLLM wants to know them first.
+        names = [f"{prefix}.stores.{depth + i}" for i in range((depth - self.first) // self.group)]
         self.stores = nn.ModuleList(Store(config, vllm_config, name) for name in names)
         upper = [
             UpperLayer(config, vllm_config, f"{prefix}.layers.{i}", f"{names[(i - self.first) // self.group]}.attn")
@@ -172,7 +177,11 @@ class SwiftKVForCausalLM(nn.Module):
         return self.model.embed_tokens(input_ids)
 
     def forward(
-        self, input_ids: Tensor, positions: Tensor, intermediate_tensors: Any = None, inputs_embeds: Tensor | None = None
+        self,
+        input_ids: Tensor,
+        positions: Tensor,
+        intermediate_tensors: Any = None,
+        inputs_embeds: Tensor | None = None,
     ) -> Tensor:
         """Return the last hidden states, [rows, size]."""
         return self.model(input_ids, positions, inputs_embeds)

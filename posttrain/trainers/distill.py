@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from attrs.validators import gt, optional
 
-from posttrain.blocks.data import Data, SFTData
+from posttrain.blocks.data import Data, SFTData, unfit
 from posttrain.blocks.model import HFModel
 from posttrain.interfaces import Batch, DataBlock, ModelBlock
 from posttrain.registry import block, default, key
@@ -41,6 +41,8 @@ class DistillTrainer(Trainer):
 
     def check(self) -> Iterator[tuple[str, str]]:
         """Yield what contradicts the data."""
+        if problem := unfit(self.data, pairs=False):
+            yield "data", problem
         if self.stored and isinstance(self.data, Data) and self.data.streams:
             yield (
                 "stored",

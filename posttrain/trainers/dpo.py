@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING, Any
 import attrs
 from attrs.validators import and_, ge, gt, lt, optional
 
-from posttrain.blocks.data import Data, PreferenceData
+from posttrain.blocks.data import Data, PreferenceData, unfit
 from posttrain.blocks.model import HFModel
-from posttrain.blocks.preference import Objective
+from posttrain.blocks.preference import NAMED, Objective, accuracy
 from posttrain.interfaces import Batch, DataBlock, ModelBlock
 from posttrain.registry import block, default, key
 from posttrain.trainer import Trainer
@@ -32,13 +32,15 @@ class DPOTrainer(Trainer):
     precompute_reference: bool = key(False, also=("precompute_ref_log_probs",))
     """Ask the reference once for all pairs before training, keep its answers in the cache, and free its memory."""
     loss_type: str | list[str] | dict[str, float] = "sigmoid"
-    """A name of preference.py; several are added up, as a list or with weights: `{sigmoid: 1, sft: 0.2}`."""
+    """sigmoid (DPO), robust, hinge, ipo, exo_pair, nca_pair, bco_pair, sppo_hard, aot, apo_zero, apo_down, discopop,
+    sigmoid_norm; without a reference orpo, simpo, sft. Several are added up, as a list or with weights:
+    `{sigmoid: 1, sft: 0.2}`. The functions and their sources are in `posttrain/blocks/preference.py`."""
     beta: float | None = key(None, check=optional(gt(0)))
     """Scale of rewards: higher ties the model closer to the reference. By default the loss's own: 0.1, SimPO 2."""
     label_smoothing: float | None = key(None, check=optional(and_(ge(0), lt(0.5))))
     """Probability that a label is wrong, for the losses that take it."""
     loss_args: dict[str, float | bool] = attrs.field(factory=dict)
-    """Further options of the losses: `{gamma: 1.4}`."""
+    """Further options of the losses: `gamma` of simpo, `tau` of discopop, `average` of ipo."""
 
     @property
     def objective(self) -> Objective:
@@ -50,9 +52,15 @@ class DPOTrainer(Trainer):
 
     def check(self) -> Iterator[tuple[str, str]]:
         """Yield what is wrong with the losses and their options."""
+        if problem := unfit(self.data, pairs=True):
+            yield "data", problem
+        if isinstance(self.loss_type, list) and len(set(self.loss_type)) < len(self.loss_type):
+            yield "loss_type", "names a loss twice; give it a weight: {sigmoid: 2}"
+        for name in self.loss_args.keys() & set(NAMED):
+            yield "loss_args", f"{name} is a key of its own: write `{name}: {self.loss_args[name]}`"
         objective = self.objective
-        if found := objective.problems():
-            yield from (("loss_type", message) for message in found)
+        if found := list(objective.problems()):
+            yield from found
         elif not objective.needs_reference:
             for name in ("reference", "precompute_reference"):
                 if getattr(self, name):
@@ -117,11 +125,9 @@ class DPOTrainer(Trainer):
 
     def log(self, policy: "Tensor", reference: "Tensor", lengths: "Tensor") -> None:
         """Log the means over pairs of rewards, log-probabilities (in nats) and lengths (in tokens)."""
-        objective = self.objective
-        gain = policy - reference if objective.needs_reference else policy / lengths
-        rewards = objective.beta * gain
+        rewards = self.objective.rewards(policy, reference, lengths)
         margin = rewards[:, 0] - rewards[:, 1]
-        found = {"rewards/margin": margin.mean(), "rewards/accuracy": (margin > 0).float().mean()}
+        found = {"rewards/margin": margin.mean(), "rewards/accuracy": accuracy(margin)}
         for side, name in enumerate(("chosen", "rejected")):
             found[f"rewards/{name}"] = rewards[:, side].mean()
             found[f"log_probs/{name}"] = policy[:, side].mean()

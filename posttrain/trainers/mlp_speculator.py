@@ -1,11 +1,11 @@
 """MLP-speculator distillation: heads learn to draft what the base model says, from text or from its own."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from attrs.validators import ge, gt, optional
 
-from posttrain.blocks.data import SFTData
+from posttrain.blocks.data import SFTData, unfit
 from posttrain.blocks.speculator import SpeculatorModel
 from posttrain.interfaces import Batch, DataBlock, ModelBlock
 from posttrain.registry import block, default, key
@@ -37,6 +37,11 @@ class SpeculatorTrainer(Trainer):
     gen_server: str | None = None
     """Base URL of a vLLM server that serves the base model (`http://localhost:8000/v1`); it continues the prompts
     then, instead of the copy in training."""
+
+    def check(self) -> Iterator[tuple[str, str]]:
+        """Yield what contradicts the data."""
+        if problem := unfit(self.data, pairs=False):
+            yield "data", problem
 
     def step(self, batches: list[Batch]) -> "Tensor":
         """Take a step on the data, or on what the base model makes of it."""

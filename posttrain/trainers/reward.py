@@ -1,12 +1,13 @@
 """Reward modelling: a number for each conversation, higher for the side of a pair that people prefer."""
 
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from attrs.validators import ge
 
-from posttrain.blocks.data import PreferenceData
+from posttrain.blocks.data import PreferenceData, unfit
 from posttrain.blocks.model import RewardModel
-from posttrain.blocks.preference import log_sigmoid
+from posttrain.blocks.preference import accuracy, log_sigmoid
 from posttrain.interfaces import Batch, DataBlock, ModelBlock
 from posttrain.registry import block, default, key
 from posttrain.trainer import Trainer
@@ -27,6 +28,11 @@ class RewardTrainer(Trainer):
     center_rewards: float = key(0.0, also=("center_rewards_coefficient",), check=ge(0))
     """Weight of the squared sum of both rewards, which keeps them around 0 (Eisenstein et al., arXiv:2312.09244)."""
 
+    def check(self) -> Iterator[tuple[str, str]]:
+        """Yield what contradicts the data."""
+        if problem := unfit(self.data, pairs=True):
+            yield "data", problem
+
     def setup(self) -> "Run":
         """Tell the exported model which token is padding."""
         run = super().setup()
@@ -39,7 +45,7 @@ class RewardTrainer(Trainer):
         margin = rewards[:, 0] - rewards[:, 1]
         losses: Tensor = -log_sigmoid(margin - batch["margins"]) + self.center_rewards * rewards.sum(-1) ** 2
         chosen, rejected = rewards.detach().mean(0)
-        found = {"margin": margin.detach().mean(), "accuracy": (margin > 0).float().mean()}
+        found = {"margin": margin.detach().mean(), "accuracy": accuracy(margin.detach())}
         found |= {"chosen": chosen, "rejected": rejected}
         self.run.log(**{f"rewards/{name}": value for name, value in found.items()})
         weight: int = batch["weight"]

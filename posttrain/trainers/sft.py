@@ -1,8 +1,9 @@
 """Supervised fine-tuning: next-token cross-entropy on the supervised tokens."""
 
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from posttrain.blocks.data import CausalData, SFTData
+from posttrain.blocks.data import CausalData, SFTData, unfit
 from posttrain.blocks.model import HFModel
 from posttrain.interfaces import Batch, DataBlock, ModelBlock
 from posttrain.registry import block, default
@@ -18,6 +19,11 @@ class SFTTrainer(Trainer):
 
     model: ModelBlock = default(HFModel, required=True)
     data: DataBlock = default(SFTData, required=True)
+
+    def check(self) -> Iterator[tuple[str, str]]:
+        """Yield what contradicts the data."""
+        if problem := unfit(self.data, pairs=False):
+            yield "data", problem
 
     def loss(self, batch: Batch) -> "Tensor":
         """Return the mean negative log-likelihood of the supervised tokens, in nats."""

@@ -1,11 +1,11 @@
 """SwiftKV distillation: upper layers learn to do with the keys and values of one lower layer."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING
 
 from attrs.validators import ge, gt, lt
 
-from posttrain.blocks.data import SFTData
+from posttrain.blocks.data import SFTData, unfit
 from posttrain.blocks.swiftkv import SwiftKVModel
 from posttrain.interfaces import Batch, DataBlock, ModelBlock
 from posttrain.registry import block, default, key
@@ -30,6 +30,11 @@ class SwiftKVTrainer(Trainer):
     arctic_masks: bool = False
     """Compare as ArcticTraining does: logits at the supervised tokens themselves instead of where they are predicted,
     hidden states at every token, both as means over every token."""
+
+    def check(self) -> Iterator[tuple[str, str]]:
+        """Yield what contradicts the data."""
+        if problem := unfit(self.data, pairs=False):
+            yield "data", problem
 
     def together(self, batches: Iterable[Batch]) -> Iterable[Batch]:
         """With ArcticTraining's masks, a step is a mean over all tokens."""
