@@ -39,13 +39,16 @@ class Acceptance:
         table.add_column("", no_wrap=True)
         for head, rate in enumerate(self.rates, start=1):
             table.add_row(str(head), f"{rate:.1%}", "█" * round(30 * rate))
+        return table
+
+    @property
+    def summary(self) -> str:
+        """What it comes to, in a line."""
         steps, tokens = self.drafts.steps, self.drafts.tokens
-        table.caption = (
+        return (
             f"{self.drafts.tokens_per_step:.2f} tokens per pass of the base model "
             f"({tokens:,} tokens in {steps:,} passes, {self.prompts} prompts)"
         )
-        table.caption_justify = "left"
-        return table
 
     def draw(self, target: Path) -> None:
         """Draw it into a picture."""

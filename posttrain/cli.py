@@ -154,6 +154,7 @@ def accept(arguments: argparse.Namespace) -> None:
 
     found = measure(arguments.run_folder, arguments.prompts, arguments.max_new_tokens, arguments.drafts)
     Console().print(found.table())
+    say(found.summary)
     target = arguments.output or arguments.run_folder / "acceptance.png"
     found.draw(target)
     say(str(target))
