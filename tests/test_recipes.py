@@ -740,3 +740,10 @@ def test_numbers_are_exact():
         100, 1_100_000, 0.07, -2000, 100_000, None, None, 0,
     ]  # fmt: skip
     assert re.fullmatch(r"\d+", str(number("1e300")))
+
+
+def test_the_home_of_nobody_is_said(tmp_path: Path) -> None:
+    file = tmp_path / "r.yaml"
+    file.write_text("type: sft\nmodel: {name_or_path: m}\ndata: {sources: ['~nobody-is-called-so/x.jsonl']}\n")
+    with pytest.raises(RecipeError, match="there is no such user"):
+        load(file)

@@ -96,7 +96,10 @@ class Source:
     @property
     def path(self) -> Path:
         """The name as a path."""
-        return Path(self.name_or_path).expanduser()
+        try:
+            return Path(self.name_or_path).expanduser()
+        except RuntimeError:
+            raise DataError(f"name_or_path: {self.name_or_path}: there is no such user") from None
 
     @property
     def is_local(self) -> bool:
