@@ -1,13 +1,12 @@
 """Distillation: stored answers train like the teacher itself, and k of the whole vocabulary is the full divergence."""
 
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from test_loop import assert_same_run
-from test_ranks import ROOT, launched
+from test_loop import assert_same_metrics, assert_same_run
+from test_ranks import on_two_ranks
 from toy import VOCABULARY, losses, metrics, network, trainer
 
 from posttrain.blocks.divergence import divergence
@@ -124,23 +123,12 @@ def test_cutting_a_step_changes_nothing_and_padded_rows_read_the_same_answers(tm
     assert {file: file.stat().st_mtime_ns for file in (tmp_path / "cache" / "recorded").rglob("*")} == recorded
 
 
-def test_two_ranks_share_the_pass_of_the_teacher_and_train_like_one(tmp_path: Path, monkeypatch: Any) -> None:
-    script = tmp_path / "script.py"
-    script.write_text(f"""
-import sys
-sys.path.insert(0, {str(ROOT / "tests")!r})
-from pathlib import Path
-from posttrain.blocks import recorded
-from test_distill import distill
-recorded.CHUNK = 7
-if __name__ == "__main__":
-    distill(Path(sys.argv[1]), eval_rows=9, eval_every=2, devices=2, micro_batch_size=2).train()
-""")
-    done = launched([sys.executable, script, tmp_path / "two"], env={"POSTTRAIN_CACHE": str(tmp_path / "other")})
-    assert done.returncode == 0, done.stderr[-3000:]
+def test_two_ranks_share_the_pass_of_the_teacher_and_train_like_one(tmp_path: Path) -> None:
+    train = "distill(folder, eval_rows=9, eval_every=2, devices=2, micro_batch_size=2).train()"
+    chunks = "from posttrain.blocks import recorded; recorded.CHUNK = 7"
+    on_two_ranks(tmp_path, "test_distill", chunks, train, POSTTRAIN_CACHE=str(tmp_path / "other"))
     distill(tmp_path / "one", eval_rows=9, eval_every=2).train()
-    for one, two in zip(metrics(tmp_path / "one"), metrics(tmp_path / "two"), strict=True):
-        assert one == pytest.approx(two, abs=2e-6, rel=1e-5)
+    assert_same_metrics(tmp_path / "one", tmp_path / "two")
 
 
 def test_a_teacher_whose_answers_are_stored_is_not_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,7 +2,6 @@
 
 import json
 import math
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +9,8 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from test_loop import assert_same_run
-from test_ranks import ROOT, launched
+from test_loop import assert_same_metrics, assert_same_run
+from test_ranks import on_two_ranks
 from toy import losses, metrics, network, pair, trainer
 
 from posttrain.blocks.batches import Example, collate_pairs
@@ -29,12 +28,6 @@ MIXES: list[Any] = ["sigmoid", "aot", "orpo", {"sigmoid": 1.0, "sft": 0.3}, {"ao
 def dpo(folder: Path, **keys: Any) -> DPOTrainer:
     made: DPOTrainer = trainer(folder, DPOTrainer, **{"rows": 60, "max_steps": 5, **keys})
     return made
-
-
-def assert_same_metrics(one: Path, other: Path) -> None:
-    for ours, theirs in zip(metrics(one), metrics(other), strict=True):
-        assert ours.keys() == theirs.keys()
-        assert ours == pytest.approx(theirs, abs=2e-6, rel=1e-5)
 
 
 # -- the reference --------------------------------------------------------------------
@@ -174,19 +167,10 @@ def test_packed_pairs_train_like_padded_ones(tmp_path: Path, attention: str) -> 
 
 
 def test_two_ranks_train_like_one(tmp_path: Path) -> None:
-    script = tmp_path / "script.py"
-    script.write_text(f"""
-import sys
-sys.path.insert(0, {str(ROOT / "tests")!r})
-from pathlib import Path
-from test_dpo import MIXES, dpo
-if __name__ == "__main__":
-    for number, loss in enumerate(MIXES):
-        dpo(Path(sys.argv[1]) / str(number), loss_type=loss, eval_rows=11, eval_every=2, devices=2,
-            micro_batch_size=1, gradient_accumulation_steps=2, precompute_reference=number == 3).train()
-""")
-    done = launched([sys.executable, script, tmp_path / "two"])
-    assert done.returncode == 0, done.stderr[-3000:]
+    keys = "eval_rows=11, eval_every=2, devices=2, micro_batch_size=1, gradient_accumulation_steps=2"
+    each = "for number, loss in enumerate(MIXES):"
+    train = f"dpo(folder / str(number), loss_type=loss, precompute_reference=number == 3, {keys}).train()"
+    on_two_ranks(tmp_path, "test_dpo", f"{each} {train}")
     for number, loss in enumerate(MIXES):
         dpo(tmp_path / "one" / str(number), loss_type=loss, eval_rows=11, eval_every=2).train()
         assert_same_metrics(tmp_path / "one" / str(number), tmp_path / "two" / str(number))

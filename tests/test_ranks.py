@@ -31,6 +31,19 @@ def launched(command: list[Any], **more: Any) -> subprocess.CompletedProcess[str
     )
 
 
+def on_two_ranks(tmp_path: Path, module: str, *statements: str, **environment: str) -> None:
+    """Run statements of a test module's names in two processes; `folder` is what they train in."""
+    file = tmp_path / "script.py"
+    lines = [
+        "import sys", f"sys.path.insert(0, {str(ROOT / 'tests')!r})", "from pathlib import Path",
+        f"from {module} import *", "folder = Path(sys.argv[1])", 'if __name__ == "__main__":',
+        *(f"    {statement}" for statement in statements),
+    ]  # fmt: skip
+    file.write_text("\n".join(lines) + "\n")
+    done = launched([sys.executable, file, tmp_path / "two"], env=environment)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
 @pytest.fixture
 def script(tmp_path: Path) -> Path:
     file = tmp_path / "script.py"

@@ -2,14 +2,13 @@
 
 import json
 import math
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from test_loop import assert_same_run
-from test_ranks import ROOT, launched
+from test_loop import assert_same_metrics, assert_same_run
+from test_ranks import on_two_ranks
 from toy import losses, metrics, network, pair, trainer
 
 from posttrain.blocks.batches import collate_pairs
@@ -23,12 +22,6 @@ def reward(folder: Path, **keys: Any) -> RewardTrainer:
     keys = {"rows": 60, "max_steps": 5, **keys}
     made: RewardTrainer = trainer(folder, RewardTrainer, **keys)
     return made
-
-
-def assert_same_metrics(one: Path, other: Path) -> None:
-    for ours, theirs in zip(metrics(one), metrics(other), strict=True):
-        assert ours.keys() == theirs.keys()
-        assert ours == pytest.approx(theirs, abs=2e-6, rel=1e-5)
 
 
 def test_the_loss_is_that_of_its_equations(tmp_path: Path) -> None:
@@ -67,17 +60,8 @@ def test_packed_pairs_train_like_padded_ones(tmp_path: Path) -> None:
 
 
 def test_two_ranks_train_like_one(tmp_path: Path) -> None:
-    script = tmp_path / "script.py"
-    script.write_text(f"""
-import sys
-sys.path.insert(0, {str(ROOT / "tests")!r})
-from pathlib import Path
-from test_reward import reward
-if __name__ == "__main__":
-    reward(Path(sys.argv[1]), eval_rows=11, eval_every=2, devices=2, micro_batch_size=2).train()
-""")
-    done = launched([sys.executable, script, tmp_path / "two"])
-    assert done.returncode == 0, done.stderr[-3000:]
+    train = "reward(folder, eval_rows=11, eval_every=2, devices=2, micro_batch_size=2).train()"
+    on_two_ranks(tmp_path, "test_reward", train)
     reward(tmp_path / "one", eval_rows=11, eval_every=2).train()
     assert_same_metrics(tmp_path / "one", tmp_path / "two")
 

@@ -2,7 +2,6 @@
 
 import json
 import math
-import sys
 import threading
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
@@ -12,7 +11,8 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from test_ranks import ROOT, launched
+from test_loop import assert_same_metrics
+from test_ranks import on_two_ranks
 from toy import LLAMA, VOCABULARY, document, losses, metrics, network, trainer
 
 import posttrain.hooks as hooks
@@ -145,25 +145,15 @@ def test_cutting_a_step_changes_nothing(tmp_path: Path, stage: int) -> None:
     cut = spec(tmp_path / "cut", micro_batch_size=1, gradient_accumulation_steps=4, **keys).train()
     for a, b in zip(whole.model.parameters(), cut.model.parameters(), strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-5)
-    for one, other in zip(metrics(tmp_path / "whole"), metrics(tmp_path / "cut"), strict=True):
-        assert one == pytest.approx(other, abs=2e-6, rel=1e-5)
+    assert_same_metrics(tmp_path / "whole", tmp_path / "cut")
 
 
 def test_two_ranks_train_like_one(tmp_path: Path) -> None:
-    script = tmp_path / "script.py"
-    script.write_text(f"""
-import sys
-sys.path.insert(0, {str(ROOT / "tests")!r})
-from pathlib import Path
-from test_speculator import spec
-if __name__ == "__main__":
-    spec(Path(sys.argv[1]), eval_rows=9, eval_every=2, devices=2, micro_batch_size=2).train()
-""")
-    done = launched([sys.executable, script, tmp_path / "two"])
-    assert done.returncode == 0, done.stderr[-3000:]
+    on_two_ranks(
+        tmp_path, "test_speculator", "spec(folder, eval_rows=9, eval_every=2, devices=2, micro_batch_size=2).train()"
+    )
     spec(tmp_path / "one", eval_rows=9, eval_every=2).train()
-    for one, two in zip(metrics(tmp_path / "one"), metrics(tmp_path / "two"), strict=True):
-        assert one == pytest.approx(two, abs=2e-6, rel=1e-5)
+    assert_same_metrics(tmp_path / "one", tmp_path / "two")
 
 
 def test_stage_2_goes_on_where_stage_1_ended_and_a_run_in_pieces_equals_one(tmp_path: Path) -> None:

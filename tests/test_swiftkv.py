@@ -1,15 +1,14 @@
 """SwiftKV: the student begins as its teacher, only its weights are trained, and inference saves what the formulas say."""
 
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from test_loop import assert_same_run
-from test_ranks import ROOT, launched
+from test_loop import assert_same_metrics, assert_same_run
+from test_ranks import on_two_ranks
 from toy import LLAMA, document, losses, metrics, trainer
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -274,25 +273,15 @@ def test_cutting_a_step_changes_nothing(tmp_path: Path, arctic: bool) -> None:
     whole = swiftkv(tmp_path / "whole", **keys).train()
     cut = swiftkv(tmp_path / "cut", micro_batch_size=1, gradient_accumulation_steps=4, **keys).train()
     assert_same_run(whole, cut)
-    for one, other in zip(metrics(tmp_path / "whole"), metrics(tmp_path / "cut"), strict=True):
-        assert one == pytest.approx(other, abs=2e-6, rel=1e-5)
+    assert_same_metrics(tmp_path / "whole", tmp_path / "cut")
 
 
 def test_two_ranks_train_like_one(tmp_path: Path) -> None:
-    script = tmp_path / "script.py"
-    script.write_text(f"""
-import sys
-sys.path.insert(0, {str(ROOT / "tests")!r})
-from pathlib import Path
-from test_swiftkv import swiftkv
-if __name__ == "__main__":
-    swiftkv(Path(sys.argv[1]), eval_rows=9, eval_every=2, devices=2, micro_batch_size=2).train()
-""")
-    done = launched([sys.executable, script, tmp_path / "two"])
-    assert done.returncode == 0, done.stderr[-3000:]
+    on_two_ranks(
+        tmp_path, "test_swiftkv", "swiftkv(folder, eval_rows=9, eval_every=2, devices=2, micro_batch_size=2).train()"
+    )
     swiftkv(tmp_path / "one", eval_rows=9, eval_every=2).train()
-    for one, two in zip(metrics(tmp_path / "one"), metrics(tmp_path / "two"), strict=True):
-        assert one == pytest.approx(two, abs=2e-6, rel=1e-5)
+    assert_same_metrics(tmp_path / "one", tmp_path / "two")
 
 
 def test_activation_checkpointing_changes_nothing(tmp_path: Path) -> None:

@@ -163,7 +163,10 @@ class HFModel:
             return None
         if not folder.is_dir():
             token = self.token.reveal() if self.token else None
-            commit = AutoConfig.from_pretrained(self.name_or_path, revision=self.revision, token=token)._commit_hash
+            try:
+                commit = AutoConfig.from_pretrained(self.name_or_path, revision=self.revision, token=token)._commit_hash
+            except (OSError, ValueError) as error:
+                raise RecipeError(f"model {self.name_or_path!r} cannot be loaded: {error}") from error
             return f"{said} {commit}" if commit else None
         digest = hashlib.sha256(said.encode())
         for file in sorted(file for file in folder.iterdir() if file.suffix in (".json", ".safetensors", ".bin")):

@@ -126,6 +126,17 @@ class Objective:
         gain = policy - reference if self.needs_reference else policy
         return self.beta * (gain / lengths if any(loss.averages for loss in self.losses.values()) else gain)
 
+    def metrics(self, policy: "Tensor", reference: "Tensor", lengths: "Tensor") -> dict[str, "Tensor"]:
+        """Return means over pairs of rewards, log-probabilities (in nats) and lengths (in tokens), as scalars."""
+        rewards = self.rewards(policy, reference, lengths)
+        margin = rewards[:, 0] - rewards[:, 1]
+        found = {"rewards/margin": margin.mean(), "rewards/accuracy": accuracy(margin)}
+        for side, name in enumerate(("chosen", "rejected")):
+            found[f"rewards/{name}"] = rewards[:, side].mean()
+            found[f"log_probs/{name}"] = policy[:, side].mean()
+            found[f"length/{name}"] = lengths[:, side].mean()
+        return found
+
     def problems(self) -> Iterator[tuple[str, str]]:
         """Yield (key, message) for what is wrong with names, weights and options."""
         known = ", ".join(LOSSES)

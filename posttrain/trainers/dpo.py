@@ -8,7 +8,7 @@ from attrs.validators import and_, ge, gt, lt, optional
 
 from posttrain.blocks.data import Data, PreferenceData, unfit
 from posttrain.blocks.model import HFModel
-from posttrain.blocks.preference import NAMED, Objective, accuracy
+from posttrain.blocks.preference import NAMED, Objective
 from posttrain.interfaces import Batch, DataBlock, ModelBlock
 from posttrain.registry import block, default, key
 from posttrain.trainer import Trainer
@@ -99,7 +99,7 @@ class DPOTrainer(Trainer):
             losses = through(policy, *batch["joint"])
         else:
             losses = self.objective(policy, reference, batch["lengths"], batch.get("mean_lengths"))
-        self.log(policy.detach(), reference, batch["lengths"])
+        self.run.log(**self.objective.metrics(policy.detach(), reference, batch["lengths"]))
         weight: int = batch["weight"]
         return losses.sum() / weight
 
@@ -122,14 +122,3 @@ class DPOTrainer(Trainer):
         if objective.over_step:
             return joint.with_joint_losses(batches, self.log_probs, objective, fabric)
         return joint.with_mean_lengths(batches, fabric) if objective.takes("mean_lengths") else batches
-
-    def log(self, policy: "Tensor", reference: "Tensor", lengths: "Tensor") -> None:
-        """Log the means over pairs of rewards, log-probabilities (in nats) and lengths (in tokens)."""
-        rewards = self.objective.rewards(policy, reference, lengths)
-        margin = rewards[:, 0] - rewards[:, 1]
-        found = {"rewards/margin": margin.mean(), "rewards/accuracy": accuracy(margin)}
-        for side, name in enumerate(("chosen", "rejected")):
-            found[f"rewards/{name}"] = rewards[:, side].mean()
-            found[f"log_probs/{name}"] = policy[:, side].mean()
-            found[f"length/{name}"] = lengths[:, side].mean()
-        self.run.log(**found)
