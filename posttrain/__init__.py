@@ -24,6 +24,7 @@ if TYPE_CHECKING:
         PosttrainError,
         RecipeError,
         RegistryError,
+        SynthError,
         TrainingError,
     )  # fmt: skip
     from posttrain.hooks import after, before
@@ -31,6 +32,9 @@ if TYPE_CHECKING:
     from posttrain.recipe import load
     from posttrain.registry import block, default, key
     from posttrain.run import Run
+    from posttrain.synth.cortex import CortexSynth
+    from posttrain.synth.openai import AzureOpenAISynth, OpenAISynth
+    from posttrain.synth.vllm import VllmSynth
     from posttrain.trainer import Trainer
     from posttrain.trainers.sft import CausalTrainer, SFTTrainer
     from posttrain.values import Secret
@@ -47,13 +51,17 @@ _HOMES = {
     "blocks.strategy": ("Auto", "DDP", "DeepSpeed"),
     "blocks.tokenizer": ("HFTokenizer",),
     "errors": (
-        "CheckpointError", "DataError", "HookError", "PosttrainError", "RecipeError", "RegistryError", "TrainingError",
+        "CheckpointError", "DataError", "HookError", "PosttrainError", "RecipeError", "RegistryError", "SynthError",
+        "TrainingError",
     ),
     "hooks": ("after", "before"),
     "interfaces": ("Batch",),
     "recipe": ("load",),
     "registry": ("block", "default", "key"),
     "run": ("Run",),
+    "synth.cortex": ("CortexSynth",),
+    "synth.openai": ("AzureOpenAISynth", "OpenAISynth"),
+    "synth.vllm": ("VllmSynth",),
     "trainer": ("Trainer",),
     "trainers.sft": ("CausalTrainer", "SFTTrainer"),
     "values": ("Secret",),
@@ -62,11 +70,12 @@ _HOMES = {
 _HOME_OF = {name: f"posttrain.{module}" for module, found in _HOMES.items() for name in found}
 
 __all__ = [
-    "AdamW", "Auto", "Batch", "CausalData", "CausalTrainer", "CheckpointError", "Console", "Constant", "Cosine",
-    "DDP", "DataError", "DeepSpeed", "EarlyStop", "HFModel", "HFTokenizer", "HookError", "HuggingFace", "JSONL",
-    "Linear", "LoRA", "PosttrainError", "RecipeError", "RegistryError", "Resume", "Run", "SFTData", "SFTTrainer",
-    "Samples", "Secret", "Source", "TensorBoard", "Trainer", "TrainingError", "WSD", "after", "before", "block",
-    "default", "key", "load",
+    "AdamW", "Auto", "AzureOpenAISynth", "Batch", "CausalData", "CausalTrainer", "CheckpointError", "Console",
+    "Constant", "CortexSynth", "Cosine", "DDP", "DataError", "DeepSpeed", "EarlyStop", "HFModel", "HFTokenizer",
+    "HookError", "HuggingFace", "JSONL", "Linear", "LoRA", "OpenAISynth", "PosttrainError", "RecipeError",
+    "RegistryError", "Resume", "Run", "SFTData", "SFTTrainer", "Samples", "Secret", "Source", "SynthError",
+    "TensorBoard", "Trainer", "TrainingError", "VllmSynth", "WSD", "after", "before", "block", "default", "key",
+    "load",
 ]  # fmt: skip
 
 

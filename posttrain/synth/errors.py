@@ -6,7 +6,7 @@ from posttrain.errors import SynthError
 
 
 class TaskStopped(SynthError):
-    """The whole task cannot go on now: no quota, a refused key, a bound, a server that stays away. Run it again later."""
+    """The whole task cannot go on now: no quota, a refused key, a bound, no server. Run it again later."""
 
 
 class IncompleteTask(SynthError):

@@ -54,7 +54,7 @@ class Ingest:
         response = data.get("response")
         body = response.get("body") if isinstance(response, dict) else None
         said = judged(data, request.endpoint.endswith(CHAT))
-        if said.action is not Action.RESULT:
+        if said.action is not Action.RESULT or not isinstance(body, dict):
             self._pending += self.session.attempt(request, said)
             if said.action is Action.REFUSED:
                 self._pending += self.session.failure(request, said, permanent=True)[:1]

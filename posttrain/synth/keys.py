@@ -38,16 +38,17 @@ class Request(NamedTuple):
 
 
 def canonical(value: Any) -> bytes:
-    """Return JSON that is the same for equal values: sorted keys, no spaces, UTF-8.
+    """Return compact JSON in UTF-8. Keys keep their order: models fill a JSON schema in the order of its properties,
+    so that two orders are two requests.
 
     Raises:
         SynthError: the value cannot be JSON (NaN, a tensor, a set).
 
     >>> canonical({"b": 1, "a": "ä"})
-    b'{"a":"\\xc3\\xa4","b":1}'
+    b'{"b":1,"a":"\\xc3\\xa4"}'
     """
     try:
-        text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+        text = json.dumps(value, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
         return text.encode()
     except (TypeError, ValueError) as error:  # a lone surrogate is a UnicodeEncodeError, which is a ValueError
         raise SynthError(f"a request must be plain JSON data: {error}") from None

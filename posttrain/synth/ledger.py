@@ -97,7 +97,9 @@ class Ledger:
                     "use another work_dir, or the posttrain that made it"
                 )
         # How often a content came up in a task, while this process adds to it; on disk, so that memory stays flat.
-        self._db.execute("CREATE TEMP TABLE seen(task INT, content BLOB, n INT, PRIMARY KEY(task, content)) WITHOUT ROWID")
+        self._db.execute(
+            "CREATE TEMP TABLE seen(task INT, content BLOB, n INT, PRIMARY KEY(task, content)) WITHOUT ROWID"
+        )
 
     @classmethod
     def of(cls, folder: Path) -> "Ledger":
@@ -243,7 +245,9 @@ class Ledger:
             FROM item i LEFT JOIN response p ON p.request = i.request LEFT JOIN failure f ON f.request = i.request
             WHERE i.task = ?""", task,
         )  # fmt: skip
-        return Counts(total, done, failed, permanent, waiting, *tokens, None if unknown else micros / 1e6)
+        given, made, cached = tokens
+        cost = None if unknown else micros / 1e6
+        return Counts(total, done, failed, permanent, waiting, given, made, cached, cost)
 
     def new(self, task: int) -> list[tuple[str, int, int, int]]:
         """Return (model, requests, prompt tokens, reply tokens at most) of what is to be sent, estimated."""

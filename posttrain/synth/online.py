@@ -247,9 +247,7 @@ class OnlineRun:
         own = isinstance(self.service.dialect, OpenAIDialect)
         return Sent(said, reply, response.content if own else b"")
 
-    async def _exchange(
-        self, request: Request, base: httpx.URL, transport: httpx.AsyncBaseTransport
-    ) -> httpx.Response:
+    async def _exchange(self, request: Request, base: httpx.URL, transport: httpx.AsyncBaseTransport) -> httpx.Response:
         method, url, body = self.service.dialect.request(request, base)
         response = await exchange(transport, self.service.auth, self._request(method, url, body))
         while (further := self.service.dialect.follow(response, base)) is not None:

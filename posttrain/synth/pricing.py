@@ -122,10 +122,15 @@ class Plan:
     """Models without a price."""
 
     def __str__(self) -> str:
-        cost = f"up to ${self.cost:.4f}" if self.cost is not None else f"cost unknown (no price: {', '.join(self.unpriced)})"
+        cost = (
+            f"up to ${self.cost:.4f}"
+            if self.cost is not None
+            else f"cost unknown (no price: {', '.join(self.unpriced)})"
+        )
         return (
             f"{self.total:,} requests: {self.cached:,} cached, {self.waiting:,} under way, {self.failed:,} refused, "
-            f"{self.new:,} new (about {self.input_tokens:,} prompt tokens, at most {self.output_tokens:,} reply tokens, {cost})"
+            f"{self.new:,} new (about {self.input_tokens:,} prompt tokens, at most {self.output_tokens:,} reply tokens, "
+            f"{cost})"
         )
 
 
@@ -136,7 +141,9 @@ def within(plan: Plan, max_cost: float | None, max_requests: int | None) -> None
         TaskStopped: it does, or its cost cannot be known.
     """
     if max_requests is not None and plan.new > max_requests:
-        raise TaskStopped(f"{plan.new:,} requests are to be sent, which passes max_requests={max_requests:,}; nothing was sent")
+        raise TaskStopped(
+            f"{plan.new:,} requests are to be sent, which passes max_requests={max_requests:,}; nothing was sent"
+        )
     if max_cost is None or plan.new == 0:
         return
     if plan.cost is None:

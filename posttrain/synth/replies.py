@@ -59,7 +59,9 @@ def verdict(status: int, headers: Mapping[str, str], reply: Any, chat: bool = Tr
             return Verdict(Action.RESULT, "ok", "", status, request_id)
         what = f"the body is no {'chat completion' if chat else 'JSON result'}: {message or shown(reply)}"
         return Verdict(Action.RETRY, "malformed_reply", what, status, request_id)
-    said = Verdict(Action.RETRY, code or f"http_{status}", message or shown(reply), status, request_id, waiting(headers))
+    said = Verdict(
+        Action.RETRY, code or f"http_{status}", message or shown(reply), status, request_id, waiting(headers)
+    )
     should = headers.get("x-should-retry")
     if status in STOPPING or (status == 429 and {code, kind} & STOP):
         return said._replace(action=Action.STOP)

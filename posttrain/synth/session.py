@@ -77,7 +77,9 @@ class Session:
         for call in self.on_stop:
             call()
 
-    def result(self, request: Request, reply: dict[str, Any], content: bytes, request_id: str | None) -> list[Statement]:
+    def result(
+        self, request: Request, reply: dict[str, Any], content: bytes, request_id: str | None
+    ) -> list[Statement]:
         """Return what records a result, and count it. The first result of a request stays."""
         tokens = usage(reply)
         micros = self.budget.cost(request.model, tokens)
@@ -86,7 +88,15 @@ class Session:
         self.progress.output_tokens += tokens[1]
         self.budget.spent += micros or 0
         self.progress.cost = None if micros is None or self.progress.cost is None else self.budget.spent / 1e6
-        values = (request.id, time.time(), request_id, self.scrubber.clean(content), *tokens, micros, finish(request, reply))
+        values = (
+            request.id,
+            time.time(),
+            request_id,
+            self.scrubber.clean(content),
+            *tokens,
+            micros,
+            finish(request, reply),
+        )
         return [("INSERT OR IGNORE INTO response VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)", values)]
 
     def failure(self, request: Request, said: Verdict, permanent: bool) -> list[Statement]:

@@ -92,7 +92,9 @@ class LaneTransport(httpx.AsyncBaseTransport):
             self._http.start_next_cycle()
         else:
             self._drop()
-        return httpx.Response(head.status_code, headers=head.headers.raw_items(), stream=httpx.ByteStream(b"".join(parts)))
+        return httpx.Response(
+            head.status_code, headers=head.headers.raw_items(), stream=httpx.ByteStream(b"".join(parts))
+        )
 
     def _drop(self) -> None:
         if self._writer is not None:
