@@ -291,8 +291,9 @@ class OnlineRun:
             session.progress.retries += 1
             await self._commit(session.attempt(request, said))
             return False
-        await self._commit(session.failure(request, said, said.action is Action.REFUSED))
         self._count_refusal(request, said)
+        permanent = said.action is Action.REFUSED and self.stopped is None
+        await self._commit(session.failure(request, said, permanent))
         return True
 
     def _storm(self, said: Verdict, sent_at: float) -> None:

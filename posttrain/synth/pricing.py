@@ -129,7 +129,8 @@ class Plan:
         )
         return (
             f"{self.total:,} requests: {self.cached:,} cached, {self.waiting:,} under way, {self.failed:,} refused, "
-            f"{self.new:,} new (about {self.input_tokens:,} prompt tokens, at most {self.output_tokens:,} reply tokens, "
+            f"{self.new:,} new (about {self.input_tokens:,} prompt tokens, "
+            f"at most {self.output_tokens:,} reply tokens, "
             f"{cost})"
         )
 

@@ -100,8 +100,9 @@ class VllmSynth(Synth):
         """Return where requests go; `/v1` before chat, nothing before `/classify`."""
         return Service(
             urls=[url.rstrip("/").removesuffix("/v1") for url in self.base_url],
-            auth=KeyAuth(self.api_key, self.scrubber), dialect=VllmDialect(), concurrency=self.concurrency, start=self.concurrency, attempts=self.attempts,
-            timeout=self.timeout, patience=self.patience, transport=self.transport,
+            auth=KeyAuth(self.api_key, self.scrubber), dialect=VllmDialect(), concurrency=self.concurrency,
+            start=self.concurrency, attempts=self.attempts, timeout=self.timeout, patience=self.patience,
+            transport=self.transport,
         )  # fmt: skip
 
     @cached_property
