@@ -9,10 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from synth_server import Server, chat, complete, error, expire, lost, output_line, pay, raw, reset, short, written
+from synth_server import Server, complete, error, expire, lost, output_line, pay, raw, reset, short, written
 
-from posttrain.synth import AzureOpenAISynth, IncompleteTask, OpenAISynth, Price, TaskStopped
-from posttrain.synth import batch_api
+from posttrain.synth import AzureOpenAISynth, IncompleteTask, OpenAISynth, Price, TaskStopped, batch_api
 
 WANTED = [f"re: q{i}" for i in range(7)]
 

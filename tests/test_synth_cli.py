@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 
-import posttrain
 from posttrain import cli
 
 EXAMPLE = Path(__file__).parent.parent / "examples" / "synth"

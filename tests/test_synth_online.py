@@ -1,13 +1,12 @@
 """Requests one by one, against a server on a real socket."""
 
-import json
 import socket
 import subprocess
 import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from email.utils import formatdate
 from pathlib import Path
 from typing import Any

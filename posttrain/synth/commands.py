@@ -139,7 +139,8 @@ class _live:
 def _line(progress: Progress) -> str:
     left = progress.seconds_left
     parts = [
-        f"{progress.done:,}/{progress.total:,} done", f"{progress.failed:,} failed", f"{progress.in_flight:,} in flight",
+        f"{progress.done:,}/{progress.total:,} done", f"{progress.failed:,} failed",
+        f"{progress.in_flight:,} in flight",
         f"{progress.input_tokens + progress.output_tokens:,} tokens",
         "cost unknown" if progress.cost is None else f"${progress.cost:.4f}",
         "" if left is None else f"{left:,.0f} s left", progress.note,
