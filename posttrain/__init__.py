@@ -27,6 +27,7 @@ if TYPE_CHECKING:
         PosttrainError,
         RecipeError,
         RegistryError,
+        SynthError,
         TrainingError,
     )  # fmt: skip
     from posttrain.hooks import after, before
@@ -34,6 +35,9 @@ if TYPE_CHECKING:
     from posttrain.recipe import load
     from posttrain.registry import block, default, key
     from posttrain.run import Run
+    from posttrain.synth.cortex import CortexSynth
+    from posttrain.synth.openai import AzureOpenAISynth, OpenAISynth
+    from posttrain.synth.vllm import VllmSynth
     from posttrain.trainer import Trainer
     from posttrain.trainers.distill import DistillTrainer
     from posttrain.trainers.dpo import DPOTrainer
@@ -58,13 +62,17 @@ _HOMES = {
     "blocks.swiftkv": ("SwiftKVModel",),
     "blocks.tokenizer": ("HFTokenizer",),
     "errors": (
-        "CheckpointError", "DataError", "HookError", "PosttrainError", "RecipeError", "RegistryError", "TrainingError",
+        "CheckpointError", "DataError", "HookError", "PosttrainError", "RecipeError", "RegistryError", "SynthError",
+        "TrainingError",
     ),
     "hooks": ("after", "before"),
     "interfaces": ("Batch",),
     "recipe": ("load",),
     "registry": ("block", "default", "key"),
     "run": ("Run",),
+    "synth.cortex": ("CortexSynth",),
+    "synth.openai": ("AzureOpenAISynth", "OpenAISynth"),
+    "synth.vllm": ("VllmSynth",),
     "trainer": ("Trainer",),
     "trainers.distill": ("DistillTrainer",),
     "trainers.dpo": ("DPOTrainer",),
@@ -78,12 +86,13 @@ _HOMES = {
 _HOME_OF = {name: f"posttrain.{module}" for module, found in _HOMES.items() for name in found}
 
 __all__ = [
-    "AdamW", "Auto", "Batch", "CausalData", "CausalTrainer", "CheckpointError", "Console", "Constant", "Cosine",
-    "DDP", "DPOTrainer", "DataError", "DeepSpeed", "DistillTrainer", "EarlyStop", "HFModel", "HFTokenizer",
-    "HookError", "HuggingFace", "JSONL", "Linear", "LoRA", "PosttrainError", "PreferenceData", "RecipeError",
-    "RegistryError", "Resume", "RewardModel", "RewardTrainer", "Run", "SFTData", "SFTTrainer", "Samples", "Secret",
-    "Source", "SpeculatorModel", "SpeculatorTrainer", "SwiftKVModel", "SwiftKVTrainer", "TensorBoard", "Trainer",
-    "TrainingError", "TwoStage", "WSD", "after", "before", "block", "default", "key", "load", "preference_loss",
+    "AdamW", "Auto", "AzureOpenAISynth", "Batch", "CausalData", "CausalTrainer", "CheckpointError", "Console",
+    "Constant", "CortexSynth", "Cosine", "DDP", "DPOTrainer", "DataError", "DeepSpeed", "DistillTrainer",
+    "EarlyStop", "HFModel", "HFTokenizer", "HookError", "HuggingFace", "JSONL", "Linear", "LoRA", "OpenAISynth",
+    "PosttrainError", "PreferenceData", "RecipeError", "RegistryError", "Resume", "RewardModel", "RewardTrainer",
+    "Run", "SFTData", "SFTTrainer", "Samples", "Secret", "Source", "SpeculatorModel", "SpeculatorTrainer",
+    "SwiftKVModel", "SwiftKVTrainer", "SynthError", "TensorBoard", "Trainer", "TrainingError", "TwoStage",
+    "VllmSynth", "WSD", "after", "before", "block", "default", "key", "load", "preference_loss",
 ]  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""The command line: `posttrain train | check | show | prepare | blocks | plot`.
+"""The command line: `posttrain train | check | show | prepare | blocks | plot | synth`.
 
 Only the standard library is imported before a command runs, and only attrs, cattrs and yaml before its
 recipe is valid: help and error messages must not wait for torch.
@@ -18,6 +18,7 @@ if __name__ == "__main__" and Path(sys.path[0]).resolve() == Path(__file__).reso
 if TYPE_CHECKING:
     from posttrain.trainer import Trainer
 
+SYNTH_VERBS = ("run", "plan", "status", "errors", "cancel", "export")
 EPILOG = """\
 on several devices:
   fabric run --accelerator=cuda --devices=8 "$(which posttrain)" train recipe.yaml
@@ -160,6 +161,13 @@ def accept(arguments: argparse.Namespace) -> None:
     say(str(target))
 
 
+def synth(arguments: argparse.Namespace) -> int:
+    """Generate data."""
+    from posttrain.synth.commands import main
+
+    return main(arguments)
+
+
 # -- helpers --------------------------------------------------------------------------
 
 
@@ -230,6 +238,14 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     drafting.add_argument("--drafts", type=_count, metavar="K", help="tokens drafted in a pass (one of each head)")
     drafting.add_argument("-o", "--output", type=Path, metavar="FILE", help="picture to write (RUN/acceptance.png)")
 
+    generating = _recipe_command(commands, synth, "generate data with a model behind an interface, paying once",
+                                 "posttrain synth run recipe.yaml --max-cost 5", first="verb")  # fmt: skip
+    generating.add_argument("--max-cost", type=float, metavar="DOLLARS", help="run: refuse to spend more on the task")
+    generating.add_argument("--max-requests", type=int, metavar="N", help="run: refuse to send more")
+    generating.add_argument("--retry-failed", action="store_true", help="run: also send what was refused for good")
+    generating.add_argument("--no-wait", action="store_true", help="run: submit batches and return")
+    generating.add_argument("-o", "--output", type=Path, metavar="FILE", help="export: a .jsonl or .parquet file")
+
     arguments, rest = parser.parse_known_args(argv)
     if rest and not (hasattr(arguments, "overrides") and all("=" in r and not r.startswith("-") for r in rest)):
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
@@ -247,8 +263,12 @@ def _command(commands: Any, run: Any, help_: str, example: str) -> argparse.Argu
     return parser
 
 
-def _recipe_command(commands: Any, run: Any, help_: str, example: str) -> argparse.ArgumentParser:
+def _recipe_command(
+    commands: Any, run: Any, help_: str, example: str, first: str | None = None
+) -> argparse.ArgumentParser:
     parser = _command(commands, run, help_, example)
+    if first is not None:
+        parser.add_argument(first, choices=SYNTH_VERBS, help="what to do")
     parser.add_argument("recipe", type=Path, metavar="RECIPE", help="a YAML file")
     parser.add_argument(
         "overrides", nargs="*", metavar="KEY=VALUE", help="replaces a key, such as data.sources.0.split=test"

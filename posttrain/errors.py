@@ -6,6 +6,7 @@ PosttrainError
 ├── HookError        a callback names a method that is not there, or misuses it
 ├── DataError        a source, a row or a template cannot be turned into training data
 ├── CheckpointError  a checkpoint cannot be written, read or continued
+├── SynthError       data generation cannot go on
 └── TrainingError    the run itself cannot go on
 
 The command line prints their messages without a traceback.
@@ -34,6 +35,10 @@ class DataError(PosttrainError):
 
 class CheckpointError(PosttrainError):
     """A checkpoint cannot be written, read, or continued by this recipe."""
+
+
+class SynthError(PosttrainError):
+    """Data generation cannot go on; what was paid for is kept."""
 
 
 class TrainingError(PosttrainError):

@@ -120,6 +120,15 @@ class CallbackBlock(Protocol):
     """Anything; its methods marked with `@before(...)` or `@after(...)` are called (see hooks.py)."""
 
 
+class SynthBlock(Protocol):
+    """A client that generates data: takes requests, plans and runs them, gives their results (synth/client.py)."""
+
+    def add_chat_to_batch_task(self, task_name: str, messages: list[dict[str, Any]]) -> int: ...
+    def plan(self, task_name: str) -> Any: ...
+    def run(self, task_name: str) -> Any: ...
+    def iter_responses(self, task_name: str) -> Iterator[dict[str, Any]]: ...
+
+
 @runtime_checkable
 class Checked(Protocol):
     """A block or trainer that can say, without any effect, what is wrong with its values."""

@@ -3,13 +3,14 @@
 import importlib
 import sys
 import traceback
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from posttrain import yaml12
 from posttrain.errors import RecipeError
 from posttrain.registry import suggest
+from posttrain.scalars import Problem
 from posttrain.structure import BARE, Override, structure
 from posttrain.trainer import Trainer
 from posttrain.values import as_data
@@ -17,6 +18,7 @@ from posttrain.yaml12 import Document, Key, Place, shortened
 
 MAX_BYTES = 1_000_000
 AFTER_ALL_LINES = 10**9
+T = TypeVar("T")
 
 
 def load(path: str | Path, overrides: Iterable[str] = ()) -> Trainer:
@@ -32,29 +34,33 @@ def load(path: str | Path, overrides: Iterable[str] = ()) -> Trainer:
 
     >>> load("recipe.yaml", ["optimizer.lr=1e-4"])  # doctest: +SKIP
     """
-    path = Path(path)
+    return load_as(structure, Path(path), overrides, "`type: sft`, then `model:`, `data:` and what differs")
+
+
+def load_as(
+    make: Callable[[dict[str, Any]], tuple[T | None, list[Problem]]], path: Path, overrides: Iterable[str], begins: str
+) -> T:
+    """Return what `make` makes of the recipe in a file; `begins` says how such a recipe begins. See `load`."""
     document = yaml12.parse(read(path), lambda line: (line, f"{path}:{line}"))
     if not isinstance(document.data, dict):
         what = "is empty" if document.data is None else "does not hold keys and values"
-        raise RecipeError(
-            f"{path}:1: {what}; a recipe begins with `type: sft`, then `model:`, `data:` and what differs"
-        )
+        raise RecipeError(f"{path}:1: {what}; a recipe begins with {begins}")
     for index, text in enumerate(overrides):
         _set_override(document, text, AFTER_ALL_LINES + index)
-    trainer, cause = None, None
+    made, cause = None, None
     try:
         _import_code(document.data, path.parent)
     except RecipeError as error:  # without that code, types would seem unknown: look no further
         document.problems.append((_place(document, ("code",)), ("code",), str(error)))
         cause = error.__cause__
     else:
-        trainer, found = structure(document.data)
+        made, found = make(document.data)
         known = document.unreadable
         document.problems += [(_place(document, key), key, message) for key, message in found if key not in known]
-    if trainer is None or document.problems:
+    if made is None or document.problems:
         found_in_order = sorted(document.problems, key=lambda problem: problem[0][0])
         raise RecipeError("\n".join(_line(*problem) for problem in found_in_order)) from cause
-    return trainer
+    return made
 
 
 def dump(trainer: Trainer) -> str:

@@ -29,6 +29,7 @@ KINDS: dict[str, type | None] = {
     "checkpoint": interfaces.CheckpointBlock,
     "logger": interfaces.LoggerBlock,
     "callback": interfaces.CallbackBlock,
+    "synth": interfaces.SynthBlock,
 }
 """Kind of block -> what it must provide."""
 
@@ -175,3 +176,5 @@ def _import_shipped() -> None:
     """Register what ships with posttrain. These modules import nothing heavy."""
     importlib.import_module("posttrain.blocks")
     importlib.import_module("posttrain.trainers")
+    for module in ("openai", "vllm", "cortex"):
+        importlib.import_module(f"posttrain.synth.{module}")

@@ -9,7 +9,7 @@ import types
 import typing
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, Literal, Union, get_args, get_origin
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin
 
 import attrs
 from cattrs import BaseConverter
@@ -22,6 +22,7 @@ from posttrain.trainer import Trainer
 from posttrain.yaml12 import shortened
 
 KIND_OF: dict[Any, str] = {Trainer: "trainer", **{protocol: kind for kind, protocol in KINDS.items() if protocol}}
+T = TypeVar("T")
 BARE = ""
 """Key under which a mapping holds the text it was written as: `scheduler: cosine`."""
 
@@ -45,6 +46,14 @@ def structure(data: dict[str, Any]) -> tuple[Trainer | None, list[Problem]]:
             return None, error.found
         inside = ("strategy", "config")
         return None, [(("deepspeed", *k[2:]) if k[:2] == inside else k, message) for k, message in error.found]
+
+
+def structure_as(data: dict[str, Any], cls: type[T]) -> tuple[T | None, list[Problem]]:
+    """Return the value that a recipe describes, or else everything that is wrong with it."""
+    try:
+        return structure_class(data, cls), []
+    except Problems as error:
+        return None, error.found
 
 
 def _expand_deepspeed(data: dict[str, Any]) -> tuple[dict[str, Any], bool]:

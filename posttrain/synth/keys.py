@@ -1,0 +1,131 @@
+"""What makes a request the same request: its content. And API keys, which must never be written or printed."""
+
+import hashlib
+import json
+import re
+from collections.abc import Iterable
+from typing import Any, NamedTuple
+
+from posttrain.errors import SynthError
+from posttrain.values import Secret
+
+CHAT = "/chat/completions"
+BYTES_PER_TOKEN = 4
+"""For estimates only; about right for English text in the tokenizers of today."""
+UNBOUNDED_OUTPUT = 1024
+"""Tokens reserved for a reply whose body sets no maximum."""
+
+
+class Request(NamedTuple):
+    """One request of the ledger."""
+
+    id: int
+    key: bytes
+    endpoint: str
+    """Path below the base URL, such as `/chat/completions`."""
+    model: str
+    body: bytes
+    """Canonical JSON."""
+    tokens: int
+    """Estimated tokens of the prompt."""
+    reserve: int
+    """Tokens that the reply may have."""
+
+    @property
+    def custom_id(self) -> str:
+        """The name of this request in batch files: 32 hexadecimal digits."""
+        return self.key.hex()[:32]
+
+
+def canonical(value: Any) -> bytes:
+    """Return compact JSON in UTF-8. Keys keep their order: models fill a JSON schema in the order of its properties,
+    so that two orders are two requests.
+
+    Raises:
+        SynthError: the value cannot be JSON (NaN, a tensor, a set).
+
+    >>> canonical({"b": 1, "a": "ä"})
+    b'{"b":1,"a":"\\xc3\\xa4"}'
+    """
+    try:
+        text = json.dumps(value, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+        return text.encode()
+    except (TypeError, ValueError) as error:  # a lone surrogate is a UnicodeEncodeError, which is a ValueError
+        raise SynthError(f"a request must be plain JSON data: {error}") from None
+
+
+def content_hash(namespace: str, endpoint: str, body: bytes) -> bytes:
+    """Return what all samples of one request share; `namespace` says whose model names are meant."""
+    return hashlib.sha256(b"\0".join((namespace.encode(), endpoint.encode(), body))).digest()
+
+
+def sample_key(content: bytes, sample: int) -> bytes:
+    """Return the key of the n-th request with this content, counted from 0 within a task."""
+    return hashlib.sha256(content + sample.to_bytes(8, "big")).digest()
+
+
+def estimates(body: dict[str, Any], size: int) -> tuple[int, int]:
+    """Return (estimated prompt tokens, tokens that the replies may have) of a body of so many bytes."""
+    limit = next((body[k] for k in ("max_completion_tokens", "max_tokens", "max_output_tokens") if body.get(k)), None)
+    count = body.get("n") or 1
+    return max(1, size // BYTES_PER_TOKEN), int(limit or UNBOUNDED_OUTPUT) * int(count)
+
+
+class Given(Secret):
+    """A secret given as text from Python. It lives in a closure: not in `vars()`, not in a repr, not in a pickle.
+
+    >>> Given("sk-1")
+    Given('...')
+    """
+
+    def __init__(self, value: str) -> None:
+        super().__init__("given from Python")
+        self.reveal = lambda: value  # type: ignore[method-assign]
+
+    def __repr__(self) -> str:
+        return "Given('...')"
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Given) and other.reveal() == self.reveal()
+
+    def __hash__(self) -> int:
+        return hash(self.reveal())
+
+
+def as_secret(value: "str | Secret | None") -> Secret | None:
+    """Hide a key that was given as text."""
+    return Given(value) if isinstance(value, str) else value
+
+
+class Scrubber:
+    """Takes secrets out of what is about to be stored or shown; servers do repeat keys in their error messages."""
+
+    def __init__(self) -> None:
+        self._known: set[bytes] = set()
+
+    def learn(self, secret: str) -> str:
+        """Take note of a secret, and return it."""
+        if len(secret) >= 6:  # anything shorter would also hit harmless text
+            self._known.add(secret.encode())
+        return secret
+
+    def clean(self, content: bytes) -> bytes:
+        """Return the content without any secret."""
+        for secret in self._known:
+            if secret in content:
+                content = content.replace(secret, b"[secret]")
+        return content
+
+    def text(self, message: str) -> str:
+        """Return a message of one line without any secret, shortened to what a person reads."""
+        cleaned = self.clean(message.encode("utf-8", "replace")).decode("utf-8", "replace")
+        flat = re.sub(r"\s+", " ", cleaned).strip()
+        return flat if len(flat) <= 400 else flat[:397] + "..."
+
+    def __repr__(self) -> str:
+        return f"Scrubber({len(self._known)} secrets)"
+
+
+def counted(words: Iterable[tuple[str, int]]) -> str:
+    """Return "3 timeout, 1 http_500" of (word, how many)."""
+    return ", ".join(f"{number:,} {word}" for word, number in words)

@@ -1,0 +1,139 @@
+"""What an answer of a server means: a result, try again, wait, give this one up, or stop the whole task.
+
+The table is that of the providers' documentation; see `verdict`.
+"""
+
+import email.utils
+import json
+import re
+import time
+from collections.abc import Mapping
+from enum import Enum
+from typing import Any, NamedTuple
+
+STOP = {
+    "insufficient_quota", "credit_balance_exhausted", "organization_spend_limit_exceeded",
+    "project_spend_limit_exceeded", "organization_usage_limit_exceeded", "billing_hard_limit_reached",
+}  # fmt: skip
+"""Types and codes of a 429 that no waiting heals."""
+FINAL = {400, 404, 413, 422}
+STOPPING = {401, 402, 403}
+UNITS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0}
+
+
+class Action(Enum):
+    """What to do with a request after an answer."""
+
+    RESULT = "result"
+    RETRY = "retry"
+    WAIT = "wait"
+    REFUSED = "refused"
+    STOP = "stop"
+
+
+class Verdict(NamedTuple):
+    """An answer, understood."""
+
+    action: Action
+    code: str
+    message: str
+    status: int | None = None
+    request_id: str | None = None
+    wait: float | None = None
+    """Seconds that the server asked for."""
+
+
+def verdict(status: int, headers: Mapping[str, str], reply: Any, chat: bool = True) -> Verdict:
+    """Judge an answer with a whole body.
+
+    Args:
+        status: HTTP status.
+        headers: of the answer; in a batch line there are none.
+        reply: the body as JSON, or None if it is none.
+        chat: whether a result must have `choices`.
+    """
+    request_id = headers.get("x-request-id") or headers.get("apim-request-id")
+    code, message, kind = described(reply)
+    if 200 <= status < 300:
+        if isinstance(reply, dict) and (isinstance(reply.get("choices"), list) if chat else "error" not in reply):
+            return Verdict(Action.RESULT, "ok", "", status, request_id)
+        what = f"the body is no {'chat completion' if chat else 'JSON result'}: {message or shown(reply)}"
+        return Verdict(Action.RETRY, "malformed_reply", what, status, request_id)
+    said = Verdict(
+        Action.RETRY, code or f"http_{status}", message or shown(reply), status, request_id, waiting(headers)
+    )
+    should = headers.get("x-should-retry")
+    if status in STOPPING or (status == 429 and {code, kind} & STOP):
+        return said._replace(action=Action.STOP)
+    if status == 429:
+        return said._replace(action=Action.WAIT)
+    if should in ("true", "false"):
+        return said._replace(action=Action.RETRY if should == "true" else Action.REFUSED)
+    if status in (408, 409) or status >= 500:
+        return said
+    return said._replace(action=Action.REFUSED)
+
+
+def described(reply: Any) -> tuple[str, str, str]:
+    """Return (code, message, type) of an error body, whatever its shape: OpenAI's, vLLM's (code is a number),
+    Snowflake's (code and message at the top), or anything else."""
+    error = reply.get("error", reply) if isinstance(reply, dict) else None
+    if isinstance(error, str):
+        return "", error, ""
+    if not isinstance(error, dict):
+        return "", "", ""
+    code, kind = error.get("code"), str(error.get("type") or "")
+    name = code if isinstance(code, str) and code else kind
+    return name, str(error.get("message") or ""), kind
+
+
+def shown(reply: Any) -> str:
+    """Return the beginning of a body, for a message."""
+    return json.dumps(reply)[:200] if reply is not None else "the body is not JSON"
+
+
+def waiting(headers: Mapping[str, str], now: float | None = None) -> float | None:
+    """Return the seconds that an answer asks to wait: `retry-after-ms`, or `retry-after` as seconds or as a date.
+
+    >>> waiting({"retry-after": "2.5"}), waiting({"retry-after": "soon"}), waiting({"retry-after-ms": "20"})
+    (2.5, None, 0.02)
+    """
+    for name, unit in (("retry-after-ms", 0.001), ("retry-after", 1.0)):
+        value = headers.get(name, "").strip()
+        if re.fullmatch(r"\d{1,9}(\.\d*)?", value):
+            return float(value) * unit
+    value = headers.get("retry-after", "")
+    try:
+        when = email.utils.parsedate_to_datetime(value).timestamp()
+    except (TypeError, ValueError, OverflowError):  # no date either: as if it had not been said
+        return None
+    return max(0.0, when - (time.time() if now is None else now))
+
+
+def duration(text: str) -> float | None:
+    """Return the seconds of a Go duration, or None.
+
+    >>> duration("6m0s"), duration("12ms"), duration("1h2m3.5s"), duration("never")
+    (360.0, 0.012, 3723.5, None)
+    """
+    parts = re.findall(r"(\d+(?:\.\d+)?)(ms|s|m|h)", text)
+    if not parts or "".join(number + unit for number, unit in parts) != text:
+        return None
+    return sum(float(number) * UNITS[unit] for number, unit in parts)
+
+
+def limits(headers: Mapping[str, str]) -> tuple[float | None, float | None]:
+    """Return (requests, tokens) per minute that an answer's headers allow; what is not positive says nothing."""
+    found = []
+    for what in ("requests", "tokens"):
+        text = headers.get(f"x-ratelimit-limit-{what}", "")
+        found.append(float(text) if text.isdecimal() and int(text) > 0 else None)
+    return found[0], found[1]
+
+
+def parsed(content: bytes) -> Any:
+    """Return the JSON of a body, or None if it is not JSON."""
+    try:
+        return json.loads(content)
+    except (ValueError, RecursionError):
+        return None

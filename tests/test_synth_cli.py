@@ -1,0 +1,95 @@
+"""`posttrain synth` and the example, as a user runs them."""
+
+import json
+import runpy
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from posttrain import cli
+
+EXAMPLE = Path(__file__).parent.parent / "examples" / "synth"
+
+
+@pytest.fixture
+def url(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    server = runpy.run_path(str(EXAMPLE / "server.py"))["serve"](0)
+    threading.Thread(target=lambda: server.serve_forever(0.02), daemon=True).start()
+    for name in ("recipe.yaml", "names.jsonl"):
+        (tmp_path / name).write_text((EXAMPLE / name).read_text())
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-from-the-environment")
+    yield f"http://127.0.0.1:{server.server_address[1]}/v1"
+    server.shutdown()
+    server.server_close()
+
+
+def test_the_recipe_runs_once_and_is_exported_for_the_trainers(url: str, capsys: pytest.CaptureFixture[str]) -> None:
+    base = f"client.base_url={url}"
+    assert cli.main(["synth", "plan", "recipe.yaml", base]) == 0
+    assert "6 requests: 0 cached" in capsys.readouterr().out
+    assert cli.main(["synth", "run", "recipe.yaml", base]) == 0
+    assert "6 of 6 done, 0 failed" in capsys.readouterr().out
+    rows = [json.loads(line) for line in Path("runs/say_hello/greetings.jsonl").read_text().splitlines()]
+    assert [row["name"] for row in rows] == ["Clara", "Clara", "Justin", "Justin", "Terry", "Terry"]
+    assert rows[2]["messages"][2] == {"role": "assistant", "content": "Good morning, Justin!"}
+    assert cli.main(["synth", "run", "recipe.yaml", "client.base_url=http://127.0.0.1:9/v1", base]) == 0
+    assert "6 cached, 0 under way, 0 refused, 0 new" in capsys.readouterr().out
+    for verb, said in (("status", "6 of 6 done"), ("errors", "no failures")):
+        assert cli.main(["synth", verb, "recipe.yaml", base]) == 0
+        assert said in capsys.readouterr().out
+    assert cli.main(["synth", "export", "recipe.yaml", base, "-o", "all.parquet"]) == 0
+    assert Path("all.parquet").exists()
+    assert b"sk-from-the-environment" not in b"".join(p.read_bytes() for p in Path().rglob("*") if p.is_file())
+
+
+def test_everything_wrong_with_a_recipe_is_said_at_once(url: str, capsys: pytest.CaptureFixture[str]) -> None:
+    wrong = ["client.mode=sometimes", "samples=0", "output=a.txt", "sauce=1", "client.api_key=sk-plain-text"]
+    assert cli.main(["synth", "run", "recipe.yaml", *wrong]) == 2
+    told = capsys.readouterr().err
+    for part in (
+        "client.mode: expected one of batch, online",
+        "samples: must be > 0",
+        "sauce",
+        "did you mean 'source'",
+        "client.api_key: give the name",
+    ):
+        assert part in told
+    assert "sk-plain-text" not in told
+
+
+def test_a_column_that_is_not_there_is_said_with_the_row(url: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["synth", "plan", "recipe.yaml", "messages.1.content=Hello {nam}"]) == 1
+    assert "names.jsonl:1: there is no column 'nam'; did you mean 'name'?" in capsys.readouterr().err
+
+
+def test_a_bound_on_the_command_line_is_held(url: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["synth", "run", "recipe.yaml", f"client.base_url={url}", "--max-requests", "5"]) == 1
+    assert "passes max_requests=5; nothing was sent" in capsys.readouterr().err
+
+
+def test_the_example_runs_as_written(
+    url: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("OPENAI_BASE_URL", url)
+    for said in ("3 new", "3 cached"):
+        namespace = runpy.run_path(str(EXAMPLE / "hello.py"))
+        out = capsys.readouterr().out
+        assert said in out
+        assert "say_hello_1 Good morning, Justin!" in out
+    assert namespace["client"].status("say_hello").done == 3
+
+
+def test_the_verbs_of_the_command_line_are_the_commands() -> None:
+    from posttrain.synth.commands import COMMANDS
+
+    assert set(cli.SYNTH_VERBS) == set(COMMANDS)
+
+
+def test_public_names() -> None:
+    import posttrain.synth
+
+    assert all(getattr(posttrain.synth, name) is not None for name in posttrain.synth.__all__)
+    assert posttrain.OpenAISynth is posttrain.synth.OpenAISynth
