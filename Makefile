@@ -3,10 +3,11 @@ PYTHON ?= python3
 BIN := .venv/bin
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: help setup check test test-all test-vllm demo bench
+.PHONY: help setup check test test-all test-vllm demo demo-distill bench
 help:
 	@echo "make setup     .venv with posttrain and everything for developing it"
 	@echo "make demo      watch a model learn (about two minutes on two cores)"
+	@echo "make demo-distill  make that model cheaper to serve: SwiftKV and a speculator"
 	@echo "make test      the tests (under ten minutes on two cores)"
 	@echo "make test-all  the slow ones too"
 	@echo "make test-vllm what we export in a real vLLM on the CPU, in .venv-vllm"
@@ -22,6 +23,9 @@ setup: .venv/made
 
 demo: setup
 	OMP_NUM_THREADS=2 OMP_WAIT_POLICY=PASSIVE $(BIN)/python examples/demo/demo.py
+
+demo-distill: setup
+	OMP_NUM_THREADS=2 OMP_WAIT_POLICY=PASSIVE $(BIN)/python examples/distill/demo.py
 
 test: setup
 	$(BIN)/python -m pytest -m "not slow and not gpu"
@@ -49,3 +53,4 @@ bench: setup
 	$(BIN)/python benchmarks/sft_step.py
 	$(BIN)/python benchmarks/dpo_step.py
 	$(BIN)/python benchmarks/data_prep.py
+	$(BIN)/python benchmarks/synth.py

@@ -111,7 +111,7 @@ def block(kind: str, name: str, *, also: tuple[str, ...] = ()) -> Callable[[type
 
 def lookup(kind: str, name: str) -> type[Any]:
     """Return the class registered under a name, importing a plugin only if it is asked for."""
-    _import_shipped()
+    _import_shipped(kind)
     if (kind, name) not in _blocks:
         for plugin in entry_points(group=f"posttrain.{kind}", name=name):
             plugin.load()
@@ -124,7 +124,7 @@ def lookup(kind: str, name: str) -> type[Any]:
 
 def names(kind: str) -> list[str]:
     """All names of a kind: shipped, registered by user code, or offered by a plugin."""
-    _import_shipped()
+    _import_shipped(kind)
     plugins = entry_points(group=f"posttrain.{kind}").names
     return sorted({n for k, n in _blocks if k == kind} | plugins)
 
@@ -172,9 +172,10 @@ def _home(cls: type) -> tuple[str, str]:
         return cls.__qualname__, cls.__module__
 
 
-def _import_shipped() -> None:
-    """Register what ships with posttrain. These modules import nothing heavy."""
+def _import_shipped(kind: str) -> None:
+    """Register what ships with posttrain. These modules import nothing heavy; those of synth import httpx, which a
+    recipe of a trainer must not wait for."""
     importlib.import_module("posttrain.blocks")
     importlib.import_module("posttrain.trainers")
-    for module in ("openai", "vllm", "cortex"):
+    for module in ("openai", "vllm", "cortex") if kind == "synth" else ():
         importlib.import_module(f"posttrain.synth.{module}")

@@ -246,7 +246,6 @@ def test_repeated_attempts_count_against_max_requests(server: Server, tmp_path: 
 def test_requests_per_minute_are_a_bound(server: Server, tmp_path: Path) -> None:
     made = client(server, tmp_path, rpm=5)
     add(made, 9)
-    threading.Timer(1.0, lambda: made.execute_batch_task).start()
     task = made._task("t")
     session = made._session(task, "t", None, None, lambda p: None, True)
     worker = threading.Thread(target=lambda: made.send(session))

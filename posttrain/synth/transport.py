@@ -1,7 +1,7 @@
 """HTTP/1.1 on one connection per lane, as an httpx transport.
 
 httpx's own connection pool looks at every connection for every request, which costs milliseconds at a hundred lanes
-(benchmarks/synth.md). Here a lane keeps its connection, and the types, the auth classes and the mock transport of
+(benchmarks/README.md). Here a lane keeps its connection, and the types, the auth classes and the mock transport of
 httpx stay usable; h11 reads the protocol.
 """
 
