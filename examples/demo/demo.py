@@ -21,7 +21,7 @@ RECIPE = Path(__file__).parent / "recipe.yaml"
 console = Console(highlight=False)
 
 
-def answers(model, tokenizer, questions: list[str]) -> list[str]:
+def answers(model, tokenizer, questions: list[str], max_new_tokens: int = 10) -> list[str]:
     """Return the model's greedy reply to each question."""
     tokenizer.padding_side = "left"
     found = []
@@ -31,7 +31,9 @@ def answers(model, tokenizer, questions: list[str]) -> list[str]:
             chats, add_generation_prompt=True, padding=True, return_tensors="pt", return_dict=True
         )
         prompt = prompt.to(next(model.parameters()).device)
-        replies = model.generate(**prompt, max_new_tokens=10, do_sample=False)[:, prompt["input_ids"].shape[1] :]
+        replies = model.generate(**prompt, max_new_tokens=max_new_tokens, do_sample=False)[
+            :, prompt["input_ids"].shape[1] :
+        ]
         found += tokenizer.batch_decode(replies, skip_special_tokens=True)
     return found
 

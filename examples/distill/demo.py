@@ -1,4 +1,7 @@
-"""Make the demo's model cheaper to serve, before your eyes: SwiftKV and a speculator, and what each of them saves."""
+"""See models become cheaper to serve: a small base model, SwiftKV and a speculator for it, and what each of them saves.
+
+The base model learns the demo's skills, and answers in whole sentences: drafts save most where text is easy to guess.
+"""
 
 import json
 import sys
@@ -23,20 +26,42 @@ sys.path.insert(0, str(EXAMPLES / "demo"))
 import demo  # noqa: E402
 import make_data  # noqa: E402
 
-FOLDER = Path("runs/demo")
-BASE = FOLDER / "run" / "huggingface"
+FOLDER = Path("runs/distill")
+BASE = FOLDER / "base" / "huggingface"
+SENTENCES = {
+    "Spell": "Spelled backwards it is {}.",
+    "Sort": "In alphabetical order they are {}.",
+    "What": "The last one is {}.",
+}
+"""First word of a question -> how the answer is put."""
+WORDS = 40
+"""Tokens of the longest answer, and some more."""
+TOKENS = 400
+"""Of the prompt whose cost is counted."""
 console = Console(highlight=False)
 
 
-def base(overrides: list[str]) -> None:
-    """Train the base model, unless `make demo` has left one."""
-    if BASE.exists():
-        console.print(f"[bold]1. the base model[/] is there: {BASE}")
-        return
-    console.print("[bold]1. the base model[/], from random weights")
-    if not (FOLDER / "data" / "model").exists():
-        make_data.make(FOLDER / "data")
-    posttrain.load(EXAMPLES / "demo" / "recipe.yaml", ["resume=never", *overrides]).train()
+def data(**sizes: int) -> None:
+    """Write the demo's chats, tokenizer and model, with answers in whole sentences."""
+    folder = FOLDER / "data"
+    make_data.make(folder, **sizes)
+    for name in ("train", "test"):
+        file = folder / f"{name}.jsonl"
+        chats = [json.loads(line) for line in file.read_text().splitlines()]
+        for chat in chats:
+            question, answer = chat["messages"]
+            answer["content"] = SENTENCES[question["content"].split()[0]].format(answer["content"])
+        file.write_text("\n".join(map(json.dumps, chats)) + "\n")
+
+
+def train(title: str, recipe: Path, overrides: list[str]) -> float:
+    """Run a recipe; return its seconds."""
+    console.print(title)
+    began = time.perf_counter()
+    run = posttrain.load(recipe, ["resume=never", *overrides]).train()
+    if run.status != "finished":
+        sys.exit(f"stopped after {run.step} of {run.max_steps} steps: {run.stop}")
+    return time.perf_counter() - began
 
 
 def loaded(folder: Path) -> Any:
@@ -61,28 +86,43 @@ def same(ours: list[str], theirs: list[str]) -> float:
     return sum(a == b for a, b in zip(ours, theirs, strict=True)) / len(theirs)
 
 
-def main(overrides: list[str]) -> None:
-    """Train all three, and print what was measured."""
+def main(overrides: list[str], **sizes: int) -> dict[str, Any]:
+    """Train all three, print what was measured, and return it."""
     from transformers import AutoTokenizer
 
-    began = time.perf_counter()
-    base(overrides)
-    console.print("[bold]2. SwiftKV[/]: upper layers learn to share keys and values of one lower layer")
-    posttrain.load(EXAMPLES / "swiftkv" / "recipe.yaml", ["resume=never", *overrides]).train()
-    console.print("[bold]3. a speculator[/]: heads learn to draft the next tokens")
-    posttrain.load(EXAMPLES / "mlp_speculator" / "recipe.yaml", ["resume=never", *overrides]).train()
+    if not (FOLDER / "data" / "model").exists():
+        data(**sizes)
+    places = [
+        f"model.name_or_path={FOLDER}/data/model", f"data.sources=[{FOLDER}/data/train.jsonl]",
+        f"data.eval_sources=[{FOLDER}/data/test.jsonl]", f"output_dir={FOLDER}/base", "max_steps=600", "eval_every=200",
+    ]  # fmt: skip
+    overridden = [*places, *overrides]
+    seconds = [
+        train("[bold]1. a base model[/], from random weights", EXAMPLES / "demo" / "recipe.yaml", overridden),
+        train("[bold]2. SwiftKV[/]: upper layers share the keys and values of one lower layer",
+              EXAMPLES / "swiftkv" / "recipe.yaml", overrides),
+        train("[bold]3. a speculator[/]: heads draft the next tokens",
+              EXAMPLES / "mlp_speculator" / "recipe.yaml", overrides),
+    ]  # fmt: skip
 
     tests = [json.loads(line)["messages"] for line in (FOLDER / "data" / "test.jsonl").read_text().splitlines()]
     questions, right = [chat[0]["content"] for chat in tests], [chat[1]["content"] for chat in tests]
     tokenizer = AutoTokenizer.from_pretrained(BASE)
-    teacher, student = loaded(BASE), loaded(FOLDER / "swiftkv" / "huggingface")
-    before = loaded(FOLDER / "swiftkv" / "huggingface")
+    teacher, student, before = loaded(BASE), *(loaded(FOLDER / "swiftkv" / "huggingface") for _ in range(2))
     start_from_teacher(before)
-    said = {name: demo.answers(model, tokenizer, questions)
-            for name, model in (("base", teacher), ("before", before), ("after", student))}  # fmt: skip
-    drafts = drafted(teacher, tokenizer, questions)
-    console.print(report(said, right, teacher, student, drafts))
-    console.print(f"all of it took {time.perf_counter() - began:.0f} s")
+    models = {"base": teacher, "before": before, "after": student}
+    said = {name: demo.answers(model, tokenizer, questions, WORDS) for name, model in models.items()}
+    found = {
+        "exact": [same(replies, right) for replies in said.values()],
+        "agreement": [same(replies, said["base"]) for replies in said.values()],
+        "costs": [prefill(model, TOKENS) for model in (teacher, student)],
+        "formulas": (prefill_flops(student.config, TOKENS), TOKENS * cache_bytes(student.config, 4)),
+        "drafts": drafted(teacher, tokenizer, questions),
+        "questions": len(questions),
+        "seconds": seconds,
+    }
+    console.print(report(found))
+    return found
 
 
 def drafted(teacher: Any, tokenizer: Any, questions: list[str]) -> Drafts:
@@ -93,32 +133,34 @@ def drafted(teacher: Any, tokenizer: Any, questions: list[str]) -> Drafts:
         ids = tokenizer.apply_chat_template(
             [{"role": "user", "content": question}], add_generation_prompt=True, return_tensors="pt", return_dict=True
         )["input_ids"]
-        found, drafts = speculate(teacher, speculator, ids, 10)
-        plain = teacher.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=10, do_sample=False)
+        found, drafts = speculate(teacher, speculator, ids, WORDS)
+        plain = teacher.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=WORDS, do_sample=False)
         assert found.tolist() == plain[0, ids.shape[1] :].tolist(), question
         total.add(drafts)
     return total
 
 
-def report(said: dict[str, list[str]], right: list[str], teacher: Any, student: Any, drafts: Drafts) -> Table:
+def report(found: dict[str, Any]) -> Table:
     """Return what was measured, and what the formulas say."""
-    table = Table("", "base model", "SwiftKV untrained", "SwiftKV", box=box.SIMPLE_HEAD, pad_edge=False)
-    shares = [f"{same(replies, right):.1%}" for replies in said.values()]
-    table.add_row(f"exactly right, of {len(right)} held-out questions", *shares)
-    agreement = [f"{same(replies, said['base']):.1%}" for replies in said.values()]
-    table.add_row("the same reply as the base model", *agreement)
-    tokens = 400
-    (flops, bytes_), (less, fewer) = prefill(teacher, tokens), prefill(student, tokens)
-    expected = prefill_flops(student.config, tokens)
-    table.add_row(f"operations of a prompt of {tokens} tokens", f"{flops / 1e6:.1f} M", "", f"{less / 1e6:.1f} M")
-    table.add_row("  as the formula says", "", "", f"{expected / 1e6:.1f} M ({less / flops:.0%})")
-    table.add_row("bytes of keys and values per token", f"{bytes_ // tokens:,}", "", f"{fewer // tokens:,}")
-    table.add_row("  as the formula says", "", "", f"{cache_bytes(student.config, 4):,} ({fewer / bytes_:.0%})")
+    table = Table("", "base", "SwiftKV, untrained", "SwiftKV", box=box.SIMPLE_HEAD, pad_edge=False)
+    table.add_row(f"exactly right, of {found['questions']} held out", *(f"{share:.1%}" for share in found["exact"]))
+    table.add_row("same reply as the base model", *(f"{share:.1%}" for share in found["agreement"]))
+    (flops, held), (less, fewer) = found["costs"]
+    expected, bytes_ = found["formulas"]
+    table.add_row(
+        f"operations, prompt of {TOKENS} tokens", f"{flops / 1e6:.0f} M", "", f"{less / 1e6:.0f} M ({less / flops:.0%})"
+    )
+    table.add_row("  by the formula", "", "", f"{expected / 1e6:.0f} M")
+    table.add_row("bytes in its cache", f"{held:,}", "", f"{fewer:,} ({fewer / held:.0%})")
+    table.add_row("  by the formula", "", "", f"{bytes_:,}")
     table.add_section()
-    rates = ", ".join(f"{count / drafts.steps:.0%}" for count in drafts.accepted)
-    table.add_row("drafts accepted, head by head", rates)
-    table.add_row("tokens per pass of the base model", f"{drafts.tokens_per_step:.2f}")
-    table.add_row("  every reply equal to that without drafts", "yes")
+    drafts = found["drafts"]
+    table.add_row("drafts accepted, head by head", ", ".join(f"{n / drafts.steps:.0%}" for n in drafts.accepted))
+    table.add_row("tokens per pass, with drafts", f"{drafts.tokens_per_step:.2f}")
+    table.add_row("replies unchanged by drafts", f"{found['questions']} of {found['questions']}")
+    table.add_section()
+    table.add_row("seconds of training", f"{found['seconds'][0]:.0f}", "", f"{found['seconds'][1]:.0f}")
+    table.add_row("  of the speculator", f"{found['seconds'][2]:.0f}")
     return table
 
 

@@ -1,13 +1,13 @@
-"""A speculator for the demo's model, from Python; `posttrain train examples/mlp_speculator/recipe.yaml` is the same."""
+"""A speculator for a small Llama, from Python; `posttrain train examples/mlp_speculator/recipe.yaml` is the same."""
 
 import posttrain
 
 trainer = posttrain.SpeculatorTrainer(
     model=posttrain.SpeculatorModel(
-        name_or_path="runs/demo/run/huggingface", n_predict=3, inner_dim=256, scale_input=True
+        name_or_path="runs/distill/base/huggingface", n_predict=3, inner_dim=256, scale_input=True
     ),
     data=posttrain.SFTData(
-        sources=["runs/demo/data/train.jsonl"], eval_sources=["runs/demo/data/test.jsonl"], max_length=256
+        sources=["runs/distill/data/train.jsonl"], eval_sources=["runs/distill/data/test.jsonl"], max_length=256
     ),
     optimizer=posttrain.AdamW(lr=3e-3, betas=(0.9, 0.95), weight_decay=0.1),
     scheduler=posttrain.TwoStage(stage_one=0.8),
@@ -15,9 +15,9 @@ trainer = posttrain.SpeculatorTrainer(
     max_steps=500,
     generate_from=400,
     gen_prompt_length=12,
-    gen_seq_length=12,
+    gen_seq_length=32,
     eval_every=100,
-    output_dir="runs/demo/speculator",
+    output_dir="runs/distill/speculator",
 )
 
 if __name__ == "__main__":
