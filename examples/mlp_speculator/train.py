@@ -10,12 +10,12 @@ trainer = posttrain.SpeculatorTrainer(
         sources=["runs/distill/data/train.jsonl"], eval_sources=["runs/distill/data/test.jsonl"], max_length=256
     ),
     optimizer=posttrain.AdamW(lr=3e-3, betas=(0.9, 0.95), weight_decay=0.1),
-    scheduler=posttrain.TwoStage(stage_one=0.8),
+    scheduler=posttrain.TwoStage(stage_one=0.89),
     micro_batch_size=8,
-    max_steps=500,
+    max_steps=450,
     generate_from=400,
-    gen_prompt_length=12,
-    gen_seq_length=32,
+    gen_prompt_length=20,
+    gen_seq_length=24,
     eval_every=100,
     output_dir="runs/distill/speculator",
 )
