@@ -3,7 +3,10 @@
 import base64
 import json
 import sys
+import threading
 import types
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +29,7 @@ class Snowflake:
         self.statements: dict[str, str] = {}
         self.lose = 0
         self.stream = False
+        self.url = ""
 
     def __call__(self, request: httpx.Request) -> httpx.Response:
         self.asked.append(request)
@@ -58,22 +62,61 @@ class Snowflake:
         return httpx.Response(200, json={"data": [[cell]]})
 
 
+class Served:
+    """Snowflake behind a socket; a lost reply is a connection that closes without one."""
+
+    def __init__(self, snowflake: Snowflake) -> None:
+        class Handler(BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+
+            def answer(self) -> None:
+                body = self.rfile.read(int(self.headers.get("content-length") or 0))
+                url = f"http://{self.headers['host']}{self.path}"
+                try:
+                    found = snowflake(httpx.Request(self.command, url, headers=dict(self.headers), content=body))
+                except httpx.ReadError:
+                    self.close_connection = True
+                    return
+                self.send_response(found.status_code)
+                for name, value in found.headers.items():
+                    self.send_header(name, value)
+                self.end_headers()
+                self.wfile.write(found.content)
+
+            do_GET = do_POST = answer
+
+            def log_message(self, *args: Any) -> None:
+                """Nothing."""
+
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.server.daemon_threads = True
+        threading.Thread(target=self.server.serve_forever, daemon=True).start()
+        self.url = f"http://127.0.0.1:{self.server.server_port}"
+
+
+@pytest.fixture
+def snowflake() -> Iterator[Snowflake]:
+    made = Snowflake()
+    served = Served(made)
+    made.url = served.url
+    yield made
+    served.server.shutdown()
+    served.server.server_close()
+
+
 def cortex(snowflake: Snowflake, folder: Path, **more: Any) -> CortexSynth:
-    return CortexSynth(
-        account="org-acct", token="pat-0123456789", transport=httpx.MockTransport(snowflake), work_dir=folder, **more
-    )
+    return CortexSynth(account="org-acct", token="pat-0123456789", base_url=snowflake.url, work_dir=folder, **more)
 
 
 @pytest.mark.parametrize("api", ["openai", "complete", "sql"])
-def test_cortex_answers_in_one_shape_on_every_path(tmp_path: Path, api: Any) -> None:
-    snowflake = Snowflake()
+def test_cortex_answers_in_one_shape_on_every_path(snowflake: Snowflake, tmp_path: Path, api: Any) -> None:
     made = cortex(snowflake, tmp_path, api=api)
     made.add_chat_to_batch_task("t", MESSAGES, model="llama3.1-8b", options={"temperature": 1, "top_p": 0.9})
     (response,) = made.execute_batch_task("t")
     assert response["response"]["body"]["choices"][0]["message"] == {"role": "assistant", "content": "a"}
     assert made.status("t").output_tokens == 2
     first = snowflake.asked[0]
-    assert first.url.host == "org-acct.snowflakecomputing.com"
+    assert CortexSynth(account="org-acct").host == "https://org-acct.snowflakecomputing.com"
     assert first.headers["authorization"] == "Bearer pat-0123456789"
     body = json.loads(first.content)
     if api == "sql":
@@ -84,8 +127,7 @@ def test_cortex_answers_in_one_shape_on_every_path(tmp_path: Path, api: Any) -> 
         assert body.get("stream", api == "openai") is (api == "openai")
 
 
-def test_a_stream_that_was_not_asked_for_is_put_together(tmp_path: Path) -> None:
-    snowflake = Snowflake()
+def test_a_stream_that_was_not_asked_for_is_put_together(snowflake: Snowflake, tmp_path: Path) -> None:
     snowflake.stream = True
     made = cortex(snowflake, tmp_path, api="complete")
     made.add_chat_to_batch_task("t", MESSAGES, model="m")
@@ -93,10 +135,9 @@ def test_a_stream_that_was_not_asked_for_is_put_together(tmp_path: Path) -> None
 
 
 def test_a_lost_reply_of_the_sql_interface_is_the_same_statement_again(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    snowflake: Snowflake, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("posttrain.synth.online.FIRST_BACKOFF", 0.01)
-    snowflake = Snowflake()
     snowflake.lose = 2
     made = cortex(snowflake, tmp_path, api="sql")
     made.add_chat_to_batch_task("t", MESSAGES, model="m")
@@ -105,13 +146,13 @@ def test_a_lost_reply_of_the_sql_interface_is_the_same_statement_again(
     assert sum(request.method == "POST" for request in snowflake.asked) == 3
 
 
-def test_what_cortex_cannot_honour_is_refused(tmp_path: Path) -> None:
+def test_what_cortex_cannot_honour_is_refused(snowflake: Snowflake, tmp_path: Path) -> None:
     made = CortexSynth(account="a", connection_params={"authenticator": "externalbrowser"}, work_dir=tmp_path)
     made.add_chat_to_batch_task("t", MESSAGES, model="m")
     with pytest.raises(SynthError, match="authenticator is not supported"):
         made.execute_batch_task("t")
     with pytest.raises(SynthError, match="no option 'seed'"):
-        cortex(Snowflake(), tmp_path, api="sql").add_chat_to_batch_task("t", MESSAGES, model="m", seed=1)
+        cortex(snowflake, tmp_path, api="sql").add_chat_to_batch_task("t", MESSAGES, model="m", seed=1)
 
 
 def test_key_pair_tokens_are_signed_refreshed_and_made_again_when_refused(tmp_path: Path) -> None:

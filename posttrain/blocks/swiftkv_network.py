@@ -65,5 +65,8 @@ class SwiftKV(CausalLM):
     def save_pretrained(self, folder: Path, state_dict: dict[str, Tensor] | None = None) -> None:
         """Write the whole network, teacher's upper projections included, and say who can serve it."""
         super().save_pretrained(folder, state_dict)
-        if self.base.config.key_value_group_size > 1:
-            log.info("arctic-inference cannot load this export: it knows no key_value_group_size above 1")
+        group, architecture = self.base.config.key_value_group_size, type(self.base).__name__
+        if group == 1:
+            log.info("%s: arctic-inference can load this export, if it knows the architecture", architecture)
+        else:
+            log.info("%s: arctic-inference cannot load this export, it knows no groups of %d", architecture, group)
