@@ -243,9 +243,13 @@ def test_repeated_attempts_count_against_max_requests(server: Server, tmp_path: 
     assert server.calls["POST /chat/completions"] == 4
 
 
-def test_requests_per_minute_are_a_bound(server: Server, tmp_path: Path) -> None:
-    made = client(server, tmp_path, rpm=5)
-    add(made, 9)
+@pytest.mark.parametrize("bound", ["rpm", "tpm"])
+def test_requests_and_tokens_per_minute_are_bounds(bound: str, server: Server, tmp_path: Path) -> None:
+    measured = client(server, tmp_path / "measured")
+    add(measured, 1, max_tokens=100)
+    plan = measured.plan("t")
+    made = client(server, tmp_path, **{bound: 5 if bound == "rpm" else 5 * (plan.input_tokens + plan.output_tokens)})
+    add(made, 9, max_tokens=100)
     task = made._task("t")
     session = made._session(task, "t", None, None, lambda p: None, True)
     worker = threading.Thread(target=lambda: made.send(session))
