@@ -19,9 +19,8 @@ import subprocess
 import sys
 import tempfile
 from functools import partial
-from pathlib import Path
 
-from sft_step import CANDIDATES, LENGTH, ROOT, SHAPES, Clock, config, measure
+from sft_step import CANDIDATES, LENGTH, ROOT, SHAPES, Clock, config, measure, train
 
 PAIRS = 2
 
@@ -111,19 +110,8 @@ def bare(shape: str, steps: int, project_all: bool) -> dict:
 def posttrain_(shape: str, steps: int) -> dict:
     """The trainer as users call it, its loggers and metrics included."""
     import posttrain
-    from posttrain.interfaces import Loaders
 
     clock = Clock()
-
-    @posttrain.block("data", "benchmark")
-    class Data:
-        def build(self, tokenizer, micro_batch_size, rank, world_size, seed):
-            return Loaders(train=loader(shape, packing=True))
-
-    @posttrain.block("tokenizer", "none")
-    class Nothing:
-        def build(self, model):
-            return None
 
     @posttrain.before("trainer.count")
     def tick(trainer, batches, position, loss, lr):
@@ -131,13 +119,7 @@ def posttrain_(shape: str, steps: int) -> dict:
         last["loss"] = float(loss)
 
     last: dict[str, float] = {}
-    with tempfile.TemporaryDirectory() as folder:
-        posttrain.DPOTrainer(
-            model=posttrain.HFModel(name_or_path="x", random_init=True, config=config(shape).to_dict()), data=Data(),
-            tokenizer=Nothing(), optimizer=posttrain.AdamW(lr=1e-6), scheduler=posttrain.Constant(), checkpoint=[],
-            logger=[posttrain.JSONL()], micro_batch_size=PAIRS, max_steps=steps + 3, output_dir=Path(folder),
-            accelerator="cpu",
-        ).train(callbacks=[tick])  # fmt: skip
+    train(posttrain.DPOTrainer, loader(shape, packing=True), shape, steps, PAIRS, lr=1e-6, callbacks=[tick])
     return clock.result() | last
 
 

@@ -133,19 +133,8 @@ def bare(shape: str, steps: int, replies_only: bool, project_all: bool) -> dict:
 def posttrain_(shape: str, steps: int, replies_only: bool) -> dict:
     """The trainer as users call it, its loggers and metrics included."""
     import posttrain
-    from posttrain.interfaces import Loaders
 
     clock = Clock()
-
-    @posttrain.block("data", "benchmark")
-    class Data:
-        def build(self, tokenizer, micro_batch_size, rank, world_size, seed):
-            return Loaders(train=loader(shape, replies_only))
-
-    @posttrain.block("tokenizer", "none")
-    class Nothing:
-        def build(self, model):
-            return None
 
     @posttrain.before("trainer.save")
     def tick(trainer, at_end):
@@ -158,14 +147,32 @@ def posttrain_(shape: str, steps: int, replies_only: bool) -> dict:
     def count(trainer, batches):
         tokens.append(sum(batch["tokens"] for batch in batches))
 
-    with tempfile.TemporaryDirectory() as folder:
-        posttrain.SFTTrainer(
-            model=posttrain.HFModel(name_or_path="x", random_init=True, config=config(shape).to_dict()), data=Data(),
-            tokenizer=Nothing(), optimizer=posttrain.AdamW(lr=1e-4), scheduler=posttrain.Constant(), checkpoint=[],
-            logger=[posttrain.JSONL()], micro_batch_size=ROWS, max_steps=steps + 3, output_dir=Path(folder),
-            accelerator="cpu",
-        ).train(callbacks=[tick, count])  # fmt: skip
+    train(posttrain.SFTTrainer, loader(shape, replies_only), shape, steps, ROWS, lr=1e-4, callbacks=[tick, count])
     return clock.result()
+
+
+def train(trainer: type, batches, shape: str, steps: int, micro_batch_size: int, lr: float, callbacks: list) -> None:
+    """Run a trainer of ours on the batches of a loader."""
+    import posttrain
+    from posttrain.interfaces import Loaders
+
+    @posttrain.block("data", "benchmark")
+    class Data:
+        def build(self, tokenizer, micro_batch_size, rank, world_size, seed):
+            return Loaders(train=batches)
+
+    @posttrain.block("tokenizer", "none")
+    class Nothing:
+        def build(self, model):
+            return None
+
+    with tempfile.TemporaryDirectory() as folder:
+        trainer(
+            model=posttrain.HFModel(name_or_path="x", random_init=True, config=config(shape).to_dict()), data=Data(),
+            tokenizer=Nothing(), optimizer=posttrain.AdamW(lr=lr), scheduler=posttrain.Constant(), checkpoint=[],
+            logger=[posttrain.JSONL()], micro_batch_size=micro_batch_size, max_steps=steps + 3,
+            output_dir=Path(folder), accelerator="cpu",
+        ).train(callbacks=callbacks)  # fmt: skip
 
 
 def trl(shape: str, steps: int, replies_only: bool) -> dict:

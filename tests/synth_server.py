@@ -284,3 +284,15 @@ def expire(status: str, keep: int, say: bool = True) -> Callable[[Server, dict[s
         server.finish = complete
 
     return finish
+
+
+def add(made: Any, count: int = 7, task: str = "t", **body: Any) -> Any:
+    """Add chats that ask q0, q1, ... to a task of a client, and return the client."""
+    for i in range(count):
+        made.add_chat_to_batch_task(task_name=task, model="m", messages=[{"role": "user", "content": f"q{i}"}], **body)
+    return made
+
+
+def texts(responses: list[dict[str, Any]]) -> list[str]:
+    """What the replies say."""
+    return [r["response"]["body"]["choices"][0]["message"]["content"] for r in responses]

@@ -4,23 +4,29 @@ import json
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from synth_server import Server, complete, error, expire, lost, output_line, pay, raw, reset, short, written
+from synth_server import (
+    Server,
+    add,
+    complete,
+    error,
+    expire,
+    lost,
+    output_line,
+    pay,
+    raw,
+    reset,
+    short,
+    texts,
+    written,
+)
 
 from posttrain.synth import AzureOpenAISynth, IncompleteTask, OpenAISynth, Price, TaskStopped, batch_api
 
 WANTED = [f"re: q{i}" for i in range(7)]
-
-
-@pytest.fixture
-def server() -> Iterator[Server]:
-    made = Server()
-    yield made
-    made.close()
 
 
 @pytest.fixture(autouse=True)
@@ -35,16 +41,6 @@ def client(server: Server, folder: Path, **more: Any) -> OpenAISynth:
         work_dir=folder,
         **{"poll_every": 0.01, "reconcile_after": 0.01, **more},
     )
-
-
-def add(made: Any, count: int = 7, task: str = "t") -> Any:
-    for i in range(count):
-        made.add_chat_to_batch_task(task_name=task, model="m", messages=[{"role": "user", "content": f"q{i}"}])
-    return made
-
-
-def texts(responses: list[dict[str, Any]]) -> list[str]:
-    return [r["response"]["body"]["choices"][0]["message"]["content"] for r in responses]
 
 
 def test_a_batch_returns_every_result_in_order_and_pays_once(server: Server, tmp_path: Path) -> None:

@@ -6,26 +6,18 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Iterator
 from email.utils import formatdate
 from pathlib import Path
 from typing import Any
 
 import pytest
-from synth_server import Server, chat, error, raw, reset, short
+from synth_server import Server, add, chat, error, raw, reset, short, texts
 
 from posttrain.errors import SynthError
 from posttrain.synth import IncompleteTask, OpenAISynth, Price, TaskStopped, VllmSynth
 from posttrain.synth import online as engine
 
 KEY = "sk-very-secret-0123456789"
-
-
-@pytest.fixture
-def server() -> Iterator[Server]:
-    made = Server()
-    yield made
-    made.close()
 
 
 @pytest.fixture(autouse=True)
@@ -39,15 +31,6 @@ def client(server: Server, folder: Path, **more: Any) -> OpenAISynth:
     return OpenAISynth(
         api_key=KEY, base_url=server.url, work_dir=folder, **{"mode": "online", "concurrency": 8, **more}
     )
-
-
-def add(made: Any, count: int, task: str = "t", **body: Any) -> None:
-    for i in range(count):
-        made.add_chat_to_batch_task(task_name=task, model="m", messages=[{"role": "user", "content": f"q{i}"}], **body)
-
-
-def texts(responses: list[dict[str, Any]]) -> list[str]:
-    return [r["response"]["body"]["choices"][0]["message"]["content"] for r in responses]
 
 
 def test_results_are_as_many_as_the_inputs_and_in_their_order(server: Server, tmp_path: Path) -> None:

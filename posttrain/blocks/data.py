@@ -260,9 +260,8 @@ class CausalData(Data):
         return TextEncoder(tokenizer, self.text_column, self.bos, self.eos)
 
 
-def unfit(data: Any, *, pairs: bool) -> str | None:
-    """Say why a data block of ours cannot be trained on by a method that wants pairs, or one that does not."""
+def unfit(data: Any, *, pairs: bool) -> Iterator[tuple[str, str]]:
+    """Yield why a data block of ours cannot be trained on by a method that wants pairs, or one that does not."""
     if isinstance(data, Data) and isinstance(data, PreferenceData) != pairs:
         wanted = "pairs of replies (type: preference)" if pairs else "single documents (type: sft or causal)"
-        return f"this trainer needs {wanted}, and {type(data).__name__} gives others"
-    return None
+        yield "data", f"this trainer needs {wanted}, and {type(data).__name__} gives others"

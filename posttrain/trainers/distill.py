@@ -41,8 +41,7 @@ class DistillTrainer(Trainer):
 
     def check(self) -> Iterator[tuple[str, str]]:
         """Yield what contradicts the data."""
-        if problem := unfit(self.data, pairs=False):
-            yield "data", problem
+        yield from unfit(self.data, pairs=False)
         if self.stored and isinstance(self.data, Data) and self.data.streams:
             yield (
                 "stored",

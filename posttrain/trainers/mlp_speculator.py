@@ -40,8 +40,7 @@ class SpeculatorTrainer(Trainer):
 
     def check(self) -> Iterator[tuple[str, str]]:
         """Yield what contradicts the data."""
-        if problem := unfit(self.data, pairs=False):
-            yield "data", problem
+        yield from unfit(self.data, pairs=False)
 
     def step(self, batches: list[Batch]) -> "Tensor":
         """Take a step on the data, or on what the base model makes of it."""

@@ -30,8 +30,7 @@ class RewardTrainer(Trainer):
 
     def check(self) -> Iterator[tuple[str, str]]:
         """Yield what contradicts the data."""
-        if problem := unfit(self.data, pairs=True):
-            yield "data", problem
+        yield from unfit(self.data, pairs=True)
 
     def setup(self) -> "Run":
         """Tell the exported model which token is padding."""

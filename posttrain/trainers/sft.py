@@ -22,8 +22,7 @@ class SFTTrainer(Trainer):
 
     def check(self) -> Iterator[tuple[str, str]]:
         """Yield what contradicts the data."""
-        if problem := unfit(self.data, pairs=False):
-            yield "data", problem
+        yield from unfit(self.data, pairs=False)
 
     def loss(self, batch: Batch) -> "Tensor":
         """Return the mean negative log-likelihood of the supervised tokens, in nats."""

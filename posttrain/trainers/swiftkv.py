@@ -33,8 +33,7 @@ class SwiftKVTrainer(Trainer):
 
     def check(self) -> Iterator[tuple[str, str]]:
         """Yield what contradicts the data."""
-        if problem := unfit(self.data, pairs=False):
-            yield "data", problem
+        yield from unfit(self.data, pairs=False)
 
     def together(self, batches: Iterable[Batch]) -> Iterable[Batch]:
         """With ArcticTraining's masks, a step is a mean over all tokens."""
