@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from posttrain.blocks.scheduler import WSD, Constant, Cosine, Linear, TwoStage
     from posttrain.blocks.sources import Source
     from posttrain.blocks.speculator import SpeculatorModel
-    from posttrain.blocks.strategy import DDP, Auto, DeepSpeed
+    from posttrain.blocks.strategy import DDP, FSDP, Auto, DeepSpeed
     from posttrain.blocks.swiftkv import SwiftKVModel
     from posttrain.blocks.tokenizer import HFTokenizer
     from posttrain.errors import (
@@ -58,7 +58,7 @@ _HOMES = {
     "blocks.scheduler": ("Constant", "Cosine", "Linear", "TwoStage", "WSD"),
     "blocks.sources": ("Source",),
     "blocks.speculator": ("SpeculatorModel",),
-    "blocks.strategy": ("Auto", "DDP", "DeepSpeed"),
+    "blocks.strategy": ("Auto", "DDP", "DeepSpeed", "FSDP"),
     "blocks.swiftkv": ("SwiftKVModel",),
     "blocks.tokenizer": ("HFTokenizer",),
     "errors": (
@@ -88,7 +88,7 @@ _HOME_OF = {name: f"posttrain.{module}" for module, found in _HOMES.items() for 
 __all__ = [
     "AdamW", "Auto", "AzureOpenAISynth", "Batch", "CausalData", "CausalTrainer", "CheckpointError", "Console",
     "Constant", "CortexSynth", "Cosine", "DDP", "DPOTrainer", "DataError", "DeepSpeed", "DistillTrainer",
-    "EarlyStop", "HFModel", "HFTokenizer", "HookError", "HuggingFace", "JSONL", "Linear", "LoRA", "OpenAISynth",
+    "EarlyStop", "FSDP", "HFModel", "HFTokenizer", "HookError", "HuggingFace", "JSONL", "Linear", "LoRA", "OpenAISynth",
     "PosttrainError", "PreferenceData", "RecipeError", "RegistryError", "Resume", "RewardModel", "RewardTrainer",
     "Run", "SFTData", "SFTTrainer", "Samples", "Secret", "Source", "SpeculatorModel", "SpeculatorTrainer",
     "SwiftKVModel", "SwiftKVTrainer", "SynthError", "TensorBoard", "Trainer", "TrainingError", "TwoStage",

@@ -13,7 +13,7 @@ import attrs
 if TYPE_CHECKING:
     from lightning.fabric import Fabric
     from lightning.fabric.strategies.strategy import Strategy
-    from torch import nn
+    from torch import Tensor, nn
     from torch.optim import Optimizer
     from torch.optim.lr_scheduler import LRScheduler
 
@@ -88,9 +88,17 @@ class SchedulerBlock(Protocol):
 
 
 class StrategyBlock(Protocol):
-    """How ranks share the work: a Fabric strategy, or the name of one."""
+    """How ranks share the work: a Fabric strategy, or the name of one, and what differs between strategies.
+
+    Subclass `blocks/strategy.py`'s `Auto` unless parameters are sharded in a new way.
+    """
 
     def build(self) -> "Strategy | str": ...
+    def setup(self, fabric: "Fabric", model: "nn.Module", optimizer: OptimizerBlock) -> "tuple[Any, Any]": ...
+    def update(self, run: "Run", max_grad_norm: float | None) -> "Tensor | float | None": ...
+    def parts(self, run: "Run") -> Iterator[Any]: ...
+    def restored(self, run: "Run") -> None: ...
+    def whole(self, run: "Run") -> "dict[str, Tensor] | None": ...
 
 
 class CheckpointBlock(Protocol):

@@ -111,6 +111,17 @@ def gather_rows(fabric: "Fabric", tensor: "Tensor") -> "list[Tensor]":
     return [rows[:size] for rows, size in zip(gathered, sizes, strict=True)]
 
 
+def gather_objects(fabric: "Fabric", value: Any) -> list[Any]:
+    """Return every rank's value."""
+    if fabric.world_size == 1:
+        return [value]
+    from torch.distributed import all_gather_object
+
+    found: list[Any] = [None] * fabric.world_size
+    all_gather_object(found, value)
+    return found
+
+
 def reseed(seed: int, step: int, rank: int) -> None:
     """Seed every generator from (seed, step, rank), so that a resumed run draws what an uninterrupted one would."""
     import numpy as np

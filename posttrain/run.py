@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 import attrs
 
 from posttrain.errors import TrainingError
-from posttrain.interfaces import Batch, Loaders, Logger, Position
-from posttrain.launch import all_reduce
+from posttrain.interfaces import Batch, Loaders, Logger, Position, StrategyBlock
+from posttrain.launch import all_reduce, gather_objects
 
 if TYPE_CHECKING:
     from lightning.fabric import Fabric
@@ -107,12 +107,9 @@ def _numbers(values: "dict[tuple[int, str], float | Tensor]", fabric: "Fabric") 
 def _summed(values: "dict[tuple[int, str], float | Tensor]", fabric: "Fabric") -> dict[tuple[int, str], float]:
     """Return the sums over ranks; a rank that did not log a value adds nothing to it."""
     import torch
-    from torch.distributed import all_gather_object
 
     mine = _numbers(values, fabric)
-    keys: list[Any] = [None] * fabric.world_size
-    all_gather_object(keys, sorted(mine))
-    known = sorted({tuple(key) for rank in keys for key in rank})
+    known = sorted({tuple(key) for rank in gather_objects(fabric, sorted(mine)) for key in rank})
     stacked = torch.tensor([mine.get(key, 0.0) for key in known], dtype=torch.float64, device=fabric.device)
     return dict(zip(known, all_reduce(fabric, stacked).tolist(), strict=True))
 
@@ -122,6 +119,7 @@ class Run:
     """One training run, from `Trainer.train()` to its return; reached as `self.run`."""
 
     fabric: "Fabric"
+    strategy: StrategyBlock
     output_dir: Path
     model: "_FabricModule"
     """The trained network, wrapped by Fabric; `run.model.module` is the network itself."""

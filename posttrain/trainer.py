@@ -18,7 +18,7 @@ from posttrain.blocks.checkpoint import HuggingFace, Resume
 from posttrain.blocks.logger import JSONL, Console, TensorBoard
 from posttrain.blocks.optimizer import AdamW
 from posttrain.blocks.scheduler import Cosine
-from posttrain.blocks.strategy import Auto
+from posttrain.blocks.strategy import Auto, torch_optimizer
 from posttrain.blocks.tokenizer import HFTokenizer
 from posttrain.errors import RecipeError, TrainingError
 from posttrain.interfaces import (
@@ -133,14 +133,9 @@ class Trainer:
                 loss = self.loss(batch) * share
                 fabric.backward(loss * fabric.world_size, model=run.model)  # strategies average over ranks
             losses.append(loss.detach())
-        if self.max_grad_norm is not None:
-            norm = fabric.clip_gradients(
-                run.model, run.optimizer, max_norm=self.max_grad_norm, error_if_nonfinite=False
-            )  # fmt: skip
-            if norm is not None:
-                run.log(grad_norm=norm)
-        run.optimizer.step()
-        run.optimizer.zero_grad()
+        norm = self.strategy.update(run, self.max_grad_norm)
+        if norm is not None:
+            run.log(grad_norm=norm)
         run.scheduler.step()
         return sum(losses[1:], start=losses[0])
 
@@ -240,13 +235,12 @@ class Trainer:
         max_steps = self.horizon(loaders.train, rows_per_step)
         reseed(self.seed, -1, 0)  # the same initial weights on every rank
         model = self.model.build(fabric)
-        optimizer = self.optimizer.build(model)
-        scheduler = self.scheduler.build(optimizer, max_steps)
         frozen = self.build_frozen(fabric, model)
-        model, optimizer = fabric.setup(model, optimizer)
+        model, optimizer = self.strategy.setup(fabric, model, self.optimizer)
+        scheduler = self.scheduler.build(torch_optimizer(optimizer), max_steps)
         return Run(
-            fabric=fabric, output_dir=self.output_dir, model=model, frozen=frozen, tokenizer=tokenizer,
-            loaders=loaders, optimizer=optimizer, scheduler=scheduler, max_steps=max_steps,
+            fabric=fabric, strategy=self.strategy, output_dir=self.output_dir, model=model, frozen=frozen,
+            tokenizer=tokenizer, loaders=loaders, optimizer=optimizer, scheduler=scheduler, max_steps=max_steps,
             rows_per_step=rows_per_step, recipe=as_data(self), position=loaders.train.start(),
         )  # fmt: skip
 

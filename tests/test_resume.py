@@ -16,8 +16,9 @@ import torch
 from toy import losses, metrics, trainer
 
 import posttrain.hooks as hooks
-from posttrain.blocks import checkpoint
-from posttrain.blocks.checkpoint import HuggingFace, Resume, checkpoints, verify
+from posttrain.blocks import manifest, state
+from posttrain.blocks.checkpoint import HuggingFace, Resume
+from posttrain.blocks.manifest import checkpoints, verify
 from posttrain.errors import CheckpointError
 from posttrain.trainers.sft import SFTTrainer
 
@@ -68,7 +69,8 @@ def child(folder: Path, kind: dict[str, Any], die_at: int) -> None:
 
         return wrapped
 
-    for owner, name in ((os, "fsync"), (os, "rename"), (Path, "rename"), (torch, "save"), (checkpoint, "write_synced")):
+    watched = ((os, "fsync"), (os, "rename"), (Path, "rename"), (state, "save_file"), (manifest, "write_synced"))
+    for owner, name in watched:
         setattr(owner, name, ticking(getattr(owner, name)))
     long(folder, **kind).train(callbacks=[hooks.before("trainer.count")(tick)])
 
@@ -115,21 +117,21 @@ def test_a_signal_finishes_the_step_saves_and_ends(tmp_path: Path, number: int) 
 
 
 def damage(folder: Path, how: str) -> None:
-    state, manifest = folder / "state.pt", folder / "manifest.json"
+    tensors, said = folder / "rank-00000.safetensors", folder / "manifest.json"
     if how == "a flipped bit":
-        content = bytearray(state.read_bytes())
+        content = bytearray(tensors.read_bytes())
         content[len(content) // 2] ^= 1
-        state.write_bytes(content)
+        tensors.write_bytes(content)
     elif how == "a truncated file":
-        state.write_bytes(state.read_bytes()[:-100])
+        tensors.write_bytes(tensors.read_bytes()[:-100])
     elif how == "a missing file":
-        state.unlink()
+        tensors.unlink()
     elif how == "an unreadable manifest":
-        manifest.write_text(manifest.read_text()[:-9])
+        said.write_text(said.read_text()[:-9])
     elif how == "an edited manifest":
-        manifest.write_text(re.sub(r'"step": \d+', '"step": 99', manifest.read_text()))
+        said.write_text(re.sub(r'"step": \d+', '"step": 99', said.read_text()))
     else:
-        manifest.unlink()
+        said.unlink()
 
 
 @pytest.mark.parametrize(
@@ -168,12 +170,12 @@ def test_a_checkpoint_runs_no_code_when_it_is_loaded(tmp_path: Path) -> None:
 
     long(tmp_path / "run", stop_after=3).train()
     found = checkpoints(tmp_path / "run")[0]
-    torch.save({"model": Bomb()}, found / "state.pt")
-    manifest = json.loads((found / "manifest.json").read_text())
-    manifest["files"]["state.pt"] = checkpoint.describe(found / "state.pt")
-    manifest.pop("seal")
-    (found / "manifest.json").write_text(json.dumps({**manifest, "seal": checkpoint.seal(manifest)}))
-    with pytest.raises(CheckpointError, match="more than tensors and plain data"):
+    file, said = found / "rank-00000.safetensors", manifest.read(found)
+    torch.save({"model": Bomb()}, file)
+    said["files"][file.name] = manifest.describe(file)
+    said.pop("seal")
+    (found / "manifest.json").write_text(json.dumps({**said, "seal": manifest.seal(said)}))
+    with pytest.raises(CheckpointError, match="does not hold safetensors files"):
         long(tmp_path / "run").train()
     assert not canary.exists()
 

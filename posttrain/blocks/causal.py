@@ -116,7 +116,7 @@ class CausalLM(PackedModel):
             log_probs = token_log_probs(*self.head_inputs(layout), asked, temperature)
         else:
             log_probs = (self.logits(layout).float() / temperature).log_softmax(-1).gather(1, asked)
-        log_probs = log_probs[:, 0] if tokens is None else log_probs
+        log_probs = log_probs[:, 0].clone() if tokens is None else log_probs  # FSDP2 warns of views
         return -log_probs.sum() if output == "nll" else log_probs
 
     def head_inputs(self, layout: Batch) -> tuple[Tensor, Tensor, Tensor | None]:

@@ -7,16 +7,20 @@ accumulation window counts; and DeepSpeed clips at 1.0 unless told otherwise.
 import argparse
 import importlib
 import os
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from lightning.fabric.accelerators.cuda import CUDAAccelerator
 from lightning.fabric.strategies.deepspeed import DeepSpeedStrategy
 from lightning.fabric.strategies.strategy import _BackwardSyncControl
 from lightning.fabric.utilities.seed import reset_seed
-from torch import nn
-from torch.optim import Optimizer
+from torch import Tensor, nn
+
+from posttrain.blocks.state import Part
+from posttrain.errors import CheckpointError
 
 OURS = {
     "zero_allow_untested_optimizer": True,
@@ -47,6 +51,69 @@ def gathered(engine: Any) -> dict[str, Any] | None:
     return found or {}
 
 
+def step(engine: Any, max_grad_norm: float | None) -> Tensor | float | None:
+    """Clip and step, and return the norm that the gradients had; None unless it was asked for."""
+    engine._config.gradient_clipping = max_grad_norm or 0.0
+    if hasattr(engine.optimizer, "clip_grad"):
+        engine.optimizer.clip_grad = max_grad_norm or 0.0
+        engine.step()
+        return None if max_grad_norm is None else engine.get_global_grad_norm()
+    norms: list[Tensor] = []  # stage 0 in float32 sums gradients in its step, clips then, and forgets the norm
+    engine.clip_fp32_gradients = lambda: norms.append(nn.utils.clip_grad_norm_(trained(engine), max_grad_norm or 0.0))
+    engine.step()
+    return norms[0] if norms else None
+
+
+def parts(engine: Any, rank: int, world_size: int) -> Iterator[Part]:
+    """Yield what this rank keeps of each trained parameter, in the precision that the optimizer works in.
+
+    Raises:
+        CheckpointError: this way to offload keeps it where it cannot be reached.
+    """
+    optimizer, stage = engine.optimizer, engine.zero_optimization_stage()
+    for name, parameter in engine.module.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        if stage == 3:
+            if optimizer.swap_optimizer or optimizer.params_in_nvme_and_cpu:
+                raise CheckpointError("checkpoints of type resume cannot be written of a state offloaded to NVMe")
+            group, offset, count = optimizer.grad_position[optimizer.get_param_id(parameter)]
+            flat, start = optimizer.fp32_partitioned_groups_flat[group], count * rank
+            count = max(0, min(count, parameter.ds_numel - start))  # the last rank's range is padded
+            yield Part(name, tuple(parameter.ds_shape), start, flat.detach().narrow(0, offset, count), flat, offset)
+        elif hasattr(parameter, "_hp_mapping"):
+            found, groups = parameter._hp_mapping, flat_groups(optimizer)
+            if found is None:  # all of it is on other ranks
+                continue
+            flat, offset = groups[found.param_group_index], found.hp_fragment_address.start
+            count, start = found.hp_fragment_address.numel, found.lp_fragment_address.start
+            yield Part(name, tuple(parameter.shape), start, flat.detach().narrow(0, offset, count), flat, offset)
+        else:
+            values = parameter.detach().view(-1)
+            yield Part(name, tuple(parameter.shape), 0, values, parameter, copies=(rank, world_size))
+
+
+def flat_groups(optimizer: Any) -> list[Tensor]:
+    """Return what this rank keeps of each group of parameters, laid end to end."""
+    zero = hasattr(optimizer, "single_partition_of_fp32_groups")
+    groups: list[Tensor] = optimizer.single_partition_of_fp32_groups if zero else optimizer.fp32_groups_flat_partition
+    return groups
+
+
+def publish(engine: Any) -> None:
+    """Give the network what was written into the parts. All ranks must call it."""
+    if engine.zero_optimization_stage() == 3:
+        for part, parameter in zip(parts(engine, dist.get_rank(), 0), trained(engine), strict=True):
+            parameter.ds_tensor.view(-1)[: len(part.values)].copy_(part.values)
+    elif hasattr(engine.optimizer, "update_lp_params"):
+        engine.optimizer.update_lp_params()
+
+
+def trained(engine: Any) -> Iterator[Any]:
+    """Yield the parameters that are trained."""
+    return (parameter for parameter in engine.module.parameters() if parameter.requires_grad)
+
+
 class Engine(DeepSpeedStrategy):
     """DeepSpeed, stepped by its engine, on GPUs or (for tests) on CPUs."""
 
@@ -60,15 +127,9 @@ class Engine(DeepSpeedStrategy):
         super(DeepSpeedStrategy, self).setup_environment()
 
     def optimizer_step(self, optimizer: Any, **kwargs: Any) -> Any:
-        """Step the engine, which steps the sharded optimizer."""
+        """Step the engine, which steps the sharded optimizer; without clipping."""
         assert self._deepspeed_engine is not None
-        return self._deepspeed_engine.step()
-
-    def clip_gradients_norm(self, module: Any, optimizer: Optimizer, max_norm: float, *_: Any, **__: Any) -> Any:
-        """Have the engine clip in its next step; the norm is not known before it."""
-        module._config.gradient_clipping = float(max_norm)
-        if hasattr(module.optimizer, "clip_grad"):
-            module.optimizer.clip_grad = float(max_norm)
+        return step(self._deepspeed_engine, None)
 
     def _setup_distributed(self) -> None:
         if isinstance(self.accelerator, CUDAAccelerator):

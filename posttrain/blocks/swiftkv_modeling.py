@@ -50,6 +50,21 @@ class Lower:
         return Lower(self.hidden[:, -1:], mask, self.position_ids[:, -1:], (cos, sin), self.cache)
 
 
+@attrs.define(eq=False)
+class Group:
+    """What layers share their keys and values from. The first of them makes these, inside its own forward pass, where
+    FSDP has gathered its weights."""
+
+    hidden: Tensor
+    """[rows, width, size], the normalized input of layer k."""
+    positions: tuple[Tensor, Tensor]
+    cache: Any
+    slot: int
+    """Of the cache."""
+    made: tuple[Tensor, Tensor] | None = None
+    """Keys and values, [rows, heads, width, size] each."""
+
+
 @functools.cache
 def family(kind: str) -> tuple[type, type]:
     """Return the configuration and the causal language model of a family, registered with the auto classes.
@@ -94,12 +109,16 @@ def attention_of(base: Any) -> type:
             if leads(config, layer_idx):
                 self.k_proj_swiftkv, self.v_proj_swiftkv = like(self.k_proj), like(self.v_proj)
 
-        def keys_and_values(self, shared: Tensor, positions: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        def keys_and_values(self, group: Group) -> tuple[Tensor, Tensor]:
             """Return those of this layer's group, [rows, heads, width, size] each."""
-            heads = (*shared.shape[:-1], -1, self.head_dim)
-            key = normed(self, "k_norm", self.k_proj_swiftkv(shared).view(heads)).transpose(1, 2)
-            value = self.v_proj_swiftkv(shared).view(heads).transpose(1, 2)
-            return apply_rotary_pos_emb(key, key, *positions)[1], value
+            if leads(self.config, self.layer_idx):
+                heads = (*group.hidden.shape[:-1], -1, self.head_dim)
+                key = normed(self, "k_norm", self.k_proj_swiftkv(group.hidden).view(heads)).transpose(1, 2)
+                value = self.v_proj_swiftkv(group.hidden).view(heads).transpose(1, 2)
+                key = apply_rotary_pos_emb(key, key, *group.positions)[1]
+                group.made = (key, value) if group.cache is None else group.cache.update(key, value, group.slot)
+            assert group.made is not None, "the first layer of the group comes first"
+            return group.made
 
         def forward(
             self,
@@ -107,11 +126,11 @@ def attention_of(base: Any) -> type:
             position_embeddings: tuple[Tensor, Tensor],
             attention_mask: Any = None,
             past_key_values: Any = None,
-            shared_kv: tuple[Tensor, Tensor] | None = None,
+            group: Group | None = None,
             **kwargs: Any,
         ) -> tuple[Tensor, Any]:
-            """Attend as the student to the given keys and values, or without them as the teacher."""
-            if shared_kv is None:
+            """Attend as the student to the keys and values of a group, or without one as the teacher."""
+            if group is None:
                 return super().forward(  # type: ignore[no-any-return]
                     hidden_states=hidden_states, position_embeddings=position_embeddings,
                     attention_mask=attention_mask, past_key_values=past_key_values, **kwargs,
@@ -120,7 +139,8 @@ def attention_of(base: Any) -> type:
             query = normed(self, "q_norm", self.q_proj_swiftkv(hidden_states).view(*shape, -1, self.head_dim))
             query = apply_rotary_pos_emb(query.transpose(1, 2), query.transpose(1, 2), *position_embeddings)[0]
             attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
-            out, weights = attend(self, query, *shared_kv, attention_mask, dropout=0.0, scaling=self.scaling, **kwargs)
+            kv = self.keys_and_values(group)
+            out, weights = attend(self, query, *kv, attention_mask, dropout=0.0, scaling=self.scaling, **kwargs)
             return self.o_proj(out.reshape(*shape, -1)), weights
 
     return Attention
@@ -190,14 +210,12 @@ def backbone_of(base: Any, attention: type, config_class: type) -> type:
         def student(self, below: Lower, last_row: bool = False, **kwargs: Any) -> Iterator[Tensor]:
             """Yield the input of each upper layer of the student, and the output of the last."""
             shared, at = self.norm_swiftkv(below.hidden), below.last() if last_row else below
-            first, kv = self.config.num_key_value_layers, None
+            first, size = self.config.num_key_value_layers, self.config.key_value_group_size
             for index, layer in enumerate(self.layers[first:], start=first):
                 yield at.hidden
                 if leads(self.config, index):
-                    kv = layer.self_attn.keys_and_values(shared, below.positions)
-                    if below.cache is not None:
-                        kv = below.cache.update(*kv, first + (index - first) // self.config.key_value_group_size)
-                at = attrs.evolve(at, hidden=run(layer, at, shared_kv=kv, **kwargs))
+                    group = Group(shared, below.positions, below.cache, slot=first + (index - first) // size)
+                at = attrs.evolve(at, hidden=run(layer, at, group=group, **kwargs))
             yield at.hidden
 
         def teacher(self, below: Lower, **kwargs: Any) -> Iterator[Tensor]:

@@ -1,0 +1,132 @@
+"""Every strategy gives what one process gives, for every trainer, and goes on from what any other has saved.
+
+All runs on two ranks share one launch: `on_ranks` is what it executes.
+"""
+
+import importlib.util
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from test_ranks import BIN, ROOT, launched
+from toy import metrics, trainer
+
+import posttrain
+from posttrain.blocks.model import LoRA
+from posttrain.trainers.dpo import DPOTrainer
+from posttrain.trainers.mlp_speculator import SpeculatorTrainer
+from posttrain.trainers.sft import SFTTrainer
+from posttrain.trainers.swiftkv import SwiftKVTrainer
+
+pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # peft's
+
+ZERO = {f"zero-{stage}": {"zero_optimization": {"stage": stage}} for stage in range(4)}
+SHARDED = {"fsdp": posttrain.FSDP(), "fsdp-offload": posttrain.FSDP(cpu_offload=True, reshard_after_forward=False)}
+STRATEGIES: dict[str, Any] = {"ddp": posttrain.DDP(), **SHARDED}
+if importlib.util.find_spec("deepspeed"):
+    STRATEGIES |= {name: posttrain.DeepSpeed(config=config) for name, config in ZERO.items()}
+TRAINERS: dict[str, dict[str, Any]] = {
+    "sft": {"method": SFTTrainer},
+    "sft-tied": {"method": SFTTrainer, "model": {"config": {"tie_word_embeddings": True}}},
+    "dpo": {"method": DPOTrainer},
+    "dpo-lora": {"method": DPOTrainer, "model": {"lora": LoRA(r=4)}},
+    "dpo-aot": {"method": DPOTrainer, "loss_type": "aot"},
+    "swiftkv": {"method": SwiftKVTrainer},
+    "speculator": {"method": SpeculatorTrainer, "model": {"n_predict": 2, "inner_dim": 16}},
+}
+CUT = [name for name in ("ddp", "fsdp", "zero-2", "zero-3") if name in STRATEGIES]
+"""Strategies whose checkpoints every other one goes on from."""
+KEYS: dict[str, Any] = {"max_steps": 6, "eval_rows": 5, "eval_every": 3, "max_grad_norm": 0.3}
+CUTS = {"micro_batch_size": 1, "gradient_accumulation_steps": 2}
+LAST = 3
+"""The step that runs are cut after."""
+
+
+def on_ranks(folder: Path) -> None:
+    """Train everything."""
+    for name, strategy in STRATEGIES.items():
+        for case, keys in TRAINERS.items():
+            trainer(folder / f"{case} {name}", **KEYS, **CUTS, **keys, strategy=strategy).train()
+    for origin in CUT:
+        trainer(folder / f"cut {origin}", **KEYS, **CUTS, strategy=STRATEGIES[origin], stop_after=LAST).train()
+    for origin in (*CUT, "alone"):
+        for name, strategy in STRATEGIES.items():
+            there = folder / f"cut {origin} on {name}"
+            if os.environ["RANK"] == "0":
+                shutil.copytree(folder / f"cut {origin}", there)
+            run = trainer(there, **KEYS, **CUTS, strategy=strategy).train()
+            assert run.first_step == LAST
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """What two ranks trained; some of it goes on from what one process saved."""
+    folder = tmp_path_factory.mktemp("two")
+    trainer(folder / "cut alone", **KEYS, stop_after=LAST).train()
+    script = folder / "script.py"
+    script.write_text(
+        f"import sys\nsys.path.insert(0, {str(ROOT / 'tests')!r})\nfrom pathlib import Path\n"
+        "from test_strategies import on_ranks\non_ranks(Path(sys.argv[1]))\n"
+    )
+    done = launched([BIN / "torchrun", "--standalone", "--nproc-per-node", "2", script, folder])
+    assert done.returncode == 0, done.stderr[-6000:]
+    yield folder
+    shutil.rmtree(folder)
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """What one process trained."""
+    folders = {}
+    for case, keys in TRAINERS.items():
+        folders[case] = tmp_path_factory.mktemp("alone")
+        trainer(folders[case], **KEYS, **keys).train()
+    return folders
+
+
+def assert_equal_metrics(folder: Path, other: Path) -> None:
+    ours, theirs = metrics(folder), metrics(other)
+    assert [line.keys() for line in ours] == [line.keys() for line in theirs]
+    for one, two in zip(ours, theirs, strict=True):
+        assert one == pytest.approx(two, abs=1e-5, rel=1e-5)
+
+
+@pytest.mark.parametrize("case", TRAINERS)
+@pytest.mark.parametrize("name", STRATEGIES)
+def test_two_ranks_train_and_export_like_one(case: str, name: str, runs: Path, alone: dict[str, Path]) -> None:
+    from safetensors.torch import load_file
+
+    folder = runs / f"{case} {name}"
+    assert_equal_metrics(folder, alone[case])
+    exported = [next((where / "huggingface").glob("*.safetensors")) for where in (folder, alone[case])]
+    ours, theirs = map(load_file, exported)
+    assert ours.keys() == theirs.keys()
+    assert max(float((ours[key] - theirs[key]).abs().max()) for key in ours) < 1e-5
+
+
+@pytest.mark.parametrize("name", STRATEGIES)
+@pytest.mark.parametrize("origin", [*CUT, "alone"])
+def test_two_ranks_go_on_from_any_checkpoint(origin: str, name: str, runs: Path, alone: dict[str, Path]) -> None:
+    assert_equal_metrics(runs / f"cut {origin} on {name}", alone["sft"])
+
+
+@pytest.mark.parametrize("origin", CUT)
+def test_one_process_goes_on_from_any_checkpoint(origin: str, runs: Path, alone: dict[str, Path]) -> None:
+    resumed = trainer(runs / f"cut {origin}", **KEYS).train()
+    assert resumed.first_step == LAST
+    assert_equal_metrics(runs / f"cut {origin}", alone["sft"])
+
+
+@pytest.mark.parametrize("name", SHARDED)
+def test_each_rank_writes_only_what_it_keeps(name: str, runs: Path) -> None:
+    """Both files together are as large as one process's, and neither is much larger than the other."""
+    ours, theirs = (
+        [file.stat().st_size for file in next((runs / folder).glob("step-*")).glob("rank-*")]
+        for folder in (f"sft {name}", "cut alone")
+    )
+    assert len(ours) == 2
+    assert max(ours) < 1.1 * min(ours)
+    assert sum(ours) < 1.1 * theirs[0]
