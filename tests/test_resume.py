@@ -7,6 +7,7 @@ import random
 import re
 import signal
 import subprocess
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -220,6 +221,29 @@ def test_another_cut_of_the_same_step_goes_on_and_another_step_is_refused(tmp_pa
     assert losses(tmp_path / "cut") == pytest.approx(losses(tmp_path / "whole"), abs=1e-6)
     with pytest.raises(CheckpointError, match="4 rows per step, this run would take 8"):
         long(tmp_path / "cut", micro_batch_size=4, model={}).train()
+
+
+@pytest.mark.parametrize("asynchronous", [True, False])
+def test_training_goes_on_while_a_checkpoint_is_written_unless_told_otherwise(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, asynchronous: bool
+) -> None:
+    write, later, went_on = state.write, threading.Event(), []
+
+    def slow(*args: Any) -> None:
+        went_on.append(later.wait(10 if asynchronous else 0.1))
+        write(*args)
+
+    @hooks.before("trainer.step")
+    def note(trainer: SFTTrainer, batches: Any) -> None:
+        if trainer.run.step == 5:
+            later.set()
+
+    monkeypatch.setattr(state, "write", slow)
+    recipe: dict[str, Any] = {"checkpoint": [Resume(every=3, at_end=False, asynchronous=asynchronous)], "max_steps": 6}
+    long(tmp_path / "run", **recipe).train(callbacks=[note])
+    assert went_on == [asynchronous, True]
+    trained = long(tmp_path / "other", checkpoint=[], max_steps=6).train()
+    assert_same_weights(trained, long(tmp_path / "run", **recipe).train())
 
 
 def test_a_full_disk_leaves_the_previous_checkpoint_usable(tmp_path: Path) -> None:

@@ -3,10 +3,10 @@
 All runs on two ranks share one launch: `on_ranks` is what it executes.
 """
 
+import errno
 import importlib.util
 import os
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,10 @@ from test_ranks import BIN, ROOT, launched
 from toy import metrics, trainer
 
 import posttrain
+from posttrain import after
+from posttrain.blocks import state
 from posttrain.blocks.model import LoRA
+from posttrain.errors import CheckpointError
 from posttrain.trainers.dpo import DPOTrainer
 from posttrain.trainers.mlp_speculator import SpeculatorTrainer
 from posttrain.trainers.sft import SFTTrainer
@@ -23,7 +26,8 @@ from posttrain.trainers.swiftkv import SwiftKVTrainer
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # peft's
 
-ZERO = {f"zero-{stage}": {"zero_optimization": {"stage": stage}} for stage in range(4)}
+ZERO: dict[str, Any] = {f"zero-{stage}": {"zero_optimization": {"stage": stage}} for stage in range(4)}
+ZERO["zero-3"]["zero_optimization"]["stage3_param_persistence_threshold"] = 0  # else what is tiny is not sharded
 SHARDED = {"fsdp": posttrain.FSDP(), "fsdp-offload": posttrain.FSDP(cpu_offload=True, reshard_after_forward=False)}
 STRATEGIES: dict[str, Any] = {"ddp": posttrain.DDP(), **SHARDED}
 if importlib.util.find_spec("deepspeed"):
@@ -33,6 +37,8 @@ TRAINERS: dict[str, dict[str, Any]] = {
     "sft-tied": {"method": SFTTrainer, "model": {"config": {"tie_word_embeddings": True}}},
     "dpo": {"method": DPOTrainer},
     "dpo-lora": {"method": DPOTrainer, "model": {"lora": LoRA(r=4)}},
+    "dpo-lora-precomputed": {"method": DPOTrainer, "model": {"lora": LoRA(r=4)}, "precompute_reference": True},
+    "dpo-precomputed": {"method": DPOTrainer, "precompute_reference": True},
     "dpo-aot": {"method": DPOTrainer, "loss_type": "aot"},
     "swiftkv": {"method": SwiftKVTrainer},
     "speculator": {"method": SpeculatorTrainer, "model": {"n_predict": 2, "inner_dim": 16}},
@@ -40,46 +46,74 @@ TRAINERS: dict[str, dict[str, Any]] = {
 CUT = [name for name in ("ddp", "fsdp", "zero-2", "zero-3") if name in STRATEGIES]
 """Strategies whose checkpoints every other one goes on from."""
 KEYS: dict[str, Any] = {"max_steps": 6, "eval_rows": 5, "eval_every": 3, "max_grad_norm": 0.3}
-CUTS = {"micro_batch_size": 1, "gradient_accumulation_steps": 2}
 LAST = 3
 """The step that runs are cut after."""
 
 
 def on_ranks(folder: Path) -> None:
-    """Train everything."""
-    for name, strategy in STRATEGIES.items():
+    """Train everything: four rows a step, divided among the ranks."""
+    rank, ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    cuts = {"micro_batch_size": 1, "gradient_accumulation_steps": 4 // ranks}
+    strategies = STRATEGIES | ({"fsdp-hybrid": posttrain.FSDP(shard_size=2)} if ranks == 4 else {})
+    for name, strategy in strategies.items():
+        os.environ["POSTTRAIN_CACHE"] = str(folder / f"cache {name}")
         for case, keys in TRAINERS.items():
-            trainer(folder / f"{case} {name}", **KEYS, **CUTS, **keys, strategy=strategy).train()
+            made = trainer(folder / f"{case} {name}", **KEYS, **cuts, **keys, strategy=strategy)
+            made.train(callbacks=[only_rank_zero_loads] if name.startswith("fsdp") else [])
     for origin in CUT:
-        trainer(folder / f"cut {origin}", **KEYS, **CUTS, strategy=STRATEGIES[origin], stop_after=LAST).train()
+        trainer(folder / f"cut {origin}", **KEYS, **cuts, strategy=STRATEGIES[origin], stop_after=LAST).train()
     for origin in (*CUT, "alone"):
-        for name, strategy in STRATEGIES.items():
+        for name, strategy in strategies.items():
             there = folder / f"cut {origin} on {name}"
-            if os.environ["RANK"] == "0":
+            if rank == 0:
                 shutil.copytree(folder / f"cut {origin}", there)
-            run = trainer(there, **KEYS, **CUTS, strategy=strategy).train()
+            run = trainer(there, **KEYS, **cuts, strategy=strategy).train()
             assert run.first_step == LAST
+    a_rank_cannot_write(trainer(folder / "full disk", **KEYS, **cuts, strategy=posttrain.FSDP()), rank)
 
 
-@pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """What two ranks trained; some of it goes on from what one process saved."""
-    folder = tmp_path_factory.mktemp("two")
+@after("model.build")
+def only_rank_zero_loads(block: Any, module: Any) -> None:
+    """Other ranks get their rows sent."""
+    assert {parameter.is_meta for parameter in module.parameters()} == {os.environ["RANK"] != "0"}
+
+
+def a_rank_cannot_write(made: Any, rank: int) -> None:
+    """All ranks say so, and nothing half-written stays."""
+
+    def full(*args: Any, **kwargs: Any) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    saved, state.save_file = state.save_file, full if rank == 1 else state.save_file
+    with pytest.raises(CheckpointError, match=r"step 6 could not be saved.*No space left"):
+        made.train()
+    state.save_file = saved
+    assert rank or not list(made.output_dir.glob("step-*"))  # rank zero has removed it
+
+
+def launch(folder: Path, ranks: int) -> Path:
+    """Run `on_ranks` in so many processes."""
     trainer(folder / "cut alone", **KEYS, stop_after=LAST).train()
     script = folder / "script.py"
     script.write_text(
         f"import sys\nsys.path.insert(0, {str(ROOT / 'tests')!r})\nfrom pathlib import Path\n"
         "from test_strategies import on_ranks\non_ranks(Path(sys.argv[1]))\n"
     )
-    done = launched([BIN / "torchrun", "--standalone", "--nproc-per-node", "2", script, folder])
+    done = launched([BIN / "torchrun", "--standalone", "--nproc-per-node", ranks, script, folder])
     assert done.returncode == 0, done.stderr[-6000:]
-    yield folder
-    shutil.rmtree(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What two ranks trained; some of it goes on from what one process saved."""
+    return launch(tmp_path_factory.mktemp("two"), 2)
 
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """What one process trained."""
+    os.environ["POSTTRAIN_CACHE"] = str(tmp_path_factory.mktemp("cache"))
     folders = {}
     for case, keys in TRAINERS.items():
         folders[case] = tmp_path_factory.mktemp("alone")
@@ -118,6 +152,16 @@ def test_one_process_goes_on_from_any_checkpoint(origin: str, runs: Path, alone:
     resumed = trainer(runs / f"cut {origin}", **KEYS).train()
     assert resumed.first_step == LAST
     assert_equal_metrics(runs / f"cut {origin}", alone["sft"])
+
+
+@pytest.mark.slow
+def test_four_ranks_do_so_too(tmp_path: Path, alone: dict[str, Path]) -> None:
+    """Hybrid sharding, two copies of two shards each, is among the strategies."""
+    runs = launch(tmp_path, 4)
+    for found in [*runs.glob("* fsdp-hybrid"), *runs.glob("* ddp"), *runs.glob("* zero-*"), *runs.glob("* fsdp")]:
+        case = found.name.split()[0]
+        if (found / "metrics.jsonl").exists() and (case in alone or " on " in found.name):
+            assert_equal_metrics(found, alone.get(case, alone["sft"]))
 
 
 @pytest.mark.parametrize("name", SHARDED)

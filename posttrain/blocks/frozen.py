@@ -10,6 +10,7 @@ from lightning.fabric import Fabric
 from torch import nn
 
 from posttrain.blocks.causal import PackedModel
+from posttrain.blocks.fsdp import FullyShard
 
 
 class Frozen(nn.Module):
@@ -18,7 +19,8 @@ class Frozen(nn.Module):
     def __init__(self, module: nn.Module, fabric: Fabric) -> None:
         super().__init__()
         module = fabric.strategy.precision.convert_module(module.requires_grad_(False).eval())
-        self.module = fabric.to_device(module)
+        sharded = isinstance(fabric.strategy, FullyShard)
+        self.module = fabric.strategy.shard(module) if sharded else fabric.to_device(module)  # type: ignore[attr-defined]
         self.fabric = fabric
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -53,10 +55,12 @@ class WithoutAdapters(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Return what the network returns with its adapters switched off."""
         module = self.module
-        training = module.training
+        training, trained = module.training, [p for p in module.parameters() if p.requires_grad]
         module.eval()
         try:
             with torch.no_grad(), self.fabric.autocast(), module.hf.disable_adapter():
+                for parameter in trained:  # peft freezes them meanwhile, and FSDP2 would keep that in mind
+                    parameter.requires_grad_(True)
                 return module(*args, **kwargs)
         finally:
             module.train(training)

@@ -50,7 +50,8 @@ def with_joint_losses(
     """
     devices = [fabric.device] if fabric.device.type == "cuda" else []
     with torch.no_grad(), torch.random.fork_rng(devices):  # the passes that follow draw the same dropout
-        found = [torch.stack([*log_probs(batch), batch["lengths"]]) for batch in counting(batches)]
+        said = [(batch, torch.stack([*log_probs(batch), batch["lengths"]])) for batch in batches]
+    found = [numbers for batch, numbers in said if batch["weight"]]  # where weights are sharded, all ranks ask alike
     mine = torch.cat(found, dim=1) if found else torch.zeros(3, 0, 2, device=fabric.device)
     ranks = gather_rows(fabric, mine.transpose(0, 1))
     policy, reference, lengths = torch.cat(ranks).unbind(1)

@@ -86,10 +86,21 @@ class HFModel:
     def build(self, fabric: "Fabric") -> "nn.Module":
         """Return the network, ready to train (see `wrap`).
 
+        Where rank zero will send the weights (fsdp), other ranks do not load them.
+
         Raises:
             RecipeError: the model cannot be loaded, or an option does not fit it.
         """
-        hf = self.load()
+        from posttrain.blocks.fsdp import without_weights
+
+        if self.kwargs:  # they may change what is built, as quantization does
+            return self.make(empty=False)
+        with without_weights(fabric) as empty:
+            return self.make(empty)
+
+    def make(self, empty: bool) -> "nn.Module":
+        """Return the network, with weights unless it is to be empty."""
+        hf = self.load(empty)
         self.refuse_unpackable(hf)
         if self.lora is not None:
             hf = self.lora.apply(hf, self.task)
@@ -107,8 +118,8 @@ class HFModel:
 
         return CausalLM(hf)
 
-    def load(self) -> Any:
-        """Return the transformers model, with its weights."""
+    def load(self, empty: bool = False) -> Any:
+        """Return the transformers model, with its weights unless it is to be empty."""
         import torch
         import transformers
         from transformers import AutoConfig
@@ -131,7 +142,7 @@ class HFModel:
             config = self.configured(config)
             if self.attn_implementation != "auto":
                 config._attn_implementation = self.attn_implementation
-            if self.random_init:
+            if self.random_init or empty:
                 hf = auto.from_config(
                     config, dtype=getattr(torch, self.dtype), trust_remote_code=self.trust_remote_code
                 )

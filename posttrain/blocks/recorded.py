@@ -19,18 +19,24 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import attrs
 import numpy as np
 import torch
+from lightning.fabric.strategies.strategy import _Sharded
 from rich.progress import track
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from posttrain.blocks.data import Data
 from posttrain.blocks.frozen import Frozen
+from posttrain.blocks.fsdp import FullyShard
 from posttrain.blocks.loader import MapLoader, chunks
 from posttrain.blocks.packing import plan
 from posttrain.blocks.store import default_cache
 from posttrain.errors import DataError, RecipeError
 from posttrain.interfaces import Batch, Fingerprinted, Loader, ModelBlock
+from posttrain.launch import all_reduce
 
 if TYPE_CHECKING:
+    from lightning.fabric import Fabric
+
     from posttrain.run import Run
 
 FORMAT = 1
@@ -120,7 +126,7 @@ class Recorder:
         missing: list[int] = fabric.broadcast(np.flatnonzero(~np.fromfile(folder / "done", dtype=bool)).tolist())
         if not missing:
             return
-        ask = teacher()
+        ask = InStep(teacher(), fabric)
         examples = len(offsets) - 1
         left = sum(min(CHUNK, examples - chunk * CHUNK) for chunk in missing)
         log.info("asking the network about %s of %s examples", f"{left:,}", f"{examples:,}")
@@ -136,6 +142,7 @@ class Recorder:
                 for name in self.shapes:
                     os.fsync(handles[name])
                 os.pwrite(handles["done"], b"\x01", chunk)  # only now: what is ticked off is on disk
+            ask.finish(self.run.to_device(loader.batch([[0]])))
         finally:
             for handle in handles.values():
                 os.close(handle)
@@ -153,6 +160,30 @@ class Recorder:
                 size = int(offsets[index + 1] - offsets[index])
                 yield index, {name: numbers[at : at + size] for name, numbers in found.items()}
                 at += size
+
+
+@attrs.frozen(eq=False)
+class InStep:
+    """Asks in step with the other ranks, if the network is sharded: each must take part in every pass."""
+
+    ask: Ask
+    fabric: "Fabric"
+
+    def __call__(self, batch: Batch) -> dict[str, Tensor]:
+        """Return the network's answer."""
+        self.some_rank_asks(True)
+        return self.ask(batch)
+
+    def finish(self, batch: Batch) -> None:
+        """Take part, with any batch, in what other ranks have left to ask."""
+        while self.some_rank_asks(False):
+            self.ask(batch)
+
+    def some_rank_asks(self, this_one: bool) -> bool:
+        """Whether some rank has something to ask, if this one must know; all ranks must call it."""
+        if not isinstance(self.fabric.strategy, _Sharded | FullyShard):
+            return False
+        return bool(all_reduce(self.fabric, torch.tensor(float(this_one), device=self.fabric.device)))
 
 
 def is_complete(folder: Path) -> bool:
@@ -244,9 +275,23 @@ def survey(loader: MapLoader) -> tuple[str, np.ndarray]:
 
 
 def content_of(network: nn.Module) -> str:
-    """Return a hash of a network's parameters and buffers."""
+    """Return a hash of a network's parameters and buffers; all ranks must call it."""
     digest = hashlib.sha256()
-    for name, tensor in sorted(network.state_dict().items()):
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    held: dict[str, Tensor] = {**dict(network.named_parameters()), **dict(network.named_buffers())}
+    for name, tensor in sorted(held.items()):
+        content = whole(tensor).cpu().contiguous()
+        digest.update(f"{name} {content.dtype} {tuple(content.shape)}".encode())
+        digest.update(content.reshape(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """Return a tensor that may be sharded, whole."""
+    if isinstance(tensor, DTensor):
+        return tensor.detach().full_tensor()
+    if hasattr(tensor, "ds_id"):  # ZeRO-3
+        import deepspeed
+
+        with deepspeed.zero.GatheredParameters([tensor]):
+            return tensor.detach().clone()
+    return tensor.detach()

@@ -67,7 +67,7 @@ class SwiftKVModel(HFModel):
         said = {k: v for k, v in config.to_dict().items() if k not in ("model_type", "architectures")}
         return made(**said, num_key_value_layers=first, key_value_group_size=group)
 
-    def load(self) -> Any:
+    def load(self, empty: bool = False) -> Any:
         """Return the network; from a base model, its student begins as the teacher."""
         from transformers.utils import logging as theirs
 
@@ -76,7 +76,7 @@ class SwiftKVModel(HFModel):
         verbosity = theirs.get_verbosity()
         theirs.set_verbosity_error()  # that the student's weights are missing is how it should be
         try:
-            hf = super().load()
+            hf = super().load(empty)
         finally:
             theirs.set_verbosity(verbosity)
         if not self.is_exported:
