@@ -44,7 +44,10 @@ def make_fabric(
         asked["devices"] = 1
     if "LT_PRECISION" not in os.environ:
         asked.setdefault("precision", "32-true" if _on_cpu(accelerator) else "bf16-mixed")
-    fabric = Fabric(**asked)
+    try:
+        fabric = Fabric(**asked)
+    except (ValueError, TypeError) as error:
+        raise RecipeError(f"accelerator, devices, precision and strategy do not go together: {error}") from error
     if not by_fabric_run:
         fabric.launch()
     if fabric.world_size > 1:

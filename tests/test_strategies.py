@@ -5,12 +5,14 @@ All runs on two ranks share one launch: `on_ranks` is what it executes.
 
 import errno
 import importlib.util
+import json
 import os
 import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from test_ranks import BIN, ROOT, launched
 from toy import metrics, trainer
 
@@ -59,7 +61,8 @@ def on_ranks(folder: Path) -> None:
         os.environ["POSTTRAIN_CACHE"] = str(folder / f"cache {name}")
         for case, keys in TRAINERS.items():
             made = trainer(folder / f"{case} {name}", **KEYS, **cuts, **keys, strategy=strategy)
-            made.train(callbacks=[only_rank_zero_loads] if name.startswith("fsdp") else [])
+            run = made.train(callbacks=[only_rank_zero_loads] if name.startswith("fsdp") else [])
+            (run.output_dir / f"said-{rank}.json").write_text(json.dumps(said(run)))
     for origin in CUT:
         trainer(folder / f"cut {origin}", **KEYS, **cuts, strategy=STRATEGIES[origin], stop_after=LAST).train()
     for origin in (*CUT, "alone"):
@@ -70,6 +73,13 @@ def on_ranks(folder: Path) -> None:
             run = trainer(there, **KEYS, **cuts, strategy=strategy).train()
             assert run.first_step == LAST
     a_rank_cannot_write(trainer(folder / "full disk", **KEYS, **cuts, strategy=posttrain.FSDP()), rank)
+
+
+def said(run: Any) -> list[int]:
+    """Return what the trained network goes on to say, greedily."""
+    ids = torch.tensor([[5, 6, 7]])
+    found: list[int] = run.model.module.generate(input_ids=ids, max_new_tokens=8, do_sample=False)[0].tolist()
+    return found
 
 
 @after("model.build")
@@ -117,7 +127,8 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     folders = {}
     for case, keys in TRAINERS.items():
         folders[case] = tmp_path_factory.mktemp("alone")
-        trainer(folders[case], **KEYS, **keys).train()
+        run = trainer(folders[case], **KEYS, **keys).train()
+        (folders[case] / "said.json").write_text(json.dumps(said(run)))
     return folders
 
 
@@ -135,6 +146,8 @@ def test_two_ranks_train_and_export_like_one(case: str, name: str, runs: Path, a
 
     folder = runs / f"{case} {name}"
     assert_equal_metrics(folder, alone[case])
+    assert (folder / "said-0.json").read_text() == (folder / "said-1.json").read_text()
+    assert (folder / "said-0.json").read_text() == (alone[case] / "said.json").read_text()
     exported = [next((where / "huggingface").glob("*.safetensors")) for where in (folder, alone[case])]
     ours, theirs = map(load_file, exported)
     assert ours.keys() == theirs.keys()

@@ -51,9 +51,9 @@ class Samples:
         self.reply(trainer)
 
     def reply(self, trainer: Any) -> None:
-        """Generate greedily, one prompt at a time, and print on rank zero."""
+        """Generate greedily, one prompt at a time, and print on rank zero; a sharded model takes all ranks."""
         run = trainer.run
-        for prompt in self.prompts if run.fabric.is_global_zero else ():
+        for prompt in self.prompts:
             chat = [{"role": "user", "content": prompt}]
             asked = run.tokenizer.apply_chat_template(
                 chat, add_generation_prompt=True, return_tensors="pt", return_dict=True

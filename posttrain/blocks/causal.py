@@ -12,6 +12,9 @@ from posttrain.blocks.losses import nll_sum, token_log_probs, top_log_probs, top
 from posttrain.errors import TrainingError
 from posttrain.interfaces import Batch
 
+MAX_SHARD_SIZE = "5GB"
+"""Of an exported file; writing one may take as much memory again."""
+
 
 class PackedModel(nn.Module):
     """A transformers model over batches of packed documents.
@@ -66,7 +69,7 @@ class PackedModel(nn.Module):
         shown = transformers.utils.logging.is_progress_bar_enabled()
         transformers.utils.logging.disable_progress_bar()  # it would tear the live line of the console
         try:
-            self.hf.save_pretrained(folder, state_dict=state_dict)
+            self.hf.save_pretrained(folder, state_dict=state_dict, max_shard_size=MAX_SHARD_SIZE)
         finally:
             if shown:
                 transformers.utils.logging.enable_progress_bar()

@@ -19,9 +19,6 @@ from posttrain.registry import block, key
 if TYPE_CHECKING:
     from posttrain.run import Run
 
-MAX_SHARD_SIZE = "5GB"
-"""Of exported files; writing one may take as much memory again."""
-
 
 @block("checkpoint", "resume")
 class Resume:

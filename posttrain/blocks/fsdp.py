@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
-import attrs
 import torch
 import torch.distributed as dist
 from lightning.fabric.strategies.model_parallel import ModelParallelStrategy
@@ -31,15 +30,6 @@ CALLED = ("generate", "top_log_probs")
 """Methods besides `forward` that use parameters, and so must gather them first."""
 
 
-@attrs.define(slots=False)
-class Options:
-    """Keys of the block `fsdp` (see strategy.py)."""
-
-    reshard_after_forward: bool
-    cpu_offload: bool
-    shard_size: int | None
-
-
 class _EveryMicroBatchReduces(_BackwardSyncControl):
     """Putting a reduction off would keep gradients whole on every rank, which is what sharding is there to avoid."""
 
@@ -48,19 +38,20 @@ class _EveryMicroBatchReduces(_BackwardSyncControl):
 
 
 class FullyShard(ModelParallelStrategy):
-    """Fabric's strategy with one way to shard, for networks to train and for frozen ones."""
+    """Fabric's strategy with one way to shard, for networks to train and for frozen ones; keys are the block's."""
 
-    def __init__(self, options: Options) -> None:
+    def __init__(self, reshard_after_forward: bool, cpu_offload: bool, shard_size: int | None) -> None:
         gpus = torch.cuda.is_available()
-        backend = "cpu:gloo,cuda:nccl" if options.cpu_offload and gpus else None  # norms are summed where gradients are
+        backend = "cpu:gloo,cuda:nccl" if cpu_offload and gpus else None  # norms are summed where gradients are
         super().__init__(lambda module, _: self.shard(module), process_group_backend=backend)
-        self.options, self._backward_sync_control = options, _EveryMicroBatchReduces()
+        self.reshard_after_forward, self.cpu_offload, self.shard_size = reshard_after_forward, cpu_offload, shard_size
+        self._backward_sync_control = _EveryMicroBatchReduces()
 
     def setup_environment(self) -> None:
         """Lay all ranks out as one data-parallel group."""
         self._data_parallel_size, self._tensor_parallel_size = self.num_nodes * self.num_processes, 1
         super().setup_environment()
-        world, size = self.world_size, self.options.shard_size or self.world_size
+        world, size = self.world_size, self.shard_size or self.world_size
         if world % size:
             raise RecipeError(f"strategy.shard_size: {world} ranks cannot be divided into groups of {size}")
         self.mesh = init_device_mesh(
@@ -86,7 +77,7 @@ class FullyShard(ModelParallelStrategy):
             "offload_policy": self.offload_policy,
         }
         for unit in units(module):
-            fully_shard(unit, reshard_after_forward=self.options.reshard_after_forward, **keys)
+            fully_shard(unit, reshard_after_forward=self.reshard_after_forward, **keys)
         fully_shard(module, **keys)
         for method in CALLED:
             if hasattr(module, method):
@@ -95,13 +86,13 @@ class FullyShard(ModelParallelStrategy):
         flags: list[Any] = [None] * self.world_size
         dist.all_gather_object(flags, missing)
         if any(flags):
-            send(module, given, self.mesh, self.root_device, torch.device("cpu") if self.options.cpu_offload else None)
+            send(module, given, self.mesh, self.root_device, torch.device("cpu") if self.cpu_offload else None)
         return module
 
     @property
     def offload_policy(self) -> OffloadPolicy:
         """Where parameters, gradients and the optimizer's state are kept."""
-        if not self.options.cpu_offload:
+        if not self.cpu_offload:
             return OffloadPolicy()
         return CPUOffloadPolicy(pin_memory=self.root_device.type == "cuda")
 

@@ -19,14 +19,12 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import attrs
 import numpy as np
 import torch
-from lightning.fabric.strategies.strategy import _Sharded
 from rich.progress import track
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from posttrain.blocks.data import Data
 from posttrain.blocks.frozen import Frozen
-from posttrain.blocks.fsdp import FullyShard
 from posttrain.blocks.loader import MapLoader, chunks
 from posttrain.blocks.packing import plan
 from posttrain.blocks.store import default_cache
@@ -35,8 +33,6 @@ from posttrain.interfaces import Batch, Fingerprinted, Loader, ModelBlock
 from posttrain.launch import all_reduce
 
 if TYPE_CHECKING:
-    from lightning.fabric import Fabric
-
     from posttrain.run import Run
 
 FORMAT = 1
@@ -126,7 +122,7 @@ class Recorder:
         missing: list[int] = fabric.broadcast(np.flatnonzero(~np.fromfile(folder / "done", dtype=bool)).tolist())
         if not missing:
             return
-        ask = InStep(teacher(), fabric)
+        ask = InStep(teacher(), self.run)
         examples = len(offsets) - 1
         left = sum(min(CHUNK, examples - chunk * CHUNK) for chunk in missing)
         log.info("asking the network about %s of %s examples", f"{left:,}", f"{examples:,}")
@@ -167,7 +163,7 @@ class InStep:
     """Asks in step with the other ranks, if the network is sharded: each must take part in every pass."""
 
     ask: Ask
-    fabric: "Fabric"
+    run: "Run"
 
     def __call__(self, batch: Batch) -> dict[str, Tensor]:
         """Return the network's answer."""
@@ -181,9 +177,10 @@ class InStep:
 
     def some_rank_asks(self, this_one: bool) -> bool:
         """Whether some rank has something to ask, if this one must know; all ranks must call it."""
-        if not isinstance(self.fabric.strategy, _Sharded | FullyShard):
+        if not self.run.strategy.shards_parameters:
             return False
-        return bool(all_reduce(self.fabric, torch.tensor(float(this_one), device=self.fabric.device)))
+        fabric = self.run.fabric
+        return bool(all_reduce(fabric, torch.tensor(float(this_one), device=fabric.device)))
 
 
 def is_complete(folder: Path) -> bool:
@@ -288,7 +285,8 @@ def content_of(network: nn.Module) -> str:
 def whole(tensor: Tensor) -> Tensor:
     """Return a tensor that may be sharded, whole."""
     if isinstance(tensor, DTensor):
-        return tensor.detach().full_tensor()
+        gathered: Tensor = tensor.full_tensor()
+        return gathered.detach()
     if hasattr(tensor, "ds_id"):  # ZeRO-3
         import deepspeed
 

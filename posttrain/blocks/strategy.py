@@ -41,6 +41,11 @@ OWNED = {
 class Auto:
     """One device as it is; several with DDP."""
 
+    @property
+    def shards_parameters(self) -> bool:
+        """Whether a rank holds only parts of the parameters, so that all ranks must take part in each pass."""
+        return False
+
     def build(self) -> "Strategy | str":
         """Return Fabric's strategy, or its name for one."""
         return "auto"
@@ -124,11 +129,16 @@ class FSDP(Auto):
     shard_size: int | None = key(None, check=optional(gt(0)))
     """Ranks that share one copy of the model, such as the GPUs of a node (hybrid sharding); all by default."""
 
+    @property
+    def shards_parameters(self) -> bool:
+        """It does."""
+        return True
+
     def build(self) -> "Strategy | str":
         """Return Fabric's strategy, with one way to shard (see fsdp.py)."""
-        from posttrain.blocks.fsdp import FullyShard, Options
+        from posttrain.blocks.fsdp import FullyShard
 
-        return FullyShard(Options(self.reshard_after_forward, self.cpu_offload, self.shard_size))
+        return FullyShard(self.reshard_after_forward, self.cpu_offload, self.shard_size)
 
     def setup(self, fabric: "Fabric", model: "nn.Module", optimizer: OptimizerBlock) -> "tuple[nn.Module, Optimizer]":
         """Shard first: an optimizer made before would step tensors that nobody uses any more."""
@@ -163,6 +173,11 @@ class DeepSpeed(Auto):
 
     config: dict[str, Any] = attrs.field(factory=dict)
     """Handed to DeepSpeed as it is; batch sizes, clipping, precision and optimizer are the recipe's to say."""
+
+    @property
+    def shards_parameters(self) -> bool:
+        """Stage 3 does."""
+        return bool(self.config.get("zero_optimization", {}).get("stage") == 3)
 
     def check(self) -> Iterator[tuple[str, str]]:
         """Yield what the configuration says although the recipe does."""

@@ -41,6 +41,12 @@ class SpeculatorTrainer(Trainer):
     def check(self) -> Iterator[tuple[str, str]]:
         """Yield what contradicts the data."""
         yield from unfit(self.data, pairs=False)
+        if self.generate_from is not None and self.gen_server is None and self.strategy.shards_parameters:
+            yield (
+                "generate_from",
+                "ranks that share a sharded base model would wait for one another while it generates: serve it with "
+                "vLLM and give gen_server, or take `strategy: ddp`",
+            )
 
     def step(self, batches: list[Batch]) -> "Tensor":
         """Take a step on the data, or on what the base model makes of it."""
