@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from posttrain.blocks.optimizer import AdamW
     from posttrain.blocks.preference import preference_loss
     from posttrain.blocks.scheduler import WSD, Constant, Cosine, Linear, TwoStage
+    from posttrain.blocks.sequence import Ulysses
     from posttrain.blocks.sources import Source
     from posttrain.blocks.speculator import SpeculatorModel
     from posttrain.blocks.strategy import DDP, FSDP, Auto, DeepSpeed
@@ -56,6 +57,7 @@ _HOMES = {
     "blocks.optimizer": ("AdamW",),
     "blocks.preference": ("preference_loss",),
     "blocks.scheduler": ("Constant", "Cosine", "Linear", "TwoStage", "WSD"),
+    "blocks.sequence": ("Ulysses",),
     "blocks.sources": ("Source",),
     "blocks.speculator": ("SpeculatorModel",),
     "blocks.strategy": ("Auto", "DDP", "DeepSpeed", "FSDP"),
@@ -92,7 +94,7 @@ __all__ = [
     "PosttrainError", "PreferenceData", "RecipeError", "RegistryError", "Resume", "RewardModel", "RewardTrainer",
     "Run", "SFTData", "SFTTrainer", "Samples", "Secret", "Source", "SpeculatorModel", "SpeculatorTrainer",
     "SwiftKVModel", "SwiftKVTrainer", "SynthError", "TensorBoard", "Trainer", "TrainingError", "TwoStage",
-    "VllmSynth", "WSD", "after", "before", "block", "default", "key", "load", "preference_loss",
+    "Ulysses", "VllmSynth", "WSD", "after", "before", "block", "default", "key", "load", "preference_loss",
 ]  # fmt: skip
 
 

@@ -103,6 +103,16 @@ class StrategyBlock(Protocol):
     def whole(self, run: "Run") -> "dict[str, Tensor] | None": ...
 
 
+class SequenceBlock(Protocol):
+    """How ranks share rows along their length; `size` ranks have parts of the same ones."""
+
+    @property
+    def size(self) -> int: ...
+
+    def loaders(self, loaders: Loaders, fabric: "Fabric") -> Loaders: ...
+    def fit(self, model: "nn.Module") -> None: ...
+
+
 class CheckpointBlock(Protocol):
     """Loads before the first step; is asked to save after every step and at the end.
 

@@ -26,6 +26,7 @@ KINDS: dict[str, type | None] = {
     "optimizer": interfaces.OptimizerBlock,
     "scheduler": interfaces.SchedulerBlock,
     "strategy": interfaces.StrategyBlock,
+    "sequence": interfaces.SequenceBlock,
     "checkpoint": interfaces.CheckpointBlock,
     "logger": interfaces.LoggerBlock,
     "callback": interfaces.CallbackBlock,

@@ -8,7 +8,7 @@ import math
 import signal
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
 
 import attrs
 from attrs.validators import ge, gt, optional
@@ -33,6 +33,7 @@ from posttrain.interfaces import (
     Position,
     Preparable,
     SchedulerBlock,
+    SequenceBlock,
     StrategyBlock,
     TokenizerBlock,
 )  # fmt: skip
@@ -63,6 +64,8 @@ class Trainer:
     """How the learning rate changes over the steps."""
     strategy: StrategyBlock = default(Auto)
     """How several devices share the work."""
+    sequence: SequenceBlock | None = None
+    """How several devices share rows that are too long for one: `{type: ulysses, size: 8}`."""
     checkpoint: list[CheckpointBlock] = key(factory=lambda: [Resume(), HuggingFace()])
     """What to save, and when."""
     logger: list[LoggerBlock] = key(factory=lambda: [Console(), TensorBoard(), JSONL()])
@@ -107,6 +110,8 @@ class Trainer:
     """Of the arithmetic; 32-true on CPUs and bf16-mixed on GPUs unless given."""
 
     run: Run = attrs.field(init=False, repr=False)
+    cuts_rows: ClassVar[bool] = False
+    """Whether `loss` is a sum over positions, so that it may be given a part of a row (`sequence`)."""
 
     # -- what a trainer overrides ---------------------------------------------------
 
@@ -230,11 +235,19 @@ class Trainer:
             precision=self.precision, strategy=self.strategy.build(),
         )  # fmt: skip
         tokenizer = self.tokenizer.build(self.model)
-        loaders = self.data.build(tokenizer, self.micro_batch_size, fabric.global_rank, fabric.world_size, self.seed)
-        rows_per_step = self.micro_batch_size * self.gradient_accumulation_steps * fabric.world_size
+        size = self.sequence.size if self.sequence else 1
+        rank, ranks = fabric.global_rank // size, max(1, fabric.world_size // size)
+        loaders = self.data.build(tokenizer, self.micro_batch_size, rank, ranks, self.seed)
+        if self.sequence:
+            if not self.cuts_rows:
+                raise RecipeError(f"sequence: {type(self).__name__} needs whole rows")
+            loaders = self.sequence.loaders(loaders, fabric)
+        rows_per_step = self.micro_batch_size * self.gradient_accumulation_steps * ranks
         max_steps = self.horizon(loaders.train, rows_per_step)
         reseed(self.seed, -1, 0)  # the same initial weights on every rank
         model = self.model.build(fabric)
+        if self.sequence:
+            self.sequence.fit(model)
         frozen = self.build_frozen(fabric, model)
         model, optimizer = self.strategy.setup(fabric, model, self.optimizer)
         scheduler = self.scheduler.build(torch_optimizer(optimizer), max_steps)

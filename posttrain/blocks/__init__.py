@@ -8,6 +8,7 @@ from posttrain.blocks import (
     model,
     optimizer,
     scheduler,
+    sequence,
     speculator,
     strategy,
     swiftkv,
@@ -15,6 +16,6 @@ from posttrain.blocks import (
 )  # fmt: skip
 
 __all__ = [
-    "callbacks", "checkpoint", "data", "logger", "model", "optimizer", "scheduler", "speculator", "strategy", "swiftkv",
-    "tokenizer",
+    "callbacks", "checkpoint", "data", "logger", "model", "optimizer", "scheduler", "sequence", "speculator",
+    "strategy", "swiftkv", "tokenizer",
 ]  # fmt: skip

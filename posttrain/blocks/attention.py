@@ -22,6 +22,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from posttrain.blocks.ulysses import divisible, own_columns, whole_rows
 from posttrain.errors import TrainingError
 
 NAME = "packed"
@@ -53,6 +54,7 @@ def packed_attention(
     max_length_q: int | None = None,
     max_length_k: int | None = None,
     kv_index: Tensor | None = None,
+    sequence_group: Any = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Causal attention within each document.
@@ -69,6 +71,7 @@ def packed_attention(
             counted over rows * width. Where there are more keys, the queries are the last of its tokens.
         max_length_q, max_length_k: the longest document.
         kv_index: int64 [keys], the token of each key, counted over rows * width; by default they are all tokens.
+        sequence_group: ranks that each hold some columns of the rows; bounds are those of whole rows.
         kwargs: of which `softcap` and `s_aux` (attention sinks) are refused.
 
     Returns:
@@ -83,6 +86,14 @@ def packed_attention(
         return sdpa_attention_forward(  # type: ignore[no-any-return]
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
         )
+    if sequence_group is not None:
+        key, value = (divisible(x, query.shape[1], sequence_group) for x in (key, value))
+        query, key, value = (whole_rows(x, sequence_group) for x in (query, key, value))
+        whole, _ = packed_attention(
+            module, query, key, value, attention_mask, dropout, scaling, sliding_window,
+            cu_seq_lens_q, cu_seq_lens_k, max_length_q, max_length_k, **kwargs,
+        )  # fmt: skip
+        return own_columns(whole, sequence_group), None
     assert cu_seq_lens_k is not None
     for feature in ("softcap", "s_aux", "position_bias"):
         if kwargs.get(feature) is not None:

@@ -32,16 +32,21 @@ class Example:
         return sum(len(ids) for ids, _ in self.documents)
 
 
-def collate(rows: list[list[Example]], pad_id: int) -> Batch:
+def collate(rows: list[list[Example]], pad_id: int, multiple: int = 1) -> Batch:
     """Return the batch of some rows of examples, whose documents do not depend on each other (see `lay`)."""
-    return lay([[document for example in row for document in example.documents] for row in rows], pad_id)
+    return lay([[document for example in row for document in example.documents] for row in rows], pad_id, multiple)
 
 
-def lay(rows: list[list[Document]], pad_id: int) -> Batch:
+def lay(rows: list[list[Document]], pad_id: int, multiple: int = 1) -> Batch:
     """Lay rows of documents side by side.
 
     The padding behind a row is a document of its own, so that `seqlens` covers every position and
     no attention mask is needed. Positions and lengths are derived here, once.
+
+    Args:
+        rows: of documents.
+        pad_id: what fills rows up.
+        multiple: of what the width is one.
 
     Returns:
         input_ids, labels, position_ids: int64 [rows, width]; labels are not shifted.
@@ -59,7 +64,7 @@ def lay(rows: list[list[Document]], pad_id: int) -> Batch:
     import numpy as np
     import torch
 
-    width = max(sum(len(ids) for ids, _ in row) for row in rows)
+    width = -(-max(sum(len(ids) for ids, _ in row) for row in rows) // multiple) * multiple
     input_ids = np.full((len(rows), width), pad_id, dtype=np.int64)
     labels = np.full((len(rows), width), IGNORE, dtype=np.int64)
     positions = np.zeros((len(rows), width), dtype=np.int64)

@@ -170,7 +170,7 @@ def inputs(batch: Batch) -> dict[str, Any]:
     Flash attention and ours go by the cumulative lengths. sdpa, eager and flex attention go by
     positions that restart, and only if there is no attention mask and no cache.
     """
-    branching = {"kv_index": batch["kv_index"]} if "kv_index" in batch else {}
+    more: dict[str, Any] = {name: batch[name] for name in ("kv_index", "sequence_group") if name in batch}
     return {
         "input_ids": batch["input_ids"],
         "position_ids": batch["position_ids"],
@@ -179,7 +179,7 @@ def inputs(batch: Batch) -> dict[str, Any]:
         "cu_seq_lens_k": batch.get("cu_seqlens_k", batch["cu_seqlens"]),
         "max_length_q": batch["max_seqlen"],
         "max_length_k": batch.get("max_seqlen_k", batch["max_seqlen"]),
-        **branching,
+        **more,
     }
 
 

@@ -69,7 +69,9 @@ class RowLoader:
     world_size: int
     seed: int
     pad_id: int
-    collate: Callable[[list[list[Example]], int], Batch] = collate
+    collate: Callable[..., Batch] = collate
+    multiple: int = 1
+    """What the width of a batch is a multiple of."""
 
     def sequence(self, position: Position) -> Iterator[tuple[Any, Position]]:
         """Yield the rows of all ranks from a position on, each with the position after it."""
@@ -82,6 +84,11 @@ class RowLoader:
     def batch(self, rows: list[Any]) -> Batch:
         """Return the micro-batch of some rows that `sequence` gave."""
         raise NotImplementedError
+
+    @property
+    def widths(self) -> dict[str, int]:
+        """What `collate` must know of widths, if anything."""
+        return {"multiple": self.multiple} if self.multiple > 1 else {}
 
     def start(self) -> Position:
         """Return the position before the first row."""
@@ -155,7 +162,7 @@ class MapLoader(RowLoader):
 
     def batch(self, rows: list[list[int]]) -> Batch:
         """Read the examples of some rows, and collate them."""
-        made = self.collate([[self.examples[index] for index in row] for row in rows], self.pad_id)
+        made = self.collate([[self.examples[index] for index in row] for row in rows], self.pad_id, **self.widths)
         return made if self.extra is None else made | self.extra.of([index for row in rows for index in row])
 
     def _drawn(self, random: "np.random.Generator") -> "np.ndarray":
@@ -208,7 +215,7 @@ class StreamLoader(RowLoader):
 
     def batch(self, rows: list[list[Example]]) -> Batch:
         """Collate some rows, which are in memory."""
-        return self.collate(rows, self.pad_id)
+        return self.collate(rows, self.pad_id, **self.widths)
 
     def _windows(self, position: Position) -> Iterator[tuple[list[list[Example]], Position, Position]]:
         before, found = position, True

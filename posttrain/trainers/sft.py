@@ -1,7 +1,7 @@
 """Supervised fine-tuning: next-token cross-entropy on the supervised tokens."""
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from posttrain.blocks.data import CausalData, SFTData, unfit
 from posttrain.blocks.model import HFModel
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 class SFTTrainer(Trainer):
     """Supervised fine-tuning."""
 
+    cuts_rows: ClassVar[bool] = True
     model: ModelBlock = default(HFModel, required=True)
     data: DataBlock = default(SFTData, required=True)
 

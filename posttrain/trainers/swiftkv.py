@@ -1,7 +1,7 @@
 """SwiftKV distillation: upper layers learn to do with the keys and values of one lower layer."""
 
 from collections.abc import Iterable, Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from attrs.validators import ge, gt, lt
 
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 class SwiftKVTrainer(Trainer):
     """SwiftKV distillation (Qiao et al., arXiv:2410.03960): the student matches logits and a hidden state."""
 
+    cuts_rows: ClassVar[bool] = True
     model: ModelBlock = default(SwiftKVModel, required=True)
     data: DataBlock = default(SFTData, required=True)
     temperature: float = key(2.0, also=("logits_loss_temp",), check=gt(0))
@@ -34,6 +35,8 @@ class SwiftKVTrainer(Trainer):
     def check(self) -> Iterator[tuple[str, str]]:
         """Yield what contradicts the data."""
         yield from unfit(self.data, pairs=False)
+        if self.arctic_masks and self.sequence:
+            yield "arctic_masks", "compares positions of whole rows, but `sequence` divides them"
 
     def together(self, batches: Iterable[Batch]) -> Iterable[Batch]:
         """With ArcticTraining's masks, a step is a mean over all tokens."""
