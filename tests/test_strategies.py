@@ -34,15 +34,17 @@ SHARDED = {"fsdp": posttrain.FSDP(), "fsdp-offload": posttrain.FSDP(cpu_offload=
 STRATEGIES: dict[str, Any] = {"ddp": posttrain.DDP(), **SHARDED}
 if importlib.util.find_spec("deepspeed"):
     STRATEGIES |= {name: posttrain.DeepSpeed(config=config) for name, config in ZERO.items()}
+DEEP = {"config": {"num_hidden_layers": 5}, "num_key_value_layers": 1, "key_value_group_size": 2}
 TRAINERS: dict[str, dict[str, Any]] = {
     "sft": {"method": SFTTrainer},
     "sft-tied": {"method": SFTTrainer, "model": {"config": {"tie_word_embeddings": True}}},
+    "sft-saving": {"method": SFTTrainer, "model": {"activation_checkpointing": "selective", "tiled_mlp": 10}},
     "dpo": {"method": DPOTrainer},
     "dpo-lora": {"method": DPOTrainer, "model": {"lora": LoRA(r=4)}},
     "dpo-lora-precomputed": {"method": DPOTrainer, "model": {"lora": LoRA(r=4)}, "precompute_reference": True},
     "dpo-precomputed": {"method": DPOTrainer, "precompute_reference": True},
     "dpo-aot": {"method": DPOTrainer, "loss_type": "aot"},
-    "swiftkv": {"method": SwiftKVTrainer},
+    "swiftkv": {"method": SwiftKVTrainer, "model": DEEP},
     "speculator": {"method": SpeculatorTrainer, "model": {"n_predict": 2, "inner_dim": 16}},
 }
 CUT = [name for name in ("ddp", "fsdp", "zero-2", "zero-3") if name in STRATEGIES]

@@ -1,5 +1,7 @@
 """The networks that trainers call: transformers models whose logits exist only at supervised positions."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, Literal
 
@@ -7,6 +9,7 @@ import torch
 import transformers
 from torch import Tensor, nn
 
+from posttrain.blocks.activations import Offload
 from posttrain.blocks.attention import NAME, packed
 from posttrain.blocks.losses import nll_sum, token_log_probs, top_log_probs, top_of
 from posttrain.errors import TrainingError
@@ -26,6 +29,14 @@ class PackedModel(nn.Module):
     def __init__(self, hf: Any) -> None:
         super().__init__()
         self.hf = hf
+        self.offload = False
+        """Whether what is kept for the backward pass waits in the memory of the host."""
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        """For the passes through the decoder."""
+        with packed(), Offload() if self.offload else nullcontext():
+            yield
 
     @property
     def base(self) -> Any:
@@ -53,7 +64,7 @@ class PackedModel(nn.Module):
 
     def hidden_states(self, batch: Batch) -> Tensor:
         """Return the last hidden states, [rows, width, size]."""
-        with packed():
+        with self.running():
             output = self.base.get_decoder()(**inputs(batch))
         return output.last_hidden_state  # type: ignore[no-any-return]
 
@@ -132,7 +143,7 @@ class CausalLM(PackedModel):
         flat = inputs(batch)
         for name in ("input_ids", "position_ids"):  # one long row, since one index list serves all rows
             flat[name] = flat[name].reshape(1, -1)
-        with packed():
+        with self.running():
             return self.base(**flat, logits_to_keep=batch["supervised"]).logits[0]  # type: ignore[no-any-return]
 
     @torch.no_grad()

@@ -3,11 +3,12 @@
 import fnmatch
 import hashlib
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import attrs
-from attrs.validators import ge, gt
+from attrs.validators import ge, gt, optional
 
 from posttrain.errors import RecipeError
 from posttrain.registry import block, key
@@ -76,12 +77,22 @@ class HFModel:
     """Train low-rank adapters instead of the weights."""
     freeze: list[str] = attrs.field(factory=list)
     """Patterns of parameter names that are not trained, such as `*.embed_tokens.*`."""
-    activation_checkpointing: bool = key(False, also=("gradient_checkpointing",))
-    """Keep one activation per layer and compute the rest again in the backward pass."""
+    activation_checkpointing: bool | Literal["selective"] = key(False, also=("gradient_checkpointing",))
+    """Keep one activation per layer and compute the rest again in the backward pass; `selective` also keeps attention
+    and every second matrix product."""
+    offload_activations: bool = False
+    """Keep these activations in the memory of the host while they are not needed."""
+    tiled_mlp: int | None = key(None, check=optional(gt(0)))
+    """Compute MLPs so many tokens at a time, and again in the backward pass: for rows that are very long."""
     compile: bool | str = False
     """Compile each layer with torch.compile; a name chooses the backend."""
     kwargs: dict[str, Any] = attrs.field(factory=dict)
     """Further arguments of `from_pretrained`."""
+
+    def check(self) -> Iterator[tuple[str, str]]:
+        """Yield what contradicts itself."""
+        if self.offload_activations and self.activation_checkpointing is not True:
+            yield "offload_activations", "moves what activation_checkpointing keeps: set that to true"
 
     def build(self, fabric: "Fabric") -> "nn.Module":
         """Return the network, ready to train (see `wrap`).
@@ -100,17 +111,23 @@ class HFModel:
 
     def make(self, empty: bool) -> "nn.Module":
         """Return the network, with weights unless it is to be empty."""
+        from posttrain.blocks.activations import checkpoint_activations, tile_mlps
+
         hf = self.load(empty)
         self.refuse_unpackable(hf)
         if self.lora is not None:
             hf = self.lora.apply(hf, self.task)
         self.freeze_parameters(hf)
+        if self.tiled_mlp:
+            tile_mlps(hf, self.tiled_mlp)
         if self.activation_checkpointing:
-            hf.activation_checkpointing_enable({"use_reentrant": False})
+            checkpoint_activations(hf, selective=self.activation_checkpointing == "selective")
         if self.compile:
             for layer in hf.get_decoder().layers:
                 layer.compile(backend="inductor" if self.compile is True else self.compile)
-        return self.wrap(hf)
+        network: Any = self.wrap(hf)
+        network.offload = self.offload_activations
+        return network  # type: ignore[no-any-return]
 
     def wrap(self, hf: Any) -> "nn.Module":
         """Return a `CausalLM` around a transformers model (see causal.py)."""

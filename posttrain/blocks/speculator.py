@@ -41,6 +41,7 @@ class SpeculatorModel(HFModel):
 
     def check(self) -> Iterator[tuple[str, str]]:
         """Yield what contradicts itself."""
+        yield from super().check()
         if self.lora is not None:
             yield "lora", "has no place here: the speculator is trained, and nothing else"
         if self.tie_weights and self.n_predict == 1:

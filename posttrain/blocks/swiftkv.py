@@ -32,6 +32,7 @@ class SwiftKVModel(HFModel):
 
     def check(self) -> Iterator[tuple[str, str]]:
         """Yield what contradicts the method."""
+        yield from super().check()
         if self.lora is not None:
             yield "lora", "has no place here: the student's weights are trained, and nothing else"
 

@@ -7,7 +7,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from posttrain.blocks.attention import packed
 from posttrain.blocks.causal import CausalLM, inputs
 from posttrain.blocks.losses import divergence_sum
 from posttrain.interfaces import Batch
@@ -45,7 +44,7 @@ class SwiftKV(CausalLM):
             and at how many positions the likeliest token is the same.
         """
         model, given = self.base.model, inputs(self.layout(batch))
-        with packed():
+        with self.running():
             below = model.below(**given)
             rest = {
                 name: value for name, value in given.items() if name not in ("input_ids", "position_ids", "use_cache")

@@ -1,0 +1,87 @@
+"""Saving memory for activations changes no result, and does save it."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from alive import Alive
+from test_loop import assert_same_run
+from toy import network, trainer
+
+from posttrain.blocks.activations import Offload
+from posttrain.blocks.batches import lay
+from posttrain.blocks.model import HFModel
+from posttrain.errors import RecipeError
+from posttrain.interfaces import Batch
+from posttrain.trainers.dpo import DPOTrainer
+from posttrain.trainers.swiftkv import SwiftKVTrainer
+
+WAYS: dict[str, dict[str, Any]] = {
+    "full": {"activation_checkpointing": True},
+    "selective": {"activation_checkpointing": "selective"},
+    "offloaded": {"activation_checkpointing": True, "offload_activations": True},
+    "tiled": {"tiled_mlp": 10},
+    "tiled, full": {"tiled_mlp": 10, "activation_checkpointing": True, "offload_activations": True},
+}
+WIDE = {"hidden_size": 32, "intermediate_size": 512, "num_hidden_layers": 4, "max_position_embeddings": 4096}
+
+
+@pytest.fixture
+def moved_anywhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Copy small tensors of the CPU, too."""
+    init = Offload.__init__
+    monkeypatch.setattr(Offload, "__init__", lambda self: init(self, anywhere=True))
+
+
+@pytest.mark.usefixtures("moved_anywhere")
+@pytest.mark.parametrize("method", [None, DPOTrainer, SwiftKVTrainer])
+@pytest.mark.parametrize("way", WAYS)
+def test_no_way_to_save_memory_changes_what_is_learned(tmp_path: Path, way: str, method: Any) -> None:
+    keys: dict[str, Any] = {"max_steps": 3} | ({"method": method} if method else {})
+    deep = {"config": {"num_hidden_layers": 5}, "num_key_value_layers": 1, "key_value_group_size": 2}
+    model = deep if method is SwiftKVTrainer else {}
+    plain = trainer(tmp_path / "plain", **keys, model=model).train()
+    assert plain.last["grad_norm"] > 0
+    assert_same_run(plain, trainer(tmp_path / "saving", **keys, model=model | WAYS[way]).train())
+
+
+def held(way: dict[str, Any]) -> tuple[int, int]:
+    """Return the bytes that wait for the backward pass, and the most that are alive at any time."""
+    torch.manual_seed(0)
+    model = network(HFModel, config=WIDE, **way).build(None)
+    with Alive() as alive:
+        loss = model(batch())
+        waiting = alive.now
+        loss.backward()
+    return waiting, alive.peak
+
+
+def batch() -> Batch:
+    """One document of a thousand tokens, of which the last is supervised."""
+    import numpy as np
+
+    ids = np.arange(1000) % 90 + 3
+    return lay([[(ids, np.arange(1000) == 999)]], pad_id=0)
+
+
+def test_each_way_keeps_less_than_the_one_before() -> None:
+    plain, selective, full = (held(way)[0] for way in ({}, WAYS["selective"], WAYS["full"]))
+    assert plain > 1.5 * selective > 3 * full
+
+
+def test_full_checkpointing_keeps_one_input_for_each_layer() -> None:
+    inputs = 4 * 1000 * 32 * 4
+    assert inputs < held(WAYS["full"])[0] < 2.5 * inputs  # and what lies outside of the layers
+
+
+def test_tiles_bound_the_peak_of_an_mlp() -> None:
+    full, tiled = (held({**WAYS["full"], "tiled_mlp": tokens})[1] for tokens in (None, 50))
+    one = 1000 * 512 * 4  # an intermediate activation of the whole row
+    assert full > 3 * one
+    assert tiled < full - 2 * one
+
+
+def test_offloading_needs_something_to_offload() -> None:
+    with pytest.raises(RecipeError, match="activation_checkpointing"):
+        trainer(Path("unused"), model={"offload_activations": True}).train()
