@@ -38,7 +38,7 @@ DEEP = {"config": {"num_hidden_layers": 5}, "num_key_value_layers": 1, "key_valu
 TRAINERS: dict[str, dict[str, Any]] = {
     "sft": {"method": SFTTrainer},
     "sft-tied": {"method": SFTTrainer, "model": {"config": {"tie_word_embeddings": True}}},
-    "sft-saving": {"method": SFTTrainer, "model": {"activation_checkpointing": "selective", "tiled_mlp": 10}},
+    "sft-saving": {"method": SFTTrainer, "model": {"activation_checkpointing": "selective", "tiled_mlp": 3}},
     "dpo": {"method": DPOTrainer},
     "dpo-lora": {"method": DPOTrainer, "model": {"lora": LoRA(r=4)}},
     "dpo-lora-precomputed": {"method": DPOTrainer, "model": {"lora": LoRA(r=4)}, "precompute_reference": True},

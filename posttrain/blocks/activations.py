@@ -60,10 +60,11 @@ def selective_contexts() -> Any:
     return create_selective_checkpoint_contexts(policy)  # type: ignore[no-untyped-call]
 
 
-def tile_mlps(hf: Any, tokens: int) -> None:
-    """Let every layer's MLP work on so many tokens at a time, and again in the backward pass.
+def tile_mlps(hf: Any, tiles: int) -> None:
+    """Let every layer's MLP work on one of so many tiles of the width at a time, and again in the backward pass.
 
-    Exact, and each parameter still gets its gradient once (tiled as in ALST, arXiv:2506.13996).
+    Exact, and each parameter still gets its gradient once (tiled as in ALST, arXiv:2506.13996). A number of tiles, not
+    of tokens: ZeRO-3 gathers an MLP's weights for each, on all ranks together, whatever their widths.
 
     Raises:
         RecipeError: the layers have no plain MLP.
@@ -72,15 +73,13 @@ def tile_mlps(hf: Any, tokens: int) -> None:
         mlp = getattr(layer, "mlp", None)
         if mlp is None or hasattr(mlp, "experts"):
             raise RecipeError(f"model.tiled_mlp: {type(layer).__name__} has no plain MLP")
-        mlp.forward = functools.partial(in_tiles, mlp.forward, tokens)
+        mlp.forward = functools.partial(in_tiles, mlp.forward, tiles)
 
 
-def in_tiles(forward: Callable[[Tensor], Tensor], tokens: int, hidden: Tensor) -> Tensor:
+def in_tiles(forward: Callable[[Tensor], Tensor], tiles: int, hidden: Tensor) -> Tensor:
     """Return forward(hidden), [rows, width, size], computed in tiles of the width."""
-    if hidden.shape[1] <= tokens:
-        return forward(hidden)
-    tiles = torch.split(hidden, tokens, dim=1)
-    return torch.cat([checkpoint(forward, tile, use_reentrant=False) for tile in tiles], dim=1)
+    parts = torch.tensor_split(hidden, tiles, dim=1)
+    return torch.cat([checkpoint(forward, part, use_reentrant=False) for part in parts], dim=1)
 
 
 @attrs.define(eq=False)

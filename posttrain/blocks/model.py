@@ -83,7 +83,7 @@ class HFModel:
     offload_activations: bool = False
     """Keep these activations in the memory of the host while they are not needed."""
     tiled_mlp: int | None = key(None, check=optional(gt(0)))
-    """Compute MLPs so many tokens at a time, and again in the backward pass: for rows that are very long."""
+    """Compute MLPs in so many tiles of a row, and again in the backward pass: for rows that are very long."""
     compile: bool | str = False
     """Compile each layer with torch.compile; a name chooses the backend."""
     kwargs: dict[str, Any] = attrs.field(factory=dict)
