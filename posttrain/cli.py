@@ -1,4 +1,4 @@
-"""The command line: `posttrain train | check | show | prepare | blocks | plot | synth`.
+"""The command line: `posttrain train | check | show | prepare | plan | blocks | plot | accept | synth`.
 
 Only the standard library is imported before a command runs, and only attrs, cattrs and yaml before its
 recipe is valid: help and error messages must not wait for torch.
@@ -147,6 +147,27 @@ def plot(arguments: argparse.Namespace) -> None:
     say(str(target))
 
 
+def plan(arguments: argparse.Namespace) -> int:
+    """Print what a recipe takes of each device's memory; exit code 1 if that is more than there is."""
+    from rich.console import Console
+
+    from posttrain.plan import estimate, gib, remedies, table
+
+    trainer, console = load(arguments), Console()
+    devices = trainer.devices if isinstance(trainer.devices, int) else 1
+    world = arguments.world or devices * trainer.num_nodes
+    found = estimate(trainer, world)
+    say(f"{found.trained:,} parameters are trained, {found.frozen:,} are frozen")
+    console.print(table(found, world))
+    if fits := found.total <= arguments.gpu_memory * 2**30:
+        say(f"fits into {arguments.gpu_memory:g} GiB; leave a tenth for the allocator and the libraries")
+        return 0
+    say(f"does not fit into {arguments.gpu_memory:g} GiB. With a change:")
+    for label, changed in remedies(trainer, world):
+        say(f"  {gib(changed.total):>9} GiB  {label}")
+    return int(not fits)
+
+
 def accept(arguments: argparse.Namespace) -> None:
     """Measure how well the speculator of a run drafts, and draw it."""
     from rich.console import Console
@@ -220,6 +241,11 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     _recipe_command(commands, prepare, "read, tokenize and cache the data of a recipe ahead of its run",
                     "posttrain prepare recipe.yaml")  # fmt: skip
 
+    planning = _recipe_command(commands, plan, "estimate the memory that a recipe takes, without weights or a GPU",
+                               "posttrain plan recipe.yaml --world 8 strategy=fsdp")  # fmt: skip
+    planning.add_argument("--world", type=_count, metavar="N", help="devices, all nodes together (the recipe's, or 1)")
+    planning.add_argument("--gpu-memory", type=float, default=80.0, metavar="GIB", help="of each device (80)")
+
     listing = _command(commands, blocks, "list what a recipe can be made of", "posttrain blocks scheduler cosine")
     listing.add_argument("kind", nargs="?", metavar="KIND", help="such as optimizer")
     listing.add_argument("name", nargs="?", metavar="NAME", help="such as adamw")
@@ -278,7 +304,7 @@ def _recipe_command(
 
 def _count(text: str) -> int:
     if not text.isdecimal() or not 0 < int(text) < 10**6:
-        raise argparse.ArgumentTypeError(f"how many documents? expected a number above 0, got {text!r}")
+        raise argparse.ArgumentTypeError(f"how many? expected a number above 0, got {text!r}")
     return int(text)
 
 

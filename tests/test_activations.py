@@ -5,7 +5,6 @@ from typing import Any
 
 import pytest
 import torch
-from alive import Alive
 from test_loop import assert_same_run
 from toy import network, trainer
 
@@ -14,6 +13,7 @@ from posttrain.blocks.batches import lay
 from posttrain.blocks.model import HFModel
 from posttrain.errors import RecipeError
 from posttrain.interfaces import Batch
+from posttrain.plan import Alive
 from posttrain.trainers.dpo import DPOTrainer
 from posttrain.trainers.swiftkv import SwiftKVTrainer
 

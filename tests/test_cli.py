@@ -180,7 +180,7 @@ def test_the_number_of_documents_must_be_one(recipe: Path, capsys: pytest.Captur
     for wrong in ("0", "-1", "x", "²"):
         with pytest.raises(SystemExit):
             main(["show", str(recipe), "--data", wrong])
-    assert "how many documents?" in capsys.readouterr().err
+    assert "how many?" in capsys.readouterr().err
 
 
 def test_several_problems_are_counted_and_begin_their_lines(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -146,7 +146,12 @@ def _by_document(
                 enable_gqa=query.shape[1] != key.shape[1],
             )
         )
-    return torch.cat([torch.cat(parts, dim=2) for parts in rows]).transpose(1, 2)
+    return joined([joined(parts, 2) for parts in rows], 0).transpose(1, 2)
+
+
+def joined(parts: list[Tensor], dim: int) -> Tensor:
+    """Return tensors end to end; one alone is not copied."""
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=dim)
 
 
 def _part(begin: int, end: int, width: int) -> tuple[int, slice]:

@@ -167,7 +167,10 @@ def start_of(tensor: DTensor) -> int:
 
 @contextmanager
 def without_weights(fabric: Any) -> Iterator[bool]:
-    """Build on the meta device where rank zero will send the weights; yields whether it does so."""
+    """Build on the meta device where rank zero will send the weights, or nobody wants them; yields whether so."""
+    if getattr(fabric, "without_weights", False):  # see plan.py
+        yield True
+        return
     if not isinstance(getattr(fabric, "strategy", None), FullyShard) or fabric.is_global_zero:
         yield False
         return

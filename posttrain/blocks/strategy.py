@@ -109,8 +109,9 @@ class DDP(Auto):
         from lightning.fabric.strategies.ddp import DDPStrategy
 
         return DDPStrategy(
-            process_group_backend=self.process_group_backend, find_unused_parameters=self.find_unused_parameters
-        )
+            process_group_backend=self.process_group_backend, find_unused_parameters=self.find_unused_parameters,
+            gradient_as_bucket_view=True,  # else gradients are there twice
+        )  # fmt: skip
 
 
 @block("strategy", "fsdp")
