@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 SYNTH_VERBS = ("run", "plan", "status", "errors", "cancel", "export")
 EPILOG = """\
-on several devices of this machine: devices=8, or every GPU there is. With a launcher:
+on several devices:
   fabric run --accelerator=cuda --devices=8 "$(which posttrain)" train recipe.yaml
   torchrun --nproc-per-node=8 -m posttrain.cli train recipe.yaml
 
@@ -33,7 +33,6 @@ def main(argv: list[str] | None = None) -> int:
     arguments = parse_arguments(sys.argv[1:] if argv is None else argv)
     import logging
 
-    from posttrain import spawn
     from posttrain.errors import PosttrainError, RecipeError, RegistryError
 
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
@@ -44,8 +43,6 @@ def main(argv: list[str] | None = None) -> int:
         if os.environ.get("POSTTRAIN_TRACEBACK") == "1":
             raise
         about_input = isinstance(error, RecipeError | RegistryError)
-        if spawn.record(error):
-            return 2 if about_input else 1
         if not about_input or os.environ.get("RANK", "0") == "0":  # every rank reads the same recipe
             lines = str(error).count("\n") + 1
             complain(f"{lines} problems\n{error}" if isinstance(error, RecipeError) and lines > 1 else str(error))
@@ -56,10 +53,6 @@ def main(argv: list[str] | None = None) -> int:
     except BrokenPipeError:  # `posttrain show recipe.yaml | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    except Exception as error:
-        if spawn.record(error):
-            return 1
-        raise
 
 
 def complain(message: str) -> None:
@@ -73,12 +66,7 @@ def complain(message: str) -> None:
 
 def train(arguments: argparse.Namespace) -> int:
     """Train; a run that a signal ended says so by its exit code, as shells expect."""
-    from posttrain import spawn
-
-    trainer = load(arguments)
-    if processes := spawn.wanted(trainer):
-        return spawn.spawn(["train", str(arguments.recipe), *arguments.overrides], processes, arguments.restarts)
-    run = trainer.train()
+    run = load(arguments).train()
     return 128 + run.signal if run.signal else 0
 
 
@@ -241,10 +229,8 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--version", action=_Version)
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
 
-    training = _recipe_command(commands, train, "train what a recipe describes, or go on where its run was left",
-                               "posttrain train recipe.yaml optimizer.lr=1e-4 max_steps=10k")  # fmt: skip
-    training.add_argument("--restarts", type=int, default=0, metavar="N",
-                          help="on several devices: how often to go on by itself when a process dies (0)")  # fmt: skip
+    _recipe_command(commands, train, "train what a recipe describes, or go on where its run was left",
+                    "posttrain train recipe.yaml optimizer.lr=1e-4 max_steps=10k")  # fmt: skip
     _recipe_command(commands, check, "say everything that is wrong with a recipe, without loading anything",
                     "posttrain check recipe.yaml")  # fmt: skip
     showing = _recipe_command(commands, show, "print the resolved recipe, or the data as the model will see it",

@@ -2,7 +2,6 @@
 
 import atexit
 import hashlib
-import logging
 import os
 import random
 from typing import TYPE_CHECKING, Any
@@ -28,8 +27,6 @@ def make_fabric(
     from lightning.fabric import Fabric
     from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
 
-    for name in ("lightning", "lightning.fabric", "lightning.pytorch"):  # how ranks find one another is said by none
-        logging.getLogger(name).setLevel(logging.WARNING)
     asked = {"accelerator": accelerator, "devices": devices, "strategy": strategy, "precision": precision}
     if num_nodes != 1:
         asked["num_nodes"] = num_nodes
