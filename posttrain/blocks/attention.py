@@ -25,18 +25,22 @@ from transformers.masking_utils import sdpa_mask
 from posttrain.errors import TrainingError
 
 NAME = "packed"
-_packed = False
+_masks = AttentionMaskInterface._global_mapping
 
 
 @contextmanager
 def packed() -> Iterator[None]:
-    """Build no attention masks meanwhile: `cu_seq_lens_q` says what a mask would."""
-    global _packed
-    _packed = True
+    """Build no attention masks meanwhile: `cu_seq_lens_q` says what a mask would.
+
+    transformers looks for packed documents only for attentions that have a mask, and would wait for the device to
+    learn whether there are any, in each forward pass.
+    """
+    mask = _masks.pop(NAME, None)
     try:
         yield
     finally:
-        _packed = False
+        if mask is not None:
+            _masks[NAME] = mask
 
 
 def packed_attention(
@@ -78,7 +82,7 @@ def packed_attention(
         TrainingError: the model asks for something this does not compute.
     """
     if cu_seq_lens_q is None:
-        if _packed:
+        if NAME not in _masks:
             _refuse(module, "does not hand `cu_seq_lens_q` to its attention layers")
         return sdpa_attention_forward(  # type: ignore[no-any-return]
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
@@ -152,10 +156,6 @@ def _visible(queries: int, keys: int, window: int | None, device: torch.device) 
     return seen if window is None else seen.triu(keys - queries + 1 - window)
 
 
-def _mask(*args: Any, **kwargs: Any) -> Tensor | None:
-    return None if _packed else sdpa_mask(*args, **kwargs)
-
-
 def _refuse(module: nn.Module, why: str) -> None:
     raise TrainingError(
         f"attention `{NAME}` cannot be used: {type(module).__name__} {why}. "
@@ -164,4 +164,4 @@ def _refuse(module: nn.Module, why: str) -> None:
 
 
 AttentionInterface.register(NAME, packed_attention)
-AttentionMaskInterface.register(NAME, _mask)
+AttentionMaskInterface.register(NAME, sdpa_mask)
