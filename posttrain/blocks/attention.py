@@ -9,6 +9,7 @@ Documents may branch: `kv_index` names the token of each key, so that a document
 computed in another one sees it there (see `batches.branched`).
 """
 
+import inspect
 import itertools
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -26,6 +27,8 @@ from posttrain.errors import TrainingError
 
 NAME = "packed"
 _masks = AttentionMaskInterface._global_mapping
+_GQA = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
+"""torch 2.11 shares keys and values between heads without being told to."""
 
 
 @contextmanager
@@ -101,7 +104,7 @@ def packed_attention(
             k, v = k.index_select(0, kv_index), v.index_select(0, kv_index)
         out = varlen_attn(
             q, k, v, cu_seq_lens_q, cu_seq_lens_k, max_length_q, max_length_k,
-            scale=scaling, window_size=window, enable_gqa=query.shape[1] != key.shape[1],
+            scale=scaling, window_size=window, **(_GQA if query.shape[1] != key.shape[1] else {}),
         )  # fmt: skip
         return out.view(query.shape[0], query.shape[2], *out.shape[1:]), None  # type: ignore[union-attr]
     if kv_index is not None:
