@@ -42,7 +42,7 @@ SHAPE = {
     "model_type": "llama", "vocab_size": 2048, "hidden_size": 128, "intermediate_size": 344, "num_hidden_layers": 4,
     "num_attention_heads": 4, "num_key_value_heads": 4, "pad_token_id": 0,
 }  # fmt: skip
-LENGTH, WARM_UP = 256, 2
+WARM_UP = 2
 
 # -- counting -------------------------------------------------------------------------
 

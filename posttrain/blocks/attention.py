@@ -27,7 +27,7 @@ from posttrain.errors import TrainingError
 
 NAME = "packed"
 _masks = AttentionMaskInterface._global_mapping
-_GQA = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
+_GQA: dict[str, Any] = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
 """torch 2.11 shares keys and values between heads without being told to."""
 
 
