@@ -15,7 +15,6 @@ from attrs.validators import ge, gt, optional
 
 from posttrain import folder, hooks
 from posttrain.blocks.checkpoint import HuggingFace, Resume
-from posttrain.blocks.loader import ahead
 from posttrain.blocks.logger import JSONL, Console, TensorBoard
 from posttrain.blocks.optimizer import AdamW
 from posttrain.blocks.scheduler import Cosine
@@ -277,9 +276,9 @@ class Trainer:
         return math.ceil(rows / rows_per_step)
 
     def groups(self) -> Iterator[tuple[list[Batch], Position]]:
-        """Yield the micro-batches of each step, on the device, and the position after them; a thread reads ahead."""
+        """Yield the micro-batches of each step, on the device, and the position after them."""
         run = self.run
-        batches = ahead(run.loaders.train.batches(run.position))
+        batches = run.loaders.train.batches(run.position)
         while found := list(itertools.islice(batches, self.gradient_accumulation_steps)):
             group, position = [run.to_device(batch) for batch, _ in found], found[-1][1]
             yield group, position
