@@ -42,20 +42,29 @@ def is_first(error: BaseException) -> bool:
     if _store is None:
         return True
     mine = f"rank {_rank} failed: {type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+    if _lost_connection(error):  # to a rank that was killed, and so wrote nothing; its launcher knows
+        mine = f"rank {_rank} lost its connection to another rank, which was killed or lost its machine"
     try:
         # A store that outlives a restart must not blame the ranks of the attempt before.
         key = f"posttrain/failed/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
         first = _store.compare_set(key, "", mine).decode()
     except RuntimeError:  # the store was in the process of rank zero
         first = "rank 0 ended"
-    _record(first, "".join(traceback.format_exception(error)) if first == mine else first)
-    if first == mine:
+    own = first == mine and not _lost_connection(error)
+    _record(first, "".join(traceback.format_exception(error)) if own else first)
+    if own:
         return True
-    if _local_rank == 0:
-        print(f"rank {_rank} ends, because {first}", file=sys.stderr, flush=True)  # noqa: T201
+    if _local_rank == 0 or first == mine:
+        said = first if first == mine else f"rank {_rank} ends, because {first}"
+        print(said, file=sys.stderr, flush=True)  # noqa: T201
     if "TORCHELASTIC_RUN_ID" in os.environ:
         time.sleep(PATIENCE)
     return False
+
+
+def _lost_connection(error: BaseException) -> bool:
+    """Whether the error is that another rank went away: gloo says it in words, NCCL by its class."""
+    return type(error).__name__ == "DistBackendError" or (isinstance(error, RuntimeError) and "by peer" in str(error))
 
 
 def _record(message: str, callstack: str) -> None:

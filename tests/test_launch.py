@@ -105,6 +105,19 @@ def test_a_failing_rank_ends_all_and_its_error_is_the_one_to_read(
 
 
 @pytest.mark.slow
+def test_a_killed_rank_is_named_and_no_other_shows_a_traceback(tmp_path: Path, tiny_model: Path, sums: Path) -> None:
+    file = recipe(tmp_path, tiny_model, sums, devices=2, max_steps=100_000, checkpoint=[])
+    with started([*TRAIN, file]) as [agent]:
+        wait_for_steps(tmp_path / "run", 5)
+        ranks = Path(f"/proc/{agent.pid}/task/{agent.pid}/children").read_text().split()
+        os.kill(int(ranks[-1]), signal.SIGKILL)
+        output, _ = agent.communicate(timeout=100)
+    assert agent.returncode == 128 + signal.SIGKILL
+    assert "was killed by SIGKILL; the same command goes on" in output
+    assert "Traceback" not in output
+
+
+@pytest.mark.slow
 def test_torchrun_is_told_which_rank_failed(tmp_path: Path, tiny_model: Path, sums: Path) -> None:
     file = recipe(tmp_path, tiny_model, sums, **failing(tmp_path, "ZeroDivisionError('by nothing')"))
     done = launched([BIN / "torchrun", "--standalone", "--nproc-per-node=2", CLI, "train", file])
