@@ -89,9 +89,9 @@ __all__ = [
     "AdamW", "Auto", "AzureOpenAISynth", "Batch", "CausalData", "CausalTrainer", "CheckpointError", "Console",
     "Constant", "CortexSynth", "Cosine", "DDP", "DPOTrainer", "DataError", "DeepSpeed", "DistillTrainer",
     "EarlyStop", "HFModel", "HFTokenizer", "HookError", "HuggingFace", "JSONL", "Linear", "LoRA", "OpenAISynth",
-    "PosttrainError", "PreferenceData", "Profiler", "RecipeError", "RegistryError", "Resume", "RewardModel", "RewardTrainer",
-    "Run", "SFTData", "SFTTrainer", "Samples", "Secret", "Source", "SpeculatorModel", "SpeculatorTrainer",
-    "SwiftKVModel", "SwiftKVTrainer", "SynthError", "TensorBoard", "Trainer", "TrainingError", "TwoStage",
+    "PosttrainError", "PreferenceData", "Profiler", "RecipeError", "RegistryError", "Resume", "RewardModel",
+    "RewardTrainer", "Run", "SFTData", "SFTTrainer", "Samples", "Secret", "Source", "SpeculatorModel",
+    "SpeculatorTrainer", "SwiftKVModel", "SwiftKVTrainer", "SynthError", "TensorBoard", "Trainer", "TrainingError", "TwoStage",
     "VllmSynth", "WSD", "after", "before", "block", "default", "key", "load", "preference_loss",
 ]  # fmt: skip
 
