@@ -91,8 +91,8 @@ __all__ = [
     "EarlyStop", "HFModel", "HFTokenizer", "HookError", "HuggingFace", "JSONL", "Linear", "LoRA", "OpenAISynth",
     "PosttrainError", "PreferenceData", "Profiler", "RecipeError", "RegistryError", "Resume", "RewardModel",
     "RewardTrainer", "Run", "SFTData", "SFTTrainer", "Samples", "Secret", "Source", "SpeculatorModel",
-    "SpeculatorTrainer", "SwiftKVModel", "SwiftKVTrainer", "SynthError", "TensorBoard", "Trainer", "TrainingError", "TwoStage",
-    "VllmSynth", "WSD", "after", "before", "block", "default", "key", "load", "preference_loss",
+    "SpeculatorTrainer", "SwiftKVModel", "SwiftKVTrainer", "SynthError", "TensorBoard", "Trainer", "TrainingError",
+    "TwoStage", "VllmSynth", "WSD", "after", "before", "block", "default", "key", "load", "preference_loss",
 ]  # fmt: skip
 
 
