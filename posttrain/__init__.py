@@ -7,7 +7,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from posttrain.blocks.callbacks import EarlyStop, Samples
+    from posttrain.blocks.callbacks import EarlyStop, Profiler, Samples
     from posttrain.blocks.checkpoint import HuggingFace, Resume
     from posttrain.blocks.data import CausalData, PreferenceData, SFTData
     from posttrain.blocks.logger import JSONL, Console, TensorBoard
@@ -49,7 +49,7 @@ if TYPE_CHECKING:
     from posttrain.values import Secret
 
 _HOMES = {
-    "blocks.callbacks": ("EarlyStop", "Samples"),
+    "blocks.callbacks": ("EarlyStop", "Profiler", "Samples"),
     "blocks.checkpoint": ("HuggingFace", "Resume"),
     "blocks.data": ("CausalData", "PreferenceData", "SFTData"),
     "blocks.logger": ("Console", "JSONL", "TensorBoard"),
@@ -90,11 +90,12 @@ _HOME_OF = {name: f"posttrain.{module}" for module, found in _HOMES.items() for 
 __all__ = [
     "AdamW", "Auto", "AzureOpenAISynth", "Batch", "CausalData", "CausalTrainer", "CheckpointError", "Console",
     "Constant", "CortexSynth", "Cosine", "DDP", "DPOTrainer", "DataError", "DeepSpeed", "DistillTrainer",
-    "EarlyStop", "FSDP", "HFModel", "HFTokenizer", "HookError", "HuggingFace", "JSONL", "Linear", "LoRA", "OpenAISynth",
-    "PosttrainError", "PreferenceData", "RecipeError", "RegistryError", "Resume", "RewardModel", "RewardTrainer",
-    "Run", "SFTData", "SFTTrainer", "Samples", "Secret", "Source", "SpeculatorModel", "SpeculatorTrainer",
-    "SwiftKVModel", "SwiftKVTrainer", "SynthError", "TensorBoard", "Trainer", "TrainingError", "TwoStage",
-    "Ulysses", "VllmSynth", "WSD", "after", "before", "block", "default", "key", "load", "preference_loss",
+    "EarlyStop", "FSDP", "HFModel", "HFTokenizer", "HookError", "HuggingFace", "JSONL", "Linear", "LoRA",
+    "OpenAISynth", "PosttrainError", "PreferenceData", "Profiler", "RecipeError", "RegistryError", "Resume",
+    "RewardModel", "RewardTrainer", "Run", "SFTData", "SFTTrainer", "Samples", "Secret", "Source",
+    "SpeculatorModel", "SpeculatorTrainer", "SwiftKVModel", "SwiftKVTrainer", "SynthError", "TensorBoard", "Trainer",
+    "TrainingError", "TwoStage", "Ulysses", "VllmSynth", "WSD", "after", "before", "block", "default", "key", "load",
+    "preference_loss",
 ]  # fmt: skip
 
 

@@ -21,8 +21,10 @@ if TYPE_CHECKING:
 SYNTH_VERBS = ("run", "plan", "status", "errors", "cancel", "export")
 EPILOG = """\
 on several devices:
+  posttrain train recipe.yaml devices=8
   fabric run --accelerator=cuda --devices=8 "$(which posttrain)" train recipe.yaml
-  torchrun --nproc-per-node=8 -m posttrain.cli train recipe.yaml
+  torchrun --standalone --nproc-per-node=8 -m posttrain.cli train recipe.yaml
+  srun posttrain train recipe.yaml, or srun torchrun ... (examples/slurm)
 
 exit codes: 0 done, 1 the run failed, 2 the recipe or the command is wrong, 128+n ended by signal n.
 POSTTRAIN_TRACEBACK=1 shows where an error was raised."""
@@ -34,16 +36,19 @@ def main(argv: list[str] | None = None) -> int:
     import logging
 
     from posttrain.errors import PosttrainError, RecipeError, RegistryError
+    from posttrain.failures import is_first
 
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
-    logging.getLogger("posttrain").setLevel(logging.INFO)
+    first_rank = os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0"
+    logging.getLogger("posttrain").setLevel(logging.INFO if first_rank else logging.ERROR)
     try:
         return int(arguments.run(arguments) or 0)
     except PosttrainError as error:
         if os.environ.get("POSTTRAIN_TRACEBACK") == "1":
             raise
         about_input = isinstance(error, RecipeError | RegistryError)
-        if not about_input or os.environ.get("RANK", "0") == "0":  # every rank reads the same recipe
+        # Every rank reads the same recipe; of other errors, the first is what the rest follows from.
+        if first_rank if about_input else is_first(error):
             lines = str(error).count("\n") + 1
             complain(f"{lines} problems\n{error}" if isinstance(error, RecipeError) and lines > 1 else str(error))
         return 2 if about_input else 1
@@ -66,7 +71,13 @@ def complain(message: str) -> None:
 
 def train(arguments: argparse.Namespace) -> int:
     """Train; a run that a signal ended says so by its exit code, as shells expect."""
-    run = load(arguments).train()
+    from posttrain.launch import ranks_to_start, relaunch
+
+    trainer = load(arguments)
+    ranks = ranks_to_start(trainer.accelerator, trainer.devices, trainer.num_nodes)
+    if ranks > 1:
+        return relaunch(ranks, Path(__file__).resolve(), ["train", str(arguments.recipe), *arguments.overrides])
+    run = trainer.train()
     return 128 + run.signal if run.signal else 0
 
 

@@ -1,12 +1,26 @@
-"""One `Fabric`, however the process was started: plainly, by `fabric run`, or by `torchrun`."""
+"""One `Fabric`, however the process was started: plainly, by `fabric run`, `torchrun` or `srun`.
+
+A recipe that asks for several devices of this machine is started again by `torch.distributed.run`: one agent watches
+the ranks, hands signals on to them, and ends them all when one fails.
+"""
 
 import atexit
 import hashlib
+import logging
 import os
 import random
+import signal
+import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from posttrain.errors import RecipeError
+from posttrain.failures import report_failures
+
+log = logging.getLogger(__name__)
+
+SECONDS_TO_SAVE = 600
+"""How long the ranks may take to finish a step and save after a signal, before they are killed."""
 
 if TYPE_CHECKING:
     from lightning.fabric import Fabric
@@ -36,14 +50,23 @@ def make_fabric(
         _drop_what_the_launcher_set(asked)
     elif TorchElasticEnvironment.detect():
         local = int(os.environ["LOCAL_WORLD_SIZE"])
-        nodes = int(os.environ["WORLD_SIZE"]) // local
-        for name, value in (("devices", local), ("num_nodes", nodes)):
-            if asked.setdefault(name, value) != value:
-                raise RecipeError(f"{name}: the recipe says {asked[name]}, but torchrun started {value}")
+        _agree(asked, "torchrun", devices=local, num_nodes=int(os.environ["WORLD_SIZE"]) // local)
+        if os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0" and os.environ["RANK"] == "0":
+            _warn_of_shared_store()
+    elif (tasks := slurm_tasks()) > 1:
+        nodes = int(os.environ.get("SLURM_NNODES", "1"))
+        _agree(asked, "srun", devices=tasks // nodes, num_nodes=nodes)
+    elif num_nodes > 1 and "MASTER_ADDR" not in os.environ:
+        raise RecipeError(
+            f"num_nodes: {num_nodes} machines need a launcher on each of them, and this process has none: use "
+            "`torchrun --nnodes ... posttrain/cli.py train recipe.yaml` or srun (examples/slurm)"
+        )
     elif "devices" not in asked and _on_cpu(accelerator):
         asked["devices"] = 1
     if "LT_PRECISION" not in os.environ:
         asked.setdefault("precision", "32-true" if _on_cpu(accelerator) else "bf16-mixed")
+    for name in ("lightning.fabric", "lightning.pytorch"):  # each rank would announce itself, twice
+        logging.getLogger(name).setLevel(logging.WARNING)
     try:
         fabric = Fabric(**asked)
     except (ValueError, TypeError) as error:
@@ -52,7 +75,66 @@ def make_fabric(
         fabric.launch()
     if fabric.world_size > 1:
         atexit.register(_leave)
+        report_failures(fabric.global_rank, fabric.local_rank)
     return fabric
+
+
+def slurm_tasks() -> int:
+    """Return how many processes `srun` started for this job step; 1 outside of SLURM, and in its interactive jobs.
+
+    Raises:
+        RecipeError: there are several tasks, but this process is none of them.
+    """
+    tasks = int(os.environ.get("SLURM_NTASKS", "1"))
+    if tasks > 1 and os.environ.get("SLURM_JOB_NAME") in ("bash", "interactive"):
+        return 1
+    if tasks > 1 and "SLURM_STEP_ID" not in os.environ:
+        raise RecipeError(
+            f"this job of SLURM has {tasks} tasks, but the process was not started by srun, so that the others would "
+            "be waited for in vain; write `srun posttrain train ...`, or see examples/slurm for torchrun"
+        )
+    return tasks
+
+
+def ranks_to_start(accelerator: str, devices: int | str, num_nodes: int) -> int:
+    """Return how many ranks `posttrain train` must start on this machine; 1 under a launcher, which has done it."""
+    launched = any(name in os.environ for name in ("LT_CLI_USED", "TORCHELASTIC_RUN_ID", "MASTER_ADDR"))
+    if launched or num_nodes > 1 or slurm_tasks() > 1:
+        return 1
+    if str(devices).isdecimal():
+        return int(devices)
+    if devices not in ("auto", "-1", -1) or _on_cpu(accelerator) or accelerator == "mps":
+        return 1  # a list of GPUs, such as "0,2", is Fabric's to understand
+    import torch
+
+    return torch.cuda.device_count()
+
+
+def relaunch(ranks: int, script: Path, arguments: list[str]) -> int:
+    """Run a script in so many processes of this machine, and return an exit code when all have ended.
+
+    A signal is handed on to the ranks, which finish their step and save; a second one ends them at once.
+    """
+    import torch.distributed.run
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
+    run: Any = torch.distributed.run
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // ranks)))
+    os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", str(SECONDS_TO_SAVE))
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # ranks report failures themselves
+    try:
+        run.run(run.parse_args(["--standalone", f"--nproc-per-node={ranks}", str(script), *arguments]))
+    except SignalException as ended:
+        return 128 + int(ended.sigval)
+    except ChildFailedError as failed:
+        rank, first = failed.get_first_failure()
+        if first.exitcode < 0:
+            why = f"rank {rank} was killed by {signal.Signals(-first.exitcode).name}"
+            print(f"error: {why}; the same command goes on from the last checkpoint", file=sys.stderr)  # noqa: T201
+            return 128 - first.exitcode
+        return int(first.exitcode)
+    return 0
 
 
 def _leave() -> None:
@@ -61,6 +143,19 @@ def _leave() -> None:
 
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
+
+
+def _agree(asked: dict[str, Any], launcher: str, **started: int) -> None:
+    """Take what the launcher started; the recipe must not say otherwise."""
+    for name, value in started.items():
+        if str(asked.setdefault(name, value)) != str(value):
+            raise RecipeError(f"{name}: the recipe says {asked[name]}, but {launcher} started {value}")
+
+
+def _warn_of_shared_store() -> None:
+    """Ranks that start anew mostly fail to find each other in a store that the agent kept (pytorch issue 135712)."""
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        log.warning("torchrun --max-restarts: set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1, or restarts may not connect")
 
 
 def _drop_what_the_launcher_set(asked: dict[str, Any]) -> None:

@@ -1,7 +1,12 @@
-"""SIGTERM, SIGINT and SIGUSR1 end a run after the step in hand; a second one ends it at once."""
+"""SIGTERM, SIGINT and SIGUSR1 end a run after the step in hand; a second one ends it at once.
+
+A cluster often signals the launcher and its ranks alike, and the launcher hands its own on: what arrives within a
+moment of the first is the same request.
+"""
 
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
@@ -14,6 +19,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 HANDLED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+MOMENT = 1.0
+"""Seconds."""
 
 
 class Signals:
@@ -21,6 +28,7 @@ class Signals:
 
     def __init__(self) -> None:
         self.received: int | None = None
+        self._when = 0.0
         self._agreed: Tensor | None = None
 
     @contextmanager
@@ -51,6 +59,7 @@ class Signals:
         return int(last.item()) or None if last is not None else None
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        if self.received is not None:
+        if self.received is None:
+            self.received, self._when = number, time.monotonic()
+        elif time.monotonic() - self._when > MOMENT:
             raise KeyboardInterrupt(f"second signal ({signal.Signals(number).name})")
-        self.received = number

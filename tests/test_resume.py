@@ -285,7 +285,9 @@ def test_an_interrupted_run_exports_nothing(tmp_path: Path) -> None:
     assert not (tmp_path / "huggingface").exists()
 
 
-def test_a_second_signal_ends_at_once(tmp_path: Path) -> None:
+def test_a_second_signal_ends_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("posttrain.signals.MOMENT", -1.0)  # what comes twice within it is one
+
     @hooks.before("trainer.step")
     def twice(trainer: SFTTrainer, batches: Any) -> None:
         os.kill(os.getpid(), signal.SIGTERM)

@@ -9,6 +9,7 @@ Documents may branch: `kv_index` names the token of each key, so that a document
 computed in another one sees it there (see `batches.branched`).
 """
 
+import inspect
 import itertools
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -26,18 +27,24 @@ from posttrain.blocks.ulysses import divisible, own_columns, whole_rows
 from posttrain.errors import TrainingError
 
 NAME = "packed"
-_packed = False
+_masks = AttentionMaskInterface._global_mapping
+_GQA: dict[str, Any] = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
+"""torch 2.11 shares keys and values between heads without being told to."""
 
 
 @contextmanager
 def packed() -> Iterator[None]:
-    """Build no attention masks meanwhile: `cu_seq_lens_q` says what a mask would."""
-    global _packed
-    _packed = True
+    """Build no attention masks meanwhile: `cu_seq_lens_q` says what a mask would.
+
+    transformers looks for packed documents only for attentions that have a mask, and would wait for the device to
+    learn whether there are any, in each forward pass.
+    """
+    mask = _masks.pop(NAME, None)
     try:
         yield
     finally:
-        _packed = False
+        if mask is not None:
+            _masks[NAME] = mask
 
 
 def packed_attention(
@@ -81,7 +88,7 @@ def packed_attention(
         TrainingError: the model asks for something this does not compute.
     """
     if cu_seq_lens_q is None:
-        if _packed:
+        if NAME not in _masks:
             _refuse(module, "does not hand `cu_seq_lens_q` to its attention layers")
         return sdpa_attention_forward(  # type: ignore[no-any-return]
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
@@ -108,7 +115,7 @@ def packed_attention(
             k, v = k.index_select(0, kv_index), v.index_select(0, kv_index)
         out = varlen_attn(
             q, k, v, cu_seq_lens_q, cu_seq_lens_k, max_length_q, max_length_k,
-            scale=scaling, window_size=window, enable_gqa=query.shape[1] != key.shape[1],
+            scale=scaling, window_size=window, **(_GQA if query.shape[1] != key.shape[1] else {}),
         )  # fmt: skip
         return out.view(query.shape[0], query.shape[2], *out.shape[1:]), None  # type: ignore[union-attr]
     if kv_index is not None:
@@ -168,10 +175,6 @@ def _visible(queries: int, keys: int, window: int | None, device: torch.device) 
     return seen if window is None else seen.triu(keys - queries + 1 - window)
 
 
-def _mask(*args: Any, **kwargs: Any) -> Tensor | None:
-    return None if _packed else sdpa_mask(*args, **kwargs)
-
-
 def _refuse(module: nn.Module, why: str) -> None:
     raise TrainingError(
         f"attention `{NAME}` cannot be used: {type(module).__name__} {why}. "
@@ -180,4 +183,4 @@ def _refuse(module: nn.Module, why: str) -> None:
 
 
 AttentionInterface.register(NAME, packed_attention)
-AttentionMaskInterface.register(NAME, _mask)
+AttentionMaskInterface.register(NAME, sdpa_mask)

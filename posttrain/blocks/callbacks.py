@@ -1,8 +1,10 @@
 """Callback blocks that ship with posttrain."""
 
+from pathlib import Path
 from typing import Any
 
-from attrs.validators import gt
+import attrs
+from attrs.validators import ge, gt
 
 from posttrain.errors import RecipeError
 from posttrain.hooks import after, before
@@ -61,3 +63,66 @@ class Samples:
             ids = run.model.module.generate(**asked, max_new_tokens=self.max_new_tokens, do_sample=False)
             said = run.tokenizer.decode(ids[0, asked["input_ids"].shape[1] :], skip_special_tokens=True)
             run.fabric.print(f"step {run.step}  {prompt!r} -> {said!r}")
+
+
+@block("callback", "profiler")
+class Profiler:
+    """Record where the time of some steps goes, in `profile` of the run's folder.
+
+    `trace-rank-N.json` opens in https://ui.perfetto.dev; `operators.txt` is rank zero's table, the dearest first.
+    Recording slows the steps down.
+    """
+
+    skip: int = key(5, check=ge(1))
+    """Steps to let pass; the first ones warm up kernels and memory. One more warms up the profiler."""
+    steps: int = key(3, check=gt(0))
+    """Steps to record."""
+    ranks: list[int] = attrs.field(factory=lambda: [0])
+    """Ranks that record."""
+    memory: bool = False
+    """Record allocations too."""
+    stacks: bool = False
+    """Record the lines of Python that called."""
+    _running: list[Any] = attrs.field(factory=list, init=False, eq=False, repr=False)
+
+    @before("trainer.fit")
+    def start(self, trainer: Any) -> None:
+        """Begin to count steps.
+
+        Raises:
+            RecipeError: the run ends before the recording would.
+        """
+        from torch.profiler import profile, schedule
+
+        run, last = trainer.run, self.skip + 1 + self.steps
+        if run.step + last > run.max_steps:
+            raise RecipeError(
+                f"callbacks: profiler: the run ends after step {run.max_steps}, but from step {run.step} on it takes "
+                f"{last} steps to pass {self.skip}, warm up in one and record {self.steps}"
+            )
+        if run.fabric.global_rank in self.ranks:
+            folder, rank = run.output_dir / "profile", run.fabric.global_rank
+            profiler = profile(
+                schedule=schedule(wait=self.skip, warmup=1, active=self.steps, repeat=1),
+                on_trace_ready=lambda profiler: self.write(profiler, folder, rank),
+                profile_memory=self.memory, with_stack=self.stacks,
+            )  # fmt: skip
+            profiler.start()
+            self._running.append(profiler)
+
+    @before("trainer.save")
+    def step(self, trainer: Any, at_end: bool) -> None:
+        """Take note of a step that is over, before checkpoints are written."""
+        if self._running and at_end:
+            self._running.pop().stop()
+        elif self._running:
+            self._running[0].step()
+
+    def write(self, profiler: Any, folder: Path, rank: int) -> None:
+        """Write what was recorded."""
+        folder.mkdir(exist_ok=True)
+        profiler.export_chrome_trace(str(folder / f"trace-rank-{rank}.json"))
+        if rank == 0:
+            average = profiler.key_averages()
+            kind = "device" if any(event.self_device_time_total for event in average) else "cpu"
+            (folder / "operators.txt").write_text(average.table(sort_by=f"self_{kind}_time_total", row_limit=40))

@@ -1,0 +1,94 @@
+"""The host does not wait for the device between logs, compiled layers are compiled once, and a profile can be written."""
+
+import itertools
+import json
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from toy import trainer
+
+from posttrain import RecipeError, hooks
+from posttrain.blocks.callbacks import Profiler
+from posttrain.trainers.dpo import DPOTrainer
+from posttrain.trainers.sft import SFTTrainer
+
+WAITING = ("_local_scalar_dense", "nonzero", "masked_select", "equal", "_unique2", "unique_dim", "unique_consecutive")
+"""What makes the host wait on a GPU, because a number or a size comes back from it; `item`, `float`, `bool` are the first."""
+
+
+class Waits(TorchDispatchMode):
+    """Counts the operations for which a host would wait."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.name().removeprefix("aten::").split(".")[0]
+        # A mask as an index becomes `nonzero` inside of the kernel.
+        by_mask = name == "index" and any(i is not None and i.dtype in (torch.bool, torch.uint8) for i in args[1])
+        if name in WAITING or by_mask:
+            self.found["index by mask" if by_mask else name] += 1
+        return func(*args, **kwargs or {})
+
+
+@pytest.mark.parametrize("method", [SFTTrainer, DPOTrainer])
+@pytest.mark.filterwarnings("ignore")
+def test_the_host_waits_for_the_device_only_to_log(tmp_path: Path, method: type) -> None:
+    waits, steps = Waits(), []
+
+    @hooks.before("trainer.step")
+    def begin(trainer: Any, batches: Any) -> None:
+        steps.append(-sum(waits.found.values()))
+
+    @hooks.after("trainer.count")
+    def end(trainer: Any, result: Any) -> None:
+        steps[-1] += sum(waits.found.values())
+
+    with waits:
+        trainer(tmp_path, method, log_every=4, gradient_accumulation_steps=2).train(callbacks=[begin, end])
+    assert steps == [0] * 8, waits.found
+
+
+def test_what_waits_is_seen() -> None:
+    with Waits() as waits:
+        float(torch.ones(2).sum())
+        torch.ones(2)[torch.tensor([True, False])]
+    assert waits.found == {"_local_scalar_dense": 1, "index by mask": 1}
+
+
+@pytest.mark.filterwarnings("ignore")  # torch.compile warns about its own ways
+@pytest.mark.parametrize("packing", [True, False])
+def test_compiled_layers_are_not_compiled_again_for_each_layout_of_a_row(tmp_path: Path, packing: bool) -> None:
+    """Rows differ in their documents and width; a size that was seen to vary is a symbol from then on."""
+    from torch._dynamo.utils import counters
+
+    torch.compiler.reset()
+    graphs = []
+
+    @hooks.before("trainer.save")
+    def note(trainer: Any, at_end: bool) -> None:
+        graphs.append(counters["stats"]["unique_graphs"])
+
+    made = trainer(tmp_path, max_steps=12, packing=packing, micro_batch_size=2, model={"compile": "eager"})
+    made.train(callbacks=[note])
+    assert graphs[0] > 0
+    assert sum(more > before for before, more in itertools.pairwise(graphs)) <= 2, graphs  # documents, then width
+
+
+def test_a_profile_of_some_steps_is_written(tmp_path: Path) -> None:
+    trainer(tmp_path, max_steps=6, callbacks=[Profiler(skip=2, steps=2)]).train()
+    trace = json.loads((tmp_path / "profile" / "trace-rank-0.json").read_text())
+    steps = {event["name"] for event in trace["traceEvents"] if event.get("name", "").startswith("ProfilerStep")}
+    assert len(steps) == 2
+    table = (tmp_path / "profile" / "operators.txt").read_text()
+    assert "aten::mm" in table
+
+
+def test_a_profile_that_the_run_is_too_short_for_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match=r"profiler: .* ends after step 3, .* 5 steps"):
+        trainer(tmp_path, max_steps=3, callbacks=[Profiler(skip=2, steps=2)]).train()
