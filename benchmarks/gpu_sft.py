@@ -283,7 +283,7 @@ def longest(setting: Setting) -> dict:
     import posttrain
 
     keys = {field.name for field in attrs.fields(posttrain.HFModel)}
-    wanted = {"activation_checkpointing": True, "offload_activations": True, "tiled_mlp": True}
+    wanted = {"activation_checkpointing": True, "offload_activations": True, "tiled_mlp": 8}
     setting.rows, setting.packing = 1, False
     return posttrain_(setting, **{name: value for name, value in wanted.items() if name in keys}) | {
         "on": [name for name in wanted if name in keys]

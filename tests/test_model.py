@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from toy import LLAMA, losses, trainer
 from transformers import AutoModelForCausalLM
 
@@ -52,8 +53,9 @@ def test_frozen_parts_keep_their_weights_and_are_not_in_checkpoints(tmp_path: Pa
     torch.random.set_rng_state(seed)
     frozen = {name for name, p in run.model.module.named_parameters() if not p.requires_grad}
     assert frozen == {name for name in before if "embed_tokens" in name or "layers.0." in name}
-    saved = torch.load(tmp_path / "step-00000003" / "state.pt", weights_only=True)["model"]
-    assert not frozen & set(saved)
+    saved = load_file(tmp_path / "step-00000003" / "rank-00000.safetensors")
+    assert "model/hf.lm_head.weight" in saved
+    assert not {f"model/{name}" for name in frozen} & set(saved)
     again = trainer(tmp_path, model={"freeze": ["*.embed_tokens.*", "*.layers.0.*"]}, max_steps=3).train()
     for ours, theirs in zip(run.model.parameters(), again.model.parameters(), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
@@ -96,3 +98,31 @@ def test_half_precision_trains_close_to_single(tmp_path: Path, precision: Any) -
 def test_a_token_that_the_model_does_not_know_is_named(tmp_path: Path) -> None:
     with pytest.raises(TrainingError, match=r"token \d+.*vocabulary of 50"):
         trainer(tmp_path, model={"config": {"vocab_size": 50}}).train()
+
+
+def test_liger_patches_the_model_but_not_its_loss_and_says_where_it_cannot(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Against its interface alone: the kernels need a GPU."""
+    import sys
+    from types import ModuleType
+
+    def build(**keys: Any) -> Any:
+        return built(liger=True, config={**LLAMA, **keys})
+
+    monkeypatch.setitem(sys.modules, "liger_kernel", None)
+    with pytest.raises(RecipeError, match=r"pip install 'posttrain\[liger\]'"):
+        build()
+    calls: list[dict[str, Any]] = []
+    patches = ModuleType("liger_kernel.transformers.monkey_patch")
+    patches.MODEL_TYPE_TO_APPLY_LIGER_FN = {"llama": lambda **keys: calls.append(keys)}  # type: ignore[attr-defined]
+    for name in ("liger_kernel", "liger_kernel.transformers"):
+        monkeypatch.setitem(sys.modules, name, ModuleType(name))
+    monkeypatch.setitem(sys.modules, patches.__name__, patches)
+    with pytest.raises(RecipeError, match="run on GPUs"):
+        build()
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    made = build()
+    assert calls == [{"model": made.hf, "cross_entropy": False, "fused_linear_cross_entropy": False}]
+    with pytest.raises(RecipeError, match="does not know models of type 'qwen2'"):
+        build(model_type="qwen2")

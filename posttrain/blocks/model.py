@@ -86,6 +86,8 @@ class HFModel:
     """Compute MLPs in so many tiles of a row, and again in the backward pass: for rows that are very long."""
     compile: bool | str = False
     """Compile each layer with torch.compile; a name chooses the backend."""
+    liger: bool = False
+    """Use Liger's Triton kernels for norms, rotary embeddings and MLPs (extra `liger`); on GPUs."""
     kwargs: dict[str, Any] = attrs.field(factory=dict)
     """Further arguments of `from_pretrained`."""
 
@@ -115,6 +117,8 @@ class HFModel:
 
         hf = self.load(empty)
         self.refuse_unpackable(hf)
+        if self.liger:
+            use_liger(hf)
         if self.lora is not None:
             hf = self.lora.apply(hf, self.task)
         self.freeze_parameters(hf)
@@ -248,6 +252,27 @@ class RewardModel(HFModel):
         from posttrain.blocks.reward import Scorer
 
         return Scorer(hf)
+
+
+def use_liger(hf: Any) -> None:
+    """Patch a transformers model to use Liger's kernels, but for the loss, which is ours.
+
+    Raises:
+        RecipeError: they are not installed, do not run here, or do not know the model.
+    """
+    import torch
+
+    try:
+        from liger_kernel.transformers.monkey_patch import MODEL_TYPE_TO_APPLY_LIGER_FN
+    except ImportError as error:
+        raise RecipeError(f"model.liger needs Triton and Liger: pip install 'posttrain[liger]' ({error})") from None
+    if not torch.cuda.is_available():
+        raise RecipeError("model.liger: these kernels run on GPUs, and there is none")
+    kind = hf.config.model_type
+    if kind not in MODEL_TYPE_TO_APPLY_LIGER_FN:
+        known = ", ".join(sorted(MODEL_TYPE_TO_APPLY_LIGER_FN))
+        raise RecipeError(f"model.liger: Liger does not know models of type {kind!r} (known: {known})")
+    MODEL_TYPE_TO_APPLY_LIGER_FN[kind](model=hf, cross_entropy=False, fused_linear_cross_entropy=False)
 
 
 def _softcaps(config: Any) -> bool:
