@@ -185,7 +185,7 @@ def predicted(strategy: str, gpus: int, size: float, layers: int, tokens: int, a
         size: parameters; 2 bytes each when gathered, 4 when gradients are reduced.
         layers: that are gathered and reduced one by one.
         tokens: per GPU and micro-batch.
-        accumulate: micro-batches of a step; gradients are reduced once.
+        accumulate: micro-batches of a step; ddp reduces once, the others for each, to keep gradients in shards.
     """
     compute = 6 * size * tokens * accumulate / (PEAK * MFU)
     rest = (gpus - 1) / gpus
@@ -194,12 +194,12 @@ def predicted(strategy: str, gpus: int, size: float, layers: int, tokens: int, a
     if strategy == "ddp":
         seconds = 2 * rest * 4 * size / across + 2 * (gpus - 1) * HOP
     elif strategy == "fsdp":
-        gathers = 2 * accumulate
-        seconds = rest * (2 * gathers + 4) * size / across + (gathers + 1) * layers * (gpus - 1) * HOP
+        seconds = accumulate * (rest * (2 * 2 + 4) * size / across + 3 * layers * (gpus - 1) * HOP)
     else:
         inside, nodes = (PER_NODE - 1) / PER_NODE, max(1, gpus // PER_NODE)
-        seconds = inside * (4 * accumulate + 4) * size / (NVLINK * EFFICIENCY)
+        seconds = inside * (2 * 2 + 4) * size / (NVLINK * EFFICIENCY)
         seconds += 2 * (nodes - 1) / nodes * 4 * size / PER_NODE / (NIC * EFFICIENCY) + 2 * (nodes - 1) * HOP * layers
+        seconds *= accumulate
     step = compute + max(0.0, seconds - OVERLAP * compute)
     return {"compute": compute, "communicate": seconds, "step": step, "efficiency": compute / step}
 
