@@ -138,7 +138,7 @@ def test_a_teacher_whose_answers_are_stored_is_not_loaded(tmp_path: Path, monkey
     distill(tmp_path / "one", teacher=teacher).train()
     loaded: list[str] = []
     real = HFModel.load
-    monkeypatch.setattr(HFModel, "load", lambda self: loaded.append(self.name_or_path) or real(self))
+    monkeypatch.setattr(HFModel, "load", lambda self, *a: loaded.append(self.name_or_path) or real(self, *a))
     distill(tmp_path / "two", teacher=teacher).train()
     assert loaded == ["toy"]
     assert losses(tmp_path / "two") == losses(tmp_path / "one")

@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 import torch
 from test_loop import assert_same_metrics, assert_same_run
-from test_ranks import on_two_ranks
 from toy import losses, metrics, network, pair, trainer
 
 from posttrain.blocks.batches import collate_pairs
@@ -57,13 +56,6 @@ def test_packed_pairs_train_like_padded_ones(tmp_path: Path) -> None:
     packed = reward(tmp_path / "packed", rows=30, micro_batch_size=rows).train()
     padded = reward(tmp_path / "padded", rows=30, packing=False, micro_batch_size=30).train()
     assert_same_run(packed, padded)
-
-
-def test_two_ranks_train_like_one(tmp_path: Path) -> None:
-    train = "reward(folder, eval_rows=11, eval_every=2, devices=2, micro_batch_size=2).train()"
-    on_two_ranks(tmp_path, "test_reward", train)
-    reward(tmp_path / "one", eval_rows=11, eval_every=2).train()
-    assert_same_metrics(tmp_path / "one", tmp_path / "two")
 
 
 def test_it_learns_which_side_is_chosen(tmp_path: Path) -> None:

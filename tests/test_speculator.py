@@ -12,7 +12,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from test_loop import assert_same_metrics
-from test_ranks import on_two_ranks
 from toy import LLAMA, VOCABULARY, document, losses, metrics, network, trainer
 
 import posttrain.hooks as hooks
@@ -146,14 +145,6 @@ def test_cutting_a_step_changes_nothing(tmp_path: Path, stage: int) -> None:
     for a, b in zip(whole.model.parameters(), cut.model.parameters(), strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-5)
     assert_same_metrics(tmp_path / "whole", tmp_path / "cut")
-
-
-def test_two_ranks_train_like_one(tmp_path: Path) -> None:
-    on_two_ranks(
-        tmp_path, "test_speculator", "spec(folder, eval_rows=9, eval_every=2, devices=2, micro_batch_size=2).train()"
-    )
-    spec(tmp_path / "one", eval_rows=9, eval_every=2).train()
-    assert_same_metrics(tmp_path / "one", tmp_path / "two")
 
 
 def test_stage_2_goes_on_where_stage_1_ended_and_a_run_in_pieces_equals_one(tmp_path: Path) -> None:

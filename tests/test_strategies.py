@@ -23,6 +23,7 @@ from posttrain.blocks.model import LoRA
 from posttrain.errors import CheckpointError
 from posttrain.trainers.dpo import DPOTrainer
 from posttrain.trainers.mlp_speculator import SpeculatorTrainer
+from posttrain.trainers.reward import RewardTrainer
 from posttrain.trainers.sft import SFTTrainer
 from posttrain.trainers.swiftkv import SwiftKVTrainer
 
@@ -44,6 +45,7 @@ TRAINERS: dict[str, dict[str, Any]] = {
     "dpo-lora-precomputed": {"method": DPOTrainer, "model": {"lora": LoRA(r=4)}, "precompute_reference": True},
     "dpo-precomputed": {"method": DPOTrainer, "precompute_reference": True},
     "dpo-aot": {"method": DPOTrainer, "loss_type": "aot"},
+    "reward": {"method": RewardTrainer},
     "swiftkv": {"method": SwiftKVTrainer, "model": DEEP},
     "speculator": {"method": SpeculatorTrainer, "model": {"n_predict": 2, "inner_dim": 16}},
 }
@@ -84,7 +86,9 @@ def on_ranks(folder: Path) -> None:
 
 
 def said(run: Any) -> list[int]:
-    """Return what the trained network goes on to say, greedily."""
+    """Return what the trained network goes on to say, greedily, if it speaks."""
+    if not hasattr(run.model.module, "generate"):
+        return []
     ids = torch.tensor([[5, 6, 7]])
     found: list[int] = run.model.module.generate(input_ids=ids, max_new_tokens=8, do_sample=False)[0].tolist()
     return found

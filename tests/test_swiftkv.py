@@ -8,7 +8,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from test_loop import assert_same_metrics, assert_same_run
-from test_ranks import on_two_ranks
 from toy import LLAMA, document, losses, metrics, trainer
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -274,14 +273,6 @@ def test_cutting_a_step_changes_nothing(tmp_path: Path, arctic: bool) -> None:
     cut = swiftkv(tmp_path / "cut", micro_batch_size=1, gradient_accumulation_steps=4, **keys).train()
     assert_same_run(whole, cut)
     assert_same_metrics(tmp_path / "whole", tmp_path / "cut")
-
-
-def test_two_ranks_train_like_one(tmp_path: Path) -> None:
-    on_two_ranks(
-        tmp_path, "test_swiftkv", "swiftkv(folder, eval_rows=9, eval_every=2, devices=2, micro_batch_size=2).train()"
-    )
-    swiftkv(tmp_path / "one", eval_rows=9, eval_every=2).train()
-    assert_same_metrics(tmp_path / "one", tmp_path / "two")
 
 
 def test_activation_checkpointing_changes_nothing(tmp_path: Path) -> None:
