@@ -1,4 +1,4 @@
-"""The command line: `posttrain train | check | show | prepare | plan | blocks | plot | accept | synth`.
+"""The command line: `posttrain train | check | show | prepare | plan | blocks | plot | accept | doctor | synth`.
 
 Only the standard library is imported before a command runs, and only attrs, cattrs and yaml before its
 recipe is valid: help and error messages must not wait for torch.
@@ -193,6 +193,15 @@ def accept(arguments: argparse.Namespace) -> None:
     say(str(target))
 
 
+def doctor(arguments: argparse.Namespace) -> None:
+    """Print versions, devices and folders, and what is missing for what."""
+    from rich.console import Console
+
+    from posttrain.doctor import examine
+
+    Console().print(examine())
+
+
 def synth(arguments: argparse.Namespace) -> int:
     """Generate data."""
     from posttrain.synth.commands import main
@@ -274,6 +283,8 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     drafting.add_argument("--max-new-tokens", type=_count, default=64, metavar="N", help="of each reply (64)")
     drafting.add_argument("--drafts", type=_count, metavar="K", help="tokens drafted in a pass (one of each head)")
     drafting.add_argument("-o", "--output", type=Path, metavar="FILE", help="picture to write (RUN/acceptance.png)")
+
+    _command(commands, doctor, "say what this machine and environment can do, and what is missing", "posttrain doctor")
 
     generating = _recipe_command(commands, synth, "generate data with a model behind an interface, paying once",
                                  "posttrain synth run recipe.yaml --max-cost 5", first="verb")  # fmt: skip

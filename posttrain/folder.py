@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 FREE = (
     "output_dir", "code", "resume", "stop_after", "log_every", "eval_every", "logger", "checkpoint", "callbacks",
-    "accelerator", "devices", "num_nodes", "strategy", "micro_batch_size", "gradient_accumulation_steps",
+    "accelerator", "devices", "num_nodes", "strategy", "sequence", "micro_batch_size", "gradient_accumulation_steps",
 )  # fmt: skip
 """Keys that may differ when a run goes on: they change where and how it runs, not what it computes.
 How a step is cut is among them; that its rows stay the same is checked when a checkpoint is loaded."""

@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -315,3 +316,18 @@ def test_help_imports_nothing_heavy() -> None:
     code = "import sys\nfrom posttrain.cli import main\ntry: main(['--help'])\nexcept SystemExit: print(*sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert not {"torch", "transformers", "lightning", "numpy", "rich", "yaml", "attrs"} & set(done.stdout.split())
+
+
+def test_doctor_says_what_is_there_and_what_is_missing_for_what(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import posttrain.doctor
+
+    monkeypatch.setattr(posttrain.doctor, "installed", lambda package: None if package == "peft" else "1.2.3")
+    monkeypatch.setenv("COLUMNS", "200")
+    assert main(["doctor"]) == 0
+    said = capsys.readouterr().out
+    assert "for model.lora: pip install 'posttrain[peft]'" in said
+    assert re.search(r"torch +1\.2\.3", said)
+    assert "gloo" in said
+    assert "cache" in said
