@@ -67,7 +67,7 @@ def on_ranks(folder: Path) -> None:
         os.environ["POSTTRAIN_CACHE"] = str(folder / f"cache {name}")
         for case, keys in TRAINERS.items():
             made = trainer(folder / f"{case} {name}", **KEYS, **cuts, **keys, strategy=strategy)
-            run = made.train(callbacks=[only_rank_zero_loads] if name.startswith("fsdp") else [])
+            run = made.train(callbacks=[] if name == "ddp" else [only_rank_zero_loads])
             (run.output_dir / f"said-{rank}.json").write_text(json.dumps(said(run)))
     for case, name, size in SEQUENCES if ranks == 2 else [*SEQUENCES, ("sft", "ddp", 4)]:
         split = {"micro_batch_size": 2, "gradient_accumulation_steps": 2 * size // ranks}
@@ -96,7 +96,7 @@ def said(run: Any) -> list[int]:
 
 @after("model.build")
 def only_rank_zero_loads(block: Any, module: Any) -> None:
-    """Other ranks get their rows sent."""
+    """Other ranks are sent what they keep."""
     assert {parameter.is_meta for parameter in module.parameters()} == {os.environ["RANK"] != "0"}
 
 

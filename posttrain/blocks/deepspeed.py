@@ -114,8 +114,31 @@ def trained(engine: Any) -> Iterator[Any]:
     return (parameter for parameter in engine.module.parameters() if parameter.requires_grad)
 
 
+def make_room(module: nn.Module, device: torch.device) -> None:
+    """Let a network without weights receive rank zero's, which DeepSpeed sends, parameter by parameter.
+
+    Memory that nobody has written to takes no room. All ranks must call it: buffers are sent here.
+    """
+    made: dict[int, nn.Parameter] = {}
+    for part in module.modules():
+        for name, parameter in part._parameters.items():
+            if parameter is not None and parameter.is_meta:  # tied ones stay tied
+                empty = made.get(id(parameter))
+                if empty is None:
+                    empty = nn.Parameter(torch.empty_like(parameter, device="cpu"), parameter.requires_grad)
+                    made[id(parameter)] = empty
+                part._parameters[name] = empty
+        for name, buffer in part._buffers.items():
+            if buffer is not None:
+                whole = torch.empty_like(buffer, device=device) if buffer.is_meta else buffer.to(device)
+                dist.broadcast(whole, 0)
+                part._buffers[name] = whole
+
+
 class Engine(DeepSpeedStrategy):
     """DeepSpeed, stepped by its engine, on GPUs or (for tests) on CPUs."""
+
+    sends_weights = True
 
     def __init__(self, config: dict[str, Any]) -> None:
         os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")

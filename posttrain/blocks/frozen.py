@@ -10,7 +10,7 @@ from lightning.fabric import Fabric
 from torch import nn
 
 from posttrain.blocks.causal import PackedModel
-from posttrain.blocks.fsdp import FullyShard
+from posttrain.blocks.fsdp import FullyShard, send, tensors_of
 
 
 class Frozen(nn.Module):
@@ -19,8 +19,13 @@ class Frozen(nn.Module):
     def __init__(self, module: nn.Module, fabric: Fabric) -> None:
         super().__init__()
         module = fabric.strategy.precision.convert_module(module.requires_grad_(False).eval())
-        sharded = isinstance(fabric.strategy, FullyShard)
-        self.module = fabric.strategy.shard(module) if sharded else fabric.to_device(module)  # type: ignore[attr-defined]
+        if isinstance(fabric.strategy, FullyShard):
+            self.module = fabric.strategy.shard(module)
+        elif getattr(fabric.strategy, "sends_weights", False):
+            send(module, tensors_of(module), None, fabric.device)
+            self.module = module
+        else:
+            self.module = fabric.to_device(module)
         self.fabric = fabric
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:

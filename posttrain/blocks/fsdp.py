@@ -40,6 +40,9 @@ class _EveryMicroBatchReduces(_BackwardSyncControl):
 class FullyShard(ModelParallelStrategy):
     """Fabric's strategy with one way to shard, for networks to train and for frozen ones; keys are the block's."""
 
+    sends_weights = True
+    """From rank zero, so that no other has to load them."""
+
     def __init__(self, reshard_after_forward: bool, cpu_offload: bool, shard_size: int | None) -> None:
         gpus = torch.cuda.is_available()
         backend = "cpu:gloo,cuda:nccl" if cpu_offload and gpus else None  # norms are summed where gradients are
@@ -61,11 +64,7 @@ class FullyShard(ModelParallelStrategy):
 
     def shard(self, module: nn.Module) -> nn.Module:
         """Shard a network in place. All ranks must call it; rank zero's weights are what every rank gets."""
-        given = {  # aliases: what the module itself holds is moved to the device, and given up
-            name: tensor.detach()
-            for held in (module.named_parameters(remove_duplicate=False), module.named_buffers(remove_duplicate=False))
-            for name, tensor in held
-        }
+        given = tensors_of(module)
         low = self.precision.precision.startswith("bf16")
         keys: dict[str, Any] = {
             "mesh": self.mesh,
@@ -111,15 +110,25 @@ def units(module: nn.Module) -> Iterator[nn.Module]:
     return (part for part in list(module.modules()) if type(part).__name__ in whole)
 
 
+def tensors_of(module: nn.Module) -> dict[str, Tensor]:
+    """Return what a network holds by name, as aliases: its own tensors may be moved and given up meanwhile."""
+    both = module.named_parameters(remove_duplicate=False), module.named_buffers(remove_duplicate=False)
+    return {name: tensor.detach() for held in both for name, tensor in held}
+
+
 def send(
-    module: nn.Module, given: dict[str, Tensor], mesh: DeviceMesh, device: torch.device, keep: torch.device | None
+    module: nn.Module,
+    given: dict[str, Tensor],
+    mesh: DeviceMesh | None,
+    device: torch.device,
+    keep: torch.device | None = None,
 ) -> None:
-    """Fill a sharded network with rank zero's weights, one tensor at a time.
+    """Fill a network with rank zero's weights, one tensor at a time. All ranks must call it.
 
     Args:
-        module: sharded in place.
+        module: perhaps sharded in place.
         given: what it held before, by name: rank zero's weights, on other ranks perhaps none.
-        mesh: of the shards.
+        mesh: of the shards, if there are any.
         device: of this rank.
         keep: where its rows stay, unless on the device.
     """
@@ -136,7 +145,7 @@ def send(
                 held[name] = made[id(tensor)][1]
 
 
-def sent(whole: Tensor, held: Tensor, mesh: DeviceMesh, keep: torch.device | None) -> Tensor:
+def sent(whole: Tensor, held: Tensor, mesh: DeviceMesh | None, keep: torch.device | None) -> Tensor:
     """Return rank zero's tensor as this rank holds it."""
     if not isinstance(held, DTensor):
         dist.broadcast(whole, 0)
@@ -171,7 +180,7 @@ def without_weights(fabric: Any) -> Iterator[bool]:
     if getattr(fabric, "without_weights", False):  # see plan.py
         yield True
         return
-    if not isinstance(getattr(fabric, "strategy", None), FullyShard) or fabric.is_global_zero:
+    if not getattr(getattr(fabric, "strategy", None), "sends_weights", False) or fabric.is_global_zero:
         yield False
         return
     import warnings

@@ -200,6 +200,9 @@ class DeepSpeed(Auto):
 
     def setup(self, fabric: "Fabric", model: "nn.Module", optimizer: OptimizerBlock) -> "tuple[nn.Module, Optimizer]":
         """Set both up together: DeepSpeed makes one engine of them."""
+        from posttrain.blocks.deepspeed import make_room
+
+        make_room(model, fabric.device)
         wrapped: tuple[nn.Module, Optimizer] = fabric.setup(model, optimizer.build(model))
         return wrapped
 
