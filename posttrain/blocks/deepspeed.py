@@ -135,6 +135,18 @@ def make_room(module: nn.Module, device: torch.device) -> None:
                 part._buffers[name] = whole
 
 
+def partition(module: nn.Module, strategy: Any) -> None:
+    """Cut a network up for ZeRO-3, parameter by parameter; its engine would first move all of it to the device."""
+    if not strategy.zero_stage_3:
+        return
+    import deepspeed
+
+    if strategy.precision.precision.startswith("bf16"):  # as its engine does; buffers, such as angles, stay precise
+        for parameter in module.parameters():
+            parameter.data = parameter.data.to(torch.bfloat16)
+    deepspeed.zero.Init(module=module, config_dict_or_path=strategy.config)
+
+
 class Engine(DeepSpeedStrategy):
     """DeepSpeed, stepped by its engine, on GPUs or (for tests) on CPUs."""
 

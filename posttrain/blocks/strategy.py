@@ -200,10 +200,12 @@ class DeepSpeed(Auto):
 
     def setup(self, fabric: "Fabric", model: "nn.Module", optimizer: OptimizerBlock) -> "tuple[nn.Module, Optimizer]":
         """Set both up together: DeepSpeed makes one engine of them."""
-        from posttrain.blocks.deepspeed import make_room
+        from posttrain.blocks.deepspeed import make_room, partition
 
         make_room(model, fabric.device)
-        wrapped: tuple[nn.Module, Optimizer] = fabric.setup(model, optimizer.build(model))
+        made = optimizer.build(model)  # while parameters have their shapes
+        partition(model, fabric.strategy)
+        wrapped: tuple[nn.Module, Optimizer] = fabric.setup(model, made)
         return wrapped
 
     def update(self, run: "Run", max_grad_norm: float | None) -> "Tensor | float | None":
