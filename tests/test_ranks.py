@@ -26,9 +26,8 @@ BIN = Path(sys.executable).parent
 
 def launched(command: list[Any], **more: Any) -> subprocess.CompletedProcess[str]:
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **more.pop("env", {})}
-    return subprocess.run(
-        [str(part) for part in command], capture_output=True, text=True, timeout=200, env=environment, **more
-    )
+    more = {"timeout": 200, **more}
+    return subprocess.run([str(part) for part in command], capture_output=True, text=True, env=environment, **more)
 
 
 def on_two_ranks(tmp_path: Path, module: str, *statements: str, **environment: str) -> None:
