@@ -1,6 +1,6 @@
 """`posttrain plan`: the memory that a recipe takes on each device, found without weights and without a GPU.
 
-What a step takes is traced (see trace.py); what a strategy shards is divided, and what it gathers or buffers is added.
+What a step takes is traced (see tracing.py). What a strategy shards is divided; what it gathers or buffers is added.
 """
 
 from collections.abc import Iterator
@@ -10,7 +10,7 @@ import attrs
 
 from posttrain.blocks.model import HFModel
 from posttrain.blocks.strategy import DDP, FSDP, DeepSpeed
-from posttrain.trace import BF16, precision_of, trace
+from posttrain.tracing import BF16, precision_of, trace
 from posttrain.trainer import Trainer
 
 if TYPE_CHECKING:

@@ -13,7 +13,7 @@ from posttrain.blocks.batches import lay
 from posttrain.blocks.model import HFModel
 from posttrain.errors import RecipeError
 from posttrain.interfaces import Batch
-from posttrain.trace import Alive
+from posttrain.tracing import Alive
 from posttrain.trainers.dpo import DPOTrainer
 from posttrain.trainers.swiftkv import SwiftKVTrainer
 

@@ -8,7 +8,7 @@ import torch
 from test_ranks import recipe
 
 import posttrain
-from posttrain import plan, trace
+from posttrain import plan, tracing
 from posttrain.cli import main
 from posttrain.trainers.sft import SFTTrainer
 
@@ -32,14 +32,14 @@ def test_activations_are_those_of_a_real_step(tiny_model: Path, sums: Path, way:
     trainer = made(tiny_model, sums, way=way)
     said = plan.estimate(trainer, world=1).device["activations, logits, loss"]
     network = trainer.model.build(None)  # type: ignore[arg-type]
-    batch = trace.fullest(trainer)
+    batch = tracing.fullest(trainer)
 
     def forget(parameter: torch.Tensor) -> None:
         parameter.grad = None
 
     for parameter in network.parameters():
         parameter.register_post_accumulate_grad_hook(forget)
-    with trace.Alive() as alive:
+    with tracing.Alive() as alive:
         (network(batch) / batch["weight"]).backward()
     assert said == pytest.approx(alive.peak, rel=0.02)
 

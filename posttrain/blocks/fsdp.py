@@ -177,7 +177,7 @@ def start_of(tensor: DTensor) -> int:
 @contextmanager
 def without_weights(fabric: Any) -> Iterator[bool]:
     """Build on the meta device where rank zero will send the weights, or nobody wants them; yields whether so."""
-    if getattr(fabric, "without_weights", False):  # see trace.py
+    if getattr(fabric, "without_weights", False):  # see tracing.py
         yield True
         return
     if not getattr(getattr(fabric, "strategy", None), "sends_weights", False) or fabric.is_global_zero:
