@@ -48,6 +48,11 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
 
+def _takes_parts(trainer: "Trainer", attribute: Any, value: Any) -> None:
+    if value is not None and not trainer.cuts_rows:
+        raise ValueError(f"{type(trainer).__name__} needs whole rows on a device")
+
+
 @attrs.define(kw_only=True, slots=False, eq=False)
 class Trainer:
     """A recipe that can be trained. Its fields are the keys of the YAML file."""
@@ -64,7 +69,7 @@ class Trainer:
     """How the learning rate changes over the steps."""
     strategy: StrategyBlock = default(Auto)
     """How several devices share the work."""
-    sequence: SequenceBlock | None = None
+    sequence: SequenceBlock | None = key(None, check=_takes_parts)
     """How several devices share rows that are too long for one: `{type: ulysses, size: 8}`."""
     checkpoint: list[CheckpointBlock] = key(factory=lambda: [Resume(), HuggingFace()])
     """What to save, and when."""
@@ -239,8 +244,6 @@ class Trainer:
         rank, ranks = fabric.global_rank // size, max(1, fabric.world_size // size)
         loaders = self.data.build(tokenizer, self.micro_batch_size, rank, ranks, self.seed)
         if self.sequence:
-            if not self.cuts_rows:
-                raise RecipeError(f"sequence: {type(self).__name__} needs whole rows")
             loaders = self.sequence.loaders(loaders, fabric)
         rows_per_step = self.micro_batch_size * self.gradient_accumulation_steps * ranks
         max_steps = self.horizon(loaders.train, rows_per_step)
