@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from posttrain.run import Run
     from posttrain.synth.cortex import CortexSynth
     from posttrain.synth.openai import AzureOpenAISynth, OpenAISynth
+    from posttrain.synth.transformers import TransformersSynth
     from posttrain.synth.vllm import VllmSynth
     from posttrain.trainer import Trainer
     from posttrain.trainers.distill import DistillTrainer
@@ -74,6 +75,7 @@ _HOMES = {
     "run": ("Run",),
     "synth.cortex": ("CortexSynth",),
     "synth.openai": ("AzureOpenAISynth", "OpenAISynth"),
+    "synth.transformers": ("TransformersSynth",),
     "synth.vllm": ("VllmSynth",),
     "trainer": ("Trainer",),
     "trainers.distill": ("DistillTrainer",),
@@ -94,8 +96,8 @@ __all__ = [
     "OpenAISynth", "PosttrainError", "PreferenceData", "Profiler", "RecipeError", "RegistryError", "Resume",
     "RewardModel", "RewardTrainer", "Run", "SFTData", "SFTTrainer", "Samples", "Secret", "Source",
     "SpeculatorModel", "SpeculatorTrainer", "SwiftKVModel", "SwiftKVTrainer", "SynthError", "TensorBoard", "Trainer",
-    "TrainingError", "TwoStage", "Ulysses", "VllmSynth", "WSD", "after", "before", "block", "default", "key", "load",
-    "preference_loss",
+    "TrainingError", "TransformersSynth", "TwoStage", "Ulysses", "VllmSynth", "WSD", "after", "before", "block",
+    "default", "key", "load", "preference_loss",
 ]  # fmt: skip
 
 

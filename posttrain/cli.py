@@ -18,7 +18,7 @@ if __name__ == "__main__" and Path(sys.path[0]).resolve() == Path(__file__).reso
 if TYPE_CHECKING:
     from posttrain.trainer import Trainer
 
-SYNTH_VERBS = ("run", "plan", "status", "errors", "cancel", "export")
+SYNTH_VERBS = ("run", "plan", "status", "errors", "cancel", "export", "view")
 EPILOG = """\
 on several devices:
   posttrain train recipe.yaml devices=8
@@ -288,11 +288,15 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
 
     generating = _recipe_command(commands, synth, "generate data with a model behind an interface, paying once",
                                  "posttrain synth run recipe.yaml --max-cost 5", first="verb")  # fmt: skip
-    generating.add_argument("--max-cost", type=float, metavar="DOLLARS", help="run: refuse to spend more on the task")
+    generating.add_argument(
+        "--max-cost", type=float, metavar="DOLLARS", help="run: refuse to spend more, all steps together"
+    )
     generating.add_argument("--max-requests", type=int, metavar="N", help="run: refuse to send more")
     generating.add_argument("--retry-failed", action="store_true", help="run: also send what was refused for good")
     generating.add_argument("--no-wait", action="store_true", help="run: submit batches and return")
-    generating.add_argument("-o", "--output", type=Path, metavar="FILE", help="export: a .jsonl or .parquet file")
+    generating.add_argument("--dropped", action="store_true", help="export: what was dropped, with the reasons")
+    generating.add_argument("-o", "--output", type=Path, metavar="FILE",
+                            help="export: a .jsonl or .parquet file; view: the page")  # fmt: skip
 
     arguments, rest = parser.parse_known_args(argv)
     if rest and not (hasattr(arguments, "overrides") and all("=" in r and not r.startswith("-") for r in rest)):

@@ -5,7 +5,7 @@ these Protocols alone, so a block needs no base class: a class with the right me
 Nothing heavy is imported: recipes are validated against these names without torch.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, runtime_checkable
 
 import attrs
@@ -147,6 +147,15 @@ class SynthBlock(Protocol):
     def plan(self, task_name: str) -> Any: ...
     def run(self, task_name: str) -> Any: ...
     def iter_responses(self, task_name: str) -> Iterator[dict[str, Any]]: ...
+
+
+class StepBlock(Protocol):
+    """One step from prompts to training data: asks about rows, and says what becomes of them (synth/step.py)."""
+
+    def chats(self, row: dict[str, Any]) -> list[Any]: ...
+    def fold(self, row: dict[str, Any], replies: list[Any]) -> Iterable[Any]: ...
+    def table(self, rows: Iterable[dict[str, Any]]) -> Iterable[Any]: ...
+    def facts(self, rows: Iterable[dict[str, Any]]) -> dict[str, Any]: ...
 
 
 @runtime_checkable

@@ -31,8 +31,12 @@ KINDS: dict[str, type | None] = {
     "logger": interfaces.LoggerBlock,
     "callback": interfaces.CallbackBlock,
     "synth": interfaces.SynthBlock,
+    "step": interfaces.StepBlock,
 }
 """Kind of block -> what it must provide."""
+
+_SHIPPED_BY_SYNTH = {"synth": ("openai", "vllm", "cortex", "transformers"), "step": ("steps",)}
+"""Kind -> modules of posttrain.synth that hold blocks of it."""
 
 _blocks: dict[tuple[str, str], type] = {}
 _names: dict[type, str] = {}
@@ -178,5 +182,5 @@ def _import_shipped(kind: str) -> None:
     recipe of a trainer must not wait for."""
     importlib.import_module("posttrain.blocks")
     importlib.import_module("posttrain.trainers")
-    for module in ("openai", "vllm", "cortex") if kind == "synth" else ():
+    for module in _SHIPPED_BY_SYNTH.get(kind, ()):
         importlib.import_module(f"posttrain.synth.{module}")

@@ -31,10 +31,11 @@ def test_the_recipe_runs_once_and_is_exported_for_the_trainers(url: str, capsys:
     assert cli.main(["synth", "plan", "recipe.yaml", base]) == 0
     assert "6 requests: 0 cached" in capsys.readouterr().out
     assert cli.main(["synth", "run", "recipe.yaml", base]) == 0
-    assert "6 of 6 done, 0 failed" in capsys.readouterr().out
-    rows = [json.loads(line) for line in Path("runs/say_hello/greetings.jsonl").read_text().splitlines()]
+    assert "6 rows in runs/synth/greetings.jsonl" in capsys.readouterr().out
+    rows = [json.loads(line) for line in Path("runs/synth/greetings.jsonl").read_text().splitlines()]
     assert [row["name"] for row in rows] == ["Clara", "Clara", "Justin", "Justin", "Terry", "Terry"]
-    assert rows[2]["messages"][2] == {"role": "assistant", "content": "Good morning, Justin!"}
+    assert rows[2]["response"] == "Good morning, Justin!"
+    assert rows[2]["prompt"][0] == {"role": "system", "content": "You are polite."}
     assert cli.main(["synth", "run", "recipe.yaml", "client.base_url=http://127.0.0.1:9/v1", base]) == 0
     assert "6 cached, 0 under way, 0 refused, 0 new" in capsys.readouterr().out
     for verb, said in (("status", "6 of 6 done"), ("errors", "no failures")):
@@ -42,16 +43,18 @@ def test_the_recipe_runs_once_and_is_exported_for_the_trainers(url: str, capsys:
         assert said in capsys.readouterr().out
     assert cli.main(["synth", "export", "recipe.yaml", base, "-o", "all.parquet"]) == 0
     assert Path("all.parquet").exists()
+    assert cli.main(["synth", "view", "recipe.yaml", base]) == 0
+    assert "Good morning, Justin!" in Path("runs/synth/say_hello/view.html").read_text()
     assert b"sk-from-the-environment" not in b"".join(p.read_bytes() for p in Path().rglob("*") if p.is_file())
 
 
 def test_everything_wrong_with_a_recipe_is_said_at_once(url: str, capsys: pytest.CaptureFixture[str]) -> None:
-    wrong = ["client.mode=sometimes", "samples=0", "output=a.txt", "sauce=1", "client.api_key=sk-plain-text"]
+    wrong = ["client.mode=sometimes", "steps.0.n=0", "output=a.txt", "sauce=1", "client.api_key=sk-plain-text"]
     assert cli.main(["synth", "run", "recipe.yaml", *wrong]) == 2
     told = capsys.readouterr().err
     for part in (
         "client.mode: expected one of batch, online",
-        "samples: must be > 0",
+        "steps.0.n: must be > 0",
         "sauce",
         "did you mean 'source'",
         "client.api_key: give the name",
@@ -61,8 +64,8 @@ def test_everything_wrong_with_a_recipe_is_said_at_once(url: str, capsys: pytest
 
 
 def test_a_column_that_is_not_there_is_said_with_the_row(url: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main(["synth", "plan", "recipe.yaml", "messages.1.content=Hello {nam}"]) == 1
-    assert "names.jsonl:1: there is no column 'nam'; did you mean 'name'?" in capsys.readouterr().err
+    assert cli.main(["synth", "plan", "recipe.yaml", "steps.0.messages.1.content=Hello {nam}"]) == 1
+    assert "0-source.jsonl:1: there is no column 'nam'; did you mean 'name'?" in capsys.readouterr().err
 
 
 def test_a_bound_on_the_command_line_is_held(url: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -10,15 +10,50 @@ if TYPE_CHECKING:
     from posttrain.synth.cortex import CortexSynth
     from posttrain.synth.errors import IncompleteTask, TaskStopped
     from posttrain.synth.openai import AzureOpenAISynth, OpenAISynth
+    from posttrain.synth.pipeline import Pipeline
     from posttrain.synth.pricing import Price
+    from posttrain.synth.report import Report
+    from posttrain.synth.step import Chat, Drop, Reply, Step
+    from posttrain.synth.steps.compare import Compare
+    from posttrain.synth.steps.decontaminate import Decontaminate
+    from posttrain.synth.steps.dedup import Dedup
+    from posttrain.synth.steps.generate import Generate
+    from posttrain.synth.steps.judge import Judge
+    from posttrain.synth.steps.pair import Pair
+    from posttrain.synth.steps.reward import Reward
+    from posttrain.synth.steps.rows import FewShot, Filter, Split
+    from posttrain.synth.steps.verify import Verify, verifier
+    from posttrain.synth.transformers import TransformersSynth
     from posttrain.synth.vllm import VllmSynth
 
-_HOME_OF = {
-    "AzureOpenAISynth": "openai", "CortexSynth": "cortex", "IncompleteTask": "errors", "OpenAISynth": "openai",
-    "Price": "pricing", "TaskStopped": "errors", "VllmSynth": "vllm",
-}  # fmt: skip
+_HOMES = {
+    "cortex": ("CortexSynth",),
+    "errors": ("IncompleteTask", "TaskStopped"),
+    "openai": ("AzureOpenAISynth", "OpenAISynth"),
+    "pipeline": ("Pipeline",),
+    "pricing": ("Price",),
+    "report": ("Report",),
+    "step": ("Chat", "Drop", "Reply", "Step"),
+    "steps.compare": ("Compare",),
+    "steps.decontaminate": ("Decontaminate",),
+    "steps.dedup": ("Dedup",),
+    "steps.generate": ("Generate",),
+    "steps.judge": ("Judge",),
+    "steps.pair": ("Pair",),
+    "steps.reward": ("Reward",),
+    "steps.rows": ("FewShot", "Filter", "Split"),
+    "steps.verify": ("Verify", "verifier"),
+    "transformers": ("TransformersSynth",),
+    "vllm": ("VllmSynth",),
+}
+"""Module -> the public names in it."""
+_HOME_OF = {name: module for module, found in _HOMES.items() for name in found}
 
-__all__ = ["AzureOpenAISynth", "CortexSynth", "IncompleteTask", "OpenAISynth", "Price", "TaskStopped", "VllmSynth"]
+__all__ = [
+    "AzureOpenAISynth", "Chat", "Compare", "CortexSynth", "Decontaminate", "Dedup", "Drop", "FewShot", "Filter",
+    "Generate", "IncompleteTask", "Judge", "OpenAISynth", "Pair", "Pipeline", "Price", "Reply", "Report", "Reward",
+    "Split", "Step", "TaskStopped", "TransformersSynth", "Verify", "VllmSynth", "verifier",
+]  # fmt: skip
 
 
 def __getattr__(name: str) -> Any:

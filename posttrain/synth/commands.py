@@ -1,4 +1,4 @@
-"""`posttrain synth run | plan | status | cancel | export | errors`."""
+"""`posttrain synth run | plan | status | errors | cancel | export | view`."""
 
 import argparse
 import sys
@@ -12,58 +12,64 @@ from posttrain.synth.session import Progress
 
 
 def run(arguments: argparse.Namespace, made: SynthRecipe) -> int:
-    """Send what is missing, show how it goes, and write the output."""
-    made.add()
-    say(str(made.synth.plan(made.task)))
+    """Take the rows through the steps, send what is missing, show how it goes, and write the output."""
+    from rich.console import Console
+
     try:
         with _live() as progress:
-            counts = made.synth.run(
-                made.task, max_cost=arguments.max_cost, max_requests=arguments.max_requests,
-                retry_failed=arguments.retry_failed, wait=not arguments.no_wait, progress=progress,
+            report = made.pipeline.run(
+                made.source, made.synth, made.task, max_cost=arguments.max_cost, max_requests=arguments.max_requests,
+                retry_failed=arguments.retry_failed, wait=not arguments.no_wait, progress=progress, say=say,
             )  # fmt: skip
     except KeyboardInterrupt as stop:
         print(f"{stop}\nto go on: posttrain synth run {arguments.recipe}", file=sys.stderr)  # noqa: T201
         return 130
-    say(_standing(counts))
-    if counts.waiting:
-        say(f"to take in what is under way: posttrain synth run {arguments.recipe}")
+    Console().print(report.table())
+    if report.unfinished:
+        say(f"{report.unfinished}; to go on: posttrain synth run {arguments.recipe}")
         return 0
-    if made.output:
-        say(f"{made.export(made.output):,} conversations in {made.output}")
-    if counts.failed:
-        raise SynthError(made.synth.failures(made.task))
+    for line in made.export(report):
+        say(line)
+    say(f"to look at it: posttrain synth view {arguments.recipe}")
+    if report.failed:
+        raise SynthError("\n".join(stage.trouble for stage in report.stages if stage.trouble))
     return 0
 
 
 def plan(arguments: argparse.Namespace, made: SynthRecipe) -> None:
-    """Say what a run would send."""
-    made.add()
-    say(str(made.synth.plan(made.task)))
+    """Say what the first step that has something to send would send."""
+    report = made.pipeline.run(made.source, made.synth, made.task, send=False, say=say)
+    if report.unfinished:
+        say(f"{report.unfinished}; what later steps send depends on the replies")
 
 
 def status(arguments: argparse.Namespace, made: SynthRecipe) -> None:
-    """Say how a task stands by the ledger, also while another process runs it."""
+    """Say how the tasks stand by the ledger, also while another process runs them."""
     ledger = _read_only(made)
-    say(_standing(ledger.counts(ledger.find(made.task))))
-    query = """SELECT coalesce(b.batch_id, b.nonce), b.state, coalesce(b.status, ''), b.lines, coalesce(b.completed, 0)
-        FROM batch b JOIN task t ON t.id = b.task WHERE t.name = ? ORDER BY b.id"""
-    for name, state, said, lines, completed in ledger.all(query, made.task):
-        say(f"  {name}  {state:<10} {said:<12} {completed:,} of {lines:,}")
+    for task in _tasks(ledger, made):
+        say(f"{task}: {_standing(ledger.counts(ledger.find(task)))}")
+        query = """SELECT coalesce(b.batch_id, b.nonce), b.state, coalesce(b.status, ''), b.lines,
+            coalesce(b.completed, 0) FROM batch b JOIN task t ON t.id = b.task WHERE t.name = ? ORDER BY b.id"""
+        for name, state, said, lines, completed in ledger.all(query, task):
+            say(f"  {name}  {state:<10} {said:<12} {completed:,} of {lines:,}")
 
 
 def errors(arguments: argparse.Namespace, made: SynthRecipe) -> None:
     """List what has no result, by reason."""
     ledger = _read_only(made)
-    found = ledger.errors(ledger.find(made.task))
-    for code, message, number, final in found:
-        say(f"{number:>8,}  {code:<28} {'refused' if final else 'given up'}  {message}")
+    found = [(task, *row) for task in _tasks(ledger, made) for row in ledger.errors(ledger.find(task))]
+    for task, code, message, number, final in found:
+        say(f"{task}  {number:>8,}  {code:<28} {'refused' if final else 'given up'}  {message}")
     if not found:
         say("no failures")
 
 
 def cancel(arguments: argparse.Namespace, made: SynthRecipe) -> None:
-    """Cancel the batches of a task."""
-    asked = made.synth.cancel(made.task)
+    """Cancel the batches of all tasks."""
+    asked = [
+        batch for client, task in made.pipeline.clients(made.synth, made.task)
+        if client.batched and task in client.ledger.tasks() for batch in client.cancel(task)
+    ]  # fmt: skip
     say(
         f"asked to end: {', '.join(asked)}; `posttrain synth run` takes in what they finished"
         if asked
@@ -72,26 +78,41 @@ def cancel(arguments: argparse.Namespace, made: SynthRecipe) -> None:
 
 
 def export(arguments: argparse.Namespace, made: SynthRecipe) -> None:
-    """Write the conversations of a task."""
-    path: Path | None = arguments.output or made.output
+    """Write the rows that came out of the last step, or those that were dropped."""
+    from posttrain.synth.report import Report
+
+    path: Path | None = arguments.output or (made.dropped if arguments.dropped else made.output)
     if path is None or path.suffix not in (".jsonl", ".parquet"):
         raise SynthError("say where to: -o FILE.jsonl or -o FILE.parquet")
-    say(f"{made.export(path):,} conversations in {path}")
+    say(f"{Report.load(made.folder).export(path, arguments.dropped):,} rows in {path}")
 
 
-COMMANDS: dict[str, tuple[Callable[[argparse.Namespace, SynthRecipe], Any], str]] = {
-    "run": (run, "send what has no result yet, and write the output; the same command goes on"),
+def view(arguments: argparse.Namespace, made: SynthRecipe | None) -> None:
+    """Write a page to look at."""
+    from posttrain.synth.report import Report
+    from posttrain.synth.view import page
+
+    folder: Path = made.folder if made else arguments.recipe
+    target = arguments.output or folder / "view.html"
+    target.write_text(page(Report.load(folder)), encoding="utf-8")
+    say(str(target))
+
+
+COMMANDS: dict[str, tuple[Callable[[argparse.Namespace, Any], Any], str]] = {
+    "run": (run, "take the rows through the steps, and write the output; the same command goes on"),
     "plan": (plan, "say what a run would send, and what it may cost"),
-    "status": (status, "say how the task stands"),
+    "status": (status, "say how its tasks stand"),
     "errors": (errors, "list what has no result, by reason"),
     "cancel": (cancel, "cancel its batches"),
-    "export": (export, "write its conversations for the trainers"),
+    "export": (export, "write the rows for the trainers, or with --dropped what was dropped and why"),
+    "view": (view, "write a page to look at: what came of the rows, scores, pairs; takes the folder of a run, too"),
 }
 
 
 def main(arguments: argparse.Namespace) -> int:
     """Run one of the commands."""
-    made = load(arguments.recipe, arguments.overrides)
+    is_folder = arguments.verb == "view" and arguments.recipe.is_dir()
+    made = None if is_folder else load(arguments.recipe, arguments.overrides)
     return int(COMMANDS[arguments.verb][0](arguments, made) or 0)
 
 
@@ -104,6 +125,10 @@ def _read_only(made: SynthRecipe) -> Any:
     from posttrain.synth.ledger import Ledger
 
     return Ledger(made.synth.work_dir, read_only=True)
+
+
+def _tasks(ledger: Any, made: SynthRecipe) -> list[str]:
+    return [task for task in ledger.tasks() if task.rpartition(".")[0] == made.task]
 
 
 def _standing(counts: Any) -> str:

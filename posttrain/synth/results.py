@@ -15,6 +15,11 @@ Response = dict[str, Any]
 
 def responses(ledger: Ledger, task: int, name: str) -> Iterator[Response]:
     """Yield one response per request, in the order they were added; failures carry `error` and no `response`."""
+    return (response for _, _, response in answers(ledger, task, name))
+
+
+def answers(ledger: Ledger, task: int, name: str) -> Iterator[tuple[str, bytes, Response]]:
+    """Yield (endpoint, body as it was sent, response) of each request, in the order they were added."""
     for row in ledger.results(task):
         pos, (reply, request_id, status, code, message, failed_id), waiting = row[0], row[5:11], row[14]
         made: Response = {"custom_id": f"{name}_{pos}", "response": None, "error": None}
@@ -26,7 +31,7 @@ def responses(ledger: Ledger, task: int, name: str) -> Iterator[Response]:
             made["error"] = {"code": code, "message": message, "status_code": status, "request_id": failed_id}
         else:
             made["error"] = {"code": "not_sent", "message": "was not sent yet: run the task"}
-        yield made
+        yield row[1], row[3], made
 
 
 def extracted(found: list[Response]) -> list[dict[str, Any]]:

@@ -1,0 +1,96 @@
+"""Compare: which of two answers is better, asked in both orders, because judges prefer a place (arXiv:2306.05685)."""
+
+from collections.abc import Iterable, Iterator
+
+from attrs.validators import min_len
+
+from posttrain.registry import block, key
+from posttrain.synth.step import Chat, Drop, PanelStep, Reply, Row, asked, filled, transcript
+from posttrain.synth.steps.judge import SYSTEM, json_in, structured
+
+ASK = """\
+[Conversation]
+{conversation}
+[End of the conversation]
+
+[Answer A]
+{a}
+[End of answer A]
+
+[Answer B]
+{b}
+[End of answer B]
+
+{rubric}
+
+First say in a few sentences why, then name the better answer. Reply with JSON only:
+{{"rationale": "...", "winner": "A" or "B" or "tie"}}"""
+CHOICES = ("A", "B", "tie")
+
+
+@block("step", "compare")
+class Compare(PanelStep):
+    """Let a model decide pairs: of `chosen` and `rejected`, the better answer becomes `chosen`; ties are dropped."""
+
+    rubric: str = key("Which answer is better: more helpful, more correct, clearer?", check=min_len(1))
+    """What makes an answer the better one. `{column}` stands for a column of the row."""
+    swap: bool = True
+    """Ask in both orders; who names another answer then has voted for a tie."""
+
+    def chats(self, row: Row) -> list[Chat]:
+        """Return one request for each judge and order."""
+        known = {"conversation": transcript(asked(row)), "rubric": filled(self.rubric, row)}
+        body = {**structured("comparison", winner={"type": "string", "enum": list(CHOICES)}), **self.body}
+        found = []
+        for model in self.panel:
+            for first, second in _orders(self.swap):
+                text = ASK.format(**known, a=row[first], b=row[second])
+                system = {"role": "system", "content": SYSTEM}
+                found.append(Chat([system, {"role": "user", "content": text}], model, body))
+        return found
+
+    def fold(self, row: Row, replies: list[Reply]) -> Iterable[Row | Drop]:
+        """Return the pair with the better answer as `chosen`, and `votes`: of each judge and order."""
+        orders = list(_orders(self.swap))
+        votes, balance, heard = [], 0, 0
+        for start in range(0, len(replies), len(orders)):
+            named = [winner(reply, order) for order, reply in zip(orders, replies[start:], strict=False)]
+            votes.append({"model": self.panel[start // len(orders)], "winners": named})
+            if None in named:
+                continue
+            heard += 1
+            if len(set(named)) == 1 and named[0] != "tie":
+                balance += 1 if named[0] == "chosen" else -1
+        made = {**row, "votes": votes}
+        if not heard:
+            return [Drop(made, next((r.trouble for r in replies if r.text is None), "the reply names no winner"))]
+        if balance == 0:
+            return [Drop(made, "a tie: the judges, or the two orders, disagree")]
+        return [made if balance > 0 else swapped(made)]
+
+    def facts(self, rows: Iterable[Row]) -> dict[str, str | float]:
+        """Return how often the judges overruled the order that the rows came in."""
+        found = [bool(row.get("overruled")) for row in rows]
+        return {"pairs turned round": sum(found) / len(found)} if found else {}
+
+
+def _orders(swap: bool) -> Iterator[tuple[str, str]]:
+    yield "chosen", "rejected"
+    if swap:
+        yield "rejected", "chosen"
+
+
+def winner(reply: Reply, order: tuple[str, str]) -> str | None:
+    """Return whom a reply names: chosen, rejected or tie; None if it names nobody."""
+    named = json_in(reply.text or "").get("winner")
+    return {"A": order[0], "B": order[1], "tie": "tie"}.get(named) if isinstance(named, str) else None
+
+
+def swapped(row: Row) -> Row:
+    """Return a pair the other way round; scores go with their answers, and the margin says that they were overruled."""
+    turned = {"chosen": "rejected", "rejected": "chosen", "score_chosen": "score_rejected",
+              "score_rejected": "score_chosen"}  # fmt: skip
+    made = {name: row[turned[name]] if turned.get(name) in row else value for name, value in row.items()}
+    if isinstance(made.get("margin"), int | float):
+        made["margin"] = -made["margin"]
+    return {**made, "overruled": True}

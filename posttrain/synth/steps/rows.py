@@ -1,0 +1,113 @@
+"""Small steps over rows: keep some, split an answer into several rows, put examples beside a row."""
+
+import hashlib
+import json
+import random
+import re
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+from attrs.validators import gt
+
+from posttrain.registry import block, key
+from posttrain.synth.step import Drop, Row, Step, as_text, column
+
+
+@block("step", "filter")
+class Filter(Step):
+    """Keep the rows whose column is as wanted."""
+
+    column: str = "score"
+    """What to look at."""
+    least: float | None = None
+    """Keep from here on."""
+    most: float | None = None
+    """Keep up to here."""
+    equals: str | int | float | bool | None = None
+    """Keep this value, such as `stop` of `finish_reason`."""
+    function: Callable[[Row], bool] | None = None
+    """From Python: keep the rows of which it is true."""
+
+    def check(self) -> Iterator[tuple[str, str]]:
+        """Yield what says nothing."""
+        if all(given is None for given in (self.least, self.most, self.equals, self.function)):
+            yield "least", "nothing is filtered: give least, most or equals"
+
+    def fold(self, row: Row, replies: list[Any]) -> Iterable[Row | Drop]:
+        """Return the row, or drop it with the reason."""
+        if self.function is not None:
+            return [row if self.function(row) else Drop(row, "refused by the function")]
+        value = column(row, self.column)
+        if self.equals is not None and value != self.equals:
+            return [Drop(row, f"{self.column} is not {self.equals}", as_text(value))]
+        if self.least is None and self.most is None:
+            return [row]
+        if value is None:
+            return [Drop(row, f"there is no {self.column}")]
+        if self.least is not None and value < self.least:
+            return [Drop(row, f"{self.column} is below {self.least:g}", as_text(value))]
+        if self.most is not None and value > self.most:
+            return [Drop(row, f"{self.column} is above {self.most:g}", as_text(value))]
+        return [row]
+
+
+@block("step", "split")
+class Split(Step):
+    """Make a row of each item of a list that a model wrote: a JSON list, or lines that are numbered or marked."""
+
+    column: str = "response"
+    """Where the list is."""
+    into: str = "prompt"
+    """Column of the item."""
+
+    def fold(self, row: Row, replies: list[Any]) -> Iterable[Row | Drop]:
+        """Return a row for each item, without what belonged to the list."""
+        found = items(as_text(column(row, self.column)))
+        kept = {k: v for k, v in row.items() if k not in (self.column, "prompt", "model", "finish_reason")}
+        return [{**kept, self.into: item} for item in found] or [Drop(row, "holds no list")]
+
+
+@block("step", "few-shot")
+class FewShot(Step):
+    """Put some other rows beside each row, as text in the column `examples`; self-instruct (arXiv:2212.10560) asks
+    for more of the kind. Which ones is a function of `seed` and the rows alone."""
+
+    column: str = "prompt"
+    """What of the rows to show."""
+    k: int = key(3, check=gt(0))
+    """How many to show."""
+    rows: int | None = None
+    """Rows to make; as many as came in unless given."""
+    seed: int = 42
+    """Another one shows other rows."""
+
+    def table(self, rows: Iterable[Row]) -> Iterable[Row | Drop]:
+        """Return rows with examples; the rows themselves do not go on."""
+        pool = list(dict.fromkeys(as_text(column(row, self.column)) for row in rows))
+        for number in range(self.rows if self.rows is not None else len(pool)):
+            digest = hashlib.sha256(f"{self.seed} {number}".encode()).digest()
+            shown = random.Random(digest).sample(pool, min(self.k, len(pool)))
+            yield {"examples": "\n".join(f"{i}. {text}" for i, text in enumerate(shown, 1)), "draw": number}
+
+
+def items(text: str) -> list[str]:
+    """Return the items of a list that a model wrote.
+
+    >>> items('1. Sing.\\n2) Dance\\n  with me.\\n'), items('["a", "b"]')
+    (['Sing.', 'Dance with me.'], ['a', 'b'])
+    """
+    found = re.search(r"\[.*\]", text, flags=re.DOTALL)
+    if found:
+        try:
+            listed = json.loads(found[0])
+            return [as_text(item).strip() for item in listed if as_text(item).strip()]
+        except ValueError:
+            pass
+    made: list[str] = []
+    for line in text.splitlines():
+        begun = re.match(r"\s*(?:\d+[.):]|[-*•])\s+(.*)", line)
+        if begun:
+            made.append(begun[1].strip())
+        elif made and line.strip():
+            made[-1] += " " + line.strip()
+    return [item for item in made if item]

@@ -1,0 +1,108 @@
+"""Verify: answers that a program can check score 1 or 0."""
+
+import json
+import re
+import statistics
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, TypeVar
+
+import attrs
+
+from posttrain.registry import block, suggest
+from posttrain.synth.step import Row, Step, answered, as_text, column
+
+F = TypeVar("F", bound=Callable[..., bool | float])
+NUMBER = re.compile(r"[-+]?\$?\d[\d,]*(?:\.\d+)?")
+_verifiers: dict[str, Callable[..., bool | float]] = {}
+
+
+def verifier(name: str) -> Callable[[F], F]:
+    """Give a function a name that recipes can use: `{type: verify, function: name}`.
+
+    It takes the answer (text), then the row, and the `options` of the step by name; it returns whether the answer is
+    right, or a number.
+
+    >>> @verifier("doctest-shout")
+    ... def shout(answer, row):
+    ...     return answer.isupper()
+    """
+
+    def register(function: F) -> F:
+        _verifiers[name] = function
+        return function
+
+    return register
+
+
+@verifier("number")
+def number(answer: str, row: Row, *, wanted: str = "answer") -> bool:
+    """The last number of the answer is the last one of the row's `answer`, as in GSM8K."""
+    right, found = last_number(as_text(column(row, wanted))), last_number(answer)
+    return right is not None and right == found
+
+
+@verifier("exact")
+def exact(answer: str, row: Row, *, wanted: str = "answer") -> bool:
+    """The answer is the row's `answer`, whatever the case and the white space."""
+    return answer.lower().split() == as_text(column(row, wanted)).lower().split()
+
+
+@verifier("json_schema")
+def json_schema(answer: str, row: Row, *, schema: dict[str, Any] | None = None, wanted: str | None = None) -> bool:
+    """The answer is JSON, and fits `schema`, or the schema in a column; a code block around it is fine."""
+    from jsonschema import ValidationError, validate
+
+    fenced = re.search(r"```(?:json)?\s*(.*?)```", answer, flags=re.DOTALL)
+    form = column(row, wanted) if wanted else schema or {}
+    try:
+        validate(json.loads(fenced[1] if fenced else answer), json.loads(form) if isinstance(form, str) else form)
+    except (ValueError, RecursionError, ValidationError):
+        return False
+    return True
+
+
+@block("step", "verify")
+class Verify(Step):
+    """Check answers by a function. The row gets `score`: 1 if the answer is right, 0 if not."""
+
+    function: str | Callable[..., bool | float]
+    """`number` (the last number is that of the column `answer`, as in GSM8K), `exact`, `json_schema`, one of your own
+    by `@verifier("name")`, or from Python a function of the answer and the row."""
+    wanted: str | None = None
+    """Column that holds the right answer (`answer` unless given), or the schema."""
+    options: dict[str, Any] = attrs.field(factory=dict)
+    """Further arguments of the function, such as `schema`."""
+    into: str = "score"
+    """Column of the score."""
+
+    def check(self) -> Iterator[tuple[str, str]]:
+        """Yield what cannot be."""
+        if isinstance(self.function, str) and self.function not in _verifiers:
+            known = ", ".join(_verifiers)
+            yield "function", f"there is no verifier {self.function!r}{suggest(self.function, _verifiers)} ({known})"
+        if self.function == "json_schema":
+            import importlib.util
+
+            if importlib.util.find_spec("jsonschema") is None:
+                yield "function", "json_schema needs the package jsonschema: pip install 'posttrain[schema]'"
+
+    def fold(self, row: Row, replies: list[Any]) -> Iterable[Row]:
+        """Return the row with its score."""
+        function = _verifiers[self.function] if isinstance(self.function, str) else self.function
+        more = {"wanted": self.wanted} if self.wanted else {}
+        return [{**row, self.into: float(function(answered(row)[1], row, **more, **self.options))}]
+
+    def facts(self, rows: Iterable[Row]) -> dict[str, str | float]:
+        """Return the share of right answers."""
+        scores = [float(row[self.into]) for row in rows]
+        return {"mean score": statistics.fmean(scores)} if scores else {}
+
+
+def last_number(text: str) -> float | None:
+    """Return the last number of a text.
+
+    >>> last_number("so 3 * 4 = 12, that is $1,200.50."), last_number("none")
+    (1200.5, None)
+    """
+    found = NUMBER.findall(text)
+    return float(found[-1].replace(",", "").replace("$", "")) if found else None
