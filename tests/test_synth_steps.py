@@ -128,7 +128,7 @@ def test_no_row_gets_the_reply_of_another_whatever_fails(
     chance = random.Random(7)
     server.answer = saying(lambda body: f"echo of <{last(body)}>")
     kinds = [error(500), error(503), raw(b"{"), reset, short, error(400, "bad"), error(429, retry_after_ms="1")]
-    server.faults["POST /chat/completions"] = [chance.choice([*kinds, lambda h: False]) for _ in range(400)]
+    server.faults["POST /chat/completions"] = [chance.choice([*kinds, lambda h: False]) for _ in range(160)]
     rows = [{"question": f"question {i} {i % 7}"} for i in range(100)]
     steps = Generate(template="{question}", n=2, model="m") | Generate(template="again {response}", model="m")
     report = steps.run(rows, client(server, tmp_path, attempts=3, concurrency=32), "t")
