@@ -91,7 +91,7 @@ def _clear(run: "Run") -> None:
     folder = run.output_dir
     if not (folder / "recipe.yaml").exists():
         return
-    for found in (*folder.glob("step-*"), folder / "tensorboard", folder / "huggingface"):
+    for found in (*folder.glob("step-*"), folder / "tensorboard", folder / "huggingface", folder / "refresh"):
         shutil.rmtree(found, ignore_errors=True)
     for name in ("metrics.jsonl", "recipe.yaml"):
         (folder / name).unlink(missing_ok=True)

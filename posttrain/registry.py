@@ -35,7 +35,11 @@ KINDS: dict[str, type | None] = {
 }
 """Kind of block -> what it must provide."""
 
-_SHIPPED_BY_SYNTH = {"synth": ("openai", "vllm", "cortex", "transformers"), "step": ("steps",)}
+_SHIPPED_BY_SYNTH = {
+    "synth": ("openai", "vllm", "cortex", "transformers"),
+    "step": ("steps",),
+    "callback": ("refresh",),
+}
 """Kind -> modules of posttrain.synth that hold blocks of it."""
 
 _blocks: dict[tuple[str, str], type] = {}

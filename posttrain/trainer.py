@@ -27,6 +27,7 @@ from posttrain.interfaces import (
     CheckpointBlock,
     DataBlock,
     Loader,
+    Loaders,
     LoggerBlock,
     ModelBlock,
     OptimizerBlock,
@@ -240,11 +241,8 @@ class Trainer:
             precision=self.precision, strategy=self.strategy.build(),
         )  # fmt: skip
         tokenizer = self.tokenizer.build(self.model)
-        size = self.sequence.size if self.sequence else 1
-        rank, ranks = fabric.global_rank // size, max(1, fabric.world_size // size)
-        loaders = self.data.build(tokenizer, self.micro_batch_size, rank, ranks, self.seed)
-        if self.sequence:
-            loaders = self.sequence.loaders(loaders, fabric)
+        loaders = self.load_data(fabric, tokenizer, self.data)
+        ranks = max(1, fabric.world_size // (self.sequence.size if self.sequence else 1))
         rows_per_step = self.micro_batch_size * self.gradient_accumulation_steps * ranks
         max_steps = self.horizon(loaders.train, rows_per_step)
         reseed(self.seed, -1, 0)  # the same initial weights on every rank
@@ -259,6 +257,13 @@ class Trainer:
             tokenizer=tokenizer, loaders=loaders, optimizer=optimizer, scheduler=scheduler, max_steps=max_steps,
             rows_per_step=rows_per_step, recipe=as_data(self), position=loaders.train.start(),
         )  # fmt: skip
+
+    def load_data(self, fabric: "Fabric", tokenizer: Any, data: DataBlock) -> Loaders:
+        """Return the loaders of a data block for this rank; ranks that share rows are one reader."""
+        size = self.sequence.size if self.sequence else 1
+        rank, ranks = fabric.global_rank // size, max(1, fabric.world_size // size)
+        loaders = data.build(tokenizer, self.micro_batch_size, rank, ranks, self.seed)
+        return self.sequence.loaders(loaders, fabric) if self.sequence else loaders
 
     def build_frozen(self, fabric: "Fabric", model: "nn.Module") -> "dict[str, nn.Module]":
         """Build every model block but `model`: references and teachers, not trained and not wrapped.
@@ -286,14 +291,19 @@ class Trainer:
         return math.ceil(rows / rows_per_step)
 
     def groups(self) -> Iterator[tuple[list[Batch], Position]]:
-        """Yield the micro-batches of each step, on the device, and the position after them."""
-        run = self.run
-        batches = run.loaders.train.batches(run.position)
-        while found := list(itertools.islice(batches, self.gradient_accumulation_steps)):
-            group, position = [run.to_device(batch) for batch, _ in found], found[-1][1]
-            yield group, position
-            while self.overfit_first_batch:
+        """Yield the micro-batches of each step, on the device, and the position after them; a callback may replace
+        the run's loader between two steps."""
+        run, loader = self.run, None
+        while loader is not run.loaders.train:
+            loader = run.loaders.train
+            batches = loader.batches(run.position)
+            while loader is run.loaders.train and (
+                found := list(itertools.islice(batches, self.gradient_accumulation_steps))
+            ):
+                group, position = [run.to_device(batch) for batch, _ in found], found[-1][1]
                 yield group, position
+                while self.overfit_first_batch:
+                    yield group, position
         raise TrainingError("there is no training data: every source is empty")
 
     def count(self, batches: list[Batch], position: Position, loss: "Tensor", lr: float) -> None:

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from posttrain.synth.openai import AzureOpenAISynth, OpenAISynth
     from posttrain.synth.pipeline import Pipeline
     from posttrain.synth.pricing import Price
+    from posttrain.synth.refresh import Refresh
     from posttrain.synth.report import Report
     from posttrain.synth.step import Chat, Drop, Reply, Step
     from posttrain.synth.steps.compare import Compare
@@ -32,6 +33,7 @@ _HOMES = {
     "openai": ("AzureOpenAISynth", "OpenAISynth"),
     "pipeline": ("Pipeline",),
     "pricing": ("Price",),
+    "refresh": ("Refresh",),
     "report": ("Report",),
     "step": ("Chat", "Drop", "Reply", "Step"),
     "steps.compare": ("Compare",),
@@ -51,8 +53,8 @@ _HOME_OF = {name: module for module, found in _HOMES.items() for name in found}
 
 __all__ = [
     "AzureOpenAISynth", "Chat", "Compare", "CortexSynth", "Decontaminate", "Dedup", "Drop", "FewShot", "Filter",
-    "Generate", "IncompleteTask", "Judge", "OpenAISynth", "Pair", "Pipeline", "Price", "Reply", "Report", "Reward",
-    "Split", "Step", "TaskStopped", "TransformersSynth", "Verify", "VllmSynth", "verifier",
+    "Generate", "IncompleteTask", "Judge", "OpenAISynth", "Pair", "Pipeline", "Price", "Refresh", "Reply", "Report",
+    "Reward", "Split", "Step", "TaskStopped", "TransformersSynth", "Verify", "VllmSynth", "verifier",
 ]  # fmt: skip
 
 

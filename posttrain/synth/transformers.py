@@ -112,7 +112,9 @@ class TransformersSynth(Synth):
         try:
             with torch.no_grad(), torch.random.fork_rng(devices=devices):
                 torch.manual_seed(seed)
-                ids = model.generate(**asked, max_new_tokens=limit, pad_token_id=_pad(tokenizer), **sampling(bodies[0]))
+                ids = model.generate(
+                    **asked, max_new_tokens=limit, use_cache=True, pad_token_id=_pad(tokenizer), **sampling(bodies[0])
+                )
         finally:
             model.train(was_training)
         width = asked["input_ids"].shape[1]
