@@ -5,6 +5,7 @@ import runpy
 import shlex
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -67,6 +68,19 @@ def test_dpo_goes_on_from_the_first_run_and_the_loss_of_ones_own_trains(write: C
     own = dpo.replace("loss_type: {sigmoid: 1, sft: 0.2}", "code: linear.py\nloss_type: linear")
     run = posttrain.load(write("own.yaml", own), ["output_dir=runs/own"]).train()
     assert run.last["loss"] == pytest.approx(-run.last["rewards/margin"], abs=1e-6)
+
+
+def test_the_pipeline_makes_pairs(write: Callable[[str, str], Path], server: Any) -> None:
+    from test_synth_steps import by_length, saying
+
+    from posttrain.synth import OpenAISynth
+
+    server.answer = saying(by_length)
+    client = OpenAISynth(base_url=server.url, api_key="sk-of-a-test", mode="online", work_dir=Path("runs"))
+    code_of = code("python", "pipeline = (").replace("margin=0.5", "margin=0")
+    exec(code_of, {"client": client})
+    (row,) = [json.loads(line) for line in Path("pairs.jsonl").read_text().splitlines()]
+    assert row["score_chosen"] > row["score_rejected"]
 
 
 def test_the_callback_runs(write: Callable[[str, str], Path]) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import runpy
+import shutil
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,6 +10,9 @@ from pathlib import Path
 import pytest
 
 from posttrain import cli
+from posttrain.blocks.pairs import pair
+from posttrain.blocks.schemas import conversation
+from posttrain.synth.steps.verify import last_number
 
 EXAMPLE = Path(__file__).parent.parent / "examples" / "synth"
 
@@ -17,8 +21,8 @@ EXAMPLE = Path(__file__).parent.parent / "examples" / "synth"
 def url(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     server = runpy.run_path(str(EXAMPLE / "server.py"))["serve"](0)
     threading.Thread(target=lambda: server.serve_forever(0.02), daemon=True).start()
-    for name in ("recipe.yaml", "names.jsonl"):
-        (tmp_path / name).write_text((EXAMPLE / name).read_text())
+    shutil.copytree(EXAMPLE, tmp_path / "examples" / "synth")
+    shutil.copy(EXAMPLE / "recipe.yaml", tmp_path)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("OPENAI_API_KEY", "sk-from-the-environment")
     yield f"http://127.0.0.1:{server.server_address[1]}/v1"
@@ -34,7 +38,7 @@ def test_the_recipe_runs_once_and_is_exported_for_the_trainers(url: str, capsys:
     assert "6 rows in runs/synth/greetings.jsonl" in capsys.readouterr().out
     rows = [json.loads(line) for line in Path("runs/synth/greetings.jsonl").read_text().splitlines()]
     assert [row["name"] for row in rows] == ["Clara", "Clara", "Justin", "Justin", "Terry", "Terry"]
-    assert rows[2]["response"] == "Good morning, Justin!"
+    assert rows[2]["response"].endswith(", Justin!")
     assert rows[2]["prompt"][0] == {"role": "system", "content": "You are polite."}
     assert cli.main(["synth", "run", "recipe.yaml", "client.base_url=http://127.0.0.1:9/v1", base]) == 0
     assert "6 cached, 0 under way, 0 refused, 0 new" in capsys.readouterr().out
@@ -44,8 +48,36 @@ def test_the_recipe_runs_once_and_is_exported_for_the_trainers(url: str, capsys:
     assert cli.main(["synth", "export", "recipe.yaml", base, "-o", "all.parquet"]) == 0
     assert Path("all.parquet").exists()
     assert cli.main(["synth", "view", "recipe.yaml", base]) == 0
-    assert "Good morning, Justin!" in Path("runs/synth/say_hello/view.html").read_text()
+    assert rows[2]["response"] in Path("runs/synth/say_hello/view.html").read_text()
     assert b"sk-from-the-environment" not in b"".join(p.read_bytes() for p in Path().rglob("*") if p.is_file())
+
+
+@pytest.mark.parametrize("name", ["ultrafeedback", "self_instruct", "clean", "rejection"])
+def test_a_preset_runs_as_written_and_can_be_trained_on(
+    url: str, name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["synth", "run", f"examples/synth/{name}.yaml", f"client.base_url={url}"]
+    assert cli.main(command) == 0
+    rows = [json.loads(line) for line in Path(f"runs/synth/{name}.jsonl").read_text().splitlines()]
+    assert rows
+    for row in rows:  # as the data blocks read it
+        if name == "ultrafeedback":
+            assert len(pair(row).conversations) == 2
+            assert row["margin"] >= 0.25
+        else:
+            assert conversation(row)["messages"][-1]["role"] == "assistant"
+    capsys.readouterr()
+    assert cli.main(command) == 0
+    assert "requests: 0 cached" not in capsys.readouterr().out
+    assert [json.loads(line) for line in Path(f"runs/synth/{name}.jsonl").read_text().splitlines()] == rows
+    if name == "rejection":
+        assert all(last_number(row["response"]) == last_number(row["answer"]) for row in rows)
+        assert len({(row["question"], row["response"]) for row in rows}) == len(rows)
+    if name == "clean":
+        assert all(row["score"] >= 4 for row in rows)
+        dropped = Path("runs/synth/clean.dropped.jsonl").read_text().splitlines()
+        reasons = {json.loads(line)["dropped"]["reason"] for line in dropped}
+        assert "a duplicate of an earlier row" in reasons
 
 
 def test_everything_wrong_with_a_recipe_is_said_at_once(url: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -81,7 +113,7 @@ def test_the_example_runs_as_written(
         namespace = runpy.run_path(str(EXAMPLE / "hello.py"))
         out = capsys.readouterr().out
         assert said in out
-        assert "say_hello_1 Good morning, Justin!" in out
+        assert ", Justin!" in out
     assert namespace["client"].status("say_hello").done == 3
 
 

@@ -165,9 +165,9 @@ class Report:
             if file.exists():
                 yield from (row for row, _ in rows_in(file))
 
-    def export(self, path: Path, dropped: bool = False) -> int:
+    def export(self, path: str | Path, dropped: bool = False) -> int:
         """Write the rows, or what was dropped, as .jsonl or .parquet; return how many."""
-        rows = self.dropped() if dropped else self.rows()
+        rows, path = self.dropped() if dropped else self.rows(), Path(path)
         return (results.to_parquet if path.suffix == ".parquet" else results.to_jsonl)(rows, path)
 
     @property

@@ -38,7 +38,8 @@ h1 { font-size:28px; margin:0 0 4px; letter-spacing:-.01em } h2 { font-size:19px
 p.note { color:var(--soft); margin:0 0 16px } table { border-collapse:collapse; width:100% }
 th, td { text-align:right; padding:6px 10px; border-bottom:1px solid var(--line); font-variant-numeric:tabular-nums }
 th { color:var(--soft); font-weight:500 } th:first-child, td:first-child { text-align:left; padding-left:0 }
-svg { display:block; max-width:100%; height:auto } svg text { fill:var(--ink); font:13px system-ui,sans-serif }
+svg { display:block; max-width:100%; height:auto; margin:0 0 18px }
+svg text { fill:var(--ink); font:13px system-ui,sans-serif }
 svg .soft { fill:var(--soft) } svg .kept { fill:var(--bar) } svg .lost { fill:var(--bad); opacity:.55 }
 .card { background:var(--card); border:1px solid var(--line); border-radius:10px; padding:16px 18px; margin:0 0 14px }
 .two { display:grid; grid-template-columns:1fr 1fr; gap:18px }
@@ -100,7 +101,7 @@ def histogram(values: list[float], label: str) -> str:
     bins = [0] * count
     for value in values:
         bins[min(count - 1, int((value - low) / width))] += 1
-    unit, step = 110 / max(bins), (WIDTH - 20) / count
+    unit, step = 110 / max(bins), min(60.0, (WIDTH - 20) / count)
     bars = "".join(
         f'<rect class="kept" x="{i * step + 1:.1f}" y="{120 - n * unit:.1f}" width="{step - 2:.1f}" '
         f'height="{n * unit:.1f}" rx="2"><title>from {low + i * width:.3g} on: {n:,}</title></rect>'
@@ -109,7 +110,7 @@ def histogram(values: list[float], label: str) -> str:
     return (
         f'<svg role="img" aria-label="{escape(label)}" width="{WIDTH}" viewBox="0 0 {WIDTH} 145">{bars}'
         f'<text class="soft" x="0" y="140">{low:.3g}</text>'
-        f'<text class="soft" x="{WIDTH - 20}" y="140" text-anchor="end">{high:.3g}</text></svg>'
+        f'<text class="soft" x="{count * step:.0f}" y="140" text-anchor="end">{high:.3g}</text></svg>'
     )
 
 
