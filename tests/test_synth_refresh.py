@@ -86,7 +86,7 @@ def test_what_cannot_be_refreshed_is_said(tmp_path: Path, tiny_model: Path) -> N
         on_policy(tmp_path / "run", tiny_model, precompute_reference=True).train()
     prompts = Source(name_or_path=str(tmp_path / "data" / "prompts.jsonl"))
     nothing = Refresh(source=prompts, steps=[STEPS[0], Filter(column="finish_reason", equals="never")])
-    with pytest.raises(TrainingError, match="nothing came of the prompts after pass 1: 12 finish_reason is not never"):
+    with pytest.raises(TrainingError, match="nothing came of the prompts after pass 1: .*finish_reason is not never"):
         on_policy(tmp_path / "other", tiny_model, callbacks=[nothing]).train()
 
 
