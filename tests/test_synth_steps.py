@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from synth_server import chat, error, raw, reset, short
+from synth_server import chat, complete, error, expire, raw, reset, short
 
 from posttrain.blocks.sources import Source
 from posttrain.errors import DataError, SynthError
@@ -94,6 +94,8 @@ def test_running_again_sends_nothing_and_gives_the_same_bytes(server: Any, tmp_p
     bytes_of = {file.name: file.read_bytes() for file in (tmp_path / "t").iterdir()}
     sent = server.paid_lines
     assert sent == 12 * 3 * 2
+    made = client(server, tmp_path)
+    assert list(pipeline().run(rows, made, "t").rows()) == list(pipeline().run(rows, made, "t").rows())  # one client
     again = pipeline().run(rows, client(server, tmp_path), "t")
     assert server.paid_lines == sent
     assert {file.name: file.read_bytes() for file in (tmp_path / "t").iterdir()} == bytes_of
@@ -142,6 +144,31 @@ def test_no_row_gets_the_reply_of_another_whatever_fails(
     server.faults.clear()
     report = steps.run(rows, client(server, tmp_path), "t", retry_failed=True)
     assert [row["question"] for row in report.rows()] == [row["question"] for row in rows for _ in range(2)]
+
+
+def test_batches_in_another_order_and_cut_short_change_nothing(server: Any, tmp_path: Path) -> None:
+    polled: set[str] = set()
+
+    def finish(server: Any, batch: dict[str, Any], lines: list[Any]) -> None:
+        """Nothing is done at the first look. Of the first batch, 7 lines get done."""
+        if batch["id"] in polled:
+            (expire("expired", 7) if batch["id"] == "batch-0" else complete)(server, batch, lines)
+            server.finish = finish
+        polled.add(batch["id"])
+
+    server.finish = finish
+    made = OpenAISynth(base_url=server.url, api_key="sk-test-key", work_dir=tmp_path, poll_every=0, reconcile_after=0)
+    steps = Generate(template="{question}", model="m") | Generate(template="again {response}", model="m")
+    rows, unfinished = [{"question": f"q{i}"} for i in range(20)], []
+    for _ in range(20):
+        report = steps.run(rows, made, "t", wait=False)
+        if not report.unfinished:
+            break
+        unfinished.append(report.unfinished)
+    assert unfinished[0] == "step 1 (generate): 20 requests have no result yet, 20 of them are in batches"
+    assert any(said.startswith("step 2") for said in unfinished)
+    assert [row["response"] for row in report.rows()] == [f"re: again re: q{i}" for i in range(20)]
+    assert server.paid_lines == 40
 
 
 def test_a_step_whose_requests_change_is_refused(server: Any, tmp_path: Path) -> None:

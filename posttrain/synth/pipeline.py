@@ -74,16 +74,14 @@ class Pipeline:
                     report.unfinished = f"step {number} ({stage.name}) has {plan.new:,} requests to send first"
                     break
                 if send:
-                    work.client.run(
-                        work.task, max_cost=None if max_cost is None else max_cost - spent,
-                        max_requests=None if max_requests is None else max_requests - sent, wait=wait,
-                        retry_failed=retry_failed, progress=progress,
-                    )  # fmt: skip
+                    bounds = {"max_cost": _left(max_cost, spent), "max_requests": _left(max_requests, sent)}
+                    work.client.run(work.task, **bounds, wait=wait, retry_failed=retry_failed, progress=progress)
                 counts = work.client.status(work.task)
                 stage.count(counts, work.client.failures(work.task) if counts.failed else "")
                 spent, sent = spent + (counts.cost or 0.0), sent + plan.new
-                if counts.waiting:
-                    report.unfinished = f"step {number} ({stage.name}): {counts.waiting:,} requests are in batches"
+                if missing := counts.total - counts.done - counts.failed:
+                    waiting = f"{missing:,} requests have no result yet, {counts.waiting:,} of them are in batches"
+                    report.unfinished = f"step {number} ({stage.name}): {waiting}"
                     break
             incoming = report.write(stage, work.made())
             stage.facts = step.facts(row for row, _ in rows_in(incoming))
@@ -111,6 +109,7 @@ class Work:
     def ask(self) -> int:
         """Add what the step asks to its task, and return how many requests that is."""
         count = 0
+        self.client.begin_batch_task(self.task)
         for row, place in rows_in(self.incoming):
             with _about(place):
                 for chat in self.step.chats(row):
@@ -180,6 +179,10 @@ def client_of(step: Step, home: Synth) -> Synth:
     if not isinstance(own, Synth):
         raise SynthError(f"client: {type(own).__name__} is no client of posttrain.synth")
     return attrs.evolve(own, work_dir=home.work_dir)
+
+
+def _left(bound: Any, used: Any) -> Any:
+    return None if bound is None else bound - used
 
 
 def _rows_of(rows: Source | Iterable[Row]) -> Iterator[Row]:

@@ -20,7 +20,7 @@ from cases import SHAPE, spread
 from conftest import byte_tokenizer
 from test_vllm import SETTINGS
 
-from posttrain.synth import VllmSynth
+from posttrain.synth import Generate, Judge, Pair, Pipeline, Reward, VllmSynth
 
 CHATML = (
     "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>' + '\n' }}{% endfor %}"
@@ -32,7 +32,9 @@ def save(folder: Path, rewards: bool) -> Path:
     """Save a model with random weights and a tokenizer with a template."""
     from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification
 
-    config = LlamaConfig(**{**SHAPE, "pad_token_id": 0, "num_hidden_layers": 2, "vocab_size": 261})
+    config = LlamaConfig(
+        **{**SHAPE, "pad_token_id": 0, "num_hidden_layers": 2, "vocab_size": 261, "max_position_embeddings": 1024}
+    )
     if rewards:
         torch.manual_seed(0)
         config.num_labels = 1
@@ -50,7 +52,7 @@ def serve(model: Path) -> Iterator[str]:
         port = free.getsockname()[1]
     command = [
         sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model), "--served-model-name", "tiny",
-        "--dtype", "float32", "--enforce-eager", "--max-model-len", "256", "--max-num-seqs", "8",
+        "--dtype", "float32", "--enforce-eager", "--max-model-len", "1024", "--max-num-seqs", "8",
         "--kv-cache-memory-bytes", str(1 << 26), "--host", "127.0.0.1", "--port", str(port),
     ]  # fmt: skip
     with open(model / "log", "w") as log:
@@ -80,8 +82,8 @@ SCORED = [[5, 6, 7], [9, 8, 7, 6], [100, 101]]
 
 
 @pytest.fixture(scope="module")
-def rewards(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, list[float]]]:
-    """A server, and what transformers makes of SCORED."""
+def rewards(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, list[float], Path]]:
+    """A server, what transformers makes of SCORED, and the model."""
     from transformers import AutoModelForSequenceClassification
 
     model = save(tmp_path_factory.mktemp("rewards"), rewards=True)
@@ -89,7 +91,7 @@ def rewards(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, lis
     with torch.no_grad():
         scores = [network(torch.tensor([ids])).logits[0, 0].item() for ids in SCORED]
     for url in serve(model):
-        yield url, scores
+        yield url, scores, model
 
 
 def said(name: str) -> list[dict[str, str]]:
@@ -136,20 +138,51 @@ def test_structured_output_is_what_was_asked_for(chats: str, tmp_path: Path) -> 
 def test_what_the_server_refuses_is_a_failure_that_says_why(chats: str, tmp_path: Path) -> None:
     client = VllmSynth(base_url=[chats], work_dir=tmp_path)
     client.add_chat_to_batch_task("t", model="tiny", messages=said("a"), max_tokens=4)
-    client.add_chat_to_batch_task("t", model="tiny", messages=said("x" * 2000), max_tokens=4)
+    client.add_chat_to_batch_task("t", model="tiny", messages=said("x" * 4000), max_tokens=4)
     good, bad = client.execute_batch_task("t", on_error="return")
     assert good["error"] is None
     assert bad["response"] is None
-    assert "256" in bad["error"]["message"]
+    assert "1024" in bad["error"]["message"]
 
 
-def test_rewards_are_raw_scores(rewards: tuple[str, list[float]], tmp_path: Path) -> None:
-    url, scores = rewards
+def test_rewards_are_raw_scores(rewards: tuple[str, list[float], Path], tmp_path: Path) -> None:
+    url, scores, _ = rewards
     client = VllmSynth(base_url=[url], work_dir=tmp_path)
     for prompt in SCORED:
         client.add_request_to_batch_task("t", "/classify", {"model": "tiny", "input": prompt, "use_activation": False})
     found = [row["response"]["body"]["data"][0]["probs"][0] for row in client.execute_batch_task("t")]
     assert found == pytest.approx(scores, abs=1e-4)
+
+
+def test_a_step_that_rewards_reads_what_transformers_computes(
+    rewards: tuple[str, list[float], Path], tmp_path: Path
+) -> None:
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+    rows = [{"prompt": f"What is {i}?", "response": "x" * i} for i in range(1, 5)]
+    client = VllmSynth(base_url=[rewards[0]], work_dir=tmp_path)
+    found = [row["score"] for row in Pipeline([Reward(model="tiny")]).run(rows, client).rows()]
+    network, tokenizer = (
+        AutoModelForSequenceClassification.from_pretrained(rewards[2]).eval(),
+        AutoTokenizer.from_pretrained(rewards[2]),
+    )
+    for row, score in zip(rows, found, strict=True):
+        chat = [{"role": "user", "content": row["prompt"]}, {"role": "assistant", "content": row["response"]}]
+        ids = tokenizer.apply_chat_template(chat, return_tensors="pt", return_dict=True)["input_ids"]
+        assert score == pytest.approx(network(ids).logits[0, 0].item(), abs=1e-4)
+
+
+def test_judges_get_their_form_and_the_probabilities_of_scores(chats: str, tmp_path: Path) -> None:
+    """The model is random: in place of the schema, under which it writes white space for ever, stands a pattern."""
+    form = {"regex": r'\{"rationale": "[a-z]{2}", "score": [1-3]\}'}
+    body = {"response_format": {"type": "text"}, "structured_outputs": form, "max_tokens": 60, "temperature": 0}
+    judge = Judge(rubric="Is it short?", model="tiny", scale=(1, 3), expected=True, body=body)
+    steps = Generate(model="tiny", n=3, body={"max_tokens": 4, "temperature": 1.0, "ignore_eos": True}) | judge | Pair()
+    report = steps.run([{"prompt": f"Say {i}."} for i in range(4)], VllmSynth(base_url=[chats], work_dir=tmp_path))
+    assert report.stages[2].rows_out == report.stages[1].rows_out > 0
+    scores = [json.loads(line)["score"] for line in (tmp_path / "pipeline" / "2-judge.jsonl").read_text().splitlines()]
+    assert all(1 <= score <= 3 for score in scores)
+    assert any(score != round(score) for score in scores)
 
 
 def test_the_engine_in_process_answers_like_the_server(chats: str, tmp_path: Path) -> None:
@@ -158,7 +191,7 @@ def test_the_engine_in_process_answers_like_the_server(chats: str, tmp_path: Pat
     model = save(tmp_path / "model", rewards=False)
     script = f"""
 import json, os, sys
-from posttrain.synth import VllmSynth
+from posttrain.synth import Generate, Judge, Pair, Pipeline, Reward, VllmSynth
 client = VllmSynth(
     model_params={{"model": {str(model)!r}, "dtype": "float32", "enforce_eager": True, "max_model_len": 256,
                   "max_num_seqs": 8, "kv_cache_memory_bytes": 1 << 26}},
