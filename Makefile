@@ -54,3 +54,4 @@ bench: setup
 	$(BIN)/python benchmarks/dpo_step.py
 	$(BIN)/python benchmarks/data_prep.py
 	$(BIN)/python benchmarks/synth.py
+	$(BIN)/python benchmarks/dedup.py
