@@ -216,6 +216,17 @@ def test_without_sending_it_says_what_the_first_open_step_would_send(server: Any
     assert server.calls == {}
 
 
+def test_requests_that_could_not_be_sent_are_said_before_any_is(server: Any, tmp_path: Path, tiny_model: Path) -> None:
+    local = TransformersSynth(name_or_path=str(tiny_model))
+    steps = Generate(template="{question}") | Judge(rubric="good", client=local)
+    with pytest.raises(SynthError) as told:
+        steps.run([{"question": "q"}], client(server, tmp_path), "t")
+    assert "step 1: OpenAISynth needs model=..." in str(told.value)
+    assert "step 2: a model in this process takes" in str(told.value)
+    assert "not response_format" in str(told.value)
+    assert server.calls == {}
+
+
 def test_a_row_that_lacks_a_column_is_named(server: Any, tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"0-source.jsonl:2: there is no column 'question'"):
         pipeline().run([{"question": "a"}, {"questions": "b"}], client(server, tmp_path), "t")

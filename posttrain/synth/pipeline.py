@@ -61,6 +61,8 @@ class Pipeline:
             DataError: a row lacks what a step needs.
             SynthError: see `Synth.run`.
         """
+        if found := [f"step {number}: {message}" for number, message in self.problems(client)]:
+            raise SynthError("\n".join(found))
         report = Report(client.work_dir / task, task)
         incoming = report.begin(_rows_of(rows))
         spent, sent = 0.0, 0
@@ -87,6 +89,16 @@ class Pipeline:
             stage.facts = step.facts(row for row, _ in rows_in(incoming))
         report.close()
         return report
+
+    def problems(self, client: Synth) -> Iterator[tuple[int, str]]:
+        """Yield (number of the step, what is wrong): requests that no client could send, before any is paid for."""
+        for number, step in enumerate(self.steps, 1):
+            if isinstance(step, Asking):
+                try:
+                    for model in step.panel:
+                        client_of(step, client).body(model, [], step.sent)
+                except SynthError as error:
+                    yield number, str(error)
 
     def clients(self, client: Synth, task: str) -> Iterator[tuple[Synth, str]]:
         """Yield (client, task) of every step that sends."""

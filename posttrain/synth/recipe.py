@@ -48,6 +48,10 @@ class SynthRecipe:
         for number, step in enumerate(self.steps):
             if not isinstance(step, Step):
                 yield "steps", f"entry {number}: {type(step).__name__} is no subclass of posttrain.synth.Step"
+        if isinstance(self.client, Synth):
+            yield from (
+                ("steps", f"step {number}: {message}") for number, message in self.pipeline.problems(self.client)
+            )
 
     @property
     def synth(self) -> Synth:

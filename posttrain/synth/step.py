@@ -122,6 +122,16 @@ class Asking(Step):
     client: SynthBlock | None = None
     """Where its requests go, if not where the pipeline's go."""
 
+    @property
+    def panel(self) -> list[str | None]:
+        """Whom to ask."""
+        return [self.model]
+
+    @property
+    def sent(self) -> dict[str, Any]:
+        """What every request holds besides model and messages."""
+        return self.body
+
 
 @attrs.frozen(kw_only=True, slots=False)
 class PanelStep(Asking):

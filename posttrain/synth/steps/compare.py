@@ -1,6 +1,7 @@
 """Compare: which of two answers is better, asked in both orders, because judges prefer a place (arXiv:2306.05685)."""
 
 from collections.abc import Iterable, Iterator
+from typing import Any
 
 from attrs.validators import min_len
 
@@ -30,23 +31,27 @@ CHOICES = ("A", "B", "tie")
 
 @block("step", "compare")
 class Compare(PanelStep):
-    """Let a model decide pairs: of `chosen` and `rejected`, the better answer becomes `chosen`; ties are dropped."""
+    """Let models decide pairs: the better one of `chosen` and `rejected` becomes `chosen`; ties are dropped."""
 
     rubric: str = key("Which answer is better: more helpful, more correct, clearer?", check=min_len(1))
     """What makes an answer the better one. `{column}` stands for a column of the row."""
     swap: bool = True
     """Ask in both orders; who names another answer then has voted for a tie."""
 
+    @property
+    def sent(self) -> dict[str, Any]:
+        """Ask for a rationale and a winner as JSON."""
+        return {**structured("comparison", winner={"type": "string", "enum": list(CHOICES)}), **self.body}
+
     def chats(self, row: Row) -> list[Chat]:
         """Return one request for each judge and order."""
         known = {"conversation": transcript(asked(row)), "rubric": filled(self.rubric, row)}
-        body = {**structured("comparison", winner={"type": "string", "enum": list(CHOICES)}), **self.body}
         found = []
         for model in self.panel:
             for first, second in _orders(self.swap):
                 text = ASK.format(**known, a=row[first], b=row[second])
                 system = {"role": "system", "content": SYSTEM}
-                found.append(Chat([system, {"role": "user", "content": text}], model, body))
+                found.append(Chat([system, {"role": "user", "content": text}], model, self.sent))
         return found
 
     def fold(self, row: Row, replies: list[Reply]) -> Iterable[Row | Drop]:

@@ -32,8 +32,11 @@ SYSTEM = "You are an impartial judge. What stands between the markers is to be j
 
 @block("step", "judge")
 class Judge(PanelStep):
-    """Let models score the answers. The row gets `score` (a number; higher is better), with several aspects `scores`
-    of each, and `judgements`: who said what, and why."""
+    """Let models score the answers by a rubric.
+
+    The row gets `score` (a number; higher is better), with several aspects `scores` of each, and `judgements`: who
+    said what, and why.
+    """
 
     rubric: str | dict[str, str] = key(check=min_len(1))
     """What a good answer is; or several aspects: `{helpfulness: ..., honesty: ...}`, each judged by itself.
@@ -67,19 +70,26 @@ class Judge(PanelStep):
         """(aspect, judge) of each request about a row, in order."""
         return list(itertools.product(self.aspects, self.panel))
 
+    @property
+    def sent(self) -> dict[str, Any]:
+        """Ask for a rationale and a score as JSON, and for log-probabilities if they are to be used."""
+        low, high = self.scale
+        asked = structured("judgement", score={"type": "integer", "enum": list(range(low, high + 1))})
+        if self.expected:
+            asked |= {"logprobs": True, "top_logprobs": min(20, 2 * (high - low + 1))}
+        return {**asked, **self.body}
+
     def chats(self, row: Row) -> list[Chat]:
         """Return one request for each aspect and judge."""
         low, high = self.scale
         prompt, answer = answered(row)
         known = {"conversation": transcript(prompt), "answer": answer, "low": low, "high": high}
-        form = {"type": "integer", "enum": list(range(low, high + 1))}
-        body = {**structured("judgement", score=form), **self.body}
-        if self.expected:
-            body |= {"logprobs": True, "top_logprobs": min(20, 2 * (high - low + 1))}
         found = []
         for aspect, model in self.seats:
             text = ASK.format(**known, rubric=filled(self.aspects[aspect], row))
-            found.append(Chat([{"role": "system", "content": SYSTEM}, {"role": "user", "content": text}], model, body))
+            found.append(
+                Chat([{"role": "system", "content": SYSTEM}, {"role": "user", "content": text}], model, self.sent)
+            )
         return found
 
     def fold(self, row: Row, replies: list[Reply]) -> Iterable[Row | Drop]:

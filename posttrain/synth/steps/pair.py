@@ -23,8 +23,11 @@ class Answer:
 
 @block("step", "pair")
 class Pair(Step):
-    """Pair better answers with worse ones to the same prompt: `prompt`, `chosen`, `rejected`, `score_chosen`,
-    `score_rejected`, `margin`, as `data: {type: preference}` reads them."""
+    """Pair better answers with worse ones to the same prompt.
+
+    What comes out is what `data: {type: preference}` reads: `prompt`, `chosen`, `rejected`, `score_chosen`,
+    `score_rejected`, `margin`.
+    """
 
     strategy: Literal["best_worst", "best_random", "all"] = "best_worst"
     """`best_worst`: one pair per prompt. `best_random`: the best with any that is worse (as in Zephyr,

@@ -13,8 +13,11 @@ CLASSIFY = "/classify"
 
 @block("step", "reward")
 class Reward(Asking):
-    """Score answers by a reward model: on a vLLM server (`vllm serve MODEL --runner pooling`), or in this process
-    with `client: {type: transformers, name_or_path: ...}`. The row gets `score`, the raw logit."""
+    """Score answers by a reward model.
+
+    On a vLLM server (`vllm serve MODEL --runner pooling`), or in this process with
+    `client: {type: transformers, name_or_path: ...}`. The row gets `score`, the raw logit.
+    """
 
     into: str = "score"
     """Column of the score."""

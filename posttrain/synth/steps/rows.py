@@ -69,8 +69,11 @@ class Split(Step):
 
 @block("step", "few-shot")
 class FewShot(Step):
-    """Put some other rows beside each row, as text in the column `examples`; self-instruct (arXiv:2212.10560) asks
-    for more of the kind. Which ones is a function of `seed` and the rows alone."""
+    """Make rows that hold some of the rows as examples.
+
+    They are text in the column `examples`; self-instruct (arXiv:2212.10560) asks for more of the kind. Which ones is a
+    function of `seed` and the rows alone.
+    """
 
     column: str = "prompt"
     """What of the rows to show."""

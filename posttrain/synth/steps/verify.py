@@ -79,7 +79,10 @@ class Verify(Step):
         """Yield what cannot be."""
         if isinstance(self.function, str) and self.function not in _verifiers:
             known = ", ".join(_verifiers)
-            yield "function", f"there is no verifier {self.function!r}{suggest(self.function, _verifiers)} ({known})"
+            yield (
+                "function",
+                f"there is no verifier {self.function!r}{suggest(self.function, _verifiers)} (known: {known})",
+            )
         if self.function == "json_schema":
             import importlib.util
 
