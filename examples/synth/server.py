@@ -39,6 +39,9 @@ class Handler(BaseHTTPRequestHandler):
 
     protocol_version = "HTTP/1.1"
 
+    def log_message(self, *arguments: object) -> None:
+        """Print nothing."""
+
     def do_POST(self) -> None:
         """Answer one request."""
         body = json.loads(self.rfile.read(int(self.headers["content-length"])))
