@@ -81,8 +81,8 @@ def train(arguments: argparse.Namespace) -> int:
     return 128 + run.signal if run.signal else 0
 
 
-def check(arguments: argparse.Namespace) -> None:
-    """Validate a recipe and say in short what it describes."""
+def check(arguments: argparse.Namespace) -> int:
+    """Validate a recipe and say in short what it describes; with --twin also try it out, exit code 1 if that fails."""
     from posttrain.values import as_data
 
     trainer = load(arguments)
@@ -99,6 +99,21 @@ def check(arguments: argparse.Namespace) -> None:
         "output": recipe["output_dir"],
     }
     say(f"{arguments.recipe}: valid\n" + "\n".join(f"  {name:<10} {text}" for name, text in facts.items()))
+    return _twin(arguments) if arguments.twin else 0
+
+
+def _twin(arguments: argparse.Namespace) -> int:
+    from rich.console import Console
+    from rich.live import Live
+
+    from posttrain.proofs import prove, table
+
+    results: list[Any] = []
+    with Live(table(results), console=Console()) as live:
+        for result in prove(arguments.recipe, arguments.overrides):
+            results.append(result)
+            live.update(table(results))
+    return int(any(result.passed is False for result in results))
 
 
 def show(arguments: argparse.Namespace) -> None:
@@ -251,8 +266,10 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
 
     _recipe_command(commands, train, "train what a recipe describes, or go on where its run was left",
                     "posttrain train recipe.yaml optimizer.lr=1e-4 max_steps=10k")  # fmt: skip
-    _recipe_command(commands, check, "say everything that is wrong with a recipe, without loading anything",
-                    "posttrain check recipe.yaml")  # fmt: skip
+    checking = _recipe_command(commands, check, "say everything that is wrong with a recipe, without loading anything",
+                               "posttrain check recipe.yaml --twin")  # fmt: skip
+    checking.add_argument("--twin", action="store_true",
+                          help="then try everything out on a tiny copy of the model, on the CPU")  # fmt: skip
     showing = _recipe_command(commands, show, "print the resolved recipe, or the data as the model will see it",
                               "posttrain show recipe.yaml --data 2")  # fmt: skip
     showing.add_argument("--json", action="store_true", help="as JSON (with --data: one line per document)")

@@ -65,8 +65,7 @@ def make_fabric(
         asked["devices"] = 1
     if "LT_PRECISION" not in os.environ:
         asked.setdefault("precision", "32-true" if _on_cpu(accelerator) else "bf16-mixed")
-    for name in ("lightning.fabric", "lightning.pytorch"):  # each rank would announce itself, twice
-        logging.getLogger(name).setLevel(logging.WARNING)
+    silence_libraries()
     try:
         fabric = Fabric(**asked)
     except (ValueError, TypeError) as error:
@@ -77,6 +76,16 @@ def make_fabric(
         atexit.register(_leave)
         report_failures(fabric.global_rank, fabric.local_rank)
     return fabric
+
+
+def silence_libraries() -> None:
+    """Keep libraries from announcing what is no news: each rank would, some of them twice."""
+    import torch
+
+    for name in ("lightning.fabric", "lightning.pytorch"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    if not torch.accelerator.is_available():  # DeepSpeed would look for one, and warn
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 
 def slurm_tasks() -> int:

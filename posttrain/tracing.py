@@ -22,6 +22,7 @@ from posttrain.blocks.data import Data, PreferenceData
 from posttrain.blocks.strategy import FSDP, DeepSpeed
 from posttrain.errors import RecipeError
 from posttrain.interfaces import Batch
+from posttrain.launch import silence_libraries
 from posttrain.trainer import Trainer
 from posttrain.trainers.distill import DistillTrainer
 
@@ -84,14 +85,11 @@ def trace(trainer: Trainer) -> Traced:
 
 
 def _trace(trainer: Trainer) -> Traced:
-    import logging
-
     from lightning.fabric import Fabric
 
     precision, deepspeed = precision_of(trainer), isinstance(trainer.strategy, DeepSpeed)
-    logging.disable(logging.INFO)  # Fabric would announce its precision
+    silence_libraries()
     fabric = Fabric(accelerator="cpu", devices=1, precision=precision)  # type: ignore[arg-type]
-    logging.disable(logging.NOTSET)
     fabric.without_weights, fabric.to_device = True, lambda module: module  # type: ignore[attr-defined,method-assign]
     batch = fullest(trainer)
     with torch.device("meta"):

@@ -37,4 +37,4 @@ def test_no_question_is_in_the_test_and_the_recipes_are_valid(example: dict[str,
 def test_a_model_learns_from_its_own_answers(example: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     assert shutil.which("transformers", path=str(Path(sys.executable).parent))
     found = example["main"]([])
-    assert found["after DPO"] > found["after SFT"] + 0.08  # 17 points when it was measured; an error is 2.5
+    assert found["after DPO"] > found["after SFT"] + 0.05  # 17 points when it was measured; an error is 2.5

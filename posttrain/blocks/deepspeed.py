@@ -6,7 +6,6 @@ accumulation window counts; and DeepSpeed clips at 1.0 unless told otherwise.
 
 import argparse
 import importlib
-import os
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -21,6 +20,7 @@ from torch import Tensor, nn
 
 from posttrain.blocks.state import Part
 from posttrain.errors import CheckpointError
+from posttrain.launch import silence_libraries
 
 OURS = {
     "zero_allow_untested_optimizer": True,
@@ -153,7 +153,7 @@ class Engine(DeepSpeedStrategy):
     sends_weights = True
 
     def __init__(self, config: dict[str, Any]) -> None:
-        os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
+        silence_libraries()
         super().__init__(config={**config, **OURS})
         self._backward_sync_control = _EveryMicroBatchSyncs()
 

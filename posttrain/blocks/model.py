@@ -3,6 +3,7 @@
 import fnmatch
 import hashlib
 import sys
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
@@ -44,7 +45,9 @@ class LoRA:
             r=self.r, lora_alpha=self.alpha, lora_dropout=self.dropout, target_modules=self.target_modules,
             task_type=task, **self.kwargs,
         )  # fmt: skip
-        return get_peft_model(hf, config)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*")  # peft's own affair
+            return get_peft_model(hf, config)
 
 
 @block("model", "hf")

@@ -1,0 +1,108 @@
+"""Code of users who each made one mistake, for `posttrain check --twin` to find."""
+
+from typing import Any
+
+import attrs
+from torch.nn import functional
+
+from posttrain import Batch, DPOTrainer, SFTTrainer, after, before, block
+from posttrain.blocks.model import HFModel
+
+
+@block("trainer", "sound")
+class Sound(SFTTrainer):
+    """No mistake: a focal loss."""
+
+    def loss(self, batch: Batch) -> Any:
+        log_probs = self.run.model(batch, "log_probs")
+        return -((1 - log_probs.exp()) ** 2 * log_probs).sum() / batch["weight"]
+
+
+@block("trainer", "sum")
+class Sum(SFTTrainer):
+    """The sum, where a mean is asked for: a micro-batch with more tokens counts twice as more."""
+
+    def loss(self, batch: Batch) -> Any:
+        return self.run.model(batch)
+
+
+@block("trainer", "document-mean")
+class DocumentMean(SFTTrainer):
+    """Divides by documents, while micro-batches are weighed by tokens."""
+
+    def loss(self, batch: Batch) -> Any:
+        return self.run.model(batch) / (len(batch["cu_seqlens"]) - 1)
+
+
+@block("model", "convolved")
+class Convolved(HFModel):
+    """Each token sees the one to its left, also where that ends another document."""
+
+    def wrap(self, hf: Any) -> Any:
+        hf.model.layers[0].register_forward_hook(lambda m, args, out: out + functional.pad(out[:, :-1], (0, 0, 1, 0)))
+        return super().wrap(hf)
+
+
+@block("trainer", "by-rank")
+class ByRank(SFTTrainer):
+    """The first rank counts twice."""
+
+    def loss(self, batch: Batch) -> Any:
+        return super().loss(batch) * (2 if self.run.fabric.world_size > 1 and self.run.fabric.is_global_zero else 1)
+
+
+@block("trainer", "not-on-rank-one")
+class NotOnRankOne(SFTTrainer):
+    """Fails on the second rank."""
+
+    def loss(self, batch: Batch) -> Any:
+        if self.run.fabric.global_rank == 1:
+            raise ValueError("not on rank one")
+        return super().loss(batch)
+
+
+@block("trainer", "raises")
+class Raises(SFTTrainer):
+    """Does not run."""
+
+    def loss(self, batch: Batch) -> Any:
+        return 1 / 0
+
+
+@block("trainer", "other-reference")
+class OtherReference(DPOTrainer):
+    """The reference is asked at another temperature than the policy."""
+
+    def log_probs(self, batch: Batch) -> Any:
+        ours, theirs = super().log_probs(batch)
+        return ours, theirs * 0.9
+
+
+@block("model", "louder")
+class Louder(HFModel):
+    """What a hook on the model does to it is not exported."""
+
+    def wrap(self, hf: Any) -> Any:
+        hf.model.norm.register_forward_hook(lambda module, args, output: output * 2)
+        return super().wrap(hf)
+
+
+@block("callback", "forgetful")
+class Forgetful:
+    """Doubles the loss of every third step, and counts the steps by itself."""
+
+    seen: list[None] = attrs.field(factory=list, init=False)
+
+    @after("trainer.loss")
+    def double(self, trainer: Any, loss: Any) -> Any:
+        self.seen.append(None)
+        return loss * 2 if len(self.seen) % 3 == 0 else loss
+
+
+@block("callback", "misspelt")
+class Misspelt:
+    """Hooks onto a method that is not there."""
+
+    @before("trainer.lose")
+    def look(self, trainer: Any, batch: Batch) -> None:
+        """Nothing."""

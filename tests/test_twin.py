@@ -1,0 +1,152 @@
+"""`posttrain check --twin`: it passes what is sound, and finds each of the mistakes that people make."""
+
+import json
+from pathlib import Path
+from tempfile import mkdtemp
+from typing import Any
+
+import pytest
+import transformers
+
+from posttrain import proofs, yaml12
+from posttrain.cli import main
+from posttrain.proofs import Failed, Skipped
+from posttrain.twin import Twin, quietly, shrink
+
+BARE = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}"
+"""No end of turn."""
+CHATML = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content | trim }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+CUT = CHATML.replace("trim", "truncate(9)")
+"""A part of the content is lost."""
+TWICE = "{{ bos_token }}{{ bos_token }}" + CHATML
+FAMILIES: dict[str, Any] = {
+    "llama": transformers.LlamaConfig, "qwen3": transformers.Qwen3Config, "gemma3_text": transformers.Gemma3TextConfig,
+    "mixtral": transformers.MixtralConfig, "qwen3_moe": transformers.Qwen3MoeConfig, "phi3": transformers.Phi3Config,
+    "gpt_oss": transformers.GptOssConfig, "deepseek_v3": transformers.DeepseekV3Config,
+}  # fmt: skip
+MISTAKES = Path(__file__).parent / "mistakes.py"
+WORDS = "a quick brown fox jumps over the lazy dog and runs away from all of it".split()  # noqa: SIM905
+
+
+@pytest.fixture
+def make(tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Make the twin of a recipe; keys are added to a plain one."""
+    monkeypatch.chdir(tmp_path)
+    chats = [
+        {"prompt": f"say {n} words", "response": " ".join(WORDS[: 1 + n % 11]), "rejected": "no " * (n % 5 + 1)}
+        for n in range(40)
+    ]
+    Path("chats.jsonl").write_text("".join(json.dumps(chat) + "\n" for chat in chats))
+    pairs = [{"prompt": c["prompt"], "chosen": c["response"], "rejected": c["rejected"]} for c in chats]
+    Path("pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+
+    def made(**keys: Any) -> Twin:
+        pairs = keys.get("type") in ("dpo", "reward", "other-reference")
+        recipe = {
+            "type": "sft", "code": str(MISTAKES), "model": {"name_or_path": str(tiny_model)},
+            "data": {"sources": ["pairs.jsonl" if pairs else "chats.jsonl"], "max_length": 128},
+            "micro_batch_size": 4, "max_steps": 20, **keys,
+        }  # fmt: skip
+        Path("recipe.yaml").write_text(yaml12.write(recipe))
+        return Twin(Path("recipe.yaml"), [], Path(mkdtemp(dir=tmp_path)))
+
+    with quietly():
+        yield made
+
+
+def failing(twin: Twin) -> set[str]:
+    """Return the names of the checks that fail, of those that start no process."""
+    checks = [check for check in proofs.CHECKS if check not in (proofs.ranks, proofs.resume)]
+    return {result.name for result in proofs.prove(twin.path, [], checks) if result.passed is False}
+
+
+@pytest.mark.parametrize("method", ["sft", "sound", "dpo", "reward"])
+def test_what_is_sound_passes(make: Any, method: str) -> None:
+    assert failing(make(type=method)) == set()
+
+
+def test_methods_with_models_of_their_own_pass(make: Any, tiny_model: Path) -> None:
+    name = {"name_or_path": str(tiny_model)}
+    assert failing(make(type="swiftkv", model={**name, "config": {"num_hidden_layers": 4}})) == set()
+    assert failing(make(type="mlp-speculator", model={**name, "inner_dim": 16})) == set()
+    assert failing(make(type="distill", model={**name, "lora": {"r": 2}}, teacher=name)) == set()
+
+
+@pytest.mark.parametrize(
+    ("mistake", "found"),
+    [
+        ({"type": "sum"}, {"cuts"}),
+        ({"type": "document-mean"}, {"packing", "cuts"}),
+        ({"type": "other-reference"}, {"first loss"}),
+        ({"callbacks": [{"type": "misspelt"}]}, {"hooked"}),
+        ({"tokenizer": {"chat_template": BARE}}, {"masks"}),
+        ({"tokenizer": {"chat_template": CUT}}, {"masks"}),
+        ({"tokenizer": {"chat_template": TWICE}}, {"masks"}),
+        ({"data": {"sources": ["chats.jsonl"], "max_length": 16}}, {"overflow"}),
+    ],
+)
+def test_each_mistake_is_found(make: Any, mistake: dict[str, Any], found: set[str]) -> None:
+    assert failing(make(**mistake)) == found
+
+
+def test_documents_that_see_each_other_are_found(make: Any, tiny_model: Path) -> None:
+    twin = make(model={"type": "convolved", "name_or_path": str(tiny_model)})
+    assert failing(twin) == {"packing", "export"}
+
+
+def test_an_export_that_computes_something_else_is_found(make: Any, tiny_model: Path) -> None:
+    twin = make(model={"type": "louder", "name_or_path": str(tiny_model)})
+    with pytest.raises(Failed, match="does the model block change the network"):
+        proofs.export(twin)
+
+
+def test_a_state_that_no_checkpoint_holds_is_found(make: Any) -> None:
+    with pytest.raises(Failed, match="run.memory is kept in checkpoints"):
+        proofs.resume(make(callbacks=[{"type": "forgetful"}]))
+
+
+def test_a_loss_that_depends_on_the_rank_is_found(make: Any) -> None:
+    with pytest.raises(Failed, match="two ranks: does"):
+        proofs.ranks(make(type="by-rank"))
+
+
+def test_a_rank_that_fails_is_quoted(make: Any) -> None:
+    with pytest.raises(Failed, match="two processes failed: .*ValueError: not on rank one"):
+        proofs.ranks(make(type="not-on-rank-one"))
+
+
+def test_what_does_not_apply_is_no_failure(make: Any) -> None:
+    twin = make(checkpoint=[])
+    for check in (proofs.export, proofs.first_loss):
+        with pytest.raises(Skipped):
+            check(twin)
+
+
+def test_an_error_names_the_line_of_the_users_code(make: Any) -> None:
+    found = proofs.result(proofs.cuts, make(type="raises"))
+    assert found.passed is False
+    line = MISTAKES.read_text().splitlines().index("        return 1 / 0") + 1
+    assert found.figure == f"ZeroDivisionError: division by zero ({MISTAKES}:{line})"
+
+
+@pytest.mark.parametrize("kind", sorted(FAMILIES))
+def test_a_twin_is_small_and_of_the_same_kind(kind: str) -> None:
+    from transformers import AutoModelForCausalLM
+
+    config = FAMILIES[kind]()
+    shrink(config)
+    model = AutoModelForCausalLM.from_config(config)
+    assert sum(p.numel() for name, p in model.named_parameters() if "embed" not in name and "lm_head" not in name) < 1e6
+    assert model.config.model_type == kind
+
+
+def test_the_command_prints_a_table_and_fails_with_a_check(make: Any, capfd: pytest.CaptureFixture[str]) -> None:
+    make()
+    assert main(["check", "recipe.yaml", "--twin"]) == 0
+    assert capfd.readouterr().out.count(" pass ") == 9
+    assert main(["check", "recipe.yaml", "--twin", "type=sum"]) == 1
+    said = capfd.readouterr().out
+    assert said.count("FAIL") == 2, said
