@@ -3,13 +3,14 @@ PYTHON ?= python3
 BIN := .venv/bin
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: help setup check test test-all test-vllm demo demo-distill bench
+.PHONY: help setup check test test-all test-faults test-vllm demo demo-distill bench
 help:
 	@echo "make setup     .venv with posttrain and everything for developing it"
 	@echo "make demo      watch a model learn (about two minutes on two cores)"
 	@echo "make demo-distill  make that model cheaper to serve: SwiftKV and a speculator"
 	@echo "make test      the tests (under ten minutes on two cores)"
 	@echo "make test-all  the slow ones too"
+	@echo "make test-faults  kill -9, full disks, hanging ranks ... (docs/faults.md)"
 	@echo "make test-vllm what we export in a real vLLM on the CPU, in .venv-vllm"
 	@echo "make check     format, lint and types"
 	@echo "make bench     speed, side by side with a bare loop; prints tables"
@@ -32,6 +33,9 @@ test: setup
 
 test-all: setup
 	$(BIN)/python -m pytest -m "not gpu"
+
+test-faults: setup
+	POSTTRAIN_KILLS=40 $(BIN)/python -m pytest -m faults
 
 check: setup
 	$(BIN)/ruff check .

@@ -42,4 +42,12 @@ class SynthError(PosttrainError):
 
 
 class TrainingError(PosttrainError):
-    """The run cannot go on: no supervised tokens in a step, a non-finite loss, a missing option."""
+    """The run cannot go on: no supervised tokens in a step, a non-finite loss, a missing option.
+
+    Attributes:
+        step: the optimizer step that is to blame, where it is not the one in hand.
+    """
+
+    def __init__(self, message: str, step: int | None = None) -> None:
+        super().__init__(message)
+        self.step = step

@@ -34,6 +34,12 @@ def report_failures(rank: int, local_rank: int) -> None:
     _store, _rank, _local_rank = _get_default_store(), rank, local_rank
 
 
+def store() -> "Store":
+    """Return the store through which the ranks found each other."""
+    assert _store is not None
+    return _store
+
+
 def is_first(error: BaseException) -> bool:
     """Take note that this rank failed, and return whether no other has before; if one has, say so and wait.
 
@@ -42,7 +48,7 @@ def is_first(error: BaseException) -> bool:
     if _store is None:
         return True
     mine = f"rank {_rank} failed: {type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
-    if _lost_connection(error):  # to a rank that was killed, and so wrote nothing; its launcher knows
+    if lost_connection(error):  # to a rank that was killed, and so wrote nothing; its launcher knows
         mine = f"rank {_rank} lost its connection to another rank, which was killed or lost its machine"
     try:
         # A store that outlives a restart must not blame the ranks of the attempt before.
@@ -50,7 +56,7 @@ def is_first(error: BaseException) -> bool:
         first = _store.compare_set(key, "", mine).decode()
     except RuntimeError:  # the store was in the process of rank zero
         first = "rank 0 ended"
-    own = first == mine and not _lost_connection(error)
+    own = first == mine and not lost_connection(error)
     _record(first, "".join(traceback.format_exception(error)) if own else first)
     if own:
         return True
@@ -62,7 +68,7 @@ def is_first(error: BaseException) -> bool:
     return False
 
 
-def _lost_connection(error: BaseException) -> bool:
+def lost_connection(error: BaseException) -> bool:
     """Whether the error is that another rank went away: gloo says it in words, NCCL by its class."""
     return type(error).__name__ == "DistBackendError" or (isinstance(error, RuntimeError) and "by peer" in str(error))
 

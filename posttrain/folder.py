@@ -1,13 +1,18 @@
 """The run's folder: whose it is, and what it says about the run beside metrics and checkpoints."""
 
+import fcntl
 import json
+import logging
+import os
 import platform
 import shutil
+import socket
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from importlib.metadata import PackageNotFoundError, version
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TextIO
 
 from posttrain import yaml12
 from posttrain.errors import CheckpointError, RecipeError
@@ -16,9 +21,12 @@ if TYPE_CHECKING:
     from posttrain.interfaces import LoggerBlock
     from posttrain.run import Run
 
+log = logging.getLogger(__name__)
+
 FREE = (
     "output_dir", "code", "resume", "stop_after", "log_every", "eval_every", "logger", "checkpoint", "callbacks",
     "accelerator", "devices", "num_nodes", "strategy", "sequence", "micro_batch_size", "gradient_accumulation_steps",
+    "on_nonfinite", "hang_after",
 )  # fmt: skip
 """Keys that may differ when a run goes on: they change where and how it runs, not what it computes.
 How a step is cut is among them; that its rows stay the same is checked when a checkpoint is loaded."""
@@ -26,16 +34,18 @@ How a step is cut is among them; that its rows stay the same is checked when a c
 PACKAGES = ("posttrain", "torch", "lightning", "transformers", "tokenizers", "datasets", "peft", "deepspeed")
 
 
-def claim(run: "Run", resume: str) -> None:
-    """Make the folder this run's, or refuse the folder of another; `run.output_dir` exists afterwards.
+@contextmanager
+def claimed(run: "Run", resume: str) -> Iterator[None]:
+    """Make the folder this run's while it lasts, or refuse the folder of another; `run.output_dir` exists meanwhile.
 
     Raises:
-        CheckpointError: it holds a run of another recipe, or cannot be written.
+        CheckpointError: it holds a run of another recipe, another process trains in it, or it cannot be written.
     """
-    problem = _claim(run, resume) if run.fabric.is_global_zero else None
-    problem = run.fabric.broadcast(problem)
-    if problem:
-        raise CheckpointError(problem)
+    with ExitStack() as stack:
+        problem = _claim(run, resume, stack) if run.fabric.is_global_zero else None
+        if problem := run.fabric.broadcast(problem):
+            raise CheckpointError(problem)
+        yield
 
 
 @contextmanager
@@ -61,12 +71,14 @@ def difference(old: Any, new: Any, key: str = "") -> list[str]:
     return [] if old == new else [f"{key}: {json.dumps(old)} there, {json.dumps(new)} here"]
 
 
-def _claim(run: "Run", resume: str) -> str | None:
+def _claim(run: "Run", resume: str, stack: ExitStack) -> str | None:
     folder = run.output_dir
     try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if problem := _locked(folder, stack.enter_context((folder / ".lock").open("a+"))):
+            return problem
         if resume == "never":
             _clear(run)
-        folder.mkdir(parents=True, exist_ok=True)
         saved = folder / "recipe.yaml"
         if resume == "auto" and saved.exists():
             there = yaml12.parse(saved.read_text(encoding="utf-8"), lambda line: (line, f"{saved}:{line}")).data
@@ -76,13 +88,43 @@ def _claim(run: "Run", resume: str) -> str | None:
                     f"{folder} holds a run of another recipe:\n  " + "\n  ".join(differs) + "\n"
                     "give another output_dir, go on all the same with resume=force, or start anew with resume=never"
                 )
-        saved.write_text(yaml12.write(run.recipe), encoding="utf-8")
-        (folder / "versions.json").write_text(json.dumps(versions(), indent=1))
-        (folder / "ledger.json").write_text(json.dumps(run.loaders.ledger, indent=1))
+        _write(saved, yaml12.write(run.recipe))
+        _write(folder / "versions.json", json.dumps(versions(), indent=1))
+        _write(folder / "ledger.json", json.dumps(run.loaders.ledger, indent=1))
     except OSError as error:
         return f"the run's folder {folder} cannot be written: {error.strerror or error}; give another output_dir"
     except (RecipeError, UnicodeDecodeError):
         return f"{folder}/recipe.yaml is damaged; give another output_dir, or start anew with resume=never"
+    return None
+
+
+def _write(file: Path, text: str) -> None:
+    """Write a file whole or not at all."""
+    draft = file.with_name(f"{file.name}.tmp")
+    try:
+        draft.write_text(text, encoding="utf-8")
+        draft.replace(file)
+    except OSError:
+        draft.unlink(missing_ok=True)
+        raise
+
+
+def _locked(folder: Path, lock: TextIO) -> str | None:
+    """Lock a file until it is closed or the process dies, or return who has locked it."""
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        lock.seek(0)
+        return (
+            f"{folder} is in use by another run ({lock.read()}); give another output_dir, or if that run is dead and "
+            f"the file system has not noticed, remove {lock.name}"
+        )
+    except OSError as error:  # a file system without locks
+        log.info("%s cannot be locked (%s): start no other run in this folder", folder, error.strerror)
+        return None
+    lock.truncate(0)
+    lock.write(f"process {os.getpid()} on {socket.gethostname()}")
+    lock.flush()
     return None
 
 

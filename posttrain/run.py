@@ -12,6 +12,7 @@ import attrs
 from posttrain.errors import TrainingError
 from posttrain.interfaces import Batch, Loaders, Logger, Position, StrategyBlock
 from posttrain.launch import all_reduce, gather_objects
+from posttrain.watchdog import Watchdog
 
 if TYPE_CHECKING:
     from lightning.fabric import Fabric
@@ -19,6 +20,10 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
     from torch.optim import Optimizer
     from torch.optim.lr_scheduler import LRScheduler
+
+
+SKIPPED_IN_A_ROW = 50
+"""So many steps that are left out one after the other end a run. (A loss scale of 65,536 takes a dozen to settle.)"""
 
 
 class Metrics:
@@ -138,6 +143,12 @@ class Run:
     """Where the training data stands: the first row of the next step."""
     step: int = 0
     """Optimizer steps taken."""
+    began: dict[int, Position] = attrs.field(factory=dict)
+    """Where the data of each step begins, for those that are not flushed yet: to show what a failure trained on."""
+    skips: bool = False
+    """Whether an update whose gradients are not finite is left out, instead of ending the run."""
+    watchdog: Watchdog = attrs.field(factory=Watchdog)
+    """Sees whether all ranks go on."""
     epoch: int = 0
     """Passes over the data that are complete."""
     epoch_ended: bool = False
@@ -157,6 +168,11 @@ class Run:
     last: dict[str, float] = attrs.field(factory=dict)
     """The newest value of every metric, as the loggers got it."""
     _measured: float = attrs.field(factory=time.perf_counter)
+
+    @property
+    def suffix(self) -> str:
+        """What the names of files end in that each rank writes for itself."""
+        return f"-rank-{self.fabric.global_rank}" if self.fabric.world_size > 1 else ""
 
     def log(self, **values: "float | Tensor") -> None:
         """Record metrics of the current step.
@@ -184,6 +200,24 @@ class Run:
 
         return {name: moved(value) for name, value in batch.items()}
 
+    def leaves_out(self, norm: "float | Tensor | None") -> bool:
+        """Whether gradients of this norm must not be used. Where updates can be skipped, the host waits for it."""
+        return self.skips and norm is not None and not math.isfinite(norm)
+
+    def skip(self) -> None:
+        """Count a step that was left out.
+
+        Raises:
+            TrainingError: it is one of many in a row.
+        """
+        memory = self.memory
+        last, in_a_row = memory.get("skipped", (None, 0))
+        in_a_row = in_a_row + 1 if last == self.step - 1 else 1
+        memory["skipped"], memory["skipped_steps"] = (self.step, in_a_row), memory.get("skipped_steps", 0) + 1
+        self.log(skipped_steps=memory["skipped_steps"])
+        if in_a_row == SKIPPED_IN_A_ROW:
+            raise TrainingError(f"no gradient of {SKIPPED_IN_A_ROW} steps in a row is finite: nothing is learned")
+
     def flush(self) -> None:
         """Hand the closed steps to the loggers. Here, and only here, the host waits for the device.
 
@@ -205,11 +239,14 @@ class Run:
                 logger.log_metrics(metrics, step)
         for step, metrics in steps:
             for name in ("loss", "grad_norm"):
-                if not math.isfinite(metrics.get(name, 0.0)):
+                if not math.isfinite(metrics.get(name, 0.0)) and "skipped_steps" not in metrics:
                     raise TrainingError(
-                        f"step {step}: {name} is {metrics[name]}. Checkpoints written before it are untouched; "
-                        "go on from one with a lower optimizer.lr, or look at the data of this step"
+                        f"step {step}: {name} is {metrics[name]}. Checkpoints written before it are untouched; go on "
+                        "from one with a lower optimizer.lr, look at the data of this step, or leave such steps out "
+                        "with on_nonfinite: skip",
+                        step,
                     )
+        self.began.clear()
 
     @contextmanager
     def unmeasured(self) -> Iterator[None]:

@@ -7,18 +7,19 @@ import itertools
 import math
 import signal
 from collections.abc import Iterable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
 
 import attrs
 from attrs.validators import ge, gt, optional
 
-from posttrain import folder, hooks
+from posttrain import crash, folder, hooks
 from posttrain.blocks.checkpoint import HuggingFace, Resume
 from posttrain.blocks.logger import JSONL, Console, TensorBoard
 from posttrain.blocks.optimizer import AdamW
 from posttrain.blocks.scheduler import Cosine
-from posttrain.blocks.strategy import Auto, torch_optimizer
+from posttrain.blocks.strategy import Auto, DeepSpeed, torch_optimizer
 from posttrain.blocks.tokenizer import HFTokenizer
 from posttrain.errors import RecipeError, TrainingError
 from posttrain.interfaces import (
@@ -43,6 +44,7 @@ from posttrain.registry import default, key
 from posttrain.run import Metrics, Run
 from posttrain.signals import Signals
 from posttrain.values import as_data, problems
+from posttrain.watchdog import Watchdog
 
 if TYPE_CHECKING:
     from lightning.fabric import Fabric
@@ -52,6 +54,11 @@ if TYPE_CHECKING:
 def _takes_parts(trainer: "Trainer", attribute: Any, value: Any) -> None:
     if value is not None and not trainer.cuts_rows:
         raise ValueError(f"{type(trainer).__name__} needs whole rows on a device")
+
+
+def _can_skip(trainer: "Trainer", attribute: Any, value: Any) -> None:
+    if value == "skip" and isinstance(trainer.strategy, DeepSpeed):
+        raise ValueError("DeepSpeed's engine makes its updates by itself: only `stop` is possible")
 
 
 @attrs.define(kw_only=True, slots=False, eq=False)
@@ -104,6 +111,11 @@ class Trainer:
     """Hand metrics to the loggers every so many steps. Every step is recorded; the device is only waited for here."""
     overfit_first_batch: bool = False
     """Train on the first step's data over and over: the loss of a sound set-up falls to almost nothing."""
+    on_nonfinite: Literal["stop", "skip"] = key("stop", check=_can_skip)
+    """When a loss or a gradient is not finite: stop the run, or leave the update out, count it and keep its rows in
+    `skipped-rows.jsonl`; then the host waits for the device at every step."""
+    hang_after: float = key(1800.0, check=gt(0))
+    """Seconds without any progress after which a run of several ranks ends, and names the one the others wait for."""
     seed: int = key(42, check=ge(0))
     """Of initial weights, data order and dropout."""
     accelerator: str = "auto"
@@ -142,11 +154,15 @@ class Trainer:
                 run.metrics.counting(micro_batch, total) as (batch, share),
             ):
                 loss = self.loss(batch) * share
+                run.watchdog.beat()
                 fabric.backward(loss * fabric.world_size, model=run.model)  # strategies average over ranks
             losses.append(loss.detach())
         norm = self.strategy.update(run, self.max_grad_norm)
         if norm is not None:
             run.log(grad_norm=norm)
+        if run.leaves_out(norm):
+            crash.write_rows(run, run.step + 1, batches, run.output_dir / f"skipped-rows{run.suffix}.jsonl", "a")
+            run.skip()
         run.scheduler.step()
         return sum(losses[1:], start=losses[0])
 
@@ -193,23 +209,25 @@ class Trainer:
             raise RecipeError("\n".join(found))
         with hooks.bound(self, [*self.callbacks, *callbacks]):
             self.run = self.setup()
-            folder.claim(self.run, self.resume)
-            for checkpoint in self.checkpoint:
-                checkpoint.load(self.run)
-            self.run.first_step = self.run.step
-            with folder.logged(self.run, self.logger):
-                self.fit()
-            self.run.fabric.barrier()  # no rank leaves while another is still writing
+            with folder.claimed(self.run, self.resume):
+                for checkpoint in self.checkpoint:
+                    checkpoint.load(self.run)
+                self.run.first_step = self.run.step
+                with folder.logged(self.run, self.logger), crash.reported(self):
+                    self.fit()
+                self.run.fabric.barrier()  # no rank leaves while another is still writing
         return self.run
 
     def fit(self) -> None:
         """Take every step that is left, then finish: evaluate, log, save."""
         run, signals, groups = self.run, Signals(), self.groups()
-        with signals.caught():
+        with signals.caught(), run.watchdog.watching():
             run.model.train()
             while run.step < run.max_steps and run.stop is None:
                 reseed(self.seed, run.step, run.fabric.global_rank)
+                run.watchdog.beat()
                 batches, position = next(groups)
+                run.watchdog.beat()
                 lr = float(run.scheduler.get_last_lr()[0])
                 loss = self.step(batches)
                 self.count(batches, position, loss=loss, lr=lr)
@@ -256,6 +274,8 @@ class Trainer:
             fabric=fabric, strategy=self.strategy, output_dir=self.output_dir, model=model, frozen=frozen,
             tokenizer=tokenizer, loaders=loaders, optimizer=optimizer, scheduler=scheduler, max_steps=max_steps,
             rows_per_step=rows_per_step, recipe=as_data(self), position=loaders.train.start(),
+            skips=self.on_nonfinite == "skip" or fabric.strategy.precision.precision == "16-mixed",
+            watchdog=Watchdog(fabric.global_rank, fabric.world_size, self.hang_after, partial(crash.report, self)),
         )  # fmt: skip
 
     def load_data(self, fabric: "Fabric", tokenizer: Any, data: DataBlock) -> Loaders:
@@ -297,12 +317,15 @@ class Trainer:
         while loader is not run.loaders.train:
             loader = run.loaders.train
             batches = loader.batches(run.position)
-            while loader is run.loaders.train and (
-                found := list(itertools.islice(batches, self.gradient_accumulation_steps))
-            ):
+            while loader is run.loaders.train:
+                begin = run.position
+                if not (found := list(itertools.islice(batches, self.gradient_accumulation_steps))):
+                    break
                 group, position = [run.to_device(batch) for batch, _ in found], found[-1][1]
+                run.began[run.step + 1] = begin
                 yield group, position
                 while self.overfit_first_batch:
+                    run.began[run.step + 1] = begin
                     yield group, position
         raise TrainingError("there is no training data: every source is empty")
 
@@ -331,6 +354,7 @@ class Trainer:
         run.model.eval()
         with torch.no_grad(), run.unmeasured():
             for batch in self.together(OnDevice(run, run.loaders.eval)):
+                run.watchdog.beat()
                 weight += batch["weight"]
                 with run.metrics.counting(batch, 1.0) as (counted, _):
                     run.log(loss=self.loss(counted))
@@ -344,6 +368,7 @@ class Trainer:
         """Let every checkpoint block save if it is time to."""
         with self.run.unmeasured():
             for checkpoint in self.checkpoint:
+                self.run.watchdog.beat()
                 checkpoint.save(self.run, at_end)
 
     def reason_to_stop(self, signals: Signals) -> str | None:

@@ -1,12 +1,9 @@
 """A run that was cut goes on as if nothing had happened, whatever cut it; a damaged checkpoint is never used."""
 
 import json
-import multiprocessing
 import os
-import random
 import re
 import signal
-import subprocess
 import threading
 import time
 from pathlib import Path
@@ -19,7 +16,7 @@ from toy import losses, metrics, trainer
 import posttrain.hooks as hooks
 from posttrain.blocks import manifest, state
 from posttrain.blocks.checkpoint import HuggingFace, Resume
-from posttrain.blocks.manifest import checkpoints, verify
+from posttrain.blocks.manifest import checkpoints
 from posttrain.errors import CheckpointError
 from posttrain.trainers.sft import SFTTrainer
 
@@ -49,53 +46,6 @@ def test_a_run_in_pieces_equals_a_run_in_one(tmp_path: Path, kind: dict[str, Any
     assert (resumed.first_step, resumed.step) == (10, STEPS)
     assert metrics(tmp_path / "whole") == metrics(tmp_path / "cut")
     assert_same_weights(whole, resumed)
-
-
-def child(folder: Path, kind: dict[str, Any], die_at: int) -> None:
-    """Train in a process that kills itself at the n-th write, sync, rename or step."""
-    left = die_at
-
-    def tick(*args: Any, **kwargs: Any) -> None:
-        nonlocal left
-        left -= 1
-        if left == 0:
-            os.kill(os.getpid(), signal.SIGKILL)
-
-    def ticking(function: Any) -> Any:
-        def wrapped(*args: Any, **kwargs: Any) -> Any:
-            tick()
-            result = function(*args, **kwargs)
-            tick()
-            return result
-
-        return wrapped
-
-    watched = ((os, "fsync"), (os, "rename"), (Path, "rename"), (state, "save_file"), (manifest, "write_synced"))
-    for owner, name in watched:
-        setattr(owner, name, ticking(getattr(owner, name)))
-    long(folder, **kind).train(callbacks=[hooks.before("trainer.count")(tick)])
-
-
-@pytest.mark.parametrize("kind", KINDS, ids=str)
-def test_kill_9_anywhere_loses_nothing(tmp_path: Path, kind: dict[str, Any]) -> None:
-    """The curve is the same to the last bit; some runs are killed twice."""
-    long(tmp_path / "whole", **kind).train()
-    expected = metrics(tmp_path / "whole")
-    fork = multiprocessing.get_context("fork")
-    draw = random.Random(str(kind))
-    deaths = 0
-    for trial in range(8):
-        folder = tmp_path / f"trial-{trial}"
-        for die_at in [draw.randrange(1, 60) for _ in range(1 + trial % 2)] + [10**9]:
-            process = fork.Process(target=child, args=(folder, kind, die_at))
-            process.start()
-            process.join()
-            deaths += process.exitcode == -signal.SIGKILL
-            whole = [verify(found) for found in checkpoints(folder)]
-            assert set(whole) <= {None}  # whatever is named step-N is whole
-        assert metrics(folder) == expected
-        assert not list(folder.glob("*.tmp-*"))
-    assert deaths >= 6
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
@@ -244,24 +194,6 @@ def test_training_goes_on_while_a_checkpoint_is_written_unless_told_otherwise(
     assert went_on == [asynchronous, True]
     trained = long(tmp_path / "other", checkpoint=[], max_steps=6).train()
     assert_same_weights(trained, long(tmp_path / "run", **recipe).train())
-
-
-def test_a_full_disk_leaves_the_previous_checkpoint_usable(tmp_path: Path) -> None:
-    """On a real file system of 1 MiB, which holds one checkpoint and not two."""
-    small = tmp_path / "small"
-    small.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=600k", "tmpfs", str(small)], capture_output=True).returncode:
-        pytest.skip("mounting a small tmpfs needs root")
-    try:
-        recipe: dict[str, Any] = {"logger": [], "checkpoint": [Resume(every=3)]}
-        with pytest.raises(CheckpointError, match=r"step \d+ could not be saved.*No space left.*earlier checkpoints"):
-            long(small, **recipe).train()
-        left = checkpoints(small)
-        assert left
-        assert verify(left[0]) is None
-        assert not list(small.glob("*.tmp-*"))
-    finally:
-        subprocess.run(["umount", str(small)], check=True)
 
 
 def test_a_folder_that_cannot_be_written_is_said_before_training(tmp_path: Path) -> None:

@@ -1,7 +1,9 @@
 """The loggers of our own: a terminal that says how it goes, and a JSONL file."""
 
 import json
+import math
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -10,6 +12,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from posttrain.errors import TrainingError
 from posttrain.show import ledger
 
 if TYPE_CHECKING:
@@ -132,13 +135,22 @@ class JSONLLogger:
         self.file = path.open("a")
 
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
-        """Append a line."""
-        self.file.write(json.dumps({"step": step, **metrics}) + "\n")
-        self.file.flush()
+        """Append a line.
+
+        Raises:
+            TrainingError: the disk is full.
+        """
+        finite = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
+        try:
+            self.file.write(json.dumps({"step": step, **finite}) + "\n")
+            self.file.flush()
+        except OSError as error:
+            raise TrainingError(f"{self.file.name} cannot be written: {error.strerror or error}") from None
 
     def finalize(self, status: str) -> None:
         """Close the file."""
-        self.file.close()
+        with suppress(OSError):  # of what could not be written before
+            self.file.close()
 
 
 def _step(line: str) -> float:

@@ -267,7 +267,7 @@ def _parquet(path: Path, at: Any) -> Iterator[tuple[Values, int, Any]]:
                 number += 1
                 if number > (at or 0):
                     yield values, number - 1, number
-    except pyarrow.ArrowException as error:
+    except (pyarrow.ArrowException, ValueError, OverflowError) as error:  # the latter of texts and dates
         raise DataError(f"{path}: not a whole parquet file: {error}") from None
 
 

@@ -97,12 +97,13 @@ def _message(message: Any, roles: Collection[str]) -> Message:
     if not isinstance(message, dict):
         raise Refused(f"a message is {type(message).__name__}, not an object with role and content")
     if "from" in message and "role" not in message:
-        role, content = SHAREGPT.get(message["from"], message["from"]), message.get("value")
+        role, content = message["from"], message.get("value")
+        role = SHAREGPT.get(role, role) if isinstance(role, str) else role
         rest: Message = {}
     else:
         role, content = message.get("role"), message.get("content")
         rest = {k: v for k, v in message.items() if v is not None and k not in ("role", "content")}
-    if role not in roles:
+    if not isinstance(role, str) or role not in roles:
         raise Refused(f"unknown role {role!r}")
     if calls := rest.get("tool_calls"):
         rest["tool_calls"] = [_call(call) for call in _listed(calls, "tool_calls")]

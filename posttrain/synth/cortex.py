@@ -21,7 +21,7 @@ from posttrain.synth.auth import KeyAuth, KeyPairAuth
 from posttrain.synth.client import Synth
 from posttrain.synth.keys import Request, as_secret
 from posttrain.synth.online import OpenAIDialect, Service, send_all
-from posttrain.synth.replies import parsed
+from posttrain.synth.replies import choices, parsed
 from posttrain.synth.session import Session
 from posttrain.values import Secret
 
@@ -163,10 +163,10 @@ class CompleteDialect:
         if response.headers.get("content-type", "").startswith("text/event-stream"):
             return streamed(response.text)
         data = parsed(response.content)
-        if not isinstance(data, dict) or not isinstance(data.get("choices"), list):
+        if (found := choices(data, "message")) is None:
             return data
         reason = data.get("finish_reason")
-        return {**data, "choices": [_choice(i, c.get("message") or {}, reason) for i, c in enumerate(data["choices"])]}
+        return {**data, "choices": [_choice(i, c["message"], reason) for i, c in enumerate(found)]}
 
 
 def streamed(text: str) -> dict[str, Any] | None:
@@ -179,11 +179,11 @@ def streamed(text: str) -> dict[str, Any] | None:
         if not line.startswith("data:") or event == "[DONE]":
             continue
         data = parsed(event.encode())
-        if not isinstance(data, dict) or not isinstance(data.get("choices"), list):
+        if (found := choices(data, "delta")) is None:
             return None
-        parts += [str(c.get("delta", {}).get("content") or "") for c in data["choices"]]
+        parts += [str(c["delta"].get("content") or "") for c in found]
         used = data.get("usage") or used
-        reason = next((c["finish_reason"] for c in data["choices"] if c.get("finish_reason")), reason)
+        reason = next((c["finish_reason"] for c in found if c.get("finish_reason")), reason)
     return {"choices": [_choice(0, {"content": "".join(parts)}, reason)], "usage": used}
 
 
@@ -213,8 +213,9 @@ class SQLDialect:
         """Return the URL of a statement that still runs."""
         if response.status_code != 202:
             return None
-        handle = (parsed(response.content) or {}).get("statementHandle")
-        return base.copy_with(path=f"{PATHS['sql']}/{handle}") if handle else None
+        data = parsed(response.content)
+        handle = data.get("statementHandle") if isinstance(data, dict) else None
+        return base.copy_with(path=f"{PATHS['sql']}/{handle}") if isinstance(handle, str) else None
 
     def reply(self, response: httpx.Response) -> Any:
         """Return the one cell of the result as a chat completion."""
@@ -222,9 +223,11 @@ class SQLDialect:
         rows = data.get("data") if isinstance(data, dict) else None
         if not isinstance(rows, list):
             return data
-        cell = rows[0][0] if rows and rows[0] else None
-        made = parsed(cell.encode()) if isinstance(cell, str) else None
-        if not isinstance(made, dict) or not isinstance(made.get("choices"), list):
+        cell = rows[0][0] if rows and isinstance(rows[0], list) and rows[0] else None
+        made = parsed(cell.encode("utf-8", "surrogatepass")) if isinstance(cell, str) else None
+        if not isinstance(made, dict):
             return None
-        choices = [_choice(i, {"content": c.get("messages")}, None) for i, c in enumerate(made["choices"])]
-        return {**made, "choices": choices}
+        said = made.get("choices")
+        if not isinstance(said, list) or not all(isinstance(c, dict) for c in said):
+            return None
+        return {**made, "choices": [_choice(i, {"content": c.get("messages")}, None) for i, c in enumerate(said)]}

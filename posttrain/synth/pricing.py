@@ -40,11 +40,20 @@ class Price:
 
 def usage(reply: Mapping[str, Any]) -> tuple[int, int, int]:
     """Return (prompt, reply, cached prompt) tokens that a reply says it used; 0 where it does not say."""
-    said = reply.get("usage") or {}
-    details = said.get("prompt_tokens_details") or said.get("input_tokens_details") or {}
-    given = said.get("prompt_tokens") or said.get("input_tokens") or 0
-    made = said.get("completion_tokens") or said.get("output_tokens") or 0
-    return int(given), int(made), int(details.get("cached_tokens") or 0)
+    said = _object(reply.get("usage"))
+    details = _object(said.get("prompt_tokens_details") or said.get("input_tokens_details"))
+    given = said.get("prompt_tokens") or said.get("input_tokens")
+    made = said.get("completion_tokens") or said.get("output_tokens")
+    return _count(given), _count(made), _count(details.get("cached_tokens"))
+
+
+def _object(value: Any) -> dict[str, Any]:
+    return value if isinstance(value, dict) else {}
+
+
+def _count(value: Any) -> int:
+    """Return a number of tokens; 0 for anything that is none, and for what no ledger could hold."""
+    return int(value) if isinstance(value, int | float) and 0 <= value < 2**40 else 0
 
 
 class Budget:

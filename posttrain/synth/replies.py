@@ -55,7 +55,7 @@ def verdict(status: int, headers: Mapping[str, str], reply: Any, chat: bool = Tr
     request_id = headers.get("x-request-id") or headers.get("apim-request-id")
     code, message, kind = described(reply)
     if 200 <= status < 300:
-        if isinstance(reply, dict) and (isinstance(reply.get("choices"), list) if chat else "error" not in reply):
+        if isinstance(reply, dict) and (choices(reply, "message") is not None if chat else "error" not in reply):
             return Verdict(Action.RESULT, "ok", "", status, request_id)
         what = f"the body is no {'chat completion' if chat else 'JSON result'}: {message or shown(reply)}"
         return Verdict(Action.RETRY, "malformed_reply", what, status, request_id)
@@ -72,6 +72,14 @@ def verdict(status: int, headers: Mapping[str, str], reply: Any, chat: bool = Tr
     if status in (408, 409) or status >= 500:
         return said
     return said._replace(action=Action.REFUSED)
+
+
+def choices(reply: Any, part: str) -> list[dict[str, Any]] | None:
+    """Return the choices of a chat completion, objects with another one at `part`; None if it is no such thing."""
+    found = reply.get("choices") if isinstance(reply, dict) else None
+    if not isinstance(found, list) or not all(isinstance(c, dict) and isinstance(c.get(part), dict) for c in found):
+        return None
+    return found
 
 
 def described(reply: Any) -> tuple[str, str, str]:
