@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: help setup check test test-all test-faults test-vllm demo demo-distill bench
+.PHONY: help setup check test test-all test-faults test-vllm demo demo-distill docs bench
 help:
 	@echo "make setup     .venv with posttrain and everything for developing it"
 	@echo "make demo      watch a model learn (about two minutes on two cores)"
@@ -13,6 +13,7 @@ help:
 	@echo "make test-faults  kill -9, full disks, hanging ranks ... (docs/faults.md)"
 	@echo "make test-vllm what we export in a real vLLM on the CPU, in .venv-vllm"
 	@echo "make check     format, lint and types"
+	@echo "make docs      the documentation as a site, into site/"
 	@echo "make bench     speed, side by side with a bare loop; prints tables"
 
 setup: .venv/made
@@ -52,6 +53,10 @@ test-vllm: .venv-vllm/made
 	.venv-vllm/bin/pip uninstall --quiet --yes torchvision torchaudio torchcodec
 	.venv-vllm/bin/pip install --quiet --no-deps -e .
 	@touch $@
+
+docs: setup
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet
+	@echo "site/index.html"
 
 bench: setup
 	$(BIN)/python benchmarks/sft_step.py

@@ -1,4 +1,5 @@
-"""The command line: `posttrain train | check | show | prepare | plan | blocks | plot | accept | doctor | synth`.
+"""The command line: `posttrain train`, `check`, `show`, `prepare`, `plan`, `blocks`, `plot`, `convert`, `accept`,
+`doctor` and `synth`.
 
 Only the standard library is imported before a command runs, and only attrs, cattrs and yaml before its
 recipe is valid: help and error messages must not wait for torch.
@@ -194,6 +195,18 @@ def plan(arguments: argparse.Namespace) -> int:
     return int(not fits)
 
 
+def convert(arguments: argparse.Namespace) -> None:
+    """Write a recipe of ArcticTraining as one of ours."""
+    from posttrain.convert import convert
+
+    text, notes = convert(arguments.recipe)
+    if arguments.output is None:
+        say(text.rstrip())
+    else:
+        arguments.output.write_text(text, encoding="utf-8")
+        say("\n".join([f"{arguments.output}: {len(notes)} notes at its head", *(f"  {note}" for note in notes)]))
+
+
 def accept(arguments: argparse.Namespace) -> None:
     """Measure how well the speculator of a run drafts, and draw it."""
     from rich.console import Console
@@ -292,6 +305,11 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     drawing.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folder of a run")
     drawing.add_argument("-o", "--output", type=Path, metavar="FILE", help="picture to write (RUN/curves.png)")
     drawing.add_argument("--metric", action="append", metavar="NAME", help="draw this metric; may be repeated")
+
+    converting = _command(commands, convert, "write a recipe of ArcticTraining as one of posttrain",
+                          "posttrain convert run-sft.yml -o recipe.yaml")  # fmt: skip
+    converting.add_argument("recipe", type=Path, metavar="RECIPE", help="their YAML file")
+    converting.add_argument("-o", "--output", type=Path, metavar="FILE", help="ours; printed if not given")
 
     drafting = _command(commands, accept, "measure how many of a speculator's drafts its base model accepts",
                         "posttrain accept runs/speculator --prompts questions.jsonl")  # fmt: skip

@@ -34,43 +34,54 @@ def explain(kind: str | None = None, name: str | None = None) -> str:
 
 
 def _summary(kind: str) -> str:
-    return f"{kind:<12}{_paragraphs(KINDS[kind] or Trainer)[0]}\n{'':<12}{', '.join(names(kind))}"
+    return f"{kind:<12}{paragraphs(KINDS[kind] or Trainer)[0]}\n{'':<12}{', '.join(names(kind))}"
 
 
 def _kind(kind: str) -> str:
     """Every block of a kind with the first line of its docstring."""
     width = max(map(len, names(kind)), default=0) + 2
-    lines = [f"{name:<{width}}{_paragraphs(lookup(kind, name))[0]}" for name in names(kind)]
-    about = "\n\n".join(_paragraphs(KINDS[kind] or Trainer))
+    lines = [f"{name:<{width}}{paragraphs(lookup(kind, name))[0]}" for name in names(kind)]
+    about = "\n\n".join(paragraphs(KINDS[kind] or Trainer))
     return "\n".join([kind, _indented(about), "", *(f"  {line.rstrip()}" for line in lines)])
 
 
 def _block(kind: str, name: str) -> str:
     """A block the way a recipe writes it, and below it the values that its fields are made of."""
     cls = lookup(kind, name)
-    parts = [f"{kind}: {name}    ({cls.__module__}.{cls.__qualname__})", _indented("\n\n".join(_paragraphs(cls)))]
+    parts = [f"{kind}: {name}    ({cls.__module__}.{cls.__qualname__})", _indented("\n\n".join(paragraphs(cls)))]
     parts += _fields(cls)
     described = {cls}
-    while more := [t for c in list(described) for t in _values_of(c) if t not in described]:
+    while more := [t for c in list(described) for t in values_of(c) if t not in described]:
         described.add(more[0])
         short = getattr(more[0], "shorthand", None)
         parts += [f"{more[0].__name__}{f': text means its {short}; or a mapping' if short else ''}"]
-        parts += [_indented("\n\n".join(_paragraphs(more[0]))), *_fields(more[0])]
+        parts += [_indented("\n\n".join(paragraphs(more[0]))), *_fields(more[0])]
     return "\n\n".join(part for part in parts if part.strip())
 
 
 def _fields(cls: type) -> Iterator[str]:
-    texts = {name: text for base in reversed(cls.__mro__) for name, text in _field_texts(base)}
-    for field in _init_fields(cls):
-        also = field.metadata.get("also", ())
-        more = "; ".join([_default(field), *([f"also {', '.join(also)}"] if also else [])])
-        lines = [f"  {field.name}: {plain_type(field.type)} ({more})"]
-        if field.name in texts:
-            lines.append(textwrap.fill(texts[field.name], WIDTH, initial_indent=" " * 6, subsequent_indent=" " * 6))
+    for name, type_, default, text in keys(cls):
+        lines = [f"  {name}: {type_} ({default})"]
+        if text:
+            lines.append(textwrap.fill(text, WIDTH, initial_indent=" " * 6, subsequent_indent=" " * 6))
         yield "\n".join(lines)
 
 
-def _init_fields(cls: type) -> "list[attrs.Attribute[Any]]":
+def keys(cls: type) -> Iterator[tuple[str, str, str, str]]:
+    """Yield name, type in words, default and explanation of everything that a class takes."""
+    texts = {name: text for base in reversed(cls.__mro__) for name, text in _field_texts(base)}
+    for field in init_fields(cls):
+        also = field.metadata.get("also", ())
+        more = "; ".join([_default(field), *([f"also {', '.join(also)}"] if also else [])])
+        yield field.name, plain_type(field.type), more, texts.get(field.name, "")
+
+
+def init_fields(cls: type) -> "list[attrs.Attribute[Any]]":
+    """Return the fields that a constructor takes.
+
+    Raises:
+        RegistryError: an annotation of user code names nothing.
+    """
     try:
         return [field for field in attrs.fields(attrs.resolve_types(cls)) if field.init]
     except NameError as error:  # in user code
@@ -133,9 +144,9 @@ def _default(field: "attrs.Attribute[Any]") -> str:
     return f"default {' '.join(yaml12.write(as_data(made)).removesuffix('...' + chr(10)).split())}"
 
 
-def _values_of(cls: type) -> Iterator[type]:
+def values_of(cls: type) -> Iterator[type]:
     """Yield the attrs classes, other than blocks, that the fields of a class are made of."""
-    pending = [field.type for field in _init_fields(cls)]
+    pending = [field.type for field in init_fields(cls)]
     while pending:
         type_ = pending.pop(0)
         pending += get_args(type_)
@@ -143,8 +154,8 @@ def _values_of(cls: type) -> Iterator[type]:
             yield type_
 
 
-def _paragraphs(cls: type) -> list[str]:
-    """The docstring, one line per paragraph; attrs writes none of its own, but Protocols inherit one."""
+def paragraphs(cls: type) -> list[str]:
+    """Return the docstring, one line per paragraph; attrs writes none of its own, but Protocols inherit one."""
     doc = cls.__doc__ or ""
     return [" ".join(part.split()) for part in inspect.cleandoc(doc).split("\n\n")]
 

@@ -154,7 +154,6 @@ class Trainer:
                 run.metrics.counting(micro_batch, total) as (batch, share),
             ):
                 loss = self.loss(batch) * share
-                run.watchdog.beat()
                 fabric.backward(loss * fabric.world_size, model=run.model)  # strategies average over ranks
             losses.append(loss.detach())
         norm = self.strategy.update(run, self.max_grad_norm)
@@ -225,9 +224,7 @@ class Trainer:
             run.model.train()
             while run.step < run.max_steps and run.stop is None:
                 reseed(self.seed, run.step, run.fabric.global_rank)
-                run.watchdog.beat()
                 batches, position = next(groups)
-                run.watchdog.beat()
                 lr = float(run.scheduler.get_last_lr()[0])
                 loss = self.step(batches)
                 self.count(batches, position, loss=loss, lr=lr)
@@ -332,6 +329,7 @@ class Trainer:
     def count(self, batches: list[Batch], position: Position, loss: "Tensor", lr: float) -> None:
         """Take note that a step is complete."""
         run = self.run
+        run.watchdog.beat()
         run.log(lr=lr)
         epoch = position.get("epoch", 0)
         run.position, run.step, run.epoch, run.epoch_ended = position, run.step + 1, epoch, epoch > run.epoch

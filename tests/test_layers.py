@@ -9,7 +9,7 @@ import posttrain
 ROOT = Path(posttrain.__file__).parent
 LAYERS = """
 errors yaml12 interfaces registry values hooks failures launch signals watchdog run show folder crash blocks trainer trainers
-scalars structure recipe synth explain tracing plan twin proofs plot accept doctor serve cli
+scalars structure recipe convert synth explain tracing plan twin proofs plot accept doctor serve cli
 """.split()  # noqa: SIM905 - reads as a list
 
 

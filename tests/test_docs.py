@@ -1,0 +1,129 @@
+"""What the documentation shows runs as written; only the model is a tiny one. (The README's parts: test_readme.py.)"""
+
+import json
+import re
+import runpy
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import posttrain
+from posttrain import cli
+from posttrain.errors import PosttrainError
+
+ROOT = Path(__file__).parent.parent
+PAGES = {str(page.relative_to(ROOT / "docs")): page.read_text() for page in sorted((ROOT / "docs").rglob("*.md"))}
+MODEL = "Qwen/Qwen3-0.6B"
+RECIPE = """\
+type: sft
+model: {name_or_path: MODEL}
+data: {sources: [chats.jsonl], max_length: 64}
+micro_batch_size: 2
+max_steps: 1
+logger: []
+output_dir: OUTPUT
+"""
+
+
+def code(page: str, language: str) -> list[str]:
+    """Return a page's blocks in a language."""
+    return re.findall(rf"^```{language}\n(.*?)^```", PAGES[page], re.M | re.S)
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path: Path, sums: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with chats, to be in."""
+    sums.rename(tmp_path / "chats.jsonl")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("POSTTRAIN_CACHE", str(tmp_path / "cache"))
+    return tmp_path
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if code(page, "yaml")])
+def test_recipes_are_valid(page: str, tiny_model: Path) -> None:
+    for python in code(page, "python"):
+        for name in re.findall(r'@posttrain.block\("\w+", "([\w-]+)"\)', python):
+            Path(f"{name}.py").write_text(python)
+    for number, text in enumerate(code(page, "yaml")):
+        file = Path(f"recipe-{number}.yaml")
+        file.write_text(text.replace(MODEL, str(tiny_model)))
+        posttrain.load(file)
+
+
+def test_the_block_trains(tiny_model: Path) -> None:
+    optimizer, _ = code("block.md", "python")
+    Path("sgd_again.py").write_text(optimizer.replace('"sgd"', '"sgd-again"'))
+    recipe = code("block.md", "yaml")[0].replace("code: sgd.py", "code: sgd_again.py").replace("sgd,", "sgd-again,")
+    Path("recipe.yaml").write_text(recipe.replace(MODEL, str(tiny_model)))
+    run = posttrain.load("recipe.yaml", ["max_steps=2", "data.max_length=64"]).train()
+    assert type(run.optimizer.optimizer).__name__ == "SGD"  # type: ignore[attr-defined]
+
+
+def test_the_data_block_reads_tickets(tiny_model: Path) -> None:
+    _, tickets = code("block.md", "python")
+    Path("tickets.py").write_text(tickets)
+    Path("tickets.jsonl").write_text(json.dumps({"ticket": "It is broken", "answer": "Turn it off and on"}) + "\n")
+    Path("recipe.yaml").write_text(
+        "code: tickets.py\n" + RECIPE.replace("MODEL", str(tiny_model)).replace("data: {", "data: {type: tickets, ")
+    )
+    ledger = posttrain.load("recipe.yaml", ["data.sources.0=tickets.jsonl"]).prepare()
+    assert ledger["total"]["documents"] == 1
+
+
+def test_the_trainer_with_a_teacher_begins_at_no_distance(tiny_model: Path) -> None:
+    (text,) = [text for text in code("trainer.md", "python") if "kl-to-teacher" in text]
+    Path("kl.py").write_text(text)
+    recipe = RECIPE.replace("MODEL", str(tiny_model)).replace("type: sft", "type: kl-to-teacher\ncode: kl.py")
+    Path("recipe.yaml").write_text(recipe + f"teacher: {{name_or_path: {tiny_model}}}\n")
+    assert posttrain.load("recipe.yaml").train().last["loss"] == pytest.approx(0, abs=1e-6)
+
+
+ERRORS = re.findall(r"<!-- error (.*?) -->\n```text\n(.*?)```", PAGES["faq.md"], re.S)
+
+
+@pytest.mark.parametrize(("override", "said"), ERRORS, ids=[override.partition("=")[0] for override, _ in ERRORS])
+def test_the_commonest_errors_are_as_quoted(override: str, said: str, tiny_model: Path) -> None:
+    Path("odd.jsonl").write_text('{"q": "a", "b": "c"}\n')
+    Path("recipe.yaml").write_text(RECIPE.replace("MODEL", str(tiny_model)).replace("OUTPUT", "run"))
+    posttrain.load("recipe.yaml").train()
+    with pytest.raises(PosttrainError) as error:
+        posttrain.load("recipe.yaml", [override]).train()
+    for line in said.splitlines():
+        assert line in str(error.value)
+
+
+def test_commands_exist() -> None:
+    lines = [line for page in PAGES for text in code(page, "bash") for line in text.splitlines()]
+    ours = [shlex.split(line, comments=True)[1:] for line in lines if line.startswith("posttrain ")]
+    assert len(ours) >= 5
+    for arguments in ours:
+        cli.parse_arguments(arguments)
+
+
+def test_scripts_of_pages_run(folder: Path) -> None:
+    """Blocks of one's own can be imported as they stand."""
+    for page in ("block.md", "trainer.md"):
+        for number, text in enumerate(code(page, "python")):
+            file = folder / f"{page.removesuffix('.md')}{number}.py"
+            file.write_text(re.sub(r'(block\("\w+", ")', r"\1again-", text))
+            runpy.run_path(str(file))
+
+
+@pytest.mark.slow
+def test_the_site_builds_without_a_warning(folder: Path) -> None:
+    pytest.importorskip("mkdocs")
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(folder / "site")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    loop = (folder / "site" / "architecture.html").read_text()
+    assert "# trainer.step" in re.sub("<.*?>", "", loop)
+    outside = [
+        address
+        for page in (folder / "site").rglob("*.html")
+        for address in re.findall(r'(?:src|href)="(https?://[^"]+)"', page.read_text())
+        if re.search(r"\.(js|css|woff2?)$|fonts\.", address)
+    ]
+    assert not outside  # it can be read without a network
