@@ -186,13 +186,13 @@ def plan(arguments: argparse.Namespace) -> int:
     found = estimate(trainer, world)
     say(f"{found.trained:,} parameters are trained, {found.frozen:,} are frozen")
     console.print(table(found, world))
-    if fits := found.total <= arguments.gpu_memory * 2**30:
+    if found.total <= arguments.gpu_memory * 2**30:
         say(f"fits into {arguments.gpu_memory:g} GiB; leave a tenth for the allocator and the libraries")
         return 0
     say(f"does not fit into {arguments.gpu_memory:g} GiB. With a change:")
-    for label, changed in remedies(trainer, world):
+    for label, changed in remedies(trainer, world, found):
         say(f"  {gib(changed.total):>9} GiB  {label}")
-    return int(not fits)
+    return 1
 
 
 def convert(arguments: argparse.Namespace) -> None:

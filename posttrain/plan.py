@@ -10,7 +10,7 @@ import attrs
 
 from posttrain.blocks.model import HFModel
 from posttrain.blocks.strategy import DDP, FSDP, DeepSpeed
-from posttrain.tracing import BF16, precision_of, trace
+from posttrain.tracing import precision_of, trace
 from posttrain.trainer import Trainer
 
 if TYPE_CHECKING:
@@ -51,7 +51,7 @@ def estimate(trainer: Trainer, world: int) -> Estimate:
         "optimizer state": traced.optimizer, "activations, logits, loss": traced.activations,
     }  # fmt: skip
     host: set[str] = set()
-    low = compute_bytes(trainer)
+    low = 2 if "16" in precision_of(trainer) else 4  # bytes of a number in matrix products
     if isinstance(strategy, FSDP):
         ranks = min(strategy.shard_size or world, world)
         for name in ("parameters", "references and teachers", "gradients", "optimizer state"):
@@ -83,11 +83,6 @@ def estimate(trainer: Trainer, world: int) -> Estimate:
     )  # fmt: skip
 
 
-def compute_bytes(trainer: Trainer) -> int:
-    """Return the bytes of a number in matrix products."""
-    return 2 if precision_of(trainer) in BF16 or str(precision_of(trainer)).startswith("16") else 4
-
-
 def table(found: Estimate, world: int) -> "Table":
     """Return the estimate for a terminal."""
     from rich.table import Table
@@ -110,27 +105,26 @@ def gib(size: int) -> str:
     return f"{size / 2**30:,.2f}"
 
 
-def remedies(trainer: Trainer, world: int) -> Iterator[tuple[str, Estimate]]:
-    """Yield changes to a recipe that take less memory, and what it takes then."""
+def remedies(trainer: Trainer, world: int, before: Estimate) -> Iterator[tuple[str, Estimate]]:
+    """Yield changes to a recipe that take less memory than it does, and what it takes then."""
     model, strategy = trainer.model, trainer.strategy
     found: list[tuple[str, dict[str, Any]]] = []
     if trainer.micro_batch_size > 1:
         rows = trainer.micro_batch_size * trainer.gradient_accumulation_steps
         found.append((f"micro_batch_size: 1, gradient_accumulation_steps: {rows}", {"micro_batch_size": 1}))
+    saving: dict[str, Any] = {}
     if isinstance(model, HFModel) and model.activation_checkpointing is not True:
-        saving = attrs.evolve(model, activation_checkpointing=True)  # type: ignore[misc]
-        found.append(("model.activation_checkpointing: true", {"model": saving}))
+        saving = {"model": attrs.evolve(model, activation_checkpointing=True)}  # type: ignore[misc]
+        found.append(("model.activation_checkpointing: true", saving))
     if world > 1 and not isinstance(strategy, FSDP | DeepSpeed):
         found.append(("strategy: fsdp", {"strategy": FSDP()}))
-        if isinstance(model, HFModel) and model.activation_checkpointing is not True:
-            both = {"strategy": FSDP(), "model": saving}
+        if saving:
+            both = {"strategy": FSDP(), **saving}
             found.append(("strategy: fsdp, model.activation_checkpointing: true", both))
     if isinstance(strategy, FSDP) and not strategy.cpu_offload:
-        found.append(
-            ("strategy.cpu_offload: true", {"strategy": FSDP(shard_size=strategy.shard_size, cpu_offload=True)})
-        )
-    before = estimate(trainer, world).total
+        offloading = {"strategy": FSDP(shard_size=strategy.shard_size, cpu_offload=True)}
+        found.append(("strategy.cpu_offload: true", offloading))
     for label, changes in found:
         changed = estimate(attrs.evolve(trainer, **changes), world)
-        if changed.total < 0.99 * before:
+        if changed.total < 0.99 * before.total:
             yield label, changed

@@ -19,6 +19,7 @@ from torch.utils._pytree import tree_map_only
 
 from posttrain.blocks.batches import Example
 from posttrain.blocks.data import Data, PreferenceData
+from posttrain.blocks.sharding import replace_tensors, units
 from posttrain.blocks.strategy import FSDP, DeepSpeed
 from posttrain.errors import RecipeError
 from posttrain.interfaces import Batch
@@ -100,35 +101,20 @@ def _trace(trainer: Trainer) -> Traced:
             network = network.to(torch.bfloat16)
         others = {} if answers_are_stored(trainer) else trainer.build_frozen(fabric, network)
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:
-        for each in (network, *others.values()):
-            without_numbers(each)
+        for each in (network, *others.values()):  # from the meta device to fake tensors on the CPU
+            replace_tensors(each, lambda _, tensor: torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu"))
         counts = {wanted: sum(p.numel() for p in network.parameters() if p.requires_grad == wanted)
                   for wanted in (True, False)}  # fmt: skip
         states = stepped(trainer.optimizer.build(network)) * kept // size_of(network.parameters())
         if deepspeed and precision in BF16:  # bfloat16 beside float32 that the optimizer works in
             kept, gradients, states = 2 * sum(counts.values()), 2 * counts[True], 12 * counts[True]
         activations = peak(trainer, fabric, network, others, faked(batch, mode))
-        layers = [module for module in network.modules() if type(module).__name__ in unsplit(network)]
-        sizes = [sum(p.numel() for p in layer.parameters()) for layer in layers]
+        sizes = [sum(p.numel() for p in layer.parameters()) for layer in units(network)]
     return Traced(
         trained=counts[True], frozen=counts[False], kept=kept, gradients=gradients, optimizer=states,
         others=sum(size_of(other.parameters()) for other in others.values()), activations=activations,
         layer=max(sizes, default=0), outside=sum(counts.values()) - sum(sizes),
     )  # fmt: skip
-
-
-def without_numbers(network: nn.Module) -> None:
-    """Replace a network's tensors, on the meta device, by fake ones on the CPU; tied ones stay tied."""
-    made: dict[int, Any] = {}
-    for module in network.modules():
-        for held in (module._parameters, module._buffers):
-            for name, tensor in held.items():
-                if tensor is not None and id(tensor) not in made:
-                    fake: Tensor = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu")
-                    trained = tensor.requires_grad
-                    made[id(tensor)] = nn.Parameter(fake, trained) if isinstance(tensor, nn.Parameter) else fake
-                if tensor is not None:
-                    held[name] = made[id(tensor)]
 
 
 def peak(trainer: Trainer, fabric: Any, network: nn.Module, others: dict[str, nn.Module], batch: Batch) -> int:
@@ -217,11 +203,6 @@ def stepped(optimizer: Any) -> int:
 def size_of(tensors: Any) -> int:
     """Return the bytes of tensors."""
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
-
-
-def unsplit(network: nn.Module) -> set[str]:
-    """Return the names of the classes of layers."""
-    return {name for part in network.modules() for name in getattr(part, "_no_split_modules", None) or ()}
 
 
 def precision_of(trainer: Trainer) -> str:

@@ -12,6 +12,7 @@ from toy import LLAMA, document, losses, metrics, trainer
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from posttrain.blocks import attention as registered  # noqa: F401 - under the name `packed`
+from posttrain.blocks.attention import CACHE
 from posttrain.blocks.batches import lay
 from posttrain.blocks.losses import divergence_sum
 from posttrain.blocks.model import LoRA
@@ -164,7 +165,7 @@ def test_operations_and_cache_are_what_the_formulas_say(k: int, g: int) -> None:
         hf.config.swiftkv = last_row
         counter = FlopCounterMode(display=False)
         with torch.no_grad(), counter:
-            cache = hf(ids, use_cache=True, logits_to_keep=1).past_key_values
+            cache = hf(ids, use_cache=True, logits_to_keep=1)[CACHE]
         assert counter.get_total_flops() == prefill_flops(hf.config, tokens, last_row)
         assert cached(cache) == tokens * cache_bytes(hf.config, 4, swiftkv=last_row)
 

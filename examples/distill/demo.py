@@ -16,6 +16,7 @@ from rich.table import Table
 from torch.utils.flop_counter import FlopCounterMode
 
 import posttrain
+from posttrain.blocks.attention import CACHE
 from posttrain.blocks.speculate import Drafts, speculate
 from posttrain.blocks.speculator_network import load_speculator
 from posttrain.blocks.swiftkv import cache_bytes, prefill_flops
@@ -76,7 +77,7 @@ def prefill(model: Any, tokens: int) -> tuple[int, int]:
     model.set_attn_implementation("eager")  # its products are counted like all others
     counter = FlopCounterMode(display=False)
     with torch.no_grad(), counter:
-        cache = model(torch.ones(1, tokens, dtype=torch.long), use_cache=True, logits_to_keep=1).past_key_values
+        cache = model(torch.ones(1, tokens, dtype=torch.long), use_cache=True, logits_to_keep=1)[CACHE]
     kept = [x for layer in cache.layers if layer.is_initialized for x in (layer.keys, layer.values)]
     return counter.get_total_flops(), sum(x.numel() * x.element_size() for x in kept)
 

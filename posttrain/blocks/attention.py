@@ -21,11 +21,13 @@ from torch import Tensor, nn
 from torch.nn.attention.varlen import varlen_attn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import sdpa_mask
+from transformers.masking_utils import create_causal_mask, sdpa_mask
 
 from posttrain.blocks.ulysses import divisible, own_columns, whole_rows
 from posttrain.errors import TrainingError
 
+CACHE = "cache" if "cache" in inspect.signature(create_causal_mask).parameters else "past_key_values"
+"""What transformers calls the cache of keys and values, as an argument and in outputs: renamed in 5.24."""
 NAME = "packed"
 _masks = AttentionMaskInterface._global_mapping
 _GQA: dict[str, Any] = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}

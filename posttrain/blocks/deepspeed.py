@@ -7,17 +7,16 @@ accumulation window counts; and DeepSpeed clips at 1.0 unless told otherwise.
 import argparse
 import importlib
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from lightning.fabric.accelerators.cuda import CUDAAccelerator
 from lightning.fabric.strategies.deepspeed import DeepSpeedStrategy
-from lightning.fabric.strategies.strategy import _BackwardSyncControl
 from lightning.fabric.utilities.seed import reset_seed
 from torch import Tensor, nn
 
+from posttrain.blocks.sharding import EveryMicroBatchSyncs, replace_tensors, send, tensors_of
 from posttrain.blocks.state import Part
 from posttrain.errors import CheckpointError
 from posttrain.launch import silence_libraries
@@ -31,13 +30,6 @@ OURS = {
     "gradient_clipping": 0.0,
 }
 """The loop accumulates and weighs micro-batches and says when to step and how to clip; DeepSpeed only shards."""
-
-
-class _EveryMicroBatchSyncs(_BackwardSyncControl):
-    """ZeRO reduces gradients in each backward pass; there is nothing to put off."""
-
-    def no_backward_sync(self, module: nn.Module, enabled: bool) -> AbstractContextManager[None]:
-        return nullcontext()
 
 
 def gathered(engine: Any) -> dict[str, Any] | None:
@@ -82,10 +74,10 @@ def parts(engine: Any, rank: int, world_size: int) -> Iterator[Part]:
             count = max(0, min(count, parameter.ds_numel - start))  # the last rank's range is padded
             yield Part(name, tuple(parameter.ds_shape), start, flat.detach().narrow(0, offset, count), flat, offset)
         elif hasattr(parameter, "_hp_mapping"):
-            found, groups = parameter._hp_mapping, flat_groups(optimizer)
+            found = parameter._hp_mapping
             if found is None:  # all of it is on other ranks
                 continue
-            flat, offset = groups[found.param_group_index], found.hp_fragment_address.start
+            flat, offset = flat_groups(optimizer)[found.param_group_index], found.hp_fragment_address.start
             count, start = found.hp_fragment_address.numel, found.lp_fragment_address.start
             yield Part(name, tuple(parameter.shape), start, flat.detach().narrow(0, offset, count), flat, offset)
         else:
@@ -119,20 +111,15 @@ def make_room(module: nn.Module, device: torch.device) -> None:
 
     Memory that nobody has written to takes no room. All ranks must call it: buffers are sent here.
     """
-    made: dict[int, nn.Parameter] = {}
-    for part in module.modules():
-        for name, parameter in part._parameters.items():
-            if parameter is not None and parameter.is_meta:  # tied ones stay tied
-                empty = made.get(id(parameter))
-                if empty is None:
-                    empty = nn.Parameter(torch.empty_like(parameter, device="cpu"), parameter.requires_grad)
-                    made[id(parameter)] = empty
-                part._parameters[name] = empty
-        for name, buffer in part._buffers.items():
-            if buffer is not None:
-                whole = torch.empty_like(buffer, device=device) if buffer.is_meta else buffer.to(device)
-                dist.broadcast(whole, 0)
-                part._buffers[name] = whole
+
+    def emptied(name: str, held: Tensor) -> Tensor:
+        if isinstance(held, nn.Parameter):
+            return torch.empty_like(held, device="cpu") if held.is_meta else held
+        whole = torch.empty_like(held, device=device) if held.is_meta else held.to(device)
+        dist.broadcast(whole, 0)
+        return whole
+
+    replace_tensors(module, emptied)
 
 
 def partition(module: nn.Module, strategy: Any) -> None:
@@ -150,16 +137,19 @@ def partition(module: nn.Module, strategy: Any) -> None:
 class Engine(DeepSpeedStrategy):
     """DeepSpeed, stepped by its engine, on GPUs or (for tests) on CPUs."""
 
-    sends_weights = True
-
     def __init__(self, config: dict[str, Any]) -> None:
         silence_libraries()
         super().__init__(config={**config, **OURS})
-        self._backward_sync_control = _EveryMicroBatchSyncs()
+        self._backward_sync_control = EveryMicroBatchSyncs()
 
     def setup_environment(self) -> None:
         """Set up the process group; unlike the parent, on CPUs too."""
         super(DeepSpeedStrategy, self).setup_environment()
+
+    def place(self, module: nn.Module) -> nn.Module:
+        """Put a frozen network, whole, onto every rank's device."""
+        send(module, tensors_of(module), None, self.root_device)
+        return module
 
     def optimizer_step(self, optimizer: Any, **kwargs: Any) -> Any:
         """Step the engine, which steps the sharded optimizer; without clipping."""

@@ -10,7 +10,6 @@ from lightning.fabric import Fabric
 from torch import nn
 
 from posttrain.blocks.causal import PackedModel
-from posttrain.blocks.fsdp import FullyShard, send, tensors_of
 
 
 class Frozen(nn.Module):
@@ -19,13 +18,8 @@ class Frozen(nn.Module):
     def __init__(self, module: nn.Module, fabric: Fabric) -> None:
         super().__init__()
         module = fabric.strategy.precision.convert_module(module.requires_grad_(False).eval())
-        if isinstance(fabric.strategy, FullyShard):
-            self.module = fabric.strategy.shard(module)
-        elif getattr(fabric.strategy, "sends_weights", False):
-            send(module, tensors_of(module), None, fabric.device)
-            self.module = module
-        else:
-            self.module = fabric.to_device(module)
+        place = getattr(fabric.strategy, "place", fabric.to_device)  # see sharding.py
+        self.module = place(module)
         self.fabric = fabric
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:

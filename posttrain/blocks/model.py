@@ -107,7 +107,7 @@ class HFModel:
         Raises:
             RecipeError: the model cannot be loaded, or an option does not fit it.
         """
-        from posttrain.blocks.fsdp import without_weights
+        from posttrain.blocks.sharding import without_weights
 
         if self.kwargs:  # they may change what is built, as quantization does
             return self.make(empty=False)

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
+from posttrain.blocks.attention import CACHE
 from posttrain.errors import RecipeError
 
 if TYPE_CHECKING:
@@ -61,13 +62,13 @@ def speculate(
     ends = hf.generation_config.eos_token_id
     ends = set(ends if isinstance(ends, list) else [ends])
     cache, drafts, head = DynamicCache(), Drafts([0] * count), hf.get_output_embeddings()
-    hidden = hf.get_decoder()(input_ids=ids, past_key_values=cache, use_cache=True).last_hidden_state[:, -1]
+    hidden = hf.get_decoder()(input_ids=ids, **{CACHE: cache}, use_cache=True).last_hidden_state[:, -1]
     said = head(hidden).argmax(-1).tolist()
     while len(said) < max_new_tokens and said[-1] not in ends:
         newest = torch.tensor(said[-1:], device=ids.device)
         drafted = speculator.draft(hidden, newest, count)
         asked = torch.cat([newest[:, None], drafted], 1)
-        states = hf.get_decoder()(input_ids=asked, past_key_values=cache, use_cache=True).last_hidden_state[0]
+        states = hf.get_decoder()(input_ids=asked, **{CACHE: cache}, use_cache=True).last_hidden_state[0]
         would_say = head(states).argmax(-1)
         right = int((would_say[:-1] == drafted[0]).cumprod(0).sum())
         if right < count:

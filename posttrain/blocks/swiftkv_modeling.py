@@ -26,6 +26,7 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb, eager
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
+from posttrain.blocks.attention import CACHE
 from posttrain.blocks.swiftkv import FAMILIES
 
 SUFFIX = "_swiftkv"
@@ -125,7 +126,6 @@ def attention_of(base: Any) -> type:
             hidden_states: Tensor,
             position_embeddings: tuple[Tensor, Tensor],
             attention_mask: Any = None,
-            past_key_values: Any = None,
             group: Group | None = None,
             **kwargs: Any,
         ) -> tuple[Tensor, Any]:
@@ -133,8 +133,9 @@ def attention_of(base: Any) -> type:
             if group is None:
                 return super().forward(  # type: ignore[no-any-return]
                     hidden_states=hidden_states, position_embeddings=position_embeddings,
-                    attention_mask=attention_mask, past_key_values=past_key_values, **kwargs,
+                    attention_mask=attention_mask, **kwargs,
                 )  # fmt: skip
+            taken(kwargs)
             shape = hidden_states.shape[:-1]
             query = normed(self, "q_norm", self.q_proj_swiftkv(hidden_states).view(*shape, -1, self.head_dim))
             query = apply_rotary_pos_emb(query.transpose(1, 2), query.transpose(1, 2), *position_embeddings)[0]
@@ -166,45 +167,43 @@ def backbone_of(base: Any, attention: type, config_class: type) -> type:
             input_ids: Tensor | None = None,
             attention_mask: Tensor | None = None,
             position_ids: Tensor | None = None,
-            past_key_values: Any = None,
             inputs_embeds: Tensor | None = None,
             use_cache: bool | None = None,
             last_row: bool = False,
             **kwargs: Any,
         ) -> BaseModelOutputWithPast:
             """Return the last hidden states: of every row, or with `last_row` of each sequence's last alone."""
-            below = self.below(
-                input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, use_cache, **kwargs
-            )
+            cache = taken(kwargs)
+            below = self.below(input_ids, attention_mask, position_ids, cache, inputs_embeds, use_cache, **kwargs)
             path = self.student(below, last_row, **kwargs) if self.config.swiftkv else self.teacher(below, **kwargs)
             *_, hidden = path
-            return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden), past_key_values=below.cache)
+            return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden), **{CACHE: below.cache})
 
         def below(
             self,
             input_ids: Tensor | None = None,
             attention_mask: Tensor | None = None,
             position_ids: Tensor | None = None,
-            past_key_values: Any = None,
+            cache: Any = None,
             inputs_embeds: Tensor | None = None,
             use_cache: bool | None = None,
             **kwargs: Any,
         ) -> Lower:
             """Run the layers that teacher and student have in common."""
             hidden = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
-            if use_cache and past_key_values is None:
-                past_key_values = DynamicCache()
+            if use_cache and cache is None:
+                cache = DynamicCache()
             if position_ids is None:
-                seen = past_key_values.get_seq_length() if past_key_values is not None else 0
+                seen = cache.get_seq_length() if cache is not None else 0
                 position_ids = (torch.arange(hidden.shape[1], device=hidden.device) + seen)[None]
             mask = create_causal_mask(
-                config=self.config, inputs_embeds=hidden, attention_mask=attention_mask,
-                past_key_values=past_key_values, position_ids=position_ids,
+                config=self.config, inputs_embeds=hidden, attention_mask=attention_mask, position_ids=position_ids,
+                **{CACHE: cache},
             )  # fmt: skip
             positions = self.rotary_emb(hidden, position_ids=position_ids)
-            state = Lower(hidden, mask, position_ids, positions, past_key_values)
+            state = Lower(hidden, mask, position_ids, positions, cache)
             for layer in self.layers[: self.config.num_key_value_layers]:
-                state = attrs.evolve(state, hidden=run(layer, state, past_key_values=state.cache, **kwargs))
+                state = attrs.evolve(state, hidden=run(layer, state, **{CACHE: state.cache}, **kwargs))
             return state
 
         def student(self, below: Lower, last_row: bool = False, **kwargs: Any) -> Iterator[Tensor]:
@@ -223,7 +222,7 @@ def backbone_of(base: Any, attention: type, config_class: type) -> type:
             at = below
             for layer in self.layers[self.config.num_key_value_layers :]:
                 yield at.hidden
-                at = attrs.evolve(at, hidden=run(layer, at, past_key_values=at.cache, **kwargs))
+                at = attrs.evolve(at, hidden=run(layer, at, **{CACHE: at.cache}, **kwargs))
             yield at.hidden
 
     Backbone.config_class = config_class
@@ -246,7 +245,6 @@ def causal_of(base: Any, backbone: type, config_class: type) -> type:
             input_ids: Tensor | None = None,
             attention_mask: Tensor | None = None,
             position_ids: Tensor | None = None,
-            past_key_values: Any = None,
             inputs_embeds: Tensor | None = None,
             labels: Tensor | None = None,
             use_cache: bool | None = None,
@@ -258,12 +256,18 @@ def causal_of(base: Any, backbone: type, config_class: type) -> type:
             last_row = wants_last and not torch.is_grad_enabled()
             return super().forward(
                 input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids,
-                past_key_values=past_key_values, inputs_embeds=inputs_embeds, labels=labels, use_cache=use_cache,
+                inputs_embeds=inputs_embeds, labels=labels, use_cache=use_cache,
                 logits_to_keep=logits_to_keep, last_row=last_row, **kwargs,
             )  # fmt: skip
 
     CausalLM.config_class = config_class
     return CausalLM
+
+
+def taken(arguments: dict[str, Any]) -> Any:
+    """Take the cache out of arguments, under either name."""
+    found = [arguments.pop(name, None) for name in ("cache", "past_key_values")]
+    return next((cache for cache in found if cache is not None), None)
 
 
 def run(layer: nn.Module, state: Lower, **kwargs: Any) -> Tensor:
