@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: help setup check test test-all test-faults test-vllm demo demo-distill docs bench
+.PHONY: help setup check test test-all test-faults test-vllm demo demo-distill docs package changelog bench
 help:
 	@echo "make setup     .venv with posttrain and everything for developing it"
 	@echo "make demo      watch a model learn (about two minutes on two cores)"
@@ -14,7 +14,8 @@ help:
 	@echo "make test-vllm what we export in a real vLLM on the CPU, in .venv-vllm"
 	@echo "make check     format, lint and types"
 	@echo "make docs      the documentation as a site, into site/"
-	@echo "make bench     speed, side by side with a bare loop; prints tables"
+	@echo "make package   wheel and sdist, tried with the oldest and the newest transformers"
+	@echo "make bench     speed, side by side with a bare loop and TRL; one page and a picture"
 
 setup: .venv/made
 .venv/made: constraints.txt setup.cfg pyproject.toml
@@ -54,13 +55,16 @@ test-vllm: .venv-vllm/made
 	.venv-vllm/bin/pip install --quiet --no-deps -e .
 	@touch $@
 
+package: setup
+	bash .ci/package
+
+changelog:
+	@python3 .ci/changelog
+
 docs: setup
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet
 	@echo "site/index.html"
 
 bench: setup
-	$(BIN)/python benchmarks/sft_step.py
-	$(BIN)/python benchmarks/dpo_step.py
-	$(BIN)/python benchmarks/data_prep.py
-	$(BIN)/python benchmarks/synth.py
-	$(BIN)/python benchmarks/dedup.py
+	$(BIN)/pip install --quiet -c constraints.txt -e '.[bench]'
+	$(BIN)/python benchmarks/side_by_side.py

@@ -11,6 +11,7 @@ import platform
 import re
 import subprocess
 import sys
+import textwrap
 import time
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -122,7 +123,7 @@ def draw(tables: dict[str, Table], target: Path) -> None:
         )
     if rows := tables.get("Data preparation"):
         panels.append(
-            ("data: Mtok per CPU second", [(row[""][:34], number(row["Mtok per CPU s"]) or 0) for row in rows])
+            ("data: Mtok per CPU second", [(textwrap.fill(row[""], 30), number(row["Mtok per CPU s"]) or 0) for row in rows])
         )
     if rows := tables.get("A request to a model"):
         bars = [

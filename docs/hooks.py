@@ -28,7 +28,7 @@ def on_files(files: Files, config: Any) -> Files:
     """Add the pages that are written elsewhere, and the pictures beside them."""
     for readme in sorted(ROOT.glob("examples/*/README.md")):
         HOMES[str(readme.relative_to(ROOT))] = f"examples/{readme.parent.name}.md"
-    HOMES["benchmarks/data_prep.md"] = "benchmarks/data_prep.md"
+    HOMES.update({name: name for name in ("benchmarks/data_prep.md", "benchmarks/results.md")})
     for source, page in HOMES.items():
         if not (ROOT / "docs" / page).exists():
             files.append(File.generated(config, page, content=f"<!-- include {source} -->"))

@@ -59,6 +59,18 @@ def report(trainer: "Trainer", error: BaseException, rows: bool = False) -> None
         log.info("%s could not be written whole: %s: %s", run.output_dir / "failure.txt", type(second).__name__, second)
 
 
+def skip(trainer: "Trainer", batches: "list[Batch]") -> None:
+    """Count a step whose update is left out, and keep its rows if the recipe wants that (a loss scale skips, too).
+
+    Raises:
+        TrainingError: it is one of many in a row.
+    """
+    run = trainer.run
+    if trainer.on_nonfinite == "skip":
+        write_rows(run, run.step + 1, batches, run.output_dir / f"skipped-rows{run.suffix}.jsonl", "a")
+    run.skip()
+
+
 def write_rows(run: "Run", step: int, batches: "Iterable[Batch]", file: Path, mode: str) -> None:
     """Write the documents of a step's micro-batches, one JSON object each: their text and what of it is trained."""
     with file.open(mode, encoding="utf-8") as out:

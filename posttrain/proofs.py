@@ -20,8 +20,10 @@ from typing import TYPE_CHECKING, Any
 import attrs
 
 from posttrain import hooks
+from posttrain.blocks.chat import stop_tokens
 from posttrain.blocks.checkpoint import HuggingFace
 from posttrain.blocks.data import SFTData
+from posttrain.blocks.encode import ChatEncoder
 from posttrain.blocks.model import HFModel
 from posttrain.blocks.schemas import Refused
 from posttrain.errors import PosttrainError
@@ -70,7 +72,9 @@ def masks(twin: Twin) -> str:
     refused = Counter(str(row.encoded) for row in twin.rows if isinstance(row.encoded, Refused))
     if refused and twin.data.invalid == "error":
         raise Failed(f"{sum(refused.values())} of {len(twin.rows)} rows cannot be trained on: {_listed(refused)}")
-    found = Counter(itertools.chain.from_iterable(_mistakes(twin, row) for row in twin.rows))
+    chats = isinstance(twin.data.encoder(twin.tokenizer), ChatEncoder)
+    stops = set(twin.tokenizer.convert_tokens_to_ids(sorted(stop_tokens(twin.tokenizer)))) if chats else None
+    found = Counter(itertools.chain.from_iterable(_mistakes(twin, row, stops) for row in twin.rows))
     if found:
         raise Failed(f"of {len(twin.rows)} rows: {_listed(found)}; look at `posttrain show RECIPE --data`")
     if not twin.sample(1):
@@ -269,18 +273,17 @@ def table(results: list[Result]) -> "Table":
 # -- helpers --------------------------------------------------------------------------
 
 
-def _mistakes(twin: Twin, row: Row) -> Iterator[str]:
-    """Yield what is wrong with the mask of a row."""
+def _mistakes(twin: Twin, row: Row, stops: set[int] | None) -> Iterator[str]:
+    """Yield what is wrong with the mask of a row; `stops` are the tokens that may end a turn, if it has turns."""
     if isinstance(row.encoded, Refused):
         return
     tokenizer, bos = twin.tokenizer, twin.tokenizer.bos_token_id
-    special = set(tokenizer.all_special_ids)
     for ids, mask in row.encoded.documents:
         listed = ids.tolist()
         if bos is not None and listed[:2] == [bos, bos]:
             yield "two BOS at the beginning"
         last = max(index for index, trained in enumerate(mask.tolist()) if trained)
-        if listed[last] not in special:
+        if stops is not None and listed[last] not in stops:
             yield "the reply ends without an end-of-turn token, so that the model would not learn to stop"
     if type(twin.data).encoder is SFTData.encoder and (wanted := _replies(twin.data, row.values)) is not None:  # type: ignore[arg-type]
         ((ids, mask),) = row.encoded.documents

@@ -134,7 +134,7 @@ class Trainer:
     # -- what a trainer overrides ---------------------------------------------------
 
     def loss(self, batch: Batch) -> "Tensor":
-        """Return the loss of one micro-batch: a sum over what it counts, divided by `batch["weight"]`."""
+        """Return the loss of one micro-batch: a mean over what `batch["weight"]` counts."""
         raise NotImplementedError(f"{type(self).__name__} must define loss(batch) or step(batches)")
 
     def step(self, batches: list[Batch]) -> "Tensor":
@@ -160,8 +160,7 @@ class Trainer:
         if norm is not None:
             run.log(grad_norm=norm)
         if run.leaves_out(norm):
-            crash.write_rows(run, run.step + 1, batches, run.output_dir / f"skipped-rows{run.suffix}.jsonl", "a")
-            run.skip()
+            crash.skip(self, batches)
         run.scheduler.step()
         return sum(losses[1:], start=losses[0])
 

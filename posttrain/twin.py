@@ -68,7 +68,7 @@ class Step:
 
 
 @attrs.frozen
-class Ascent:
+class UnitDescent:
     """Gradient descent with a rate of 1: what a parameter loses in a step is its gradient."""
 
     def build(self, model: Any) -> Any:
@@ -202,7 +202,7 @@ class Twin:
 
         trainer = self.make(
             name, data=self.sampled(4, **{"packing": False, **data}), micro_batch_size=rows, devices=devices,
-            gradient_accumulation_steps=parts, optimizer=Ascent(), scheduler=Constant(), max_grad_norm=None,
+            gradient_accumulation_steps=parts, optimizer=UnitDescent(), scheduler=Constant(), max_grad_norm=None,
             resume="never",
         )  # fmt: skip
         before: list[Any] = []

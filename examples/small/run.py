@@ -30,7 +30,7 @@ def make(folder: Path) -> None:
         chats = [json.loads(line) for line in (folder / f"{split}.jsonl").read_text().splitlines()]
         third = [chat for chat in chats if "Sort" in make_data.question_of(chat)]
         two = [chat for chat in chats if "Sort" not in make_data.question_of(chat)]
-        pairs = [pair for chat in two[:4000] if (pair := against(chat, draw))]
+        pairs = [pair for chat in chats[:4000] if (pair := against(chat, draw))]
         for name, rows in (("two_skills", two), ("third_skill", third), ("pairs", pairs)):
             (folder / f"{name}{end}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
