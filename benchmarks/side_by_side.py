@@ -123,7 +123,10 @@ def draw(tables: dict[str, Table], target: Path) -> None:
         )
     if rows := tables.get("Data preparation"):
         panels.append(
-            ("data: Mtok per CPU second", [(textwrap.fill(row[""], 30), number(row["Mtok per CPU s"]) or 0) for row in rows])
+            (
+                "data: Mtok per CPU second",
+                [(textwrap.fill(row[""], 30), number(row["Mtok per CPU s"]) or 0) for row in rows],
+            )
         )
     if rows := tables.get("A request to a model"):
         bars = [
