@@ -376,12 +376,9 @@ class _Version(argparse.Action):
         super().__init__(option_strings, dest, nargs=0, default=argparse.SUPPRESS, help="print the version and exit")
 
     def __call__(self, parser: argparse.ArgumentParser, *args: Any) -> None:
-        from importlib.metadata import PackageNotFoundError, version
+        from posttrain.folder import installed
 
-        try:
-            say(f"posttrain {version('posttrain')}")
-        except PackageNotFoundError:
-            say("posttrain (not installed: run from its source folder)")
+        say(f"posttrain {installed('posttrain') or '(not installed: run from its source folder)'}")
         parser.exit()
 
 

@@ -6,9 +6,10 @@ import platform
 import shutil
 import sys
 from collections.abc import Iterator
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from posttrain.folder import installed
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -20,6 +21,7 @@ EXTRAS = {
     "liger": ("liger-kernel", "model.liger"),
     "vllm": ("vllm", "synth in process, serving exports"),
     "cortex": ("cryptography", "Snowflake key-pair tokens"),
+    "schema": ("jsonschema", "synth: verify by JSON schema"),
     "plot": ("matplotlib", "posttrain plot, posttrain accept"),
 }
 """Extra -> its package, and what it is for."""
@@ -47,14 +49,6 @@ def packages() -> Iterator[tuple[str, str]]:
         yield package, installed(package) or "MISSING: pip install posttrain"
     for extra, (package, purpose) in EXTRAS.items():
         yield package, installed(package) or f"not installed; for {purpose}: pip install 'posttrain[{extra}]'"
-
-
-def installed(package: str) -> str | None:
-    """Return the version of a package, None if it is not there."""
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
 
 
 def devices() -> Iterator[tuple[str, str]]:

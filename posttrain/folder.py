@@ -141,10 +141,13 @@ def _clear(run: "Run") -> None:
 
 def versions() -> dict[str, str]:
     """Return the versions of Python and of the packages a run depends on."""
-    found = {"python": sys.version.split()[0], "platform": platform.platform()}
-    for package in PACKAGES:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            continue
-    return found
+    found = {package: made for package in PACKAGES if (made := installed(package))}
+    return {"python": sys.version.split()[0], "platform": platform.platform(), **found}
+
+
+def installed(package: str) -> str | None:
+    """Return the version of a package, None if it is not there."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None

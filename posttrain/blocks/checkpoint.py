@@ -83,7 +83,8 @@ class Resume:
         if is_due(self, run, at_end) and run.step != run.first_step:
             self.writer.wait(run.fabric)
             run.flush()  # a loss that is not finite is raised here, and not saved
-            if not run.fabric.broadcast(folder.exists() and manifest.verify(folder) is None):
+            there = run.fabric.is_global_zero and folder.exists() and manifest.verify(folder) is None
+            if not run.fabric.broadcast(there):
                 self.writer.start(run.fabric, folder, state.snapshot(run), self.said(run), self.keep)
         if at_end or not self.asynchronous:
             self.writer.wait(run.fabric)

@@ -28,21 +28,6 @@ def nll_sum(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor
     return _NLLSum.apply(hidden, weight, bias, targets)  # type: ignore[no-any-return, no-untyped-call]
 
 
-def target_log_probs(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor) -> Tensor:
-    """Return the log-probability of each target.
-
-    Args:
-        hidden: [n, size].
-        weight: [vocabulary, size].
-        bias: [vocabulary], or None.
-        targets: int64 [n].
-
-    Returns:
-        float32 [n], in nats.
-    """
-    return token_log_probs(hidden, weight, bias, targets[:, None])[:, 0]
-
-
 def token_log_probs(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, tokens: Tensor, temperature: float = 1.0
 ) -> Tensor:

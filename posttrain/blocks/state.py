@@ -113,10 +113,15 @@ class Reader:
     def __init__(self, files: list[Path], stack: ExitStack) -> None:
         self.found: dict[str, dict[tuple[int, int], Any]] = {}
         self.shapes: dict[str, tuple[int, ...]] = {}
+        self.states: dict[str, list[str]] = {}
+        """Parameter -> the names of what the optimizer keeps for it."""
         for path in files:
             file = stack.enter_context(safe_open(path, "pt"))
             for key, (start, *shape) in json.loads(file.metadata()["ranges"]).items():
                 part = file.get_slice(key)
+                if key not in self.shapes and key.startswith("optimizer/"):
+                    parameter, _, name = key.removeprefix("optimizer/").rpartition("/")
+                    self.states.setdefault(parameter, []).append(name)
                 self.shapes[key] = tuple(shape)
                 self.found.setdefault(key, {})[start, start + part.get_shape()[0]] = part
 
@@ -134,11 +139,6 @@ class Reader:
                 filled += high - low
         if filled < values.numel():
             raise CheckpointError(f"the checkpoint holds {filled:,} of {values.numel():,} numbers of {key}")
-
-    def state_of(self, name: str) -> list[str]:
-        """Return the names of what the optimizer keeps for a parameter."""
-        prefix = f"optimizer/{name}/"
-        return [key.removeprefix(prefix) for key in self.found if key.startswith(prefix)]
 
     def dtype(self, key: str) -> torch.dtype:
         """Return the type of a tensor's numbers."""
@@ -167,9 +167,10 @@ def restore(run: "Run", files: list[Path]) -> None:
         if differ := sorted(key for key in expected.keys() | there.keys() if expected.get(key) != there.get(key)):
             names = ", ".join(key.removeprefix("model/") for key in differ[:5])
             raise CheckpointError(f"{files[0].parent} holds other parameters than this model trains: {names}, ...")
+        optimizer = torch_optimizer(run.optimizer)
         for part in run.strategy.parts(run):
             reader.fill(f"model/{part.name}", part.start, part.values)
-            restore_optimizer(torch_optimizer(run.optimizer), part, reader)
+            restore_optimizer(optimizer, part, reader)
         for name, buffer in held.items():
             values = torch.empty(buffer.numel(), dtype=buffer.dtype)
             reader.fill(f"model/{name}", 0, values)
@@ -180,7 +181,7 @@ def restore(run: "Run", files: list[Path]) -> None:
 def restore_optimizer(optimizer: Any, part: Part, reader: Reader) -> None:
     """Give the optimizer its state for a part of a parameter; it may have none so far."""
     on_device = any(group.get("fused") or group.get("capturable") for group in optimizer.param_groups)
-    for name in reader.state_of(part.name):
+    for name in reader.states.get(part.name, ()):
         key, state = f"optimizer/{part.name}/{name}", optimizer.state[part.owner]
         shape, dtype = reader.shapes[key], reader.dtype(key)
         if shape == part.shape:

@@ -9,7 +9,7 @@ from posttrain.synth.replies import Action, Verdict, parsed, verdict
 from posttrain.synth.session import Session, Statement, dumped
 
 COMMIT_EVERY = 256
-DONE, STRAY = "done", "stray"
+DONE = "done"
 
 
 class Truncated(Exception):

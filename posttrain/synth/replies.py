@@ -16,7 +16,6 @@ STOP = {
     "project_spend_limit_exceeded", "organization_usage_limit_exceeded", "billing_hard_limit_reached",
 }  # fmt: skip
 """Types and codes of a 429 that no waiting heals."""
-FINAL = {400, 404, 413, 422}
 STOPPING = {401, 402, 403}
 UNITS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0}
 
