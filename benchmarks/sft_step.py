@@ -1,9 +1,9 @@
 """Tokens per CPU second of a training step: posttrain, a bare PyTorch loop on the same batches, and TRL if installed.
 
-    python benchmarks/sft_step.py [--steps 12] [--rounds 3] [--only tiny]
+    python benchmarks/sft_step.py [--steps 12] [--rounds 3] [--only tiny] [--arctic PYTHON]
 
 Every candidate runs in a process of its own, in alternating rounds; the table gives medians. One thread, float32.
-"plain" scores every position, as `model(labels=...)` does; "best" projects only the positions that are supervised.
+ArcticTraining takes part from an environment of its own (see arctic_step.py). "plain" scores every position, as `model(labels=...)` does; "best" projects only the positions that are supervised.
 """
 
 import argparse
@@ -212,7 +212,12 @@ def trl(shape: str, steps: int, replies_only: bool) -> dict:
 
 def measure(script: str, name: str, *options: str) -> dict | None:
     """Run one candidate of a benchmark in a process of its own."""
-    done = subprocess.run([sys.executable, script, "--one", name, *options], capture_output=True, text=True)
+    return run_one(name, [sys.executable, script, "--one", name, *options])
+
+
+def run_one(name: str, command: list[str]) -> dict | None:
+    """Return what a command prints on its last line; None, and a message, if it does not run here."""
+    done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         print(f"{name} does not run here: {done.stderr.strip().splitlines()[-1][:100]}", file=sys.stderr)
         return None
@@ -226,6 +231,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--only", choices=SHAPES)
     parser.add_argument("--replies-only", action="store_true")
+    parser.add_argument("--arctic", metavar="PYTHON", help="of an environment in which ArcticTraining is installed")
     parser.add_argument("--one", choices=CANDIDATES, help=argparse.SUPPRESS)
     chosen = parser.parse_args()
     if chosen.one:
@@ -242,23 +248,27 @@ def main() -> None:
         ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=ROOT
     ).stdout.strip()
     print(f"{platform.processor() or platform.machine()}, Python {platform.python_version()}, commit {commit}\n")
-    print("| model | trained | " + " | ".join(f"{n} tok/CPU s" for n in CANDIDATES) + " | / best | / trl | peak MB |")
-    print("|---|---|" + "---|" * (len(CANDIDATES) + 3))
+    names = [*CANDIDATES, *(["arctic"] if chosen.arctic else [])]
+    others = ["best", "trl", *names[4:]]
+    heads = [*(f"{name} tok/CPU s" for name in names), *(f"/ {name}" for name in others), "peak MB"]
+    print("| model | trained | " + " | ".join(heads) + " |\n|---|---|" + "---|" * len(heads))
     for shape in [chosen.only] if chosen.only else SHAPES:
         for replies_only in (False, True):
-            found: dict[str, list[dict]] = {name: [] for name in CANDIDATES}
+            found: dict[str, list[dict]] = {name: [] for name in names}
+            trained = "replies" if replies_only else "everything"
+            arctic = [chosen.arctic, str(Path(__file__).with_name("arctic_step.py")), shape, str(chosen.steps), trained]
             options = ["--only", shape, "--steps", str(chosen.steps), *(["--replies-only"] if replies_only else [])]
             for _ in range(chosen.rounds):
-                for name in CANDIDATES:
-                    if (result := measure(__file__, name, *options)) is not None:
+                for name in names:
+                    result = run_one(name, arctic) if name == "arctic" else measure(__file__, name, *options)
+                    if result is not None:
                         found[name].append(result)
             rate = {n: statistics.median(r["rate"] for r in results) for n, results in found.items() if results}
             peak = {n: statistics.median(r["mb"] for r in results) for n, results in found.items() if results}
-            rates = " | ".join(f"{rate[n]:.0f}" if n in rate else "-" for n in CANDIDATES)
-            over = [f"{rate['posttrain'] / rate[n]:.2f}" if n in rate else "-" for n in ("best", "trl")]
-            peaks = " / ".join(f"{peak[n]:.0f}" if n in peak else "-" for n in CANDIDATES)
-            trained = "replies" if replies_only else "everything"
-            print(f"| {shape} | {trained} | {rates} | {over[0]} | {over[1]} | {peaks} |", flush=True)
+            rates = " | ".join(f"{rate[n]:.0f}" if n in rate else "-" for n in names)
+            over = " | ".join(f"{rate['posttrain'] / rate[n]:.2f}" if n in rate else "-" for n in others)
+            peaks = " / ".join(f"{peak[n]:.0f}" if n in peak else "-" for n in names)
+            print(f"| {shape} | {trained} | {rates} | {over} | {peaks} |", flush=True)
 
 
 if __name__ == "__main__":
