@@ -26,7 +26,7 @@ from posttrain.blocks.data import SFTData
 from posttrain.blocks.encode import ChatEncoder
 from posttrain.blocks.model import HFModel
 from posttrain.blocks.schemas import Refused
-from posttrain.errors import PosttrainError
+from posttrain.errors import PosttrainError, RecipeError
 from posttrain.trainers.dpo import DPOTrainer
 from posttrain.twin import NoRows, Row, Step, Twin, quietly
 
@@ -101,8 +101,8 @@ def overflow(twin: Twin) -> str:
 
 def packing(twin: Twin) -> str:
     """Documents that share a row do not see each other: loss and gradient are those of each alone."""
-    if not twin.data.packing:
-        raise Skipped("data.packing is false")
+    if not twin.rows or not twin.data.packing:
+        raise Skipped("data.packing is false, or not known of this data block")
     together = sum(row.length for row in twin.sample(4)) + 4
     if together > 4 * 512:
         raise Skipped(f"the shortest rows are too long for a quick look ({together:,} tokens)")
@@ -190,7 +190,7 @@ def export(twin: Twin) -> str:
     kind = json.loads((folder / "config.json").read_text())["model_type"] if not model.lora else None
     if kind is not None and kind not in transformers.CONFIG_MAPPING:
         raise Skipped(f"{kind} is no model of transformers")
-    ids = torch.tensor([[int(i) for i in twin.sample(1)[0].encoded.documents[0][0][:32]]])  # type: ignore[union-attr]
+    ids = torch.arange(3, 35)[None] % run.model.module.hf.config.vocab_size  # type: ignore[union-attr, operator]
     with torch.no_grad():
         ours = run.model.module.hf.eval()(input_ids=ids).logits.float()  # type: ignore[union-attr]
         theirs = getattr(transformers, model.auto).from_pretrained(folder).eval()(input_ids=ids).logits.float()
@@ -209,7 +209,10 @@ def memory(twin: Twin) -> str:
 
     real = twin.real
     world = (real.devices if isinstance(real.devices, int) else 1) * real.num_nodes
-    found = estimate(real, world)
+    try:
+        found = estimate(real, world)
+    except RecipeError as error:
+        raise Skipped(str(error)) from None
     return f"{gib(found.total)} GiB on each of {world}; {found.trained:,} parameters are trained"
 
 

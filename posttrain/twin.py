@@ -27,6 +27,7 @@ from posttrain.blocks.strategy import Auto
 from posttrain.blocks.tokenizer import HFTokenizer
 from posttrain.errors import DataError
 from posttrain.hooks import after
+from posttrain.interfaces import DataBlock
 from posttrain.launch import silence_libraries
 from posttrain.trainer import Trainer
 
@@ -116,8 +117,10 @@ class Twin:
         usable = usable[min(short, len(usable)) // 2 : short] if short >= 2 * count else usable
         return usable[:: max(1, len(usable) // count)][:count]
 
-    def sampled(self, count: int, **changes: Any) -> Data:
-        """Return the data block over a sample of rows, each a file's row of its own."""
+    def sampled(self, count: int, **changes: Any) -> DataBlock:
+        """Return the data block over a sample of rows, each a row of a file; a block of another kind as it is."""
+        if not isinstance(self.real.data, Data):
+            return recipe.load(self.path, self.overrides).data
         rows = self.sample(count)
         if not rows:
             raise NoRows("no row can be trained on")

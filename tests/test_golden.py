@@ -27,7 +27,6 @@ def curves(case: str, folder: Path) -> dict[str, list[float]]:
     return {name: [line[name] for line in metrics(folder)] for name in ("loss", "grad_norm")}
 
 
-@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # peft's
 @pytest.mark.parametrize("case", CASES)
 def test_the_curve_is_as_it_was(case: str, tmp_path: Path) -> None:
     """Within what processors may differ by: the order in which they add up."""

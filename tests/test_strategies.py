@@ -27,8 +27,6 @@ from posttrain.trainers.reward import RewardTrainer
 from posttrain.trainers.sft import SFTTrainer
 from posttrain.trainers.swiftkv import SwiftKVTrainer
 
-pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # peft's
-
 ZERO: dict[str, Any] = {f"zero-{stage}": {"zero_optimization": {"stage": stage}} for stage in range(4)}
 ZERO["zero-3"]["zero_optimization"]["stage3_param_persistence_threshold"] = 0  # else what is tiny is not sharded
 SHARDED = {"fsdp": posttrain.FSDP(), "fsdp-offload": posttrain.FSDP(cpu_offload=True, reshard_after_forward=False)}

@@ -125,6 +125,18 @@ def test_what_does_not_apply_is_no_failure(make: Any) -> None:
             check(twin)
 
 
+def test_a_data_block_of_ones_own_is_tried_as_it_is(make: Any) -> None:
+    toy = str(MISTAKES.with_name("toy.py"))
+    twin = make(code=[toy, str(MISTAKES)], data={"type": "toy"}, tokenizer={"type": "toy"})
+    found = {
+        result.name: result.passed for result in proofs.prove(twin.path, [], [proofs.masks, proofs.cuts, proofs.memory])
+    }
+    assert found == {"masks": None, "cuts": True, "memory": None}
+    assert failing(make(type="sum", code=[toy, str(MISTAKES)], data={"type": "toy"}, tokenizer={"type": "toy"})) == {
+        "cuts"
+    }
+
+
 def test_an_error_names_the_line_of_the_users_code(make: Any) -> None:
     found = proofs.result(proofs.cuts, make(type="raises"))
     assert found.passed is False
