@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from torch.optim.lr_scheduler import LRScheduler
 
 
-SKIPPED_IN_A_ROW = 50
+SKIPPED_IN_A_ROW = 20
 """So many steps that are left out one after the other end a run. (A loss scale of 65,536 takes a dozen to settle.)"""
 
 

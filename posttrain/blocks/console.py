@@ -81,6 +81,7 @@ class ConsoleLogger:
     def news(self, metrics: dict[str, float]) -> str:
         """Return the metrics that fit into a line."""
         parts = [f"loss {metrics['loss']:.4f}"] if "loss" in metrics else []
+        parts += [f"{metrics['skipped_steps']:.0f} left out"] if "skipped_steps" in metrics else []
         wanted = [name for name in metrics if "/" in name or name.startswith("eval_")]
         parts += [f"{name.removeprefix('rewards/')} {metrics[name]:.4f}" for name in wanted if is_headline(name)]
         if "lr" in metrics:
@@ -103,6 +104,8 @@ class ConsoleLogger:
         table.add_row("status", f"[{COLORS.get(status, 'white')}]{status}[/]")
         steps = f"{run.step} of {run.max_steps}"
         table.add_row("steps", f"{steps}  ({run.stop})" if run.stop else steps)
+        if skipped := run.memory.get("skipped_steps"):
+            table.add_row("left out", f"{skipped} of them, whose gradients were not finite", style="yellow")
         table.add_row("passes over the data", f"{run.epoch}")
         if self.losses:
             table.add_row("loss", f"{self.losses[0]:.4f} -> {self.losses[-1]:.4f}")
