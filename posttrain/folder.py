@@ -135,8 +135,13 @@ def _clear(run: "Run") -> None:
         return
     for found in (*folder.glob("step-*"), folder / "tensorboard", folder / "huggingface", folder / "refresh"):
         shutil.rmtree(found, ignore_errors=True)
-    for name in ("metrics.jsonl", "recipe.yaml"):
-        (folder / name).unlink(missing_ok=True)
+    for found in (
+        *folder.glob("failure*"),
+        *folder.glob("skipped-rows*"),
+        folder / "metrics.jsonl",
+        folder / "recipe.yaml",
+    ):
+        found.unlink(missing_ok=True)
 
 
 def versions() -> dict[str, str]:

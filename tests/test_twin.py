@@ -113,6 +113,7 @@ def test_a_loss_that_depends_on_the_rank_is_found(make: Any) -> None:
         proofs.ranks(make(type="by-rank"))
 
 
+@pytest.mark.slow
 def test_a_rank_that_fails_is_quoted(make: Any) -> None:
     with pytest.raises(Failed, match="two processes failed: .*ValueError: not on rank one"):
         proofs.ranks(make(type="not-on-rank-one"))
@@ -155,6 +156,7 @@ def test_a_twin_is_small_and_of_the_same_kind(kind: str) -> None:
     assert model.config.model_type == kind
 
 
+@pytest.mark.slow
 def test_the_command_prints_a_table_and_fails_with_a_check(make: Any, capfd: pytest.CaptureFixture[str]) -> None:
     make()
     assert main(["check", "recipe.yaml", "--twin"]) == 0
