@@ -31,6 +31,8 @@ FREE = (
 """Keys that may differ when a run goes on: they change where and how it runs, not what it computes.
 How a step is cut is among them; that its rows stay the same is checked when a checkpoint is loaded."""
 
+OURS = ("metrics.jsonl", "recipe.yaml", "failure.txt", "failure-r*", "skipped-rows*")
+"""Files that a new start removes."""
 PACKAGES = ("posttrain", "torch", "lightning", "transformers", "tokenizers", "datasets", "peft", "deepspeed")
 
 
@@ -135,13 +137,9 @@ def _clear(run: "Run") -> None:
         return
     for found in (*folder.glob("step-*"), folder / "tensorboard", folder / "huggingface", folder / "refresh"):
         shutil.rmtree(found, ignore_errors=True)
-    for found in (
-        *folder.glob("failure*"),
-        *folder.glob("skipped-rows*"),
-        folder / "metrics.jsonl",
-        folder / "recipe.yaml",
-    ):
-        found.unlink(missing_ok=True)
+    for pattern in OURS:
+        for file in folder.glob(pattern):
+            file.unlink()
 
 
 def versions() -> dict[str, str]:
