@@ -99,6 +99,8 @@ def check(arguments: argparse.Namespace) -> int:
         "optimizer": f"{recipe['optimizer'].get('type')}, {recipe['scheduler'].get('type')} schedule",
         "output": recipe["output_dir"],
     }
+    if recipe["code"]:
+        facts["code"] = f"{', '.join(recipe['code'])} (run when the recipe is read)"
     say(f"{arguments.recipe}: valid\n" + "\n".join(f"  {name:<10} {text}" for name, text in facts.items()))
     return _twin(arguments) if arguments.twin else 0
 

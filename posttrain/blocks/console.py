@@ -73,9 +73,10 @@ class ConsoleLogger:
         total, trained = sum(n for n, _ in sizes), sum(n for n, wanted in sizes if wanted)
         share = "" if total == trained else f", {human(trained)} of them trained"
         begin = f", going on after step {run.step}" if run.step else ""
+        code = f"\nwith code of {', '.join(map(str, run.recipe['code']))}" if run.recipe.get("code") else ""
         return (
             f"[bold]{run.recipe['type']}[/]: {human(total)} parameters{share}; {run.max_steps} steps of "
-            f"{run.rows_per_step} rows on {run.fabric.world_size} x {run.fabric.device.type}{begin}"
+            f"{run.rows_per_step} rows on {run.fabric.world_size} x {run.fabric.device.type}{begin}{code}"
         )
 
     def news(self, metrics: dict[str, float]) -> str:
