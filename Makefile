@@ -6,7 +6,7 @@ export OMP_NUM_THREADS ?= 1
 .PHONY: help setup check test test-all test-faults test-vllm demo demo-distill docs package changelog bench
 help:
 	@echo "make setup     .venv with posttrain and everything for developing it"
-	@echo "make demo      watch a model learn (about two minutes on two cores)"
+	@echo "make demo      watch a model learn (under three minutes)"
 	@echo "make demo-distill  make that model cheaper to serve: SwiftKV and a speculator"
 	@echo "make test      the tests (under ten minutes on two cores)"
 	@echo "make test-all  the slow ones too"
@@ -25,7 +25,7 @@ setup: .venv/made
 	@touch $@
 
 demo: setup
-	OMP_NUM_THREADS=2 OMP_WAIT_POLICY=PASSIVE $(BIN)/python examples/demo/demo.py
+	$(BIN)/python examples/demo/demo.py
 
 demo-distill: setup
 	OMP_NUM_THREADS=2 OMP_WAIT_POLICY=PASSIVE $(BIN)/python examples/distill/demo.py

@@ -1,4 +1,4 @@
-"""See a model learn: from random weights to right answers in about two minutes on two cores."""
+"""See a model learn: from random weights to right answers in under three minutes."""
 
 import json
 import os
