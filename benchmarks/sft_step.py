@@ -3,7 +3,8 @@
     python benchmarks/sft_step.py [--steps 12] [--rounds 3] [--only tiny] [--arctic PYTHON]
 
 Every candidate runs in a process of its own, in alternating rounds; the table gives medians. One thread, float32.
-ArcticTraining takes part from an environment of its own (see arctic_step.py). "plain" scores every position, as `model(labels=...)` does; "best" projects only the positions that are supervised.
+"plain" scores every position, as `model(labels=...)` does; "best" projects only the positions that are supervised.
+ArcticTraining takes part from an environment of its own (see arctic_step.py).
 """
 
 import argparse

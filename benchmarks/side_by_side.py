@@ -13,7 +13,6 @@ import subprocess
 import sys
 import textwrap
 import time
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
@@ -80,15 +79,12 @@ def main() -> None:
 
 def machine() -> str:
     """Return what it was measured on."""
+    from posttrain.folder import installed
+
     model = (
         re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text()) if Path("/proc/cpuinfo").exists() else None
     )
-    found = []
-    for package in PACKAGES:
-        try:
-            found.append(f"{package} {version(package)}")
-        except PackageNotFoundError:
-            continue
+    found = [f"{package} {made}" for package in PACKAGES if (made := installed(package))]
     commit = subprocess.run(
         ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=HERE, check=False
     )

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from datetime import UTC, datetime
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from posttrain.errors import TrainingError
 from posttrain.failures import lost_connection
@@ -47,8 +47,8 @@ def report(trainer: "Trainer", error: BaseException, rows: bool = False) -> None
     if lost_connection(error):
         return
     step = (error.step if isinstance(error, TrainingError) else None) or run.step + 1
+    file = run.output_dir / f"failure{run.suffix}.txt"
     try:
-        file = run.output_dir / f"failure{run.suffix}.txt"
         file.write_text("\n".join(_lines(run, step, error)) + "\n", encoding="utf-8")
         if rows and step in run.began:
             batches = (batch for batch, _ in run.loaders.train.batches(run.began[step]))
@@ -56,7 +56,7 @@ def report(trainer: "Trainer", error: BaseException, rows: bool = False) -> None
             write_rows(run, step, found, run.output_dir / f"failure-rows{run.suffix}.jsonl", "w")
         log.info("what is known of it is in %s", file)
     except Exception as second:  # the disk may be full, the data may be what failed
-        log.info("%s could not be written whole: %s: %s", run.output_dir / "failure.txt", type(second).__name__, second)
+        log.info("%s could not be written whole: %s: %s", file, type(second).__name__, second)
 
 
 def skip(trainer: "Trainer", batches: "list[Batch]") -> None:
@@ -98,13 +98,9 @@ def _documents(batch: "Batch") -> "Iterator[tuple[int, list[int], list[int]]]":
     """Yield the row, the tokens and the trained tokens of each document."""
     ids, labels = batch["input_ids"].flatten().tolist(), batch["labels"].flatten().tolist()
     width, row, start = batch["input_ids"].shape[1], 0, 0
-    for end in sorted(_numbers(batch["ends"])):
+    for end in sorted(batch["ends"].tolist()):
         if end // width != row:
             row, start = end // width, end // width * width
         there = slice(start, end + 1)
         yield row, ids[there], [token for token in labels[there] if token >= 0]
         start = end + 1
-
-
-def _numbers(tensor: Any) -> list[int]:
-    return [int(number) for number in tensor.flatten().tolist()]

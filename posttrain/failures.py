@@ -40,6 +40,11 @@ def store() -> "Store":
     return _store
 
 
+def key_of(name: str) -> str:
+    """Return a key of this attempt's own: a store that outlives a restart must not show what the one before left."""
+    return f"posttrain/{name}/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
+
+
 def is_first(error: BaseException) -> bool:
     """Take note that this rank failed, and return whether no other has before; if one has, say so and wait.
 
@@ -51,9 +56,7 @@ def is_first(error: BaseException) -> bool:
     if lost_connection(error):  # to a rank that was killed, and so wrote nothing; its launcher knows
         mine = f"rank {_rank} lost its connection to another rank, which was killed or lost its machine"
     try:
-        # A store that outlives a restart must not blame the ranks of the attempt before.
-        key = f"posttrain/failed/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
-        first = _store.compare_set(key, "", mine).decode()
+        first = _store.compare_set(key_of("failed"), "", mine).decode()
     except RuntimeError:  # the store was in the process of rank zero
         first = "rank 0 ended"
     own = first == mine and not lost_connection(error)

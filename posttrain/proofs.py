@@ -28,7 +28,7 @@ from posttrain.blocks.model import HFModel
 from posttrain.blocks.schemas import Refused
 from posttrain.errors import PosttrainError, RecipeError
 from posttrain.trainers.dpo import DPOTrainer
-from posttrain.twin import NoRows, Row, Step, Twin, quietly
+from posttrain.twin import LONGEST, NoRows, Row, Step, Twin, quietly
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -104,22 +104,22 @@ def packing(twin: Twin) -> str:
     if not twin.rows or not twin.data.packing:
         raise Skipped("data.packing is false, or not known of this data block")
     together = sum(row.length for row in twin.sample(4)) + 4
-    if together > 4 * 512:
+    if together > 4 * LONGEST:
         raise Skipped(f"the shortest rows are too long for a quick look ({together:,} tokens)")
     rows = twin.sampled(4, max_length=together).build(twin.tokenizer, 1, 0, 1, twin.real.seed).train.rows(1)
     if rows != 1:
         raise Skipped(f"four documents make {rows} rows")
-    alone, packed = twin.one_step("alone", rows=4), twin.one_step("packed", rows=1, packing=True, max_length=together)
+    packed = twin.one_step("packed", rows=1, packing=True, max_length=together)
     hint = "does the model or loss() look across documents, or count rows in place of batch['weight']?"
-    return "four documents in a row count as each alone: " + _same(alone, packed, f"packed differs from alone: {hint}")
+    same = _same(twin.whole, packed, f"packed differs from alone: {hint}")
+    return f"four documents in a row count as each alone: {same}"
 
 
 def cuts(twin: Twin) -> str:
     """A step is the same in one micro-batch, two or four."""
-    whole = twin.one_step("4x1", rows=4)
     hint = "loss() must return a mean over what batch['weight'] counts, by which micro-batches are added up"
     two, four = twin.one_step("2x2", rows=2, parts=2), twin.one_step("1x4", rows=1, parts=4)
-    found = _same(whole, two, f"2x2: {hint}"), _same(whole, four, f"1x4: {hint}")
+    found = _same(twin.whole, two, f"2x2: {hint}"), _same(twin.whole, four, f"1x4: {hint}")
     return f"a step in micro-batches 4x1 = 2x2 ({found[0]}) = 1x4 ({found[1]})"
 
 
@@ -127,7 +127,7 @@ def ranks(twin: Twin) -> str:
     """A step is the same on two ranks."""
     from safetensors.torch import load_file
 
-    whole = twin.one_step("4x1", rows=4)
+    whole = twin.whole  # first: the processes use the model and the sample that it writes
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "posttrain.twin", "step"]
     done = _child(twin, launcher)
     if done.returncode:
@@ -163,7 +163,7 @@ def first_loss(twin: Twin) -> str:
     trainer = twin.real
     if not isinstance(trainer, DPOTrainer) or not trainer.objective.needs_reference or trainer.reference is not None:
         raise Skipped("only where the reference is the model itself")
-    step = twin.one_step("first", rows=4)
+    step = twin.whole
     margin = step.metrics["rewards/margin"]
     if abs(margin) > CLOSE:
         raise Failed(f"the margin of the first step is {margin:g}: policy and reference compute different things")

@@ -141,14 +141,14 @@ class Run:
     """The resolved recipe, as plain data: what was trained."""
     position: Position
     """Where the training data stands: the first row of the next step."""
+    watchdog: Watchdog
+    """Sees whether all ranks go on."""
     step: int = 0
     """Optimizer steps taken."""
     began: dict[int, Position] = attrs.field(factory=dict)
     """Where the data of each step begins, for those that are not flushed yet: to show what a failure trained on."""
     skips: bool = False
     """Whether an update whose gradients are not finite is left out, instead of ending the run."""
-    watchdog: Watchdog = attrs.field(factory=Watchdog)
-    """Sees whether all ranks go on."""
     epoch: int = 0
     """Passes over the data that are complete."""
     epoch_ended: bool = False

@@ -9,6 +9,7 @@ import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +49,6 @@ class NoRows(DataError):
 class Row:
     """A row of the data, and what it became."""
 
-    place: str
     values: dict[str, Any]
     encoded: Example | Refused
 
@@ -95,9 +95,8 @@ class Twin:
         encoder = self.data.encoder(self.tokenizer)
         for source in self.data.sources:
             short = attrs.evolve(source, max_rows=min(source.max_rows or READ, READ))
-            read = [row for row, _ in short.read(short.open())]
-            for row, encoded in zip(read, encoder.encode([row.values for row in read]), strict=True):
-                yield Row(row.place, row.values, encoded)
+            values = [row.values for row, _ in short.read(short.open())]
+            yield from map(Row, values, encoder.encode(values))
 
     @property
     def data(self) -> Data:
@@ -144,15 +143,7 @@ class Twin:
         import torch
         import transformers
 
-        if block.random_init and "model_type" in block.config:
-            config = transformers.AutoConfig.for_model(**block.config)
-        else:
-            config = transformers.AutoConfig.from_pretrained(
-                block.name_or_path, **block.config, trust_remote_code=block.trust_remote_code, revision=block.revision,
-                token=block.token.reveal() if block.token else None,
-            )  # fmt: skip
-        for key, value in block.fixed.items():
-            setattr(config, key, value)
+        config = block.read_config()
         shrink(config, layers=type(block).configured is HFModel.configured)
         folder = self.folder / name
         if not folder.exists():
@@ -219,11 +210,16 @@ class Twin:
         gradient = torch.cat([(old - new).double().flatten() for old, new in zip(before, now, strict=True)])
         return Step(run.last["loss"], gradient, dict(run.last))
 
-    def resumable(self, name: str, **changes: Any) -> Trainer:
+    @cached_property
+    def whole(self) -> Step:
+        """A step in one micro-batch, which others are held against."""
+        return self.one_step("4x1", rows=4)
+
+    def resumable(self, name: str) -> Trainer:
         """Return a trainer of six steps that saves every second one, with the recipe's optimizer and schedule."""
         return self.make(
             name, data=self.sampled(12), max_steps=6, micro_batch_size=2, gradient_accumulation_steps=1,
-            checkpoint=[Resume(every=2)], precision="32-true", **changes,
+            checkpoint=[Resume(every=2)], precision="32-true",
         )  # fmt: skip
 
 

@@ -19,7 +19,7 @@ from typing import Any
 import attrs
 
 from posttrain.errors import TrainingError
-from posttrain.failures import is_first, store
+from posttrain.failures import is_first, key_of, store
 
 PUBLISHED = 5.0
 """Seconds between looks, at most."""
@@ -28,9 +28,7 @@ PUBLISHED = 5.0
 class Watchdog:
     """Counts what a rank does, and looks whether that goes on."""
 
-    def __init__(
-        self, rank: int = 0, world_size: int = 1, seconds: float = 0.0, report: Callable[[BaseException], Any] = repr
-    ) -> None:
+    def __init__(self, rank: int, world_size: int, seconds: float, report: Callable[[BaseException], Any]) -> None:
         self.rank, self.world_size, self.seconds, self.report = rank, world_size, seconds, report
         self.count = 0
         self._over = threading.Event()
@@ -56,16 +54,18 @@ class Watchdog:
     def _watch(self) -> None:
         """Publish this rank's count, and end the process when it has not changed for too long."""
         between = min(PUBLISHED, self.seconds / 4)
+        keys = [key_of(f"beat/{rank}") for rank in range(self.world_size)]
         shared: Any = store().clone()  # type: ignore[attr-defined]  # this thread has a connection of its own
         seen, since = -1, time.monotonic()
         while not self._over.wait(between):
             if self.count != seen:
                 seen, since = self.count, time.monotonic()
             try:
-                shared.set(_key(self.rank), json.dumps(attrs.asdict(here(self.count))))
+                shared.set(keys[self.rank], json.dumps(attrs.asdict(here(self.count))))
                 if time.monotonic() - since > self.seconds:
-                    ranks = [(_key(rank), rank) for rank in range(self.world_size)]
-                    there = {rank: At(**json.loads(shared.get(key))) for key, rank in ranks if shared.check([key])}
+                    there = {
+                        rank: At(**json.loads(shared.get(key))) for rank, key in enumerate(keys) if shared.check([key])
+                    }
                     self._end(diagnosis(there, self.world_size, self.seconds), between)
             except RuntimeError:  # the store went away with the process of rank zero; the launcher knows
                 return
@@ -125,7 +125,3 @@ def diagnosis(there: dict[int, At], world_size: int, seconds: float) -> tuple[li
     where = f" ({first.host}), which is in {first.place}" if first else ", which has not begun"
     names = ", ".join(map(str, behind[:8])) + (" and more" if len(behind) > 8 else "")
     return behind, f"{began}the others wait for rank {names}{where}"
-
-
-def _key(rank: int) -> str:
-    return f"posttrain/beat/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}/{rank}"

@@ -146,24 +146,15 @@ class HFModel:
         """Return the transformers model, with its weights unless it is to be empty."""
         import torch
         import transformers
-        from transformers import AutoConfig
         from transformers.utils.logging import disable_progress_bar
 
         from posttrain.blocks import attention
 
         if not sys.stderr.isatty():  # a log file is no place for progress bars
             disable_progress_bar()
-        shared: dict[str, Any] = {
-            "trust_remote_code": self.trust_remote_code, "revision": self.revision,
-            "token": self.token.reveal() if self.token else None,
-        }  # fmt: skip
-        auto, changes = getattr(transformers, self.auto), {**self.config, **self.fixed}
+        auto = getattr(transformers, self.auto)
         try:
-            if self.random_init and "model_type" in self.config:
-                config = AutoConfig.for_model(**changes)
-            else:
-                config = AutoConfig.from_pretrained(self.name_or_path, **changes, **shared)
-            config = self.configured(config)
+            config = self.configured(self.read_config())
             if self.attn_implementation != "auto":
                 config._attn_implementation = self.attn_implementation
             if self.random_init or empty:
@@ -171,7 +162,7 @@ class HFModel:
                     config, dtype=getattr(torch, self.dtype), trust_remote_code=self.trust_remote_code
                 )
             else:
-                hf = auto.from_pretrained(self.name_or_path, config=config, dtype=self.dtype, **shared, **self.kwargs)
+                hf = auto.from_pretrained(self.name_or_path, config=config, dtype=self.dtype, **self.hub, **self.kwargs)
         except (OSError, ValueError, ImportError) as error:
             raise RecipeError(f"model {self.name_or_path!r} cannot be loaded: {error}") from error
         fits = (
@@ -180,6 +171,21 @@ class HFModel:
         if self.attn_implementation == "auto" and fits:
             hf.set_attn_implementation(attention.NAME)
         return hf
+
+    @property
+    def hub(self) -> dict[str, Any]:
+        """How transformers is to fetch the model."""
+        token = self.token.reveal() if self.token else None
+        return {"trust_remote_code": self.trust_remote_code, "revision": self.revision, "token": token}
+
+    def read_config(self) -> Any:
+        """Return the configuration that the recipe names, with its changes."""
+        from transformers import AutoConfig
+
+        changes = {**self.config, **self.fixed}
+        if self.random_init and "model_type" in self.config:
+            return AutoConfig.for_model(**changes)
+        return AutoConfig.from_pretrained(self.name_or_path, **changes, **self.hub)
 
     def configured(self, config: Any) -> Any:
         """Return the configuration to build from; a subclass may make another one of the model's own."""
