@@ -31,8 +31,8 @@ def measured(folder: Path, asynchronous: bool) -> tuple[float, float, float]:
     from toy import trainer
 
     import posttrain
-    from posttrain.blocks import manifest
-    from posttrain.blocks.checkpoint import Resume
+    from posttrain.blocks.checkpoints import manifest
+    from posttrain.blocks.checkpoints.checkpoint import Resume
 
     began: list[float] = []
     waited: list[float] = []

@@ -28,7 +28,7 @@ def tokenizer():
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
-    from posttrain.blocks.templates import TEMPLATES
+    from posttrain.blocks.tokenizers.templates import TEMPLATES
 
     made = Tokenizer(models.BPE())
     made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -68,8 +68,8 @@ def main() -> None:
     chosen = parser.parse_args()
     if not DATA.exists():
         sys.exit(f"{DATA} is not on this machine")
-    from posttrain.blocks.data import SFTData
-    from posttrain.blocks.sources import Source
+    from posttrain.blocks.data.data import SFTData
+    from posttrain.blocks.data.sources import Source
 
     made, rows = tokenizer(), chats(chosen.chats)
     texts = [made.apply_chat_template(row["messages"], tokenize=False) for row in rows]

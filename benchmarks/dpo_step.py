@@ -43,8 +43,8 @@ def loader(shape: str, packing: bool):
     """Return posttrain's loader of two pairs a step: every candidate takes the very same pairs."""
     import numpy as np
 
-    from posttrain.blocks.batches import Example, collate_pairs
-    from posttrain.blocks.loader import MapLoader
+    from posttrain.blocks.data.loader import MapLoader
+    from posttrain.blocks.layout import Example, collate_pairs
 
     class Pairs:
         def __init__(self):

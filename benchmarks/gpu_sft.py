@@ -77,8 +77,8 @@ class Setting:
         """Return posttrain's loader of the documents, every token trained."""
         import numpy as np
 
-        from posttrain.blocks.batches import Example
-        from posttrain.blocks.loader import MapLoader
+        from posttrain.blocks.data.loader import MapLoader
+        from posttrain.blocks.layout import Example
 
         class Documents:
             def __init__(self, found):
@@ -208,8 +208,8 @@ def bare(setting: Setting) -> dict:
     import torch.nn.functional as F
     from transformers import LlamaForCausalLM
 
-    from posttrain.blocks import attention
-    from posttrain.blocks.causal import inputs
+    from posttrain.blocks.models import attention
+    from posttrain.blocks.models.causal import inputs
 
     torch.manual_seed(0)
     with torch.device(setting.device):

@@ -55,8 +55,8 @@ def loader(shape: str, replies_only: bool):
     """Return posttrain's loader: both loops take the very same batches from it."""
     import numpy as np
 
-    from posttrain.blocks.batches import Example
-    from posttrain.blocks.loader import MapLoader
+    from posttrain.blocks.data.loader import MapLoader
+    from posttrain.blocks.layout import Example
 
     class Documents:
         def __init__(self):

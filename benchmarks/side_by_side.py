@@ -79,7 +79,7 @@ def main() -> None:
 
 def machine() -> str:
     """Return what it was measured on."""
-    from posttrain.folder import installed
+    from posttrain.runtime.folder import installed
 
     model = (
         re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text()) if Path("/proc/cpuinfo").exists() else None

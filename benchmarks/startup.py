@@ -48,7 +48,7 @@ def prepare(folder: Path) -> None:
     from conftest import byte_tokenizer
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from posttrain.blocks.templates import TEMPLATES
+    from posttrain.blocks.tokenizers.templates import TEMPLATES
 
     made = byte_tokenizer(TEMPLATES["chatml"])
     made.save_pretrained(folder / "model")

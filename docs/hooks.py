@@ -13,7 +13,7 @@ from typing import Any
 import attrs
 from mkdocs.structure.files import File, Files
 
-from posttrain import explain
+from posttrain.recipes import explain
 from posttrain.registry import KINDS, lookup, names
 from posttrain.trainer import Trainer
 from posttrain.trainers.sft import SFTTrainer

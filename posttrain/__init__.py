@@ -8,19 +8,19 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from posttrain.blocks.callbacks import EarlyStop, Profiler, Samples
-    from posttrain.blocks.checkpoint import HuggingFace, Resume
-    from posttrain.blocks.data import CausalData, PreferenceData, SFTData
-    from posttrain.blocks.logger import JSONL, Console, TensorBoard
-    from posttrain.blocks.model import HFModel, LoRA, RewardModel
+    from posttrain.blocks.checkpoints.checkpoint import HuggingFace, Resume
+    from posttrain.blocks.data.data import CausalData, PreferenceData, SFTData
+    from posttrain.blocks.data.sources import Source
+    from posttrain.blocks.loggers.logger import JSONL, Console, TensorBoard
+    from posttrain.blocks.losses.preference import preference_loss
+    from posttrain.blocks.models.model import HFModel, LoRA, RewardModel
+    from posttrain.blocks.models.speculator.model import SpeculatorModel
+    from posttrain.blocks.models.swiftkv.model import SwiftKVModel
     from posttrain.blocks.optimizer import AdamW
-    from posttrain.blocks.preference import preference_loss
+    from posttrain.blocks.parallel.sequence import Ulysses
+    from posttrain.blocks.parallel.strategy import DDP, FSDP, Auto, DeepSpeed
     from posttrain.blocks.scheduler import WSD, Constant, Cosine, Linear, TwoStage
-    from posttrain.blocks.sequence import Ulysses
-    from posttrain.blocks.sources import Source
-    from posttrain.blocks.speculator import SpeculatorModel
-    from posttrain.blocks.strategy import DDP, FSDP, Auto, DeepSpeed
-    from posttrain.blocks.swiftkv import SwiftKVModel
-    from posttrain.blocks.tokenizer import HFTokenizer
+    from posttrain.blocks.tokenizers.tokenizer import HFTokenizer
     from posttrain.errors import (
         CheckpointError,
         DataError,
@@ -33,13 +33,13 @@ if TYPE_CHECKING:
     )  # fmt: skip
     from posttrain.hooks import after, before
     from posttrain.interfaces import Batch
-    from posttrain.recipe import load
+    from posttrain.recipes.load import load
     from posttrain.registry import block, default, key
     from posttrain.run import Run
-    from posttrain.synth.cortex import CortexSynth
-    from posttrain.synth.openai import AzureOpenAISynth, OpenAISynth
-    from posttrain.synth.transformers import TransformersSynth
-    from posttrain.synth.vllm import VllmSynth
+    from posttrain.synth.clients.cortex import CortexSynth
+    from posttrain.synth.clients.openai import AzureOpenAISynth, OpenAISynth
+    from posttrain.synth.clients.transformers import TransformersSynth
+    from posttrain.synth.clients.vllm import VllmSynth
     from posttrain.trainer import Trainer
     from posttrain.trainers.distill import DistillTrainer
     from posttrain.trainers.dpo import DPOTrainer
@@ -51,32 +51,32 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "blocks.callbacks": ("EarlyStop", "Profiler", "Samples"),
-    "blocks.checkpoint": ("HuggingFace", "Resume"),
-    "blocks.data": ("CausalData", "PreferenceData", "SFTData"),
-    "blocks.logger": ("Console", "JSONL", "TensorBoard"),
-    "blocks.model": ("HFModel", "LoRA", "RewardModel"),
+    "blocks.checkpoints.checkpoint": ("HuggingFace", "Resume"),
+    "blocks.data.data": ("CausalData", "PreferenceData", "SFTData"),
+    "blocks.loggers.logger": ("Console", "JSONL", "TensorBoard"),
+    "blocks.models.model": ("HFModel", "LoRA", "RewardModel"),
     "blocks.optimizer": ("AdamW",),
-    "blocks.preference": ("preference_loss",),
+    "blocks.losses.preference": ("preference_loss",),
     "blocks.scheduler": ("Constant", "Cosine", "Linear", "TwoStage", "WSD"),
-    "blocks.sequence": ("Ulysses",),
-    "blocks.sources": ("Source",),
-    "blocks.speculator": ("SpeculatorModel",),
-    "blocks.strategy": ("Auto", "DDP", "DeepSpeed", "FSDP"),
-    "blocks.swiftkv": ("SwiftKVModel",),
-    "blocks.tokenizer": ("HFTokenizer",),
+    "blocks.parallel.sequence": ("Ulysses",),
+    "blocks.data.sources": ("Source",),
+    "blocks.models.speculator.model": ("SpeculatorModel",),
+    "blocks.parallel.strategy": ("Auto", "DDP", "DeepSpeed", "FSDP"),
+    "blocks.models.swiftkv.model": ("SwiftKVModel",),
+    "blocks.tokenizers.tokenizer": ("HFTokenizer",),
     "errors": (
         "CheckpointError", "DataError", "HookError", "PosttrainError", "RecipeError", "RegistryError", "SynthError",
         "TrainingError",
     ),
     "hooks": ("after", "before"),
     "interfaces": ("Batch",),
-    "recipe": ("load",),
+    "recipes.load": ("load",),
     "registry": ("block", "default", "key"),
     "run": ("Run",),
-    "synth.cortex": ("CortexSynth",),
-    "synth.openai": ("AzureOpenAISynth", "OpenAISynth"),
-    "synth.transformers": ("TransformersSynth",),
-    "synth.vllm": ("VllmSynth",),
+    "synth.clients.cortex": ("CortexSynth",),
+    "synth.clients.openai": ("AzureOpenAISynth", "OpenAISynth"),
+    "synth.clients.transformers": ("TransformersSynth",),
+    "synth.clients.vllm": ("VllmSynth",),
     "trainer": ("Trainer",),
     "trainers.distill": ("DistillTrainer",),
     "trainers.dpo": ("DPOTrainer",),

@@ -1,5 +1,5 @@
 """The command line: `posttrain train`, `check`, `show`, `prepare`, `plan`, `blocks`, `plot`, `convert`, `accept`,
-`doctor` and `synth`.
+`doctor` and `synth`. What they do stands in `tools/commands.py`; here the command line is read.
 
 Only the standard library is imported before a command runs, and only attrs, cattrs and yaml before its
 recipe is valid: help and error messages must not wait for torch.
@@ -9,15 +9,12 @@ import argparse
 import os
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 if __name__ == "__main__" and Path(sys.path[0]).resolve() == Path(__file__).resolve().parent:
     # Run as a script, as by `fabric run posttrain/cli.py`. Python put this folder first on the path, where its
     # modules would hide others of the same name; what belongs there is the folder above.
     sys.path[0] = str(Path(__file__).resolve().parents[1])
-
-if TYPE_CHECKING:
-    from posttrain.trainer import Trainer
 
 SYNTH_VERBS = ("run", "plan", "status", "errors", "cancel", "export", "view")
 EPILOG = """\
@@ -37,13 +34,14 @@ def main(argv: list[str] | None = None) -> int:
     import logging
 
     from posttrain.errors import PosttrainError, RecipeError, RegistryError
-    from posttrain.failures import is_first
+    from posttrain.runtime.failures import is_first
+    from posttrain.tools import commands
 
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
     first_rank = os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0"
     logging.getLogger("posttrain").setLevel(logging.INFO if first_rank else logging.ERROR)
     try:
-        return int(arguments.run(arguments) or 0)
+        return int(getattr(commands, arguments.command)(arguments) or 0)
     except PosttrainError as error:
         if os.environ.get("POSTTRAIN_TRACEBACK") == "1":
             raise
@@ -67,209 +65,6 @@ def complain(message: str) -> None:
     print(f"\033[1;31merror:\033[0m {message}" if colour else f"error: {message}", file=sys.stderr)  # noqa: T201
 
 
-# -- commands -------------------------------------------------------------------------
-
-
-def train(arguments: argparse.Namespace) -> int:
-    """Train; a run that a signal ended says so by its exit code, as shells expect."""
-    from posttrain.launch import ranks_to_start, relaunch
-
-    trainer = load(arguments)
-    ranks = ranks_to_start(trainer.accelerator, trainer.devices, trainer.num_nodes)
-    if ranks > 1:
-        return relaunch(ranks, Path(__file__).resolve(), ["train", str(arguments.recipe), *arguments.overrides])
-    run = trainer.train()
-    return 128 + run.signal if run.signal else 0
-
-
-def check(arguments: argparse.Namespace) -> int:
-    """Validate a recipe and say in short what it describes; with --twin also try it out, exit code 1 if that fails."""
-    from posttrain.values import as_data
-
-    trainer = load(arguments)
-    recipe = as_data(trainer)
-    length = f"{recipe['max_steps']:,} steps" if recipe["max_steps"] else f"{recipe['epochs']} epoch(s)"
-    rows, groups = recipe["micro_batch_size"], recipe["gradient_accumulation_steps"]
-    sources = [_name(source) for source in recipe["data"].get("sources", [])]
-    facts = {
-        "trainer": f"{recipe['type']} ({type(trainer).__name__})",
-        "model": _name(recipe["model"]),
-        "data": ", ".join(sources) or recipe["data"].get("type"),
-        "length": f"{length}, each step {rows} x {groups} rows per device",
-        "optimizer": f"{recipe['optimizer'].get('type')}, {recipe['scheduler'].get('type')} schedule",
-        "output": recipe["output_dir"],
-    }
-    if recipe["code"]:
-        facts["code"] = f"{', '.join(recipe['code'])} (run when the recipe is read)"
-    say(f"{arguments.recipe}: valid\n" + "\n".join(f"  {name:<10} {text}" for name, text in facts.items()))
-    return _twin(arguments) if arguments.twin else 0
-
-
-def _twin(arguments: argparse.Namespace) -> int:
-    from rich.console import Console
-    from rich.live import Live
-
-    from posttrain.proofs import prove, table
-
-    results: list[Any] = []
-    with Live(table(results), console=Console()) as live:
-        for result in prove(arguments.recipe, arguments.overrides):
-            results.append(result)
-            live.update(table(results))
-    return int(any(result.passed is False for result in results))
-
-
-def show(arguments: argparse.Namespace) -> None:
-    """Print the resolved recipe, or with --data the first documents as tokens."""
-    import json
-
-    from rich.console import Console
-    from rich.syntax import Syntax
-
-    from posttrain import recipe
-    from posttrain.show import tokens
-    from posttrain.values import as_data
-
-    trainer, console = load(arguments), Console()
-    if arguments.data is not None:
-        previews = _previews(trainer, arguments.data)
-        if not arguments.json:
-            return tokens(previews, console)
-        for preview in previews:
-            found = [
-                {"text": text, "supervised": bool(trained), "role": role} for text, trained, role in preview.tokens
-            ]
-            side = {"side": preview.side} if preview.side else {}
-            say(json.dumps({"source": preview.source, **side, "tokens": found}))
-    elif arguments.json:
-        say(json.dumps(as_data(trainer), indent=2))
-    elif console.is_terminal:
-        console.print(Syntax(recipe.dump(trainer).rstrip(), "yaml", theme="ansi_dark", background_color="default"))
-    else:
-        say(recipe.dump(trainer).rstrip())
-    return None
-
-
-def prepare(arguments: argparse.Namespace) -> None:
-    """Do the data work of a run ahead of it, and print what became of the rows."""
-    from rich.console import Console
-
-    from posttrain.show import ledger
-
-    Console().print(ledger(load(arguments).prepare()))
-
-
-def blocks(arguments: argparse.Namespace) -> None:
-    """List kinds, blocks of a kind, or the fields of a block."""
-    from posttrain.explain import explain
-
-    say(explain(arguments.kind, arguments.name))
-
-
-def plot(arguments: argparse.Namespace) -> None:
-    """Draw the metrics of runs."""
-    from posttrain.plot import curves
-
-    first: Path = arguments.runs[0]
-    target = arguments.output or (first if first.is_dir() else first.parent) / "curves.png"
-    curves(arguments.runs, arguments.metric, target)
-    say(str(target))
-
-
-def plan(arguments: argparse.Namespace) -> int:
-    """Print what a recipe takes of each device's memory; exit code 1 if that is more than there is."""
-    from rich.console import Console
-
-    from posttrain.plan import estimate, gib, remedies, table
-
-    trainer, console = load(arguments), Console()
-    devices = trainer.devices if isinstance(trainer.devices, int) else 1
-    world = arguments.world or devices * trainer.num_nodes
-    found = estimate(trainer, world)
-    say(f"{found.trained:,} parameters are trained, {found.frozen:,} are frozen")
-    console.print(table(found, world))
-    if found.total <= arguments.gpu_memory * 2**30:
-        say(f"fits into {arguments.gpu_memory:g} GiB; leave a tenth for the allocator and the libraries")
-        return 0
-    say(f"does not fit into {arguments.gpu_memory:g} GiB. With a change:")
-    for label, changed in remedies(trainer, world, found):
-        say(f"  {gib(changed.total):>9} GiB  {label}")
-    return 1
-
-
-def convert(arguments: argparse.Namespace) -> None:
-    """Write a recipe of ArcticTraining as one of ours."""
-    from posttrain.convert import convert
-
-    text, notes = convert(arguments.recipe)
-    if arguments.output is None:
-        say(text.rstrip())
-    else:
-        arguments.output.write_text(text, encoding="utf-8")
-        say("\n".join([f"{arguments.output}: {len(notes)} notes at its head", *(f"  {note}" for note in notes)]))
-
-
-def accept(arguments: argparse.Namespace) -> None:
-    """Measure how well the speculator of a run drafts, and draw it."""
-    from rich.console import Console
-
-    from posttrain.accept import measure
-
-    found = measure(arguments.run_folder, arguments.prompts, arguments.max_new_tokens, arguments.drafts)
-    Console().print(found.table())
-    say(found.summary)
-    target = arguments.output or arguments.run_folder / "acceptance.png"
-    found.draw(target)
-    say(str(target))
-
-
-def doctor(arguments: argparse.Namespace) -> None:
-    """Print versions, devices and folders, and what is missing for what."""
-    from rich.console import Console
-
-    from posttrain.doctor import examine
-
-    Console().print(examine())
-
-
-def synth(arguments: argparse.Namespace) -> int:
-    """Generate data."""
-    from posttrain.synth.commands import main
-
-    return main(arguments)
-
-
-# -- helpers --------------------------------------------------------------------------
-
-
-def load(arguments: argparse.Namespace) -> "Trainer":
-    """Return the trainer of the recipe and overrides that were given."""
-    from posttrain import recipe
-
-    return recipe.load(arguments.recipe, arguments.overrides)
-
-
-def say(text: str) -> None:
-    """Print to standard output."""
-    print(text)  # noqa: T201
-
-
-def _name(data: Any) -> str:
-    """What to call a model or a source in one line."""
-    return str(data.get("name_or_path", data.get("type"))) if isinstance(data, dict) else str(data)
-
-
-def _previews(trainer: "Trainer", count: int) -> Any:
-    from posttrain.errors import RecipeError
-
-    if not callable(getattr(trainer.data, "preview", None)):
-        raise RecipeError(f"data: {type(trainer.data).__name__} has no method preview(), which this command needs")
-    return trainer.data.preview(trainer.tokenizer.build(trainer.model), count)  # type: ignore[attr-defined]
-
-
-# -- arguments ------------------------------------------------------------------------
-
-
 def parse_arguments(argv: list[str]) -> argparse.Namespace:
     """Parse the command line; overrides may stand before, between and after options."""
     parser = argparse.ArgumentParser(
@@ -279,41 +74,41 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--version", action=_Version)
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
 
-    _recipe_command(commands, train, "train what a recipe describes, or go on where its run was left",
+    _recipe_command(commands, "train", "train what a recipe describes, or go on where its run was left",
                     "posttrain train recipe.yaml optimizer.lr=1e-4 max_steps=10k")  # fmt: skip
-    checking = _recipe_command(commands, check, "say everything that is wrong with a recipe, without loading anything",
+    checking = _recipe_command(commands, "check", "say all that is wrong with a recipe, without loading anything",
                                "posttrain check recipe.yaml --twin")  # fmt: skip
     checking.add_argument("--twin", action="store_true",
                           help="then try everything out on a tiny copy of the model, on the CPU")  # fmt: skip
-    showing = _recipe_command(commands, show, "print the resolved recipe, or the data as the model will see it",
+    showing = _recipe_command(commands, "show", "print the resolved recipe, or the data as the model will see it",
                               "posttrain show recipe.yaml --data 2")  # fmt: skip
     showing.add_argument("--json", action="store_true", help="as JSON (with --data: one line per document)")
     showing.add_argument("--data", nargs="?", const=3, type=_count, metavar="N",
                          help="the first N documents (3) as tokens: which are supervised, whose they are")  # fmt: skip
-    _recipe_command(commands, prepare, "read, tokenize and cache the data of a recipe ahead of its run",
+    _recipe_command(commands, "prepare", "read, tokenize and cache the data of a recipe ahead of its run",
                     "posttrain prepare recipe.yaml")  # fmt: skip
 
-    planning = _recipe_command(commands, plan, "estimate the memory that a recipe takes, without weights or a GPU",
+    planning = _recipe_command(commands, "plan", "estimate the memory that a recipe takes, without weights or a GPU",
                                "posttrain plan recipe.yaml --world 8 strategy=fsdp")  # fmt: skip
     planning.add_argument("--world", type=_count, metavar="N", help="devices, all nodes together (the recipe's, or 1)")
     planning.add_argument("--gpu-memory", type=float, default=80.0, metavar="GIB", help="of each device (80)")
 
-    listing = _command(commands, blocks, "list what a recipe can be made of", "posttrain blocks scheduler cosine")
+    listing = _command(commands, "blocks", "list what a recipe can be made of", "posttrain blocks scheduler cosine")
     listing.add_argument("kind", nargs="?", metavar="KIND", help="such as optimizer")
     listing.add_argument("name", nargs="?", metavar="NAME", help="such as adamw")
 
-    drawing = _command(commands, plot, "draw the metrics of one run, or compare several",
+    drawing = _command(commands, "plot", "draw the metrics of one run, or compare several",
                        "posttrain plot out/a out/b -o curves.png --metric loss --metric lr")  # fmt: skip
     drawing.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folder of a run")
     drawing.add_argument("-o", "--output", type=Path, metavar="FILE", help="picture to write (RUN/curves.png)")
     drawing.add_argument("--metric", action="append", metavar="NAME", help="draw this metric; may be repeated")
 
-    converting = _command(commands, convert, "write a recipe of ArcticTraining as one of posttrain",
+    converting = _command(commands, "convert", "write a recipe of ArcticTraining as one of posttrain",
                           "posttrain convert run-sft.yml -o recipe.yaml")  # fmt: skip
     converting.add_argument("recipe", type=Path, metavar="RECIPE", help="their YAML file")
     converting.add_argument("-o", "--output", type=Path, metavar="FILE", help="ours; printed if not given")
 
-    drafting = _command(commands, accept, "measure how many of a speculator's drafts its base model accepts",
+    drafting = _command(commands, "accept", "measure how many of a speculator's drafts its base model accepts",
                         "posttrain accept runs/speculator --prompts questions.jsonl")  # fmt: skip
     drafting.add_argument("run_folder", type=Path, metavar="RUN", help="folder of a run of type mlp-speculator")
     drafting.add_argument("--prompts", type=Path, required=True, metavar="FILE", help="chats or prompts, one a line")
@@ -321,9 +116,11 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     drafting.add_argument("--drafts", type=_count, metavar="K", help="tokens drafted in a pass (one of each head)")
     drafting.add_argument("-o", "--output", type=Path, metavar="FILE", help="picture to write (RUN/acceptance.png)")
 
-    _command(commands, doctor, "say what this machine and environment can do, and what is missing", "posttrain doctor")
+    _command(
+        commands, "doctor", "say what this machine and environment can do, and what is missing", "posttrain doctor"
+    )
 
-    generating = _recipe_command(commands, synth, "generate data with a model behind an interface, paying once",
+    generating = _recipe_command(commands, "synth", "generate data with a model behind an interface, paying once",
                                  "posttrain synth run recipe.yaml --max-cost 5", first="verb")  # fmt: skip
     generating.add_argument(
         "--max-cost", type=float, metavar="DOLLARS", help="run: refuse to spend more, all steps together"
@@ -343,19 +140,19 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     return arguments
 
 
-def _command(commands: Any, run: Any, help_: str, example: str) -> argparse.ArgumentParser:
+def _command(commands: Any, name: str, help_: str, example: str) -> argparse.ArgumentParser:
     parser: argparse.ArgumentParser = commands.add_parser(
-        run.__name__, help=help_, description=f"{help_[0].upper()}{help_[1:]}.", epilog=f"example:\n  {example}",
+        name, help=help_, description=f"{help_[0].upper()}{help_[1:]}.", epilog=f"example:\n  {example}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
-    parser.set_defaults(run=run)
+    parser.set_defaults(command=name)
     return parser
 
 
 def _recipe_command(
-    commands: Any, run: Any, help_: str, example: str, first: str | None = None
+    commands: Any, name: str, help_: str, example: str, first: str | None = None
 ) -> argparse.ArgumentParser:
-    parser = _command(commands, run, help_, example)
+    parser = _command(commands, name, help_, example)
     if first is not None:
         parser.add_argument(first, choices=SYNTH_VERBS, help="what to do")
     parser.add_argument("recipe", type=Path, metavar="RECIPE", help="a YAML file")
@@ -378,9 +175,9 @@ class _Version(argparse.Action):
         super().__init__(option_strings, dest, nargs=0, default=argparse.SUPPRESS, help="print the version and exit")
 
     def __call__(self, parser: argparse.ArgumentParser, *args: Any) -> None:
-        from posttrain.folder import installed
+        from posttrain.runtime.folder import installed
 
-        say(f"posttrain {installed('posttrain') or '(not installed: run from its source folder)'}")
+        print(f"posttrain {installed('posttrain') or '(not installed: run from its source folder)'}")  # noqa: T201
         parser.exit()
 
 

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 Batch: TypeAlias = dict[str, Any]
 """One micro-batch of tensors; `batch["weight"]` is a number: what its loss is a mean over
-(supervised tokens, pairs). `blocks/loader.py` says what else the shipped data blocks put in."""
+(supervised tokens, pairs). `blocks/layout.py` says what else the shipped data blocks put in."""
 
 Position: TypeAlias = dict[str, Any]
 """Where a loader stands, as plain JSON data. It counts rows of all ranks together, so that it
@@ -90,7 +90,7 @@ class SchedulerBlock(Protocol):
 class StrategyBlock(Protocol):
     """How ranks share the work: a Fabric strategy, or the name of one, and what differs between strategies.
 
-    Subclass `blocks/strategy.py`'s `Auto` unless parameters are sharded in a new way.
+    Subclass `blocks/parallel/strategy.py`'s `Auto` unless parameters are sharded in a new way.
     """
 
     @property
@@ -141,7 +141,8 @@ class CallbackBlock(Protocol):
 
 
 class SynthBlock(Protocol):
-    """A client that generates data: takes requests, plans and runs them, gives their results (synth/client.py)."""
+    """A client that generates data: takes requests, plans and runs them, gives their results
+    (synth/clients/client.py)."""
 
     def add_chat_to_batch_task(self, task_name: str, messages: list[dict[str, Any]]) -> int: ...
     def plan(self, task_name: str) -> Any: ...
@@ -150,8 +151,13 @@ class SynthBlock(Protocol):
 
 
 class StepBlock(Protocol):
-    """One step from prompts to training data: asks about rows, and says what becomes of them (synth/step.py)."""
+    """One step from prompts to training data: asks about rows, and says what becomes of them
+    (synth/pipelines/step.py)."""
 
+    @property
+    def panel(self) -> list[str | None]: ...
+    @property
+    def sent(self) -> dict[str, Any]: ...
     def chats(self, row: dict[str, Any]) -> list[Any]: ...
     def fold(self, row: dict[str, Any], replies: list[Any]) -> Iterable[Any]: ...
     def table(self, rows: Iterable[dict[str, Any]]) -> Iterable[Any]: ...

@@ -33,17 +33,66 @@ KINDS: dict[str, type | None] = {
     "synth": interfaces.SynthBlock,
     "step": interfaces.StepBlock,
 }
-"""Kind of block -> what it must provide."""
+"""Kind of block -> what it must provide. `kind` adds to them."""
 
-_SHIPPED_BY_SYNTH = {
-    "synth": ("openai", "vllm", "cortex", "transformers"),
-    "step": ("steps",),
-    "callback": ("refresh",),
+_HOMES = {
+    "synth": tuple(f"posttrain.synth.clients.{name}" for name in ("openai", "vllm", "cortex", "transformers")),
+    "step": ("posttrain.synth.steps",),
+    "callback": ("posttrain.synth.pipelines.refresh",),
 }
-"""Kind -> modules of posttrain.synth that hold blocks of it."""
+"""Kind -> modules that hold blocks of it, besides `posttrain.blocks` and `posttrain.trainers`. They are imported when
+somebody asks for a block of that kind: those of synth import httpx, which a recipe of a trainer must not wait for."""
 
 _blocks: dict[tuple[str, str], type] = {}
 _names: dict[type, str] = {}
+
+
+def kind(name: str) -> Callable[[type[T]], type[T]]:
+    """Add a kind of block: a Protocol that says what blocks of it must provide.
+
+    A field of that type then takes any block of the kind, from Python and from a recipe (`sampler: {type: mine}`).
+    A plugin that adds one names its module in the entry-point group `posttrain.kind`.
+
+    Raises:
+        RegistryError: there is another kind of that name.
+
+    >>> @kind("doctest-sampler")
+    ... class SamplerBlock(Protocol):
+    ...     def sample(self, prompt): ...
+    >>> @block("doctest-sampler", "echo")
+    ... class Echo:
+    ...     def sample(self, prompt):
+    ...         return prompt
+    >>> lookup("doctest-sampler", "echo")().sample("hello")
+    'hello'
+    """
+
+    def register(protocol: type[T]) -> type[T]:
+        known = KINDS.get(name)
+        if name in KINDS and (known is None or _home(known) != _home(protocol)):
+            raise RegistryError(f"there is a block kind {name!r} already; {where(protocol)} needs another name")
+        KINDS[name] = protocol
+        return protocol
+
+    return register
+
+
+def kind_of(interface: Any) -> str | None:
+    """Return the kind of block that a Protocol describes, or None if it describes none."""
+    return next((name for name, known in KINDS.items() if known is interface), None) if interface else None
+
+
+def checked_kind(name: str) -> str:
+    """Return the name of a kind; a plugin that adds it is imported only now.
+
+    Raises:
+        RegistryError: there is no such kind.
+    """
+    for plugin in entry_points(group="posttrain.kind") if name not in KINDS else ():
+        plugin.load()
+    if name not in KINDS:
+        raise RegistryError(f"there is no block kind {name!r}{suggest(name, KINDS)} (kinds: {', '.join(KINDS)})")
+    return name
 
 
 def key(
@@ -79,7 +128,7 @@ def block(kind: str, name: str, *, also: tuple[str, ...] = ()) -> Callable[[type
     """Make a class a block: keyword-only attrs fields, and a name for `type:`.
 
     Args:
-        kind: one of `KINDS`.
+        kind: one of `KINDS`, or one that was added by `kind`.
         name: what a recipe calls it.
         also: other names that a recipe may use.
 
@@ -94,8 +143,7 @@ def block(kind: str, name: str, *, also: tuple[str, ...] = ()) -> Callable[[type
     >>> lookup("optimizer", "doctest-sgd")(lr=0.5)
     SGD(lr=0.5)
     """
-    if kind not in KINDS:
-        raise RegistryError(f"there is no block kind {kind!r}{suggest(kind, KINDS)} (kinds: {', '.join(KINDS)})")
+    checked_kind(kind)
 
     def register(cls: type[T]) -> type[T]:
         # Not slotted, so that callbacks can wrap methods of one instance (see hooks.py).
@@ -182,9 +230,6 @@ def _home(cls: type) -> tuple[str, str]:
 
 
 def _import_shipped(kind: str) -> None:
-    """Register what ships with posttrain. These modules import nothing heavy; those of synth import httpx, which a
-    recipe of a trainer must not wait for."""
-    importlib.import_module("posttrain.blocks")
-    importlib.import_module("posttrain.trainers")
-    for module in _SHIPPED_BY_SYNTH.get(kind, ()):
-        importlib.import_module(f"posttrain.synth.{module}")
+    """Register what ships with posttrain. These modules import nothing heavy."""
+    for module in ("posttrain.blocks", "posttrain.trainers", *_HOMES.get(kind, ())):
+        importlib.import_module(module)

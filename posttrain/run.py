@@ -11,8 +11,8 @@ import attrs
 
 from posttrain.errors import TrainingError
 from posttrain.interfaces import Batch, Loaders, Logger, Position, StrategyBlock
-from posttrain.launch import all_reduce, gather_objects
-from posttrain.watchdog import Watchdog
+from posttrain.runtime.launch import all_reduce, gather_objects
+from posttrain.runtime.watchdog import Watchdog
 
 if TYPE_CHECKING:
     from lightning.fabric import Fabric

@@ -14,13 +14,13 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
 import attrs
 from attrs.validators import ge, gt, optional
 
-from posttrain import crash, folder, hooks
-from posttrain.blocks.checkpoint import HuggingFace, Resume
-from posttrain.blocks.logger import JSONL, Console, TensorBoard
-from posttrain.blocks.optimizer import AdamW
+from posttrain import hooks
+from posttrain.blocks.checkpoints.checkpoint import HuggingFace, Resume
+from posttrain.blocks.loggers.logger import JSONL, Console, TensorBoard
+from posttrain.blocks.optimizer import AdamW, torch_optimizer
+from posttrain.blocks.parallel.strategy import Auto, DeepSpeed
 from posttrain.blocks.scheduler import Cosine
-from posttrain.blocks.strategy import Auto, DeepSpeed, torch_optimizer
-from posttrain.blocks.tokenizer import HFTokenizer
+from posttrain.blocks.tokenizers.tokenizer import HFTokenizer
 from posttrain.errors import RecipeError, TrainingError
 from posttrain.interfaces import (
     Batch,
@@ -39,12 +39,13 @@ from posttrain.interfaces import (
     StrategyBlock,
     TokenizerBlock,
 )  # fmt: skip
-from posttrain.launch import all_reduce, make_fabric, reseed
 from posttrain.registry import default, key
 from posttrain.run import Metrics, Run
-from posttrain.signals import Signals
+from posttrain.runtime import crash, folder
+from posttrain.runtime.launch import all_reduce, make_fabric, reseed
+from posttrain.runtime.signals import Signals
+from posttrain.runtime.watchdog import Watchdog
 from posttrain.values import as_data, problems
-from posttrain.watchdog import Watchdog
 
 if TYPE_CHECKING:
     from lightning.fabric import Fabric
@@ -288,7 +289,7 @@ class Trainer:
             fabric: of the run.
             model: the network to train, with its first weights, before the strategy wraps it.
         """
-        from posttrain.blocks.frozen import Frozen
+        from posttrain.blocks.models.frozen import Frozen
 
         blocks = {
             field.name: getattr(self, field.name)

@@ -6,7 +6,7 @@ import attrs
 from torch.nn import functional
 
 from posttrain import Batch, DPOTrainer, SFTTrainer, after, before, block
-from posttrain.blocks.model import HFModel
+from posttrain.blocks.models.model import HFModel
 
 
 @block("trainer", "sound")

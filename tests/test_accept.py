@@ -6,10 +6,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from posttrain import recipe as recipes
-from posttrain.blocks.speculate import Drafts, speculate
-from posttrain.blocks.speculator_network import load_speculator
+from posttrain.blocks.models.speculator.network import load_speculator
+from posttrain.blocks.models.speculator.speculate import Drafts, speculate
 from posttrain.cli import main
+from posttrain.recipes import load as recipes
 
 
 @pytest.fixture

@@ -8,12 +8,12 @@ import torch
 from test_loop import assert_same_run
 from toy import network, trainer
 
-from posttrain.blocks.activations import Offload
-from posttrain.blocks.batches import lay
-from posttrain.blocks.model import HFModel
+from posttrain.blocks.layout import lay
+from posttrain.blocks.models.activations import Offload
+from posttrain.blocks.models.model import HFModel
 from posttrain.errors import RecipeError
 from posttrain.interfaces import Batch
-from posttrain.tracing import Alive
+from posttrain.tools.tracing import Alive
 from posttrain.trainers.dpo import DPOTrainer
 from posttrain.trainers.swiftkv import SwiftKVTrainer
 

@@ -9,9 +9,10 @@ import torch.nn.functional as F
 from toy import LLAMA, document
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from posttrain.blocks import attention, losses
-from posttrain.blocks.batches import lay
-from posttrain.blocks.causal import CausalLM
+from posttrain.blocks.layout import lay
+from posttrain.blocks.losses import cross_entropy as losses
+from posttrain.blocks.models import attention
+from posttrain.blocks.models.causal import CausalLM
 from posttrain.errors import RecipeError, TrainingError
 
 SMALL = {k: v for k, v in LLAMA.items() if k != "model_type"}
@@ -140,7 +141,7 @@ def test_attention_that_cannot_be_computed_is_refused() -> None:
 
 
 def test_models_with_recurrent_layers_are_refused() -> None:
-    from posttrain.blocks.model import HFModel
+    from posttrain.blocks.models.model import HFModel
 
     block = HFModel(
         name_or_path="m", random_init=True,

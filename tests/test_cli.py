@@ -11,11 +11,11 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from posttrain.blocks.data import Preview
+from posttrain.blocks.data.data import Preview
 from posttrain.cli import main
 from posttrain.errors import RecipeError
-from posttrain.plot import smooth
-from posttrain.show import tokens
+from posttrain.tools.plot import smooth
+from posttrain.tools.show import tokens
 from posttrain.trainer import Trainer
 
 ROOT = Path(__file__).parent.parent
@@ -321,9 +321,9 @@ def test_help_imports_nothing_heavy() -> None:
 def test_doctor_says_what_is_there_and_what_is_missing_for_what(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import posttrain.doctor
+    import posttrain.tools.doctor
 
-    monkeypatch.setattr(posttrain.doctor, "installed", lambda package: None if package == "peft" else "1.2.3")
+    monkeypatch.setattr(posttrain.tools.doctor, "installed", lambda package: None if package == "peft" else "1.2.3")
     monkeypatch.setenv("COLUMNS", "200")
     assert main(["doctor"]) == 0
     said = capsys.readouterr().out

@@ -6,8 +6,8 @@ import pytest
 
 from posttrain import load, yaml12
 from posttrain.cli import main
-from posttrain.convert import convert
 from posttrain.errors import RecipeError
+from posttrain.recipes.convert import convert
 
 SFT = """\
 type: sft

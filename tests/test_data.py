@@ -11,11 +11,11 @@ from typing import Any
 import pytest
 from conftest import byte_tokenizer
 
-from posttrain.blocks import store
-from posttrain.blocks.data import CausalData, SFTData
-from posttrain.blocks.sources import Source
-from posttrain.blocks.streams import Stream
-from posttrain.blocks.templates import TEMPLATES
+from posttrain.blocks.data import store
+from posttrain.blocks.data.data import CausalData, SFTData
+from posttrain.blocks.data.sources import Source
+from posttrain.blocks.data.streams import Stream
+from posttrain.blocks.tokenizers.templates import TEMPLATES
 from posttrain.errors import DataError
 
 TOKENIZER = byte_tokenizer(TEMPLATES["chatml"])
@@ -314,7 +314,7 @@ def test_previews_show_tokens_roles_and_supervision(tmp_path: Path) -> None:
 
 
 def test_known_datasets_know_their_splits_and_columns() -> None:
-    from posttrain.blocks.sources import KNOWN
+    from posttrain.blocks.data.sources import KNOWN
 
     assert KNOWN["HuggingFaceH4/ultrachat_200k"].splits["train"] == "train_sft"
     assert KNOWN["meta-math/MetaMathQA"].columns["prompt"] == "query"

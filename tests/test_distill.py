@@ -9,8 +9,8 @@ from test_loop import assert_same_metrics, assert_same_run
 from test_ranks import on_two_ranks
 from toy import VOCABULARY, losses, metrics, network, trainer
 
-from posttrain.blocks.divergence import divergence
-from posttrain.blocks.model import HFModel
+from posttrain.blocks.losses.divergence import divergence
+from posttrain.blocks.models.model import HFModel
 from posttrain.blocks.optimizer import AdamW
 from posttrain.errors import RecipeError
 from posttrain.trainers.distill import DistillTrainer

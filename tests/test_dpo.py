@@ -13,13 +13,13 @@ from test_loop import assert_same_metrics, assert_same_run
 from test_ranks import on_two_ranks
 from toy import losses, metrics, network, pair, trainer
 
-from posttrain.blocks.batches import Example, collate_pairs
-from posttrain.blocks.model import HFModel, LoRA
+from posttrain.blocks.layout import Example, collate_pairs
+from posttrain.blocks.losses.preference import LOSSES, preference_loss
+from posttrain.blocks.models.model import HFModel, LoRA
 from posttrain.blocks.optimizer import AdamW
-from posttrain.blocks.preference import LOSSES, preference_loss
 from posttrain.errors import RecipeError
-from posttrain.launch import reseed
 from posttrain.registry import block
+from posttrain.runtime.launch import reseed
 from posttrain.trainers.dpo import DPOTrainer
 
 MIXES: list[Any] = ["sigmoid", "aot", "orpo", {"sigmoid": 1.0, "sft": 0.3}, {"aot": 0.5, "sft": 0.3, "ipo": 0.01}]
@@ -122,7 +122,7 @@ def test_recordings_of_models_without_their_adapters_are_told_apart(tmp_path: Pa
 
 
 def test_a_recording_that_was_broken_off_is_completed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from posttrain.blocks import recorded
+    from posttrain.blocks.data import recorded
 
     monkeypatch.setattr(recorded, "CHUNK", 8)
     real, calls = recorded.Recorder._asked, []
@@ -290,7 +290,7 @@ log_every: 1
 def test_a_recipe_trains_and_exports(tmp_path: Path, tiny_model: Path, pairs: Path) -> None:
     from transformers import AutoModelForCausalLM
 
-    from posttrain import recipe as recipes
+    from posttrain.recipes import load as recipes
 
     run = recipes.load(recipe(tmp_path, tiny_model, pairs, "loss_type: {sigmoid: 1, sft: 0.1}\nbeta: 0.2"), []).train()
     assert run.status == "finished"
@@ -299,7 +299,7 @@ def test_a_recipe_trains_and_exports(tmp_path: Path, tiny_model: Path, pairs: Pa
 
 
 def test_names_and_options_that_do_not_fit_are_said_together(tmp_path: Path, tiny_model: Path, pairs: Path) -> None:
-    from posttrain import recipe as recipes
+    from posttrain.recipes import load as recipes
 
     with pytest.raises(RecipeError) as error:
         recipes.load(recipe(tmp_path, tiny_model, pairs, "loss_type: sigmod\nbeta: -1\nlabel_smoothing: 0.7"), [])
@@ -327,7 +327,7 @@ WRONG = {
 def test_values_that_contradict_are_said_under_their_key(
     tmp_path: Path, tiny_model: Path, pairs: Path, line: str
 ) -> None:
-    from posttrain import recipe as recipes
+    from posttrain.recipes import load as recipes
 
     file = recipe(tmp_path, tiny_model, pairs)
     kept = [old for old in file.read_text().splitlines() if old.partition(":")[0] != line.partition(":")[0]]
@@ -337,7 +337,7 @@ def test_values_that_contradict_are_said_under_their_key(
 
 
 def test_pairs_are_refused_by_trainers_of_documents(tmp_path: Path, tiny_model: Path, pairs: Path) -> None:
-    from posttrain import recipe as recipes
+    from posttrain.recipes import load as recipes
 
     text = recipe(tmp_path, tiny_model, pairs).read_text()
     for kind in ("sft", "causal"):

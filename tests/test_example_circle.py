@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from posttrain import recipe
-from posttrain.synth import recipe as synth_recipe
+from posttrain.recipes import load as recipe
+from posttrain.synth.pipelines import recipe as synth_recipe
 
 EXAMPLE = Path(__file__).parent.parent / "examples" / "circle"
 

@@ -7,8 +7,8 @@ import attrs
 import pytest
 
 from posttrain.errors import RegistryError
-from posttrain.explain import explain, plain_type
 from posttrain.interfaces import CheckpointBlock, ModelBlock, OptimizerBlock
+from posttrain.recipes.explain import explain, plain_type
 from posttrain.registry import KINDS, block, key, lookup, names
 from posttrain.values import Secret
 

@@ -26,12 +26,12 @@ from toy import metrics, trainer
 
 import posttrain
 from posttrain import hooks
-from posttrain.blocks import manifest, state
-from posttrain.blocks.checkpoint import Resume
-from posttrain.blocks.logger import JSONL
-from posttrain.blocks.manifest import checkpoints, verify
+from posttrain.blocks.checkpoints import manifest, state
+from posttrain.blocks.checkpoints.checkpoint import Resume
+from posttrain.blocks.checkpoints.manifest import checkpoints, verify
+from posttrain.blocks.loggers.logger import JSONL
 from posttrain.errors import CheckpointError, PosttrainError, RecipeError, TrainingError
-from posttrain.watchdog import At, diagnosis
+from posttrain.runtime.watchdog import At, diagnosis
 
 KILLS = int(os.environ.get("POSTTRAIN_KILLS", "6"))
 """Of each kind of run."""
@@ -233,7 +233,7 @@ def test_steps_that_are_never_finite_end_the_run_all_the_same(tmp_path: Path) ->
 
 
 def test_deepspeed_refuses_to_leave_steps_out(tmp_path: Path) -> None:
-    from posttrain.blocks.strategy import DeepSpeed
+    from posttrain.blocks.parallel.strategy import DeepSpeed
 
     with pytest.raises((RecipeError, ValueError), match="only `stop` is possible"):
         trainer(tmp_path, on_nonfinite="skip", strategy=DeepSpeed()).train()

@@ -18,20 +18,20 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from toy import trainer
 
-from posttrain.blocks.chat import ChatRenderer
-from posttrain.blocks.checkpoint import Resume
-from posttrain.blocks.data import PreferenceData, SFTData
-from posttrain.blocks.manifest import checkpoints, verify
-from posttrain.blocks.schemas import Refused
-from posttrain.blocks.sources import Source
-from posttrain.blocks.templates import TEMPLATES
+from posttrain.blocks.checkpoints.checkpoint import Resume
+from posttrain.blocks.checkpoints.manifest import checkpoints, verify
+from posttrain.blocks.data.chat import ChatRenderer
+from posttrain.blocks.data.data import PreferenceData, SFTData
+from posttrain.blocks.data.schemas import Refused
+from posttrain.blocks.data.sources import Source
+from posttrain.blocks.tokenizers.templates import TEMPLATES
 from posttrain.errors import DataError, PosttrainError
-from posttrain.synth.cortex import CompleteDialect, SQLDialect
-from posttrain.synth.online import OpenAIDialect
-from posttrain.synth.pricing import usage
-from posttrain.synth.replies import limits, verdict
-from posttrain.synth.session import finish
-from posttrain.synth.step import Reply
+from posttrain.synth.clients.cortex import CompleteDialect, SQLDialect
+from posttrain.synth.ledger.pricing import usage
+from posttrain.synth.ledger.replies import limits, verdict
+from posttrain.synth.ledger.session import finish
+from posttrain.synth.pipelines.rows import Reply
+from posttrain.synth.sending.online import OpenAIDialect
 
 FUZZ = settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 TOKENIZER = byte_tokenizer(TEMPLATES["chatml"])

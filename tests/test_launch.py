@@ -14,9 +14,9 @@ import pytest
 from test_ranks import BIN, ROOT, launched, recipe
 from toy import losses
 
-from posttrain import launch
 from posttrain.errors import RecipeError
-from posttrain.signals import Signals
+from posttrain.runtime import launch
+from posttrain.runtime.signals import Signals
 
 CLI = ROOT / "posttrain" / "cli.py"
 TRAIN = [sys.executable, "-m", "posttrain.cli", "train"]

@@ -1,6 +1,7 @@
-"""Lower layers never import higher ones, so each file can be read on its own."""
+"""The folders of posttrain and how they depend on each other: imports run one way, and nowhere in a circle."""
 
 import ast
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -8,29 +9,104 @@ import posttrain
 
 ROOT = Path(posttrain.__file__).parent
 LAYERS = """
-errors yaml12 interfaces registry values hooks failures launch signals watchdog run show folder crash blocks trainer trainers
-scalars structure recipe convert synth explain tracing plan twin proofs plot accept doctor serve cli
-""".split()  # noqa: SIM905 - reads as a list
+errors words yaml12 interfaces registry values hooks batch
+runtime
+run
+blocks.layout blocks.optimizer blocks.scheduler blocks.callbacks blocks.losses
+blocks.parallel
+blocks.models
+blocks.data blocks.tokenizers blocks.checkpoints blocks.loggers
+blocks
+trainer
+trainers
+recipes
+synth.errors
+synth.ledger
+synth.sending
+synth.clients
+synth.pipelines
+synth.steps
+synth.commands synth
+tools
+serve
+cli
+"""
+"""From the bottom to the top: what stands on a line imports from lines above it, and from itself."""
+FLOOR = {name: floor for floor, line in enumerate(LAYERS.strip().splitlines()) for name in line.split()}
+MODULES = {
+    ".".join(("posttrain", *file.relative_to(ROOT).with_suffix("").parts)).removesuffix(".__init__"): file
+    for file in ROOT.rglob("*.py")
+}
 
 
-def imported(tree: ast.Module) -> Iterator[str]:
-    """What of posttrain a module imports when it is itself imported."""
-    for node in tree.body:  # the top level: what TYPE_CHECKING or a function imports is free
-        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "posttrain":
-            yield from [node.module.split(".")[1]] if "." in node.module else [alias.name for alias in node.names]
+def room(module: str) -> str:
+    """Return the folder, or the single file, that a module belongs to."""
+    parts = module.split(".")[1:]
+    return next((name for n in (2, 1) if (name := ".".join(parts[:n])) in FLOOR), ".".join(parts[:2]))
 
 
-def test_imports_only_go_down():
-    for file in ROOT.rglob("*.py"):
-        layer = file.relative_to(ROOT).parts[0].removesuffix(".py")
-        if layer == "__init__":
+def imports(node: ast.AST, module: str) -> Iterator[str]:
+    """Yield the modules that one imports, at its top or inside functions; what only type checkers read is free."""
+    for child in ast.iter_child_nodes(node):
+        if isinstance(child, ast.If) and "TYPE_CHECKING" in ast.dump(child.test):
             continue
-        assert layer in LAYERS, f"{file.name} belongs to no layer"
-        for name in imported(ast.parse(file.read_text())):
-            assert LAYERS.index(name) <= LAYERS.index(layer), f"{layer}: {file.name} imports {name}"
+        if isinstance(child, ast.ImportFrom) and (child.module or "").split(".")[0] == "posttrain":
+            for alias in child.names:
+                full = f"{child.module}.{alias.name}"
+                yield full if full in MODULES else str(child.module)
+        elif isinstance(child, ast.Import):
+            yield from (alias.name for alias in child.names if alias.name in MODULES)
+        yield from imports(child, module)
+
+
+GRAPH = {
+    module: sorted(set(imports(ast.parse(file.read_text()), module)) - {module, "posttrain"})
+    for module, file in MODULES.items()
+}
+"""Module -> the modules of posttrain that it imports."""
+
+
+def test_every_file_has_a_floor():
+    assert not {module for module in MODULES if module != "posttrain" and room(module) not in FLOOR}
+
+
+def test_imports_between_folders_run_one_way():
+    upward = [
+        f"{module} imports {other}"
+        for module, others in GRAPH.items()
+        if module != "posttrain"
+        for other in others
+        if room(other) != room(module) and FLOOR[room(other)] >= FLOOR[room(module)]
+        and not (FLOOR[room(other)] == FLOOR[room(module)] and "." not in room(other) + room(module))
+    ]  # fmt: skip
+    assert not upward, "\n".join(upward)
+
+
+def test_no_files_import_each_other():
+    """Within a folder, too, one can read from the first file to the last."""
+    done: set[str] = set()
+
+    def circle(module: str, path: tuple[str, ...]) -> tuple[str, ...]:
+        if module in path:
+            return (*path[path.index(module) :], module)
+        found = () if module in done else next((c for o in GRAPH[module] if (c := circle(o, (*path, module)))), ())
+        done.add(module)
+        return found
+
+    circles = [" -> ".join(found) for module in GRAPH if (found := circle(module, ()))]
+    assert not circles, "\n".join(circles)
+
+
+def test_no_folder_is_a_heap():
+    crowded = {str(folder): n for folder in [ROOT, *ROOT.rglob("*/")] if (n := len(list(folder.glob("*.py")))) > 15}
+    assert not crowded
+
+
+def test_every_folder_says_what_lives_there():
+    for file in ROOT.rglob("__init__.py"):
+        assert ast.get_docstring(ast.parse(file.read_text())), f"{file} has no docstring"
 
 
 def test_no_module_of_posttrain_hides_one_that_others_import():
-    import sys
-
-    assert not {file.stem for file in ROOT.glob("*.py")} & set(sys.stdlib_module_names)
+    """`fabric run posttrain/cli.py` puts the folder first on the path."""
+    assert not {path.stem for path in ROOT.iterdir()} & set(sys.stdlib_module_names)

@@ -9,9 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from toy import InMemory, Numbers, document
 
-from posttrain.blocks.batches import Example, lay
-from posttrain.blocks.loader import MapLoader, StreamLoader, ahead
-from posttrain.blocks.packing import best_fit, plan
+from posttrain.blocks.data.loader import MapLoader, StreamLoader, ahead
+from posttrain.blocks.data.packing import best_fit, plan
+from posttrain.blocks.layout import Example, lay
 
 
 def loader(

@@ -9,7 +9,7 @@ from toy import losses, metrics, trainer
 
 import posttrain.hooks as hooks
 from posttrain.blocks.callbacks import EarlyStop
-from posttrain.blocks.checkpoint import Resume
+from posttrain.blocks.checkpoints.checkpoint import Resume
 from posttrain.blocks.optimizer import AdamW
 from posttrain.errors import RecipeError, TrainingError
 from posttrain.interfaces import Batch

@@ -12,9 +12,9 @@ import attrs
 import pytest
 from conftest import SPECIAL, byte_tokenizer
 
-from posttrain.blocks.chat import ChatRenderer
-from posttrain.blocks.encode import ChatEncoder, supervised
-from posttrain.blocks.schemas import Refused, Sample, conversation
+from posttrain.blocks.data.chat import ChatRenderer
+from posttrain.blocks.data.encode import ChatEncoder, supervised
+from posttrain.blocks.data.schemas import Refused, Sample, conversation
 
 Message = dict[str, Any]
 Pieces = list[tuple[str, bool]]

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from toy import LLAMA, losses, trainer
 from transformers import AutoModelForCausalLM
 
-from posttrain.blocks.model import HFModel, LoRA
+from posttrain.blocks.models.model import HFModel, LoRA
 from posttrain.errors import RecipeError, TrainingError
 
 

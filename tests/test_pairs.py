@@ -8,11 +8,11 @@ import pytest
 import torch
 from conftest import byte_tokenizer
 
-from posttrain.blocks.data import PreferenceData
-from posttrain.blocks.pairs import pair
-from posttrain.blocks.schemas import Refused
-from posttrain.blocks.sources import Source
-from posttrain.blocks.templates import TEMPLATES
+from posttrain.blocks.data.data import PreferenceData
+from posttrain.blocks.data.pairs import pair
+from posttrain.blocks.data.schemas import Refused
+from posttrain.blocks.data.sources import Source
+from posttrain.blocks.tokenizers.templates import TEMPLATES
 from posttrain.errors import DataError
 
 TOKENIZER = byte_tokenizer(TEMPLATES["chatml"])

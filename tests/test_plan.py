@@ -8,8 +8,8 @@ import torch
 from test_ranks import recipe
 
 import posttrain
-from posttrain import plan, tracing
 from posttrain.cli import main
+from posttrain.tools import plan, tracing
 from posttrain.trainers.sft import SFTTrainer
 
 WAYS: list[dict[str, Any]] = [

@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 import posttrain
 from posttrain import registry
 from posttrain.errors import RecipeError, RegistryError
-from posttrain.explain import explain
-from posttrain.recipe import dump, load
+from posttrain.recipes.explain import explain
+from posttrain.recipes.load import dump, load
 from posttrain.registry import block, key
 from posttrain.trainers.sft import SFTTrainer
 from posttrain.values import Secret, as_data

@@ -14,9 +14,9 @@ import torch
 from toy import losses, metrics, trainer
 
 import posttrain.hooks as hooks
-from posttrain.blocks import manifest, state
-from posttrain.blocks.checkpoint import HuggingFace, Resume
-from posttrain.blocks.manifest import checkpoints
+from posttrain.blocks.checkpoints import manifest, state
+from posttrain.blocks.checkpoints.checkpoint import HuggingFace, Resume
+from posttrain.blocks.checkpoints.manifest import checkpoints
 from posttrain.errors import CheckpointError
 from posttrain.trainers.sft import SFTTrainer
 
@@ -218,7 +218,7 @@ def test_an_interrupted_run_exports_nothing(tmp_path: Path) -> None:
 
 
 def test_a_second_signal_ends_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("posttrain.signals.MOMENT", -1.0)  # what comes twice within it is one
+    monkeypatch.setattr("posttrain.runtime.signals.MOMENT", -1.0)  # what comes twice within it is one
 
     @hooks.before("trainer.step")
     def twice(trainer: SFTTrainer, batches: Any) -> None:

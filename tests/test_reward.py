@@ -10,8 +10,8 @@ import torch
 from test_loop import assert_same_metrics, assert_same_run
 from toy import losses, metrics, network, pair, trainer
 
-from posttrain.blocks.batches import collate_pairs
-from posttrain.blocks.model import LoRA, RewardModel
+from posttrain.blocks.layout import collate_pairs
+from posttrain.blocks.models.model import LoRA, RewardModel
 from posttrain.blocks.optimizer import AdamW
 from posttrain.errors import RecipeError, TrainingError
 from posttrain.trainers.reward import RewardTrainer
@@ -87,7 +87,7 @@ def test_what_is_exported_gives_the_same_scores_in_transformers(recipe: Path, tm
     """A batch padded on the right and single conversations; the text is what the chat template makes."""
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-    from posttrain import recipe as recipes
+    from posttrain.recipes import load as recipes
 
     run = recipes.load(recipe, []).train()
     folder = tmp_path / "run" / "huggingface"
@@ -110,7 +110,7 @@ def test_what_is_exported_gives_the_same_scores_in_transformers(recipe: Path, tm
 
 def test_a_conversation_that_ends_with_padding_is_refused(recipe: Path, tmp_path: Path) -> None:
     """transformers would read the score off the token before."""
-    from posttrain import recipe as recipes
+    from posttrain.recipes import load as recipes
 
     template = (
         "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>{% endfor %}"

@@ -13,8 +13,8 @@ from test_ranks import recipe
 from toy import document
 
 import posttrain
-from posttrain.blocks.batches import lay
-from posttrain.blocks.sequence import Parts
+from posttrain.blocks.layout import lay
+from posttrain.blocks.parallel.sequence import Parts
 from posttrain.cli import main
 from posttrain.errors import RecipeError
 

@@ -15,14 +15,15 @@ from test_loop import assert_same_metrics
 from toy import LLAMA, VOCABULARY, document, losses, metrics, network, trainer
 
 import posttrain.hooks as hooks
-from posttrain.blocks.batches import lay
-from posttrain.blocks.continuation import continued, prompts_of, with_positions
-from posttrain.blocks.model import HFModel, LoRA
+from posttrain.blocks.layout import lay
+from posttrain.blocks.models.model import HFModel, LoRA
+from posttrain.blocks.models.speculator.continuation import continued, prompts_of, with_positions
+from posttrain.blocks.models.speculator.files import validate
+from posttrain.blocks.models.speculator.model import SpeculatorModel
+from posttrain.blocks.models.speculator.network import MLPSpeculator, load_speculator
+from posttrain.blocks.models.speculator.speculate import speculate
 from posttrain.blocks.optimizer import AdamW
 from posttrain.blocks.scheduler import TwoStage
-from posttrain.blocks.speculate import speculate
-from posttrain.blocks.speculator import SpeculatorModel, validate
-from posttrain.blocks.speculator_network import MLPSpeculator, load_speculator
 from posttrain.errors import CheckpointError, RecipeError, TrainingError
 from posttrain.registry import lookup
 from posttrain.trainers.mlp_speculator import SpeculatorTrainer

@@ -18,8 +18,8 @@ from toy import metrics, trainer
 
 import posttrain
 from posttrain import after
-from posttrain.blocks import state
-from posttrain.blocks.model import LoRA
+from posttrain.blocks.checkpoints import state
+from posttrain.blocks.models.model import LoRA
 from posttrain.errors import CheckpointError
 from posttrain.trainers.dpo import DPOTrainer
 from posttrain.trainers.mlp_speculator import SpeculatorTrainer

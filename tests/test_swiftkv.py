@@ -11,14 +11,15 @@ from test_loop import assert_same_metrics, assert_same_run
 from toy import LLAMA, document, losses, metrics, trainer
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from posttrain.blocks import attention as registered  # noqa: F401 - under the name `packed`
-from posttrain.blocks.attention import CACHE
-from posttrain.blocks.batches import lay
-from posttrain.blocks.losses import divergence_sum
-from posttrain.blocks.model import LoRA
+from posttrain.blocks.layout import lay
+from posttrain.blocks.losses.cross_entropy import divergence_sum
+from posttrain.blocks.models import attention as registered  # noqa: F401 - under the name `packed`
+from posttrain.blocks.models.attention import CACHE
+from posttrain.blocks.models.model import LoRA
+from posttrain.blocks.models.swiftkv.config import FAMILIES, cache_bytes, prefill_flops
+from posttrain.blocks.models.swiftkv.model import SwiftKVModel
+from posttrain.blocks.models.swiftkv.modeling import family, start_from_teacher
 from posttrain.blocks.optimizer import AdamW
-from posttrain.blocks.swiftkv import FAMILIES, SwiftKVModel, cache_bytes, prefill_flops
-from posttrain.blocks.swiftkv_modeling import family, start_from_teacher
 from posttrain.errors import RecipeError
 from posttrain.trainers.swiftkv import SwiftKVTrainer
 
@@ -189,7 +190,7 @@ def test_an_8b_model_saves_half_of_the_prefill_and_a_share_of_the_cache() -> Non
 
 
 def test_the_divergence_and_its_slopes_are_those_of_full_logits(monkeypatch: pytest.MonkeyPatch) -> None:
-    from posttrain.blocks import losses as blocks_losses
+    from posttrain.blocks.losses import cross_entropy as blocks_losses
 
     torch.manual_seed(0)
     student_, teacher, head = torch.randn(150, 8, requires_grad=True), torch.randn(150, 8), torch.randn(40, 8)

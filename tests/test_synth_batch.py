@@ -24,7 +24,8 @@ from synth_server import (
     written,
 )
 
-from posttrain.synth import AzureOpenAISynth, IncompleteTask, OpenAISynth, Price, TaskStopped, batch_api
+from posttrain.synth import AzureOpenAISynth, IncompleteTask, OpenAISynth, Price, TaskStopped
+from posttrain.synth.sending import batch_api
 
 WANTED = [f"re: q{i}" for i in range(7)]
 
@@ -310,8 +311,9 @@ CHILD = """
 import os, signal, sys
 from pathlib import Path
 import httpx
-from posttrain.synth import OpenAISynth, batch_api
-from posttrain.synth.ledger import Ledger
+from posttrain.synth import OpenAISynth
+from posttrain.synth.sending import batch_api
+from posttrain.synth.ledger.store import Ledger
 batch_api.FIRST_BACKOFF = 0.01
 point, at = 0, int(sys.argv[3])
 

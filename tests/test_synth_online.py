@@ -15,7 +15,7 @@ from synth_server import Server, add, chat, error, raw, reset, short, texts
 
 from posttrain.errors import SynthError
 from posttrain.synth import IncompleteTask, OpenAISynth, Price, TaskStopped, VllmSynth
-from posttrain.synth import online as engine
+from posttrain.synth.sending import online as engine
 
 KEY = "sk-very-secret-0123456789"
 
@@ -24,7 +24,7 @@ KEY = "sk-very-secret-0123456789"
 def hasty(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(engine, "FIRST_BACKOFF", 0.01)
     monkeypatch.setattr(engine, "SHORTEST_EJECTION", 0.02)
-    monkeypatch.setattr("posttrain.synth.limits.FIRST_WAIT", 0.02)
+    monkeypatch.setattr("posttrain.synth.sending.limits.FIRST_WAIT", 0.02)
 
 
 def client(server: Server, folder: Path, **more: Any) -> OpenAISynth:
@@ -348,8 +348,8 @@ def test_a_full_disk_is_said_and_costs_nothing_that_was_committed(server: Server
 
 
 def test_rows_are_read_by_the_trainers(server: Server, tmp_path: Path) -> None:
-    from posttrain.blocks.schemas import conversation
-    from posttrain.blocks.sources import Source
+    from posttrain.blocks.data.schemas import conversation
+    from posttrain.blocks.data.sources import Source
 
     made = client(server, tmp_path / "run")
     for i in range(3):

@@ -10,7 +10,7 @@ from test_ranks import on_two_ranks
 from toy import losses, metrics
 
 from posttrain import AdamW, DPOTrainer, HFModel, PreferenceData, RecipeError, Resume, Source
-from posttrain.blocks.logger import JSONL
+from posttrain.blocks.loggers.logger import JSONL
 from posttrain.errors import TrainingError
 from posttrain.synth import Filter, Generate, Pair, Refresh, Verify, verifier
 

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from synth_server import chat, complete, error, expire, raw, reset, short
 
-from posttrain.blocks.sources import Source
+from posttrain.blocks.data.sources import Source
 from posttrain.errors import DataError, SynthError
 from posttrain.synth import (
     Compare,
@@ -126,7 +126,7 @@ def test_no_row_gets_the_reply_of_another_whatever_fails(
     server: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Requests fail, connections break, replies are cut, lose their order in threads; some rows fail for good."""
-    monkeypatch.setattr("posttrain.synth.online.FIRST_BACKOFF", 0.01)
+    monkeypatch.setattr("posttrain.synth.sending.online.FIRST_BACKOFF", 0.01)
     chance = random.Random(7)
     server.answer = saying(lambda body: f"echo of <{last(body)}>")
     kinds = [error(500), error(503), raw(b"{"), reset, short, error(400, "bad"), error(429, retry_after_ms="1")]
@@ -391,7 +391,7 @@ def test_pairs_leave_out_ties_missing_scores_equal_texts_and_unequal_lengths() -
 
 
 def test_pairs_are_what_preference_training_reads() -> None:
-    from posttrain.blocks.pairs import pair
+    from posttrain.blocks.data.pairs import pair
 
     (made,), _ = through(Pair(), answers(("good", 2), ("bad", 1)))
     sample = pair(made)

@@ -9,7 +9,7 @@ import pytest
 
 from posttrain.errors import SynthError
 from posttrain.synth import Drop, OpenAISynth, Pair, Pipeline, Report, Step
-from posttrain.synth.view import differences, page
+from posttrain.synth.pipelines.view import differences, page
 
 EVIL = "<script>document.title = 'taken over'</script><img src=x onerror=\"document.title='taken over'\"> & more"
 

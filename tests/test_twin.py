@@ -8,10 +8,11 @@ from typing import Any
 import pytest
 import transformers
 
-from posttrain import proofs, yaml12
+from posttrain import yaml12
 from posttrain.cli import main
-from posttrain.proofs import Failed, Skipped
-from posttrain.twin import Twin, quietly, shrink
+from posttrain.tools import proofs
+from posttrain.tools.proofs import Failed, Skipped
+from posttrain.tools.twin import Twin, quietly, shrink
 
 BARE = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}"
 """No end of turn."""

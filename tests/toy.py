@@ -8,13 +8,13 @@ from typing import Any
 
 import numpy as np
 
-from posttrain.blocks.batches import Document, Example, collate_pairs
-from posttrain.blocks.loader import MapLoader, StreamLoader
-from posttrain.blocks.logger import JSONL
-from posttrain.blocks.model import HFModel, RewardModel
+from posttrain.blocks.data.loader import MapLoader, StreamLoader
+from posttrain.blocks.layout import Document, Example, collate_pairs
+from posttrain.blocks.loggers.logger import JSONL
+from posttrain.blocks.models.model import HFModel, RewardModel
+from posttrain.blocks.models.speculator.model import SpeculatorModel
+from posttrain.blocks.models.swiftkv.model import SwiftKVModel
 from posttrain.blocks.optimizer import AdamW
-from posttrain.blocks.speculator import SpeculatorModel
-from posttrain.blocks.swiftkv import SwiftKVModel
 from posttrain.interfaces import Loaders
 from posttrain.registry import block
 from posttrain.trainer import Trainer

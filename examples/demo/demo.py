@@ -14,7 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 import posttrain
-from posttrain import plot
+from posttrain.tools import plot
 
 FOLDER = Path("runs/demo")
 RECIPE = Path(__file__).parent / "recipe.yaml"

@@ -16,11 +16,11 @@ from rich.table import Table
 from torch.utils.flop_counter import FlopCounterMode
 
 import posttrain
-from posttrain.blocks.attention import CACHE
-from posttrain.blocks.speculate import Drafts, speculate
-from posttrain.blocks.speculator_network import load_speculator
-from posttrain.blocks.swiftkv import cache_bytes, prefill_flops
-from posttrain.blocks.swiftkv_modeling import start_from_teacher
+from posttrain.blocks.models.attention import CACHE
+from posttrain.blocks.models.speculator.network import load_speculator
+from posttrain.blocks.models.speculator.speculate import Drafts, speculate
+from posttrain.blocks.models.swiftkv.config import cache_bytes, prefill_flops
+from posttrain.blocks.models.swiftkv.modeling import start_from_teacher
 
 EXAMPLES = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(EXAMPLES / "demo"))

@@ -14,7 +14,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, PreTrainedTokenizerFast
 
 import posttrain
-from posttrain import plot
+from posttrain.tools import plot
 
 HERE = Path(__file__).parent
 FOLDER = Path("runs/dpo_gsm8k")

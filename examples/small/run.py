@@ -11,8 +11,8 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from posttrain import plot
-from posttrain.blocks.console import duration
+from posttrain.tools import plot
+from posttrain.words import duration
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent / "demo"))

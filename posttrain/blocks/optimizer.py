@@ -1,6 +1,6 @@
 """Optimizer blocks."""
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from attrs.validators import ge, gt
 
@@ -36,3 +36,10 @@ class AdamW:
         return torch.optim.AdamW(
             [group for group in groups if group["params"]], lr=self.lr, betas=self.betas, eps=self.eps, fused=True
         )
+
+
+def torch_optimizer(optimizer: Any) -> "Optimizer":
+    """Return torch's own optimizer inside what Fabric and DeepSpeed made of it."""
+    while (inner := vars(optimizer).get("_optimizer") or vars(optimizer).get("optimizer")) is not None:
+        optimizer = inner
+    return optimizer  # type: ignore[no-any-return]

@@ -9,7 +9,7 @@ def register() -> None:
     """
     from vllm import ModelRegistry
 
-    import posttrain.blocks.swiftkv_modeling  # noqa: F401 - registers the configurations with transformers
+    import posttrain.blocks.models.swiftkv.modeling  # noqa: F401 - registers the configurations with transformers
 
     name = "LlamaSwiftKVForCausalLM"  # the other families are served by transformers alone
     if name not in ModelRegistry.get_supported_archs():

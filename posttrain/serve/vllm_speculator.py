@@ -18,8 +18,8 @@ import torch
 from vllm.config import VllmConfig
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
-from posttrain.blocks.speculator import misfit
-from posttrain.blocks.speculator_network import load_speculator
+from posttrain.blocks.models.speculator.files import misfit
+from posttrain.blocks.models.speculator.network import load_speculator
 
 KEY = "mlp_speculator"
 

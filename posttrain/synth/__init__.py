@@ -1,4 +1,4 @@
-"""Data generation that loses nothing and pays once. See `posttrain.synth.ledger` for how.
+"""Data generation that loses nothing and pays once. See `posttrain.synth.ledger.store` for how.
 
 Names are imported when they are first used.
 """
@@ -7,14 +7,17 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from posttrain.synth.cortex import CortexSynth
+    from posttrain.synth.clients.cortex import CortexSynth
+    from posttrain.synth.clients.openai import AzureOpenAISynth, OpenAISynth
+    from posttrain.synth.clients.transformers import TransformersSynth
+    from posttrain.synth.clients.vllm import VllmSynth
     from posttrain.synth.errors import IncompleteTask, TaskStopped
-    from posttrain.synth.openai import AzureOpenAISynth, OpenAISynth
-    from posttrain.synth.pipeline import Pipeline
-    from posttrain.synth.pricing import Price
-    from posttrain.synth.refresh import Refresh
-    from posttrain.synth.report import Report
-    from posttrain.synth.step import Chat, Drop, Reply, Step
+    from posttrain.synth.ledger.pricing import Price
+    from posttrain.synth.pipelines.pipeline import Pipeline
+    from posttrain.synth.pipelines.refresh import Refresh
+    from posttrain.synth.pipelines.report import Report
+    from posttrain.synth.pipelines.rows import Chat, Drop, Reply
+    from posttrain.synth.pipelines.step import Step
     from posttrain.synth.steps.compare import Compare
     from posttrain.synth.steps.decontaminate import Decontaminate
     from posttrain.synth.steps.dedup import Dedup
@@ -24,18 +27,17 @@ if TYPE_CHECKING:
     from posttrain.synth.steps.reward import Reward
     from posttrain.synth.steps.rows import FewShot, Filter, Split
     from posttrain.synth.steps.verify import Verify, verifier
-    from posttrain.synth.transformers import TransformersSynth
-    from posttrain.synth.vllm import VllmSynth
 
 _HOMES = {
-    "cortex": ("CortexSynth",),
+    "clients.cortex": ("CortexSynth",),
     "errors": ("IncompleteTask", "TaskStopped"),
-    "openai": ("AzureOpenAISynth", "OpenAISynth"),
-    "pipeline": ("Pipeline",),
-    "pricing": ("Price",),
-    "refresh": ("Refresh",),
-    "report": ("Report",),
-    "step": ("Chat", "Drop", "Reply", "Step"),
+    "clients.openai": ("AzureOpenAISynth", "OpenAISynth"),
+    "pipelines.pipeline": ("Pipeline",),
+    "ledger.pricing": ("Price",),
+    "pipelines.refresh": ("Refresh",),
+    "pipelines.report": ("Report",),
+    "pipelines.rows": ("Chat", "Drop", "Reply"),
+    "pipelines.step": ("Step",),
     "steps.compare": ("Compare",),
     "steps.decontaminate": ("Decontaminate",),
     "steps.dedup": ("Dedup",),
@@ -45,8 +47,8 @@ _HOMES = {
     "steps.reward": ("Reward",),
     "steps.rows": ("FewShot", "Filter", "Split"),
     "steps.verify": ("Verify", "verifier"),
-    "transformers": ("TransformersSynth",),
-    "vllm": ("VllmSynth",),
+    "clients.transformers": ("TransformersSynth",),
+    "clients.vllm": ("VllmSynth",),
 }
 """Module -> the public names in it."""
 _HOME_OF = {name: module for module, found in _HOMES.items() for name in found}

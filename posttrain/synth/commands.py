@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from posttrain.errors import SynthError
-from posttrain.synth.recipe import SynthRecipe, load
-from posttrain.synth.session import Progress
+from posttrain.synth.ledger.session import Progress
+from posttrain.synth.pipelines.recipe import SynthRecipe, load
 
 
 def run(arguments: argparse.Namespace, made: SynthRecipe) -> int:
@@ -79,7 +79,7 @@ def cancel(arguments: argparse.Namespace, made: SynthRecipe) -> None:
 
 def export(arguments: argparse.Namespace, made: SynthRecipe) -> None:
     """Write the rows that came out of the last step, or those that were dropped."""
-    from posttrain.synth.report import Report
+    from posttrain.synth.pipelines.report import Report
 
     path: Path | None = arguments.output or (made.dropped if arguments.dropped else made.output)
     if path is None or path.suffix not in (".jsonl", ".parquet"):
@@ -89,8 +89,8 @@ def export(arguments: argparse.Namespace, made: SynthRecipe) -> None:
 
 def view(arguments: argparse.Namespace, made: SynthRecipe | None) -> None:
     """Write a page to look at."""
-    from posttrain.synth.report import Report
-    from posttrain.synth.view import page
+    from posttrain.synth.pipelines.report import Report
+    from posttrain.synth.pipelines.view import page
 
     folder: Path = made.folder if made else arguments.recipe
     target = arguments.output or folder / "view.html"
@@ -122,7 +122,7 @@ def say(text: str) -> None:
 
 
 def _read_only(made: SynthRecipe) -> Any:
-    from posttrain.synth.ledger import Ledger
+    from posttrain.synth.ledger.store import Ledger
 
     return Ledger(made.synth.work_dir, read_only=True)
 

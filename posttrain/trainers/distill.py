@@ -5,8 +5,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from attrs.validators import gt, optional
 
-from posttrain.blocks.data import Data, SFTData, unfit
-from posttrain.blocks.model import HFModel
+from posttrain.blocks.data.data import Data, SFTData, unfit
+from posttrain.blocks.models.model import HFModel
 from posttrain.interfaces import Batch, DataBlock, ModelBlock
 from posttrain.registry import block, default, key
 from posttrain.trainer import Trainer
@@ -58,7 +58,7 @@ class DistillTrainer(Trainer):
 
     def setup(self) -> "Run":
         """Record the teacher's answers, as far as they are not there yet."""
-        from posttrain.blocks.recorded import record_top
+        from posttrain.blocks.data.recorded import record_top
 
         run = super().setup()
         if self.stored:
@@ -72,7 +72,7 @@ class DistillTrainer(Trainer):
 
     def loss(self, batch: Batch) -> "Tensor":
         """Return the mean divergence of the supervised positions, in nats."""
-        from posttrain.blocks.divergence import divergence
+        from posttrain.blocks.losses.divergence import divergence
 
         run = self.run
         answers = batch if self.stored else self.ask(batch)
@@ -86,7 +86,7 @@ class DistillTrainer(Trainer):
 
     def ask(self, batch: Batch) -> "dict[str, Any]":
         """Return what the teacher says of a batch, in the step."""
-        from posttrain.blocks.recorded import top_answers
+        from posttrain.blocks.data.recorded import top_answers
 
         run = self.run
         vocabulary: int = run.model.module.vocabulary  # type: ignore[assignment]

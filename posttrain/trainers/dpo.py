@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING, Any
 import attrs
 from attrs.validators import and_, ge, gt, lt, optional
 
-from posttrain.blocks.data import Data, PreferenceData, unfit
-from posttrain.blocks.model import HFModel
-from posttrain.blocks.preference import NAMED, Objective
+from posttrain.blocks.data.data import Data, PreferenceData, unfit
+from posttrain.blocks.losses.preference import NAMED, Objective
+from posttrain.blocks.models.model import HFModel
 from posttrain.interfaces import Batch, DataBlock, ModelBlock
 from posttrain.registry import block, default, key
 from posttrain.trainer import Trainer
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 @block("trainer", "dpo")
 class DPOTrainer(Trainer):
-    """Direct preference optimization, and other losses of the same pairs (`posttrain/blocks/preference.py`)."""
+    """Direct preference optimization, and other losses of the same pairs (`posttrain/blocks/losses/preference.py`)."""
 
     model: ModelBlock = default(HFModel, required=True)
     data: DataBlock = default(PreferenceData, required=True)
@@ -34,7 +34,7 @@ class DPOTrainer(Trainer):
     loss_type: str | list[str] | dict[str, float] = "sigmoid"
     """sigmoid (DPO), robust, hinge, ipo, exo_pair, nca_pair, bco_pair, sppo_hard, aot, apo_zero, apo_down, discopop,
     sigmoid_norm; without a reference orpo, simpo, sft. Several are added up, as a list or with weights:
-    `{sigmoid: 1, sft: 0.2}`. The functions and their sources are in `posttrain/blocks/preference.py`."""
+    `{sigmoid: 1, sft: 0.2}`. The functions and their sources are in `posttrain/blocks/losses/preference.py`."""
     beta: float | None = key(None, check=optional(gt(0)))
     """Scale of rewards: higher ties the model closer to the reference. By default the loss's own: 0.1, SimPO 2."""
     label_smoothing: float | None = key(None, check=optional(and_(ge(0), lt(0.5))))
@@ -69,7 +69,7 @@ class DPOTrainer(Trainer):
 
     def build_frozen(self, fabric: "Fabric", model: "nn.Module") -> "dict[str, nn.Module]":
         """Add the reference: a copy of the policy, unless there is a model of its own or adapters to switch off."""
-        from posttrain.blocks.frozen import reference_of
+        from posttrain.blocks.models.frozen import reference_of
 
         frozen = super().build_frozen(fabric, model)
         if self.objective.needs_reference and self.reference is None:
@@ -82,7 +82,7 @@ class DPOTrainer(Trainer):
 
     def setup(self) -> "Run":
         """Ask the reference about all pairs, if it is to be asked only once."""
-        from posttrain.blocks.recorded import record_targets
+        from posttrain.blocks.data.recorded import record_targets
 
         run = super().setup()
         if self.precompute_reference:
@@ -91,7 +91,7 @@ class DPOTrainer(Trainer):
 
     def loss(self, batch: Batch) -> "Tensor":
         """Return the mean loss of the pairs."""
-        from posttrain.blocks.joint import through
+        from posttrain.blocks.losses.joint import through
 
         policy, reference = self.log_probs(batch)
         if "joint" in batch:
@@ -115,7 +115,7 @@ class DPOTrainer(Trainer):
 
     def together(self, batches: Iterable[Batch]) -> Iterable[Batch]:
         """Let losses that depend on all pairs of a step see them all."""
-        from posttrain.blocks import joint
+        from posttrain.blocks.losses import joint
 
         objective, fabric = self.objective, self.run.fabric
         if objective.over_step:

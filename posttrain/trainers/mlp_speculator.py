@@ -5,8 +5,8 @@ from typing import TYPE_CHECKING, Any
 
 from attrs.validators import ge, gt, optional
 
-from posttrain.blocks.data import SFTData, unfit
-from posttrain.blocks.speculator import SpeculatorModel
+from posttrain.blocks.data.data import SFTData, unfit
+from posttrain.blocks.models.speculator.model import SpeculatorModel
 from posttrain.interfaces import Batch, DataBlock, ModelBlock
 from posttrain.registry import block, default, key
 from posttrain.trainer import Trainer
@@ -56,7 +56,7 @@ class SpeculatorTrainer(Trainer):
 
     def continuation(self, batch: Batch) -> Batch:
         """Return a batch of what the base model says to prompts from this one."""
-        from posttrain.blocks.continuation import continued
+        from posttrain.blocks.models.speculator.continuation import continued
 
         options: dict[str, Any] = {
             "prompt_length": self.gen_prompt_length, "new_tokens": self.gen_seq_length,
@@ -67,7 +67,7 @@ class SpeculatorTrainer(Trainer):
 
     def together(self, batches: Iterable[Batch]) -> Iterable[Batch]:
         """Let a step be a mean over positions from which on all heads have something to guess."""
-        from posttrain.blocks.continuation import with_positions
+        from posttrain.blocks.models.speculator.continuation import with_positions
 
         heads: int = self.run.model.module.speculator.config["n_predict"]  # type: ignore[union-attr,index,assignment]
         return (self.run.to_device(with_positions(batch, heads)) for batch in batches)

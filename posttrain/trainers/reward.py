@@ -5,9 +5,9 @@ from typing import TYPE_CHECKING
 
 from attrs.validators import ge
 
-from posttrain.blocks.data import PreferenceData, unfit
-from posttrain.blocks.model import RewardModel
-from posttrain.blocks.preference import accuracy, log_sigmoid
+from posttrain.blocks.data.data import PreferenceData, unfit
+from posttrain.blocks.losses.preference import accuracy, log_sigmoid
+from posttrain.blocks.models.model import RewardModel
 from posttrain.interfaces import Batch, DataBlock, ModelBlock
 from posttrain.registry import block, default, key
 from posttrain.trainer import Trainer

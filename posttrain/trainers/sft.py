@@ -3,8 +3,8 @@
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, ClassVar
 
-from posttrain.blocks.data import CausalData, SFTData, unfit
-from posttrain.blocks.model import HFModel
+from posttrain.blocks.data.data import CausalData, SFTData, unfit
+from posttrain.blocks.models.model import HFModel
 from posttrain.interfaces import Batch, DataBlock, ModelBlock
 from posttrain.registry import block, default
 from posttrain.trainer import Trainer

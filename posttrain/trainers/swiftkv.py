@@ -5,8 +5,8 @@ from typing import TYPE_CHECKING, ClassVar
 
 from attrs.validators import ge, gt, lt
 
-from posttrain.blocks.data import SFTData, unfit
-from posttrain.blocks.swiftkv import SwiftKVModel
+from posttrain.blocks.data.data import SFTData, unfit
+from posttrain.blocks.models.swiftkv.model import SwiftKVModel
 from posttrain.interfaces import Batch, DataBlock, ModelBlock
 from posttrain.registry import block, default, key
 from posttrain.trainer import Trainer

@@ -45,7 +45,7 @@ def base(folder: Path) -> Any:
 
 def swiftkv(folder: Path, group: int) -> Any:
     """Save a SwiftKV Llama of 6 layers, 2 of them with keys and values of their own."""
-    from posttrain.blocks.swiftkv_modeling import family
+    from posttrain.blocks.models.swiftkv.modeling import family
 
     config, causal = family("llama")
     hf = spread(causal(config(**SHAPE, num_hidden_layers=6, num_key_value_layers=2, key_value_group_size=group)))
@@ -64,10 +64,10 @@ def greedy(hf: Any) -> list[list[int]]:
 
 def speculator(folder: Path, hf: Any, model: Path) -> Any:
     """Train a speculator on what the model says to half of the prompts, and save it."""
-    from posttrain.blocks.batches import lay
-    from posttrain.blocks.continuation import document, with_positions
-    from posttrain.blocks.speculator import SpeculatorModel
-    from posttrain.blocks.speculator_network import MLPSpeculator, Speculating
+    from posttrain.blocks.layout import lay
+    from posttrain.blocks.models.speculator.continuation import document, with_positions
+    from posttrain.blocks.models.speculator.model import SpeculatorModel
+    from posttrain.blocks.models.speculator.network import MLPSpeculator, Speculating
 
     block = SpeculatorModel(name_or_path=str(model), inner_dim=128, scale_input=True)
     net = Speculating(hf.requires_grad_(False), MLPSpeculator(block.configuration_for(hf.config)))
@@ -105,7 +105,7 @@ def said(llm: Any) -> list[list[int]]:
 
 def main(work: Path, group: int | None, drafts: int | None, fast: bool, chunk: int | None) -> dict[str, Any]:
     """Run a case: a plain model or a SwiftKV one, with or without drafts."""
-    from posttrain.blocks.speculate import Drafts, speculate
+    from posttrain.blocks.models.speculator.speculate import Drafts, speculate
 
     model = work / "model"
     hf = base(model) if group is None else swiftkv(model, group)

@@ -6,7 +6,8 @@ from typing import Any
 from attrs.validators import min_len
 
 from posttrain.registry import block, key
-from posttrain.synth.step import Chat, Drop, PanelStep, Reply, Row, asked, filled, transcript
+from posttrain.synth.pipelines.rows import Chat, Drop, Reply, Row, asked, filled, transcript
+from posttrain.synth.pipelines.step import PanelStep
 from posttrain.synth.steps.judge import SYSTEM, json_in, structured
 
 ASK = """\

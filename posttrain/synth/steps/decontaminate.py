@@ -8,9 +8,10 @@ from collections.abc import Iterable, Iterator
 import attrs
 from attrs.validators import gt, min_len
 
-from posttrain.blocks.sources import Source
+from posttrain.blocks.data.sources import Source
 from posttrain.registry import block, key
-from posttrain.synth.step import Drop, Row, Step, texts
+from posttrain.synth.pipelines.rows import Drop, Row, texts
+from posttrain.synth.pipelines.step import Step
 from posttrain.synth.steps.dedup import words
 
 

@@ -14,9 +14,10 @@ from typing import TYPE_CHECKING, Any, Literal
 import attrs
 from attrs.validators import and_, gt, le, min_len
 
-from posttrain.blocks.sources import Source
+from posttrain.blocks.data.sources import Source
 from posttrain.registry import block, key
-from posttrain.synth.step import Drop, Row, Step, column, texts
+from posttrain.synth.pipelines.rows import Drop, Row, column, texts
+from posttrain.synth.pipelines.step import Step
 
 if TYPE_CHECKING:
     import numpy as np

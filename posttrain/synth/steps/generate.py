@@ -6,9 +6,10 @@ from typing import Any
 import attrs
 from attrs.validators import gt
 
-from posttrain.blocks.schemas import CHATS
+from posttrain.blocks.data.schemas import CHATS
 from posttrain.registry import block, key
-from posttrain.synth.step import Chat, Drop, Message, PanelStep, Reply, Row, Template, as_text, asked, filled
+from posttrain.synth.pipelines.rows import Chat, Drop, Message, Reply, Row, as_text, asked, filled
+from posttrain.synth.pipelines.step import PanelStep, Template
 
 
 @block("step", "generate")

@@ -12,7 +12,8 @@ from typing import Any, Literal
 from attrs.validators import min_len
 
 from posttrain.registry import block, key
-from posttrain.synth.step import Chat, Drop, PanelStep, Reply, Row, answered, filled, transcript
+from posttrain.synth.pipelines.rows import Chat, Drop, Reply, Row, answered, filled, transcript
+from posttrain.synth.pipelines.step import PanelStep
 
 ASK = """\
 [Conversation]

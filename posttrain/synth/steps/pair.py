@@ -9,7 +9,8 @@ import attrs
 from attrs.validators import ge, optional
 
 from posttrain.registry import block, key
-from posttrain.synth.step import Drop, Row, Step, answered
+from posttrain.synth.pipelines.rows import Drop, Row, answered
+from posttrain.synth.pipelines.step import Step
 
 
 @attrs.frozen

@@ -6,7 +6,8 @@ from collections.abc import Iterable
 from typing import Any
 
 from posttrain.registry import block
-from posttrain.synth.step import Asking, Chat, Drop, Reply, Row, answered
+from posttrain.synth.pipelines.rows import Chat, Drop, Reply, Row, answered
+from posttrain.synth.pipelines.step import Asking
 
 CLASSIFY = "/classify"
 

@@ -10,7 +10,8 @@ from typing import Any
 from attrs.validators import gt
 
 from posttrain.registry import block, key
-from posttrain.synth.step import Drop, Row, Step, as_text, column
+from posttrain.synth.pipelines.rows import Drop, Row, as_text, column
+from posttrain.synth.pipelines.step import Step
 
 
 @block("step", "filter")

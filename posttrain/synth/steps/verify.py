@@ -9,7 +9,8 @@ from typing import Any, TypeVar
 import attrs
 
 from posttrain.registry import block, suggest
-from posttrain.synth.step import Row, Step, answered, as_text, column
+from posttrain.synth.pipelines.rows import Row, answered, as_text, column
+from posttrain.synth.pipelines.step import Step
 
 F = TypeVar("F", bound=Callable[..., bool | float])
 NUMBER = re.compile(r"[-+]?\$?\d[\d,]*(?:\.\d+)?")

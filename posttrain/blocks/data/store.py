@@ -1,0 +1,186 @@
+"""Tokenized rows at rest: flat memory-mapped arrays, made once per source and shared by every run that can use them.
+
+What a row becomes depends on the source's content, the tokenizer, the template and the options of the encoder: the
+cache is keyed by all of these. How long a row may be is decided afterwards (see views.py), and costs no tokenizing.
+"""
+
+import hashlib
+import json
+import logging
+import os
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import attrs
+
+from posttrain.blocks.data.encode import Encoder
+from posttrain.blocks.data.packing import chunks
+from posttrain.blocks.data.schemas import Refused
+from posttrain.blocks.data.sources import Source
+from posttrain.blocks.layout import Example
+from posttrain.errors import DataError
+
+if TYPE_CHECKING:
+    import numpy as np
+
+FORMAT = 2
+BATCH = 512
+EXAMPLES = 3
+ARRAYS = {
+    "ids": "uint32", "mask": "bool", "offsets": "int64", "supervised": "int32", "rows": "int64", "values": "float32",
+}  # fmt: skip
+"""ids, mask [tokens]; offsets [documents + 1]; supervised [documents], how many tokens of each can be predicted and are
+trained; rows [examples], the row of the source that each was; values [examples], the number that came with it."""
+log = logging.getLogger("posttrain")
+
+
+@attrs.frozen(eq=False)
+class Table:
+    """The tokenized rows of one source."""
+
+    label: str
+    sides: tuple[str, ...]
+    """Names of the documents of an example."""
+    ids: "np.ndarray"
+    mask: "np.ndarray"
+    offsets: "np.ndarray"
+    supervised: "np.ndarray"
+    rows: "np.ndarray"
+    values: "np.ndarray"
+    rows_in: int
+    refused: dict[str, dict[str, Any]]
+    """Reason -> count, and places of the first few."""
+
+    def __getitem__(self, index: int) -> Example:
+        """Return an example as it was tokenized."""
+        bounds = self.offsets[index * len(self.sides) : (index + 1) * len(self.sides) + 1]
+        return self.view(bounds[:-1], bounds[1:], float(self.values[index]))
+
+    def view(self, begins: "np.ndarray", ends: "np.ndarray", value: float) -> Example:
+        """Return an example whose documents lie between the given tokens, without copying them."""
+        parts = [slice(begin, end) for begin, end in zip(begins, ends, strict=True)]
+        return Example(tuple((self.ids[part], self.mask[part]) for part in parts), value)
+
+
+def default_cache() -> Path:
+    """Return where tokenized rows are kept: $POSTTRAIN_CACHE, or a folder in the user's cache."""
+    return Path(os.environ.get("POSTTRAIN_CACHE") or Path.home() / ".cache" / "posttrain")
+
+
+def table(source: Source, encoder: Encoder, cache: Path) -> Table:
+    """Return the tokenized rows of a source, made now if no run has made them before.
+
+    Several processes may ask at once: one makes them, the others wait for it.
+
+    Raises:
+        DataError: the source cannot be read, is empty, or the cache cannot be written.
+    """
+    from filelock import FileLock
+
+    reader = source.open()
+    key = hashlib.sha256(f"{FORMAT} {source.fingerprint(reader)} {encoder.fingerprint()}".encode()).hexdigest()[:32]
+    folder = cache / key
+    if is_whole(folder):  # without the lock, so that a cache that may only be read can be used
+        return opened(folder, source.label)
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+        with FileLock(cache / f"{key}.lock"):
+            if not is_whole(folder):
+                build(source, reader, encoder, folder)
+    except OSError as error:
+        raise DataError(
+            f"the cache folder {cache} cannot be written: {error.strerror or error}; "
+            "set data.cache_dir or $POSTTRAIN_CACHE"
+        ) from error
+    return opened(folder, source.label)
+
+
+def build(source: Source, reader: Any, encoder: Encoder, folder: Path) -> None:
+    """Tokenize a source into a folder: written aside, then renamed, so that a folder with this name is whole."""
+    import numpy as np
+
+    aside = folder.with_suffix(f".tmp-{os.getpid()}")
+    for stale in folder.parent.glob(f"{folder.name}.tmp-*"):
+        shutil.rmtree(stale)  # whoever made it is gone: we hold the lock
+    aside.mkdir()
+    rows_in, total, refused = 0, 0, dict[str, dict[str, Any]]()
+    log.info("tokenizing %s", source.label)
+    files = {name: open(aside / name, "wb") for name in ARRAYS}  # noqa: SIM115
+    try:
+        files["offsets"].write(np.zeros(1, dtype="int64").tobytes())
+        for batch in chunks((row for row, _ in source.read(reader)), BATCH):
+            rows_in += len(batch)
+            for row, found in zip(batch, encoder.encode([row.values for row in batch]), strict=True):
+                if isinstance(found, Refused):
+                    note(refused, str(found), row.place)
+                    continue
+                for ids, mask in found.documents:
+                    total += len(ids)
+                    write(files, {"ids": ids, "mask": mask, "offsets": total, "supervised": mask[1:].sum()})
+                write(files, {"rows": row.number, "values": found.value})
+            if rows_in % (100 * BATCH) == 0:
+                log.info("tokenizing %s: %s rows, %s tokens", source.label, f"{rows_in:,}", f"{total:,}")
+        for file in files.values():
+            file.flush()
+            os.fsync(file.fileno())  # after a power cut, a renamed folder must not hold holes
+    except DataError as error:
+        shutil.rmtree(aside, ignore_errors=True)
+        raise error if source.name_or_path in str(error) else DataError(f"{source.label}: {error}") from None
+    except BaseException:
+        shutil.rmtree(aside, ignore_errors=True)
+        raise
+    finally:
+        for file in files.values():
+            file.close()
+    if rows_in == 0:
+        shutil.rmtree(aside)
+        raise DataError(f"{source.label} holds no rows")
+    sizes = {name: (aside / name).stat().st_size for name in ARRAYS}
+    manifest = {
+        "format": FORMAT, "sides": encoder.sides, "rows_in": rows_in, "refused": refused, "bytes": sizes,
+    }  # fmt: skip
+    (aside / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
+    shutil.rmtree(folder, ignore_errors=True)
+    aside.rename(folder)
+
+
+def write(files: dict[str, Any], values: dict[str, Any]) -> None:
+    """Append values to the arrays of a table."""
+    import numpy as np
+
+    for name, value in values.items():
+        files[name].write(np.asarray(value, dtype=ARRAYS[name]).tobytes())
+
+
+def note(refused: dict[str, dict[str, Any]], reason: str, place: str) -> None:
+    """Count a refused row, and remember where the first few are."""
+    entry = refused.setdefault(reason, {"count": 0, "examples": []})
+    entry["count"] += 1
+    if len(entry["examples"]) < EXAMPLES:
+        entry["examples"].append(place)
+
+
+def is_whole(folder: Path) -> bool:
+    """Whether a folder holds all that its manifest says."""
+    try:
+        manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+        return all((folder / name).stat().st_size == size for name, size in manifest["bytes"].items())
+    except (OSError, ValueError, KeyError):
+        return False
+
+
+def opened(folder: Path, label: str) -> Table:
+    """Map a folder's arrays into memory."""
+    import numpy as np
+
+    manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+
+    def mapped(name: str) -> "np.ndarray":
+        if not manifest["bytes"][name]:
+            return np.zeros(0, dtype=ARRAYS[name])
+        return np.asarray(np.memmap(folder / name, dtype=ARRAYS[name], mode="r"))
+
+    arrays: dict[str, Any] = {name: mapped(name) for name in ARRAYS}
+    said = {name: manifest[name] for name in ("rows_in", "refused")}
+    return Table(label=label, sides=tuple(manifest["sides"]), **said, **arrays)

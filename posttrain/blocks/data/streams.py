@@ -1,0 +1,157 @@
+"""Reads several sources as one stream of rows that can be taken up again after any row.
+
+Which source comes next is a pure function of (seed, epoch, count of choices), so the state is small and plain:
+that count, which sources are used up, and where each one stands.
+"""
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import attrs
+
+from posttrain.blocks.data.encode import Encoder
+from posttrain.blocks.data.readers import Row
+from posttrain.blocks.data.schemas import Refused
+from posttrain.blocks.data.sources import Source
+from posttrain.blocks.data.store import note
+from posttrain.blocks.data.views import Limits, pieces
+from posttrain.blocks.layout import Example
+from posttrain.errors import DataError
+
+
+@attrs.frozen
+class Stream:
+    """Weighted sources, interleaved.
+
+    Sizes of streams are unknown, so each choice falls on a source with a probability in proportion to its weight
+    among those that are not used up. A weight of 2.5 reads a source twice and a random half of it a third time.
+    """
+
+    sources: Sequence[Source]
+    seed: int
+
+    def read(self, epoch: int, state: dict[str, Any] | None) -> Iterator[tuple[Row, int, dict[str, Any]]]:
+        """Yield the rows of one pass: (row, index of its source, JSON-able state after it).
+
+        Args:
+            epoch: number of the pass, from 0.
+            state: what came with the last row that was used; None for the beginning.
+        """
+        every = list(range(len(self.sources)))
+        state = state or {"choices": 0, "open": every, "sources": [{"pass": 0, "state": None} for _ in every]}
+        choices, places = state["choices"], [dict(place) for place in state["sources"]]
+        readers = [self._passes(number, epoch, places[number]) for number in every]
+        open_ = list(state["open"])
+        yielded = False
+        while open_:
+            number = self._choose(open_, epoch, choices)
+            choices += 1
+            found = next(readers[number], None)
+            if found is None:
+                open_.remove(number)
+                continue
+            row, places[number] = found
+            yielded = True
+            yield row, number, {"choices": choices, "open": list(open_), "sources": list(places)}
+        if not yielded and state["choices"] == 0:
+            raise DataError(f"no rows in {', '.join(source.label for source in self.sources)}")
+
+    def _choose(self, open_: list[int], epoch: int, choices: int) -> int:
+        if len(open_) == 1:
+            return open_[0]
+        point = uniform(self.seed, epoch, choices) * sum(self.sources[n].weight for n in open_)
+        for number in open_:
+            point -= self.sources[number].weight
+            if point < 0:
+                return number
+        return open_[-1]
+
+    def _passes(self, number: int, epoch: int, place: dict[str, Any]) -> Iterator[tuple[Row, dict[str, Any]]]:
+        """Yield the rows of one source, as often as its weight says, each with the place after it."""
+        source = self.sources[number]
+        state = place["state"]
+        for turn in range(place["pass"], int(-(-source.weight // 1))):
+            share = min(1.0, source.weight - turn)
+            for row, after in source.read(source.open(), state):
+                if share == 1.0 or uniform(self.seed, epoch, number, row.number) < share:
+                    yield row, {"pass": turn, "state": after}
+            state = None
+
+
+@attrs.frozen
+class StreamEncoding:
+    """Encodes the rows of a stream, and keeps its ledger as they pass."""
+
+    encoder: Encoder
+    limits: Limits
+    labels: list[str]
+    ledger: dict[str, Any] = attrs.field(factory=dict)
+
+    def encode(self, rows: list[tuple[Row, int]]) -> list[Example]:
+        """Return the examples of some rows, cut or left out as the policies say."""
+        found: list[Example] = []
+        for (row, number), encoded in zip(rows, self.encoder.encode([row.values for row, _ in rows]), strict=True):
+            if isinstance(encoded, Refused):
+                if self.limits.invalid == "error":
+                    raise DataError(f"{row.place}: {encoded}; mend it, or leave such rows out with data.invalid=drop")
+                left: list[Example] = []
+                self._drop(number, str(encoded), row.place)
+            else:
+                left = self._cut(encoded, row, number)
+            self._count(number, left)
+            found += left
+        return found
+
+    def _cut(self, example: Example, row: Row, number: int) -> list[Example]:
+        longest = max(len(ids) for ids, _ in example.documents)
+        if longest <= self.limits.max_length:
+            return [example]
+        if self.limits.overflow == "error":
+            raise DataError(
+                f"{row.place} has {longest:,} tokens, data.max_length is {self.limits.max_length:,}: "
+                f"{self.limits.advice}"
+            )
+        if self.limits.overflow == "drop":
+            self._drop(number, self.limits.too_long, row.place)
+            return []
+        left = []
+        for piece in pieces(example, self.limits, self.encoder.sides):
+            if piece.useless:
+                self._drop(number, piece.useless, row.place)
+            else:
+                cut = zip(example.documents, piece.parts, strict=True)
+                left.append(Example(tuple((ids[part], mask[part]) for (ids, mask), part in cut), example.value))
+        return left
+
+    def _entry(self, number: int) -> dict[str, Any]:
+        documents = "documents" if len(self.encoder.sides) == 1 else "pairs"
+        empty = {"rows_in": 0, "dropped": {}, documents: 0, "tokens": 0, "supervised_tokens": 0}
+        entry: dict[str, Any] = self.ledger.setdefault(self.labels[number], empty)
+        return entry
+
+    def _drop(self, number: int, reason: str, place: str) -> None:
+        note(self._entry(number)["dropped"], reason, place)
+
+    def _count(self, number: int, examples: list[Example]) -> None:
+        entry = self._entry(number)
+        documents = [document for example in examples for document in example.documents]
+        entry["rows_in"] += 1
+        entry["documents" if len(self.encoder.sides) == 1 else "pairs"] += len(examples)
+        entry["tokens"] += sum(len(ids) for ids, _ in documents)
+        entry["supervised_tokens"] += sum(int(mask[1:].sum()) for _, mask in documents)
+
+
+def uniform(*numbers: int) -> float:
+    """Return a number in [0, 1) that looks random and depends on nothing but its arguments (splitmix64)."""
+    value = 0
+    for number in numbers:
+        value = mix(value ^ (number & (1 << 64) - 1))
+    return (value >> 11) / (1 << 53)
+
+
+def mix(value: int) -> int:
+    """Return the next state of splitmix64 (Steele, Lea and Flood 2014)."""
+    value = value + 0x9E3779B97F4A7C15 & (1 << 64) - 1
+    value = (value ^ value >> 30) * 0xBF58476D1CE4E5B9 & (1 << 64) - 1
+    value = (value ^ value >> 27) * 0x94D049BB133111EB & (1 << 64) - 1
+    return value ^ value >> 31

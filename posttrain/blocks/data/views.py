@@ -1,0 +1,231 @@
+"""What of the tokenized rows is trained on: views, after rows were held out, dropped and cut; and the ledger."""
+
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING, Any
+
+import attrs
+
+from posttrain.blocks.data.store import Table
+from posttrain.blocks.layout import Example
+from posttrain.errors import DataError
+
+if TYPE_CHECKING:
+    import numpy as np
+
+
+@attrs.frozen(eq=False)
+class Documents:
+    """Views of the tokenized rows of several sources: what is trained on, after rows were dropped and cut."""
+
+    tables: list[Table]
+    begins: "np.ndarray"
+    """int64 [n, sides], where each document of an example begins in its table."""
+    sizes: "np.ndarray"
+    """int32 [n, sides], their tokens."""
+    supervised: "np.ndarray"
+    """int32 [n, sides], their supervised tokens."""
+    source: "np.ndarray"
+    """int16 [n], the number of an example's table."""
+    values: "np.ndarray"
+    """float32 [n], the number that came with it."""
+    weights: list[float]
+    """Of each source."""
+
+    def __len__(self) -> int:
+        return len(self.begins)
+
+    @property
+    def lengths(self) -> "np.ndarray":
+        """int32 [n], the tokens of each example."""
+        lengths: np.ndarray = self.sizes.sum(1)
+        return lengths
+
+    def __getitem__(self, index: int) -> Example:
+        """Return an example, without copying its tokens."""
+        ends = self.begins[index] + self.sizes[index]
+        return self.tables[int(self.source[index])].view(self.begins[index], ends, float(self.values[index]))
+
+
+@attrs.frozen
+class Limits:
+    """What happens to rows that are too long or unusable."""
+
+    max_length: int
+    overflow: str
+    invalid: str
+    policies: tuple[str, ...] = ("drop", "truncate", "split")
+    """Values of `overflow` that avoid an error."""
+
+    @property
+    def advice(self) -> str:
+        """What to do about rows that are too long."""
+        *most, last = self.policies
+        return f"raise data.max_length, or set data.overflow to {', '.join(most)} or {last}"
+
+    @property
+    def too_long(self) -> str:
+        """The reason that the ledger counts."""
+        return f"longer than {self.max_length} tokens"
+
+
+def documents(
+    tables: list[Table], weights: list[float], limits: Limits, held_out: float, want_held_out: bool
+) -> tuple[Documents, dict[str, dict[str, Any]]]:
+    """Return views of the tables, and the ledger of what became of their rows, per source.
+
+    Args:
+        tables: one per source.
+        weights: one per source.
+        limits: the policies.
+        held_out: share of the rows that belong to evaluation.
+        want_held_out: whether to return these or the others.
+
+    Raises:
+        DataError: rows are unusable or too long, and the policy is `error`.
+    """
+    import numpy as np
+
+    refuse_invalid(tables, limits)
+    parts, ledger = [], dict[str, dict[str, Any]]()
+    for number, from_table in enumerate(tables):
+        chosen = np.flatnonzero(is_held_out(from_table.rows, held_out) == want_held_out)
+        begins, sizes, supervised, examples, counts = cut(from_table, chosen, limits)
+        name = from_table.label if from_table.label not in ledger else f"{from_table.label} #{number + 1}"
+        refused = {reason: found["count"] for reason, found in from_table.refused.items()} if not want_held_out else {}
+        ledger[name] = {
+            "rows_in": len(chosen) + sum(refused.values()),
+            "tokens_in": int(np.diff(from_table.offsets).reshape(-1, len(from_table.sides))[chosen].sum()),
+            "dropped": refused | counts.pop("dropped"),
+            **counts,
+            "documents" if len(from_table.sides) == 1 else "pairs": len(begins),
+            "tokens": int(sizes.sum()),
+            "supervised_tokens": int(supervised.sum()),
+        }
+        source = np.full(len(begins), number, dtype=np.int16)
+        parts.append((begins, sizes.astype(np.int32), supervised, source, from_table.values[examples]))
+    refuse_overlong(ledger, limits)
+    begins, sizes, supervised, source, values = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
+    if not len(begins):
+        raise DataError(
+            "nothing is left to train on:\n" + "\n".join(f"  {name}: {found}" for name, found in ledger.items())
+        )
+    return Documents(tables, begins, sizes, supervised, source, values, weights), ledger
+
+
+def is_held_out(rows: "np.ndarray", share: float) -> "np.ndarray":
+    """Tell which rows of a source belong to evaluation: a fixed, evenly spread choice that no seed changes."""
+    import numpy as np
+
+    return np.asarray((rows.astype(np.uint64) * np.uint64(2654435769)) % np.uint64(2**32) < share * 2**32)
+
+
+def cut(
+    from_table: Table, chosen: "np.ndarray", limits: Limits
+) -> tuple["np.ndarray", "np.ndarray", "np.ndarray", "np.ndarray", dict[str, Any]]:
+    """Apply the overflow policy to some examples of a table.
+
+    Returns:
+        begins, sizes, supervised: [n, sides], of what is left.
+        examples: [n], which example of the table it is from.
+        counts: what was done.
+    """
+    import numpy as np
+
+    sides = len(from_table.sides)
+    begins, supervised = from_table.offsets[:-1].reshape(-1, sides)[chosen], from_table.supervised.reshape(-1, sides)
+    sizes = np.diff(from_table.offsets).reshape(-1, sides)[chosen]
+    supervised = supervised[chosen]
+    long = (sizes > limits.max_length).any(1)
+    counts: dict[str, Any] = {"dropped": {}, "too_long": int(long.sum()), "longest": int(sizes.max(initial=0))}
+    if not long.any():
+        return begins, sizes, supervised, chosen, counts
+    found: list[tuple[int, list[int], Piece]] = []
+    if limits.overflow == "drop":
+        counts["dropped"][limits.too_long] = counts["too_long"]
+    elif limits.overflow in ("truncate", "split"):
+        for example, firsts in zip(chosen[long].tolist(), begins[long].tolist(), strict=True):
+            found += [(example, firsts, piece) for piece in pieces(from_table[example], limits, from_table.sides)]
+    counts["dropped"] |= Counter(piece.useless for _, _, piece in found if piece.useless)
+    useful = [(example, firsts, piece) for example, firsts, piece in found if not piece.useless]
+    counts["tokens_cut"] = int(sizes[long].sum()) - sum(sum(piece.sizes) for _, _, piece in useful)
+    columns = [
+        [[first + part.start for first, part in zip(firsts, p.parts, strict=True)] for _, firsts, p in useful],
+        [p.sizes for _, _, p in useful],
+        [p.supervised for _, _, p in useful],
+    ]
+    more = [np.array(column, dtype=np.int64).reshape(-1, sides) for column in columns]
+    more.append(np.array([example for example, _, _ in useful], dtype=np.int64))
+    kept = (begins[~long], sizes[~long], supervised[~long], chosen[~long])
+    return *(np.concatenate(both) for both in zip(kept, more, strict=True)), counts  # type: ignore[return-value]
+
+
+@attrs.frozen
+class Piece:
+    """What the overflow policy leaves of an example, or a part of it."""
+
+    parts: list[slice]
+    """Of each document."""
+    supervised: list[int]
+    """Supervised tokens of each part."""
+    useless: str | None
+    """Why nothing can be learned from it, if so."""
+
+    @property
+    def sizes(self) -> list[int]:
+        """Tokens of each part."""
+        return [part.stop - part.start for part in self.parts]
+
+
+def pieces(example: Example, limits: Limits, sides: tuple[str, ...]) -> Iterator[Piece]:
+    """Yield what is left of an example that is too long; only single documents are ever split into several pieces."""
+    import numpy as np
+
+    step, longest = limits.max_length, max(len(ids) for ids, _ in example.documents)
+    for begin in range(0, longest, step) if limits.overflow == "split" else [0]:
+        parts = [slice(begin, min(begin + step, len(ids))) for ids, _ in example.documents]
+        cut = [(ids[part], mask[part]) for (ids, mask), part in zip(example.documents, parts, strict=True)]
+        supervised = [int(mask[1:].sum()) for _, mask in cut]
+        useless = None
+        if not all(supervised):
+            useless = "cut, no supervised token is left"
+        elif len(cut) > 1 and all(np.array_equal(ids, cut[0][0]) for ids, _ in cut):
+            useless = f"cut, {' and '.join(sides)} are equal"
+        yield Piece(parts, supervised, useless)
+
+
+def refuse_invalid(tables: Iterable[Table], limits: Limits) -> None:
+    """Raise if rows cannot be trained on and the policy is to say so."""
+    lines = [
+        f"  {found['count']:,} x {reason} (such as {', '.join(found['examples'])})"
+        for from_table in tables
+        for reason, found in from_table.refused.items()
+    ]
+    if lines and limits.invalid == "error":
+        raise DataError(
+            "some rows cannot be trained on:\n"
+            + "\n".join(lines)
+            + "\nmend them, or leave them out with data.invalid=drop"
+        )
+
+
+def refuse_overlong(ledger: dict[str, dict[str, Any]], limits: Limits) -> None:
+    """Raise if rows are too long and the policy is to say so."""
+    lines = [
+        f"  {name}: {found['too_long']:,} of {found['rows_in']:,} rows are longer than {limits.max_length:,} tokens "
+        f"(the longest has {found['longest']:,})"
+        for name, found in ledger.items()
+        if found["too_long"]
+    ]
+    if lines and limits.overflow == "error":
+        raise DataError("some rows are too long:\n" + "\n".join(lines) + "\n" + limits.advice)
+
+
+def totals(ledger: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """Return a ledger's sums over sources."""
+    sums: Counter[str] = Counter()
+    dropped: Counter[str] = Counter()
+    for found in ledger.values():
+        sums.update({name: value for name, value in found.items() if isinstance(value, int) and name != "longest"})
+        dropped.update(found["dropped"])
+    return {**sums, "dropped": dict(dropped)}

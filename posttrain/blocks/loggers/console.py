@@ -1,0 +1,166 @@
+"""The loggers of our own: a terminal that says how it goes, and a JSONL file."""
+
+import json
+import math
+import time
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rich import box
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from posttrain.blocks.loggers.ledger import ledger
+from posttrain.errors import TrainingError
+from posttrain.words import duration, human
+
+if TYPE_CHECKING:
+    from posttrain.run import Run
+
+COLORS = {"finished": "green", "interrupted": "yellow", "failed": "red"}
+
+
+class ConsoleLogger:
+    """A live line on a terminal; elsewhere a plain line each time metrics arrive. A summary at the end."""
+
+    def __init__(self, run: "Run", console: Console | None = None) -> None:
+        self.run = run
+        self.console = console or Console()
+        self.began = time.perf_counter()
+        self.tokens = 0.0
+        self.losses: list[float] = []
+        self.progress = Progress(
+            TextColumn("[bold]step"), MofNCompleteColumn(), BarColumn(bar_width=14), TextColumn("{task.fields[news]}"),
+            TimeRemainingColumn(), TextColumn("left"),
+            console=self.console, disable=not self.console.is_terminal,
+        )  # fmt: skip
+        if run.loaders.ledger:
+            self.console.print(ledger(run.loaders.ledger))
+        self.console.print(self.opening(), highlight=False)
+        self.progress.start()
+        self.task = self.progress.add_task("", total=run.max_steps, completed=run.step, news="")
+
+    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
+        """Show a step's metrics; those of a batch of steps come with the throughput of its last one."""
+        assert step is not None
+        self.tokens += metrics.get("tokens", 0.0)
+        if "loss" in metrics:
+            self.losses.append(metrics["loss"])
+        due = "memory_gb" in metrics
+        if due and self.console.is_terminal:
+            line = {name: value for name, value in metrics.items() if not name.startswith("eval_")}  # printed below
+            self.progress.update(self.task, completed=step, news=self.news(line))
+        elif due:
+            self.console.print(
+                f"step {step}/{self.run.max_steps}  {self.news(metrics)}  {self.left(step)}", highlight=False
+            )
+        found = "  ".join(
+            f"{name} {value:.4f}" for name, value in metrics.items() if name.startswith("eval_") and is_headline(name)
+        )
+        if found and self.console.is_terminal:
+            self.console.print(f"step {step}/{self.run.max_steps}  {found}", highlight=False)
+
+    def finalize(self, status: str) -> None:
+        """Print how the run went, and where everything is."""
+        self.progress.stop()
+        self.console.print(self.closing(status))
+
+    def opening(self) -> str:
+        """Return a line or two on what is about to be trained."""
+        run = self.run
+        sizes = [(p.numel(), p.requires_grad) for p in run.model.parameters()]
+        total, trained = sum(n for n, _ in sizes), sum(n for n, wanted in sizes if wanted)
+        share = "" if total == trained else f", {human(trained)} of them trained"
+        begin = f", going on after step {run.step}" if run.step else ""
+        code = f"\nwith code of {', '.join(map(str, run.recipe['code']))}" if run.recipe.get("code") else ""
+        return (
+            f"[bold]{run.recipe['type']}[/]: {human(total)} parameters{share}; {run.max_steps} steps of "
+            f"{run.rows_per_step} rows on {run.fabric.world_size} x {run.fabric.device.type}{begin}{code}"
+        )
+
+    def news(self, metrics: dict[str, float]) -> str:
+        """Return the metrics that fit into a line."""
+        parts = [f"loss {metrics['loss']:.4f}"] if "loss" in metrics else []
+        parts += [f"{metrics['skipped_steps']:.0f} left out"] if "skipped_steps" in metrics else []
+        wanted = [name for name in metrics if "/" in name or name.startswith("eval_")]
+        parts += [f"{name.removeprefix('rewards/')} {metrics[name]:.4f}" for name in wanted if is_headline(name)]
+        if "lr" in metrics:
+            parts.append(f"lr {metrics['lr']:.1e}")
+        if "tokens_per_second" in metrics:
+            parts.append(f"{human(metrics['tokens_per_second'])} tok/s")
+        return "  ".join(parts)
+
+    def left(self, step: int) -> str:
+        """Return the time that the remaining steps will take at the average pace so far."""
+        pace = (time.perf_counter() - self.began) / max(1, step - self.run.first_step)
+        return f"{duration(pace * (self.run.max_steps - step))} left"
+
+    def closing(self, status: str) -> Table:
+        """Return the summary."""
+        run, seconds = self.run, time.perf_counter() - self.began
+        table = Table(box=box.SIMPLE, show_header=False, pad_edge=False)
+        table.add_column(style="dim")
+        table.add_column()
+        table.add_row("status", f"[{COLORS.get(status, 'white')}]{status}[/]")
+        steps = f"{run.step} of {run.max_steps}"
+        table.add_row("steps", f"{steps}  ({run.stop})" if run.stop else steps)
+        if skipped := run.memory.get("skipped_steps"):
+            table.add_row("left out", f"{skipped} of them, whose gradients were not finite", style="yellow")
+        table.add_row("passes over the data", f"{run.epoch}")
+        if self.losses:
+            table.add_row("loss", f"{self.losses[0]:.4f} -> {self.losses[-1]:.4f}")
+        for name, value in run.last.items():
+            if name.startswith("eval_") and is_headline(name):
+                table.add_row(name.replace("_", " "), f"{value:.4f}")
+        if self.tokens:
+            table.add_row("tokens", f"{human(self.tokens)}  ({human(self.tokens / seconds)} per second over all)")
+        table.add_row("time", duration(seconds))
+        if "memory_gb" in run.last:
+            table.add_row("peak memory", f"{run.last['memory_gb']:.2f} GiB")
+        table.add_row("folder", str(run.output_dir))
+        if status == "interrupted":
+            table.add_row("to go on", "run the same command again")
+        return table
+
+
+def is_headline(name: str) -> bool:
+    """Whether people look at a metric as it comes; of groups (`rewards/chosen`) that is how often and how clearly."""
+    return "/" not in name or name.endswith(("/accuracy", "/margin"))
+
+
+class JSONLLogger:
+    """One JSON object per step, in the order of steps."""
+
+    def __init__(self, path: Path, step: int) -> None:
+        if path.exists():
+            kept = [line for line in path.read_text().splitlines(keepends=True) if _step(line) <= step]
+            path.write_text("".join(kept))
+        self.file = path.open("a")
+
+    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
+        """Append a line.
+
+        Raises:
+            TrainingError: the disk is full.
+        """
+        finite = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
+        try:
+            self.file.write(json.dumps({"step": step, **finite}) + "\n")
+            self.file.flush()
+        except OSError as error:
+            raise TrainingError(f"{self.file.name} cannot be written: {error.strerror or error}") from None
+
+    def finalize(self, status: str) -> None:
+        """Close the file."""
+        with suppress(OSError):  # of what could not be written before
+            self.file.close()
+
+
+def _step(line: str) -> float:
+    """Return a line's step; a line that a crash cut short belongs to none."""
+    try:
+        return float(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError):
+        return float("inf")

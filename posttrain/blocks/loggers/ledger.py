@@ -1,0 +1,42 @@
+"""What became of the rows of each source, as a table."""
+
+from typing import TYPE_CHECKING, Any
+
+from posttrain.words import human
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+
+def ledger(found: dict[str, Any]) -> "Table":
+    """Return what became of the rows of each source, as a table."""
+    from rich import box
+    from rich.table import Table
+
+    parts = [("", found), ("held out: ", found.get("eval", {}))]
+    entries = [(prefix + source, entry) for prefix, part in parts for source, entry in part.get("sources", {}).items()]
+    known = ("rows_in", "dropped", "too_long", "tokens_cut", "documents", "pairs", "tokens", "supervised_tokens")
+    counted = [
+        (name, {**entry, "dropped": sum(_count(n) for n in entry["dropped"].values())}) for name, entry in entries
+    ]
+    columns = [column for column in known if any(entry.get(column) for _, entry in counted)]
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for title in ("data", *columns):
+        table.add_column(title.replace("_", " "), justify="left" if title == "data" else "right", overflow="fold")
+    for name, entry in counted:
+        table.add_row(name, *(human(entry.get(column, 0)) for column in columns))
+    reasons = [
+        f"{source}: {_count(count):,} dropped: {reason}"
+        for source, entry in entries
+        for reason, count in entry["dropped"].items()
+    ]
+    packing = found.get("packing")
+    if packing:
+        reasons.append(f"{packing['rows']:,} rows per pass, filled to {packing['filled']:.1%}")
+    table.caption = "\n".join(reasons) or None
+    table.caption_justify = "left"
+    return table
+
+
+def _count(dropped: int | dict[str, Any]) -> int:
+    return dropped if isinstance(dropped, int) else int(dropped["count"])

@@ -1,0 +1,188 @@
+"""Attention over packed documents: each sees itself alone, and no [length, length] mask is ever built.
+
+Registered with transformers as `packed`. Documents are told by `cu_seq_lens_q`, which transformers
+hands from the model's call to every attention layer. On GPUs in half precision it is one
+variable-length flash attention (`torch.nn.attention.varlen`); elsewhere one
+`scaled_dot_product_attention` per document. Outside of `packed()`, as in `generate`, it is sdpa.
+
+Documents may branch: `kv_index` names the token of each key, so that a document whose beginning is
+computed in another one sees it there (see `batches.branched`).
+"""
+
+import inspect
+import itertools
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.attention.varlen import varlen_attn
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import create_causal_mask, sdpa_mask
+
+from posttrain.blocks.parallel.ulysses import divisible, own_columns, whole_rows
+from posttrain.errors import TrainingError
+
+CACHE = "cache" if "cache" in inspect.signature(create_causal_mask).parameters else "past_key_values"
+"""What transformers calls the cache of keys and values, as an argument and in outputs: renamed in 5.24."""
+NAME = "packed"
+_masks = AttentionMaskInterface._global_mapping
+_GQA: dict[str, Any] = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
+"""torch 2.11 shares keys and values between heads without being told to."""
+
+
+@contextmanager
+def packed() -> Iterator[None]:
+    """Build no attention masks meanwhile: `cu_seq_lens_q` says what a mask would.
+
+    transformers looks for packed documents only for attentions that have a mask, and would wait for the device to
+    learn whether there are any, in each forward pass.
+    """
+    mask = _masks.pop(NAME, None)
+    try:
+        yield
+    finally:
+        if mask is not None:
+            _masks[NAME] = mask
+
+
+def packed_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    cu_seq_lens_q: Tensor | None = None,
+    cu_seq_lens_k: Tensor | None = None,
+    max_length_q: int | None = None,
+    max_length_k: int | None = None,
+    kv_index: Tensor | None = None,
+    sequence_group: Any = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Causal attention within each document.
+
+    Args:
+        module: the attention layer.
+        query: [rows, heads, width, size].
+        key, value: [rows, key-value heads, width, size].
+        attention_mask: used outside of `packed()` only.
+        dropout: probability, of attention weights.
+        scaling: of the scores; 1 / sqrt(size) by default.
+        sliding_window: how many of the last tokens are seen; all by default.
+        cu_seq_lens_q, cu_seq_lens_k: int32 [documents + 1], where the queries and keys of each document begin,
+            counted over rows * width. Where there are more keys, the queries are the last of its tokens.
+        max_length_q, max_length_k: the longest document.
+        kv_index: int64 [keys], the token of each key, counted over rows * width; by default they are all tokens.
+        sequence_group: ranks that each hold some columns of the rows; bounds are those of whole rows.
+        kwargs: of which `softcap` and `s_aux` (attention sinks) are refused.
+
+    Returns:
+        [rows, width, heads, size], and None for the weights.
+
+    Raises:
+        TrainingError: the model asks for something this does not compute.
+    """
+    if cu_seq_lens_q is None:
+        if NAME not in _masks:
+            _refuse(module, "does not hand `cu_seq_lens_q` to its attention layers")
+        return sdpa_attention_forward(  # type: ignore[no-any-return]
+            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
+        )
+    if sequence_group is not None:
+        key, value = (divisible(x, query.shape[1], sequence_group) for x in (key, value))
+        query, key, value = (whole_rows(x, sequence_group) for x in (query, key, value))
+        whole, _ = packed_attention(
+            module, query, key, value, attention_mask, dropout, scaling, sliding_window,
+            cu_seq_lens_q, cu_seq_lens_k, max_length_q, max_length_k, **kwargs,
+        )  # fmt: skip
+        return own_columns(whole, sequence_group), None
+    assert cu_seq_lens_k is not None
+    for feature in ("softcap", "s_aux", "position_bias"):
+        if kwargs.get(feature) is not None:
+            _refuse(module, f"uses `{feature}`")
+    if query.is_cuda and query.dtype in (torch.float16, torch.bfloat16):
+        if dropout:
+            _refuse(module, "uses attention dropout")
+        assert max_length_q is not None and max_length_k is not None
+        window = (-1 if sliding_window is None else sliding_window - 1, 0)
+        q, k, v = (x.transpose(1, 2).flatten(0, 1) for x in (query, key, value))
+        if kv_index is not None:
+            k, v = k.index_select(0, kv_index), v.index_select(0, kv_index)
+        out = varlen_attn(
+            q, k, v, cu_seq_lens_q, cu_seq_lens_k, max_length_q, max_length_k,
+            scale=scaling, window_size=window, **(_GQA if query.shape[1] != key.shape[1] else {}),
+        )  # fmt: skip
+        return out.view(query.shape[0], query.shape[2], *out.shape[1:]), None  # type: ignore[union-attr]
+    if kv_index is not None:
+        assert query.shape[0] == 1, "documents branch within one long row"
+        key, value = key.index_select(2, kv_index), value.index_select(2, kv_index)
+    bounds = cu_seq_lens_q.tolist(), cu_seq_lens_k.tolist()
+    return _by_document(query, key, value, *bounds, dropout, scaling, sliding_window), None
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def _by_document(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    query_bounds: list[int],
+    key_bounds: list[int],
+    dropout: float,
+    scale: float | None,
+    window: int | None,
+) -> Tensor:
+    widths = query.shape[2], key.shape[2]
+    rows: list[list[Tensor]] = [[] for _ in range(query.shape[0])]
+    for queries, keys in zip(itertools.pairwise(query_bounds), itertools.pairwise(key_bounds), strict=True):
+        (row, own), (_, seen) = (_part(*bounds, width) for bounds, width in zip((queries, keys), widths, strict=True))
+        mask = _visible(queries[1] - queries[0], keys[1] - keys[0], window, query.device)
+        rows[row].append(
+            F.scaled_dot_product_attention(
+                query[row : row + 1, :, own],
+                key[row : row + 1, :, seen],
+                value[row : row + 1, :, seen],
+                attn_mask=mask,
+                dropout_p=dropout,
+                is_causal=mask is None,
+                scale=scale,
+                enable_gqa=query.shape[1] != key.shape[1],
+            )
+        )
+    return joined([joined(parts, 2) for parts in rows], 0).transpose(1, 2)
+
+
+def joined(parts: list[Tensor], dim: int) -> Tensor:
+    """Return tensors end to end; one alone is not copied."""
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=dim)
+
+
+def _part(begin: int, end: int, width: int) -> tuple[int, slice]:
+    """Return the row of a document, and where in the row it is."""
+    row, at = divmod(begin, width)
+    return row, slice(at, at + end - begin)
+
+
+def _visible(queries: int, keys: int, window: int | None, device: torch.device) -> Tensor | None:
+    """Return which keys each query sees, [queries, keys]; None if it is all up to itself in a square."""
+    if queries == keys and (window is None or keys <= window):
+        return None
+    seen = torch.ones(queries, keys, dtype=torch.bool, device=device).tril(keys - queries)
+    return seen if window is None else seen.triu(keys - queries + 1 - window)
+
+
+def _refuse(module: nn.Module, why: str) -> None:
+    raise TrainingError(
+        f"attention `{NAME}` cannot be used: {type(module).__name__} {why}. "
+        "Set model.attn_implementation to sdpa, eager, flex_attention or flash_attention_2"
+    )
+
+
+AttentionInterface.register(NAME, packed_attention)
+AttentionMaskInterface.register(NAME, sdpa_mask)

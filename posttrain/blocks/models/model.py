@@ -1,0 +1,289 @@
+"""Model blocks: networks from transformers, ready to train."""
+
+import fnmatch
+import hashlib
+import sys
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+import attrs
+from attrs.validators import ge, gt, optional
+
+from posttrain.errors import RecipeError
+from posttrain.registry import block, key
+from posttrain.values import Secret, as_data
+
+if TYPE_CHECKING:
+    from lightning.fabric import Fabric
+    from torch import nn
+
+
+@attrs.frozen(kw_only=True, slots=False)
+class LoRA:
+    """Low-rank adapters (Hu et al., arXiv:2106.09685), through peft (extra `peft`)."""
+
+    r: int = key(16, also=("rank",), check=gt(0))
+    """Rank."""
+    alpha: float = key(32.0, also=("lora_alpha",), check=gt(0))
+    """The adapters' output is scaled by alpha / r."""
+    dropout: float = key(0.0, also=("lora_dropout",), check=ge(0))
+    """Probability, on the adapters' input."""
+    target_modules: str | list[str] = "all-linear"
+    """Names of the layers to adapt, or `all-linear`."""
+    kwargs: dict[str, Any] = attrs.field(factory=dict)
+    """Further arguments of `peft.LoraConfig`."""
+
+    def apply(self, hf: Any, task: str) -> Any:
+        """Return the model with adapters, everything else frozen; `task` is peft's name of what the model does."""
+        try:
+            from peft import LoraConfig, get_peft_model
+        except ImportError:
+            raise RecipeError("model.lora needs peft: pip install 'posttrain[peft]'") from None
+        config = LoraConfig(
+            r=self.r, lora_alpha=self.alpha, lora_dropout=self.dropout, target_modules=self.target_modules,
+            task_type=task, **self.kwargs,
+        )  # fmt: skip
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*")  # peft's own affair
+            return get_peft_model(hf, config)
+
+
+@block("model", "hf")
+class HFModel:
+    """A causal language model of transformers, from a folder, a hub name, or a configuration alone."""
+
+    auto: ClassVar[str] = "AutoModelForCausalLM"
+    task: ClassVar[str] = "CAUSAL_LM"
+    fixed: ClassVar[dict[str, Any]] = {}
+    """What the configuration must be for this kind of model."""
+
+    name_or_path: str
+    """A folder or a hub name."""
+    random_init: bool = False
+    """Start from random weights: only the configuration is read."""
+    config: dict[str, Any] = key(factory=dict, also=("hf_config_kwargs",))
+    """Changes to the model's configuration; with `random_init` and a `model_type`, all of it."""
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Of the weights in memory; with precision `bf16-mixed` keep float32."""
+    attn_implementation: str = "auto"
+    """`auto` is `packed` (see attention.py) where the model can use it, else `sdpa`; or `sdpa`, `eager`,
+    `flex_attention`, `flash_attention_2`, or another that transformers knows."""
+    trust_remote_code: bool = False
+    """Run Python code that comes with the model."""
+    revision: str | None = None
+    """Branch, tag or commit of a hub model."""
+    token: Secret | None = None
+    """For a private hub model: `${HF_TOKEN}`."""
+    lora: LoRA | None = key(None, also=("peft_config",))
+    """Train low-rank adapters instead of the weights."""
+    freeze: list[str] = attrs.field(factory=list)
+    """Patterns of parameter names that are not trained, such as `*.embed_tokens.*`."""
+    activation_checkpointing: bool | Literal["selective"] = key(False, also=("gradient_checkpointing",))
+    """Keep one activation per layer and compute the rest again in the backward pass; `selective` also keeps attention
+    and every second matrix product."""
+    offload_activations: bool = False
+    """Keep these activations in the memory of the host while they are not needed."""
+    tiled_mlp: int | None = key(None, check=optional(gt(0)))
+    """Compute MLPs in so many tiles of a row, and again in the backward pass: for rows that are very long."""
+    compile: bool | str = False
+    """Compile each layer with torch.compile; a name chooses the backend."""
+    liger: bool = False
+    """Use Liger's Triton kernels for norms, rotary embeddings and MLPs (extra `liger`); on GPUs."""
+    kwargs: dict[str, Any] = attrs.field(factory=dict)
+    """Further arguments of `from_pretrained`."""
+
+    def check(self) -> Iterator[tuple[str, str]]:
+        """Yield what contradicts itself."""
+        if self.offload_activations and self.activation_checkpointing is not True:
+            yield "offload_activations", "moves what activation_checkpointing keeps: set that to true"
+
+    def build(self, fabric: "Fabric") -> "nn.Module":
+        """Return the network, ready to train (see `wrap`).
+
+        Where rank zero will send the weights (fsdp), other ranks do not load them.
+
+        Raises:
+            RecipeError: the model cannot be loaded, or an option does not fit it.
+        """
+        from posttrain.blocks.parallel.sharding import without_weights
+
+        if self.kwargs:  # they may change what is built, as quantization does
+            return self.make(empty=False)
+        with without_weights(fabric) as empty:
+            return self.make(empty)
+
+    def make(self, empty: bool) -> "nn.Module":
+        """Return the network, with weights unless it is to be empty."""
+        from posttrain.blocks.models.activations import checkpoint_activations, tile_mlps
+
+        hf = self.load(empty)
+        self.refuse_unpackable(hf)
+        if self.liger:
+            use_liger(hf)
+        if self.lora is not None:
+            hf = self.lora.apply(hf, self.task)
+        self.freeze_parameters(hf)
+        if self.tiled_mlp:
+            tile_mlps(hf, self.tiled_mlp)
+        if self.activation_checkpointing:
+            checkpoint_activations(hf, selective=self.activation_checkpointing == "selective")
+        if self.compile:
+            for layer in hf.get_decoder().layers:
+                layer.compile(backend="inductor" if self.compile is True else self.compile)
+        network: Any = self.wrap(hf)
+        network.offload = self.offload_activations
+        return network  # type: ignore[no-any-return]
+
+    def wrap(self, hf: Any) -> "nn.Module":
+        """Return a `CausalLM` around a transformers model (see causal.py)."""
+        from posttrain.blocks.models.causal import CausalLM
+
+        return CausalLM(hf)
+
+    def load(self, empty: bool = False) -> Any:
+        """Return the transformers model, with its weights unless it is to be empty."""
+        import torch
+        import transformers
+        from transformers.utils.logging import disable_progress_bar
+
+        from posttrain.blocks.models import attention
+
+        if not sys.stderr.isatty():  # a log file is no place for progress bars
+            disable_progress_bar()
+        auto = getattr(transformers, self.auto)
+        try:
+            config = self.configured(self.read_config())
+            if self.attn_implementation != "auto":
+                config._attn_implementation = self.attn_implementation
+            if self.random_init or empty:
+                hf = auto.from_config(
+                    config, dtype=getattr(torch, self.dtype), trust_remote_code=self.trust_remote_code
+                )
+            else:
+                hf = auto.from_pretrained(self.name_or_path, config=config, dtype=self.dtype, **self.hub, **self.kwargs)
+        except (OSError, ValueError, ImportError) as error:
+            raise RecipeError(f"model {self.name_or_path!r} cannot be loaded: {error}") from error
+        fits = (
+            hf._supports_attention_backend and hf._supports_sdpa and not hf.is_remote_code() and not _softcaps(config)
+        )
+        if self.attn_implementation == "auto" and fits:
+            hf.set_attn_implementation(attention.NAME)
+        return hf
+
+    @property
+    def hub(self) -> dict[str, Any]:
+        """How transformers is to fetch the model."""
+        token = self.token.reveal() if self.token else None
+        return {"trust_remote_code": self.trust_remote_code, "revision": self.revision, "token": token}
+
+    def read_config(self) -> Any:
+        """Return the configuration that the recipe names, with its changes."""
+        from transformers import AutoConfig
+
+        changes = {**self.config, **self.fixed}
+        if self.random_init and "model_type" in self.config:
+            return AutoConfig.for_model(**changes)
+        return AutoConfig.from_pretrained(self.name_or_path, **changes, **self.hub)
+
+    def configured(self, config: Any) -> Any:
+        """Return the configuration to build from; a subclass may make another one of the model's own."""
+        return config
+
+    def fingerprint(self) -> str | None:
+        """Return what identifies the weights without loading them: a hash of the files, or the hub's commit.
+
+        None if nothing does: the weights are random, or the hub does not say.
+        """
+        from transformers import AutoConfig
+
+        said = repr({k: v for k, v in as_data(self).items() if k not in ("name_or_path", "token")})
+        folder = Path(self.name_or_path)
+        if self.random_init:
+            return None
+        if not folder.is_dir():
+            token = self.token.reveal() if self.token else None
+            try:
+                commit = AutoConfig.from_pretrained(self.name_or_path, revision=self.revision, token=token)._commit_hash
+            except (OSError, ValueError) as error:
+                raise RecipeError(f"model {self.name_or_path!r} cannot be loaded: {error}") from error
+            return f"{said} {commit}" if commit else None
+        digest = hashlib.sha256(said.encode())
+        for file in sorted(file for file in folder.iterdir() if file.suffix in (".json", ".safetensors", ".bin")):
+            with file.open("rb") as content:
+                digest.update(file.name.encode() + hashlib.file_digest(content, "sha256").digest())
+        return digest.hexdigest()
+
+    def refuse_unpackable(self, hf: Any) -> None:
+        """Refuse models that carry a state along the row, through which documents would leak.
+
+        Raises:
+            RecipeError: the model is one of them.
+        """
+        layers = set(getattr(hf.config.get_text_config(), "layer_types", None) or ())
+        if hf._is_stateful or layers - {"full_attention", "sliding_attention", "chunked_attention"}:
+            raise RecipeError(
+                f"model {self.name_or_path!r} ({type(hf).__name__}) has recurrent layers, whose state would leak "
+                "from one document of a row into the next; posttrain cannot train it yet"
+            )
+
+    def freeze_parameters(self, hf: Any) -> None:
+        """Freeze the parameters whose names match a pattern.
+
+        Raises:
+            RecipeError: a pattern matches nothing, or all is frozen.
+        """
+        parameters = dict(hf.named_parameters())
+        for pattern in self.freeze:
+            matching = fnmatch.filter(parameters, pattern)
+            if not matching:
+                raise RecipeError(f"model.freeze: {pattern!r} matches no parameter, such as {next(iter(parameters))!r}")
+            for name in matching:
+                parameters[name].requires_grad_(False)
+        if not any(parameter.requires_grad for parameter in parameters.values()):
+            raise RecipeError("model.freeze leaves nothing to train")
+
+
+@block("model", "reward")
+class RewardModel(HFModel):
+    """A model that gives a conversation one number, at its last token: a sequence classifier with one label.
+
+    From a causal language model, its head starts anew. transformers and vLLM (`/classify`) load what is exported.
+    """
+
+    auto: ClassVar[str] = "AutoModelForSequenceClassification"
+    task: ClassVar[str] = "SEQ_CLS"
+    fixed: ClassVar[dict[str, Any]] = {"num_labels": 1}
+
+    def wrap(self, hf: Any) -> "nn.Module":
+        """Return a `Scorer` around a transformers model (see reward.py)."""
+        from posttrain.blocks.models.reward import Scorer
+
+        return Scorer(hf)
+
+
+def use_liger(hf: Any) -> None:
+    """Patch a transformers model to use Liger's kernels, but for the loss, which is ours.
+
+    Raises:
+        RecipeError: they are not installed, do not run here, or do not know the model.
+    """
+    import torch
+
+    try:
+        from liger_kernel.transformers.monkey_patch import MODEL_TYPE_TO_APPLY_LIGER_FN
+    except ImportError as error:
+        raise RecipeError(f"model.liger needs Triton and Liger: pip install 'posttrain[liger]' ({error})") from None
+    if not torch.cuda.is_available():
+        raise RecipeError("model.liger: these kernels run on GPUs, and there is none")
+    kind = hf.config.model_type
+    if kind not in MODEL_TYPE_TO_APPLY_LIGER_FN:
+        known = ", ".join(sorted(MODEL_TYPE_TO_APPLY_LIGER_FN))
+        raise RecipeError(f"model.liger: Liger does not know models of type {kind!r} (known: {known})")
+    MODEL_TYPE_TO_APPLY_LIGER_FN[kind](model=hf, cross_entropy=False, fused_linear_cross_entropy=False)
+
+
+def _softcaps(config: Any) -> bool:
+    """Whether attention scores are capped, which the packed attention does not compute."""
+    return config.get_text_config().to_dict().get("attn_logit_softcapping") is not None

@@ -1,0 +1,1 @@
+"""Text to tokens: `tokenizer` holds the block, `templates` the chat templates that ship."""

@@ -1,0 +1,67 @@
+"""Tokenizer blocks."""
+
+from typing import Any
+
+from posttrain.blocks.tokenizers.templates import NEEDED, template_text
+from posttrain.errors import RecipeError
+from posttrain.interfaces import ModelBlock
+from posttrain.registry import block
+from posttrain.values import Secret
+
+
+@block("tokenizer", "hf")
+class HFTokenizer:
+    """A tokenizer of transformers, with its chat template."""
+
+    name_or_path: str | None = None
+    """A folder or a hub name; the model's by default."""
+    chat_template: str | None = None
+    """A Jinja template, a file that holds one, or the name of one that ships with posttrain (chatml, llama3,
+    zephyr, plain); the tokenizer's own by default."""
+    pad_token: str | None = None
+    """A token of the vocabulary to pad with; the tokenizer's own by default, or else its end token."""
+    trust_remote_code: bool = False
+    """Run Python code that comes with the tokenizer."""
+    revision: str | None = None
+    """Branch, tag or commit of a hub tokenizer."""
+    token: Secret | None = None
+    """For a private hub tokenizer: `${HF_TOKEN}`."""
+
+    def build(self, model: ModelBlock) -> Any:
+        """Return the tokenizer.
+
+        Raises:
+            RecipeError: it cannot be loaded, gives no offsets, or lacks the padding token or those of the template.
+        """
+        from transformers import AutoTokenizer
+
+        name = self.name_or_path or model.name_or_path
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(
+                name,
+                trust_remote_code=self.trust_remote_code,
+                revision=self.revision,
+                token=self.token.reveal() if self.token else None,
+            )
+        except (OSError, ValueError, ImportError, KeyError) as error:
+            raise RecipeError(f"tokenizer {name!r} cannot be loaded: {error}") from error
+        if not tokenizer.is_fast:
+            raise RecipeError(
+                f"tokenizer {name!r} is not a fast one: it cannot say which characters a token stands for"
+            )
+        if self.chat_template is not None:
+            tokenizer.chat_template = template_text(self.chat_template)
+            vocabulary = tokenizer.get_vocab()
+            missing = [token for token in NEEDED.get(self.chat_template, ()) if token not in vocabulary]
+            if missing:
+                raise RecipeError(
+                    f"tokenizer.chat_template: {self.chat_template} needs the tokens {', '.join(missing)}, "
+                    f"which {name!r} does not have; zephyr and plain need none but its end token"
+                )
+        if self.pad_token is not None:
+            if self.pad_token not in tokenizer.get_vocab():
+                raise RecipeError(f"tokenizer.pad_token: {name!r} has no token {self.pad_token!r}")
+            tokenizer.pad_token = self.pad_token
+        if tokenizer.pad_token is None:
+            tokenizer.pad_token = tokenizer.eos_token
+        return tokenizer

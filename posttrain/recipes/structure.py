@@ -1,0 +1,327 @@
+"""Plain data -> trainer: every value checked against its field, every problem reported under its key.
+
+cattrs finds the hook for a type; the hooks are our own. cattrs' would turn "false" into True and 1.9
+into 1, and lose the keys of all problems but the first of each level.
+"""
+
+import re
+import types
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin
+
+import attrs
+from cattrs import BaseConverter
+
+from posttrain import registry
+from posttrain.errors import PosttrainError, RegistryError
+from posttrain.interfaces import Checked
+from posttrain.recipes.scalars import SCALARS, Problem, Problems, structure_literal, structure_str, wrong
+from posttrain.registry import lookup, name_of, names, suggest
+from posttrain.trainer import Trainer
+from posttrain.yaml12 import shortened
+
+T = TypeVar("T")
+BARE = ""
+"""Key under which a mapping holds the text it was written as: `scheduler: cosine`."""
+
+
+class Override(str):
+    """A key given on the command line: it replaces the same key of the recipe under any of its names."""
+
+    __slots__ = ()
+
+
+def structure(data: dict[str, Any]) -> tuple[Trainer | None, list[Problem]]:
+    """Return the trainer that a recipe describes, or else everything that is wrong with it."""
+    try:
+        data, from_deepspeed = _expand_deepspeed(data)
+    except Problems as error:
+        return None, error.found
+    try:
+        return converter.structure(data, Trainer), []
+    except Problems as error:
+        if not from_deepspeed:
+            return None, error.found
+        inside = ("strategy", "config")
+        return None, [(("deepspeed", *k[2:]) if k[:2] == inside else k, message) for k, message in error.found]
+
+
+def structure_as(data: dict[str, Any], cls: type[T]) -> tuple[T | None, list[Problem]]:
+    """Return the value that a recipe describes, or else everything that is wrong with it."""
+    try:
+        return structure_class(data, cls), []
+    except Problems as error:
+        return None, error.found
+
+
+def _expand_deepspeed(data: dict[str, Any]) -> tuple[dict[str, Any], bool]:
+    """`deepspeed: {...}` at the root is short for a strategy of that type with that config."""
+    given = {str(key): isinstance(key, Override) for key in data}
+    if "deepspeed" not in given:
+        return data, False
+    if "strategy" in given:
+        if given["strategy"] == given["deepspeed"]:
+            raise Problems(
+                (("deepspeed",), "is short for `strategy: {type: deepspeed, config: ...}`; give only one of the two")
+            )
+        loser = "strategy" if given["deepspeed"] else "deepspeed"
+        data = {k: v for k, v in data.items() if k != loser}
+        if loser == "deepspeed":
+            return data, False
+    rest = {k: v for k, v in data.items() if k != "deepspeed"}
+    return rest | {"strategy": {"type": "deepspeed", "config": data["deepspeed"]}}, True
+
+
+@contextmanager
+def _under(key: str | int, found: list[Problem]) -> Iterator[None]:
+    """Collect the problems of a part under its key."""
+    try:
+        yield
+    except Problems as error:
+        found += [((key, *rest), message) for rest, message in error.found]
+
+
+def article(noun: str) -> str:
+    """Return a noun with its indefinite article."""
+    return f"{'an' if noun[0] in 'aeiou' else 'a'} {noun}"
+
+
+# -- blocks and other attrs classes ---------------------------------------------------
+
+
+def kind_of(type_: Any) -> str | None:
+    """Return the kind of block that a field of this type takes, or None if it takes no block."""
+    return "trainer" if type_ is Trainer else registry.kind_of(type_)
+
+
+def structure_block(data: Any, protocol: Any) -> Any:
+    """Make the block that `type` names."""
+    kind = kind_of(protocol)
+    assert kind is not None
+    if isinstance(data, str):
+        data = {BARE: data}
+    if not isinstance(data, dict):
+        raise wrong(f"a mapping with the keys of {article(kind)}", data)
+    rest = {key: value for key, value in data.items() if key not in ("type", BARE)}
+    name = data.get("type", data.get(BARE))
+    key = ("type",) if "type" in data else ()
+    if name is None:
+        raise Problems(((), f"needs `type` to say which {kind} it is (known: {', '.join(names(kind))})"))
+    if not isinstance(name, str):
+        raise Problems(*((key, message) for _, message in wrong(f"the name of {article(kind)}", name).found))
+    try:
+        cls = lookup(kind, str(name))
+    except RegistryError as error:
+        hint = "; a folder or hub name is written as {name_or_path: ...}" if kind == "model" and not key else ""
+        raise Problems((key, f"{error}{hint}")) from None
+    except Exception as error:  # a plugin's import may fail in any way
+        raise Problems((key, f"the plugin behind {kind} {name!r} cannot be imported: {error!r}")) from error
+    return structure_class(rest, cls)
+
+
+def structure_value(data: Any, cls: Any) -> Any:
+    """Make an attrs class that a field names outright; bare text means its `shorthand` field, if it has one."""
+    shorthand = getattr(cls, "shorthand", None)
+    if isinstance(data, str):
+        data = {BARE: data}
+    if not isinstance(data, dict) or (BARE in data and shorthand is None):
+        expected = f"a mapping with the keys of {cls.__name__}"
+        raise wrong(expected + (f", or its {shorthand} as text" if shorthand else ""), data)
+    if BARE in data:
+        data = {shorthand: data[BARE], **data}
+        del data[BARE]
+    if (name := name_of(cls)) is not None:  # a block, but no other will do
+        if data.get("type", name) != name:
+            raise Problems((("type",), f"only {name!r} can stand here, got {shortened(data['type'])}"))
+        data = {key: value for key, value in data.items() if key != "type"}
+    return structure_class(data, cls)
+
+
+def structure_class(data: dict[str, Any], cls: Any) -> Any:
+    """Call a class with the keys of a mapping, after checking each of them."""
+    try:
+        fields = {field.name: field for field in attrs.fields(attrs.resolve_types(cls)) if field.init}
+    except NameError as error:  # in user code
+        raise Problems(((), f"the annotations of {cls.__name__} cannot be resolved: {error}")) from error
+    spelled, found = _spellings(data, cls, fields)
+    values: dict[str, Any] = {}
+    draft = cls.__new__(cls)  # what validators see as `self` until all fields are known to be right
+    for name, field in fields.items():
+        if name in spelled:
+            with _under(spelled[name], found):
+                values[name] = _structure_field(data[spelled[name]], field)
+                object.__setattr__(draft, name, values[name])
+                _validate(draft, field, values[name])
+        elif field.default is attrs.NOTHING:
+            found.append(((name,), f"missing; {cls.__name__} needs it"))
+    if found:
+        raise Problems(*found)
+    try:
+        made = cls(**{fields[name].alias: value for name, value in values.items()})
+    except Exception as error:  # from a validator or an __attrs_post_init__ in user code
+        raise Problems(((), _plainly(error, ""))) from error
+    if isinstance(made, Checked):
+        with _reported():
+            found = [((spelled.get(name, name),), message) for name, message in made.check()]
+        if found:
+            raise Problems(*found)
+    return made
+
+
+def _spellings(
+    data: dict[str, Any], cls: Any, fields: "dict[str, attrs.Attribute[Any]]"
+) -> tuple[dict[str, str], list[Problem]]:
+    """Return which key of the data gives each field, and the keys that cannot."""
+    spelled: dict[str, str] = {}
+    found: list[Problem] = []
+    called = {other: name for name, field in fields.items() for other in field.metadata.get("also", ())}
+    called |= {name: name for name in fields}
+    for key in data:
+        name = called.get(key)
+        if name is None:
+            found.append(((key,), f"{cls.__name__} has no such key{suggest(key, called)}"))
+        elif name not in spelled or isinstance(key, Override):
+            spelled[name] = key
+        elif not isinstance(spelled[name], Override):
+            found.append(((key,), f"means the same as {spelled[name]!r}, which is given too; keep one of them"))
+    return spelled, found
+
+
+def _structure_field(value: Any, field: "attrs.Attribute[Any]") -> Any:
+    default = field.metadata.get("block")
+    if default is not None and isinstance(value, dict) and not {"type", BARE} & value.keys():
+        value = {"type": name_of(default), **value}
+    return converter.structure(value, field.type or Any)
+
+
+def _validate(draft: Any, field: "attrs.Attribute[Any]", value: Any) -> None:
+    try:
+        if field.validator is not None:
+            field.validator(draft, field, value)
+    except (ValueError, TypeError) as error:
+        raise Problems(((), _plainly(error, field.name))) from None
+    except AttributeError:  # it looks at a field that comes later, or is wrong itself; construction repeats it
+        pass
+
+
+def _plainly(error: Exception, name: str) -> str:
+    """Reword what attrs' validators say: "'lr' must be > 0: -1" -> "must be > 0, got -1"."""
+    text = str(error.args[0]) if error.args else repr(error)
+    text = re.sub(rf"^'{re.escape(name)}' |(?<=Length) of '{re.escape(name)}'", "", text)
+    return re.sub(r"^((?:Length )?must be .*?): (.*)$", r"\1, got \2", text, flags=re.DOTALL)
+
+
+@contextmanager
+def _reported() -> Iterator[None]:
+    try:
+        yield
+    except (PosttrainError, OSError, ValueError) as error:
+        raise Problems(((), str(error))) from error
+
+
+# -- containers -----------------------------------------------------------------------
+
+
+def structure_list(data: Any, type_: Any) -> list[Any]:
+    """Make a list; a single mapping stands for a list of one where the items are blocks or values."""
+    (item,) = get_args(type_) or (Any,)
+    if isinstance(data, dict) and any(_is_class(t) for t in (item, *get_args(item))):
+        return [converter.structure(data, item)]
+    return _structure_items(data, lambda index: item)
+
+
+def structure_tuple(data: Any, type_: Any) -> tuple[Any, ...]:
+    """Make a tuple, of a fixed length or of any."""
+    items = get_args(type_) or (Any, ...)
+    if len(items) == 2 and items[1] is ...:
+        return tuple(_structure_items(data, lambda index: items[0]))
+    if isinstance(data, list) and len(data) != len(items):
+        raise Problems(((), f"expected a list of {len(items)}, got {len(data)}"))
+    return tuple(_structure_items(data, lambda index: items[index]))
+
+
+def _structure_items(data: Any, type_at: Callable[[int], Any]) -> list[Any]:
+    if not isinstance(data, list):
+        hint = f"; write [{data}]" if isinstance(data, str) and re.fullmatch(r"[\w./-]{1,40}", data) else ""
+        raise Problems(((), wrong("a list", data).found[0][1] + hint))
+    made: list[Any] = []
+    found: list[Problem] = []
+    for index, item in enumerate(data):
+        with _under(index, found):
+            made.append(converter.structure(item, type_at(index)))
+    if found:
+        raise Problems(*found)
+    return made
+
+
+def structure_dict(data: Any, type_: Any) -> dict[str, Any]:
+    """Make a dict with text keys."""
+    _, item = get_args(type_) or (str, Any)
+    if not isinstance(data, dict) or BARE in data:
+        raise wrong("a mapping", data if not isinstance(data, dict) else data[BARE])
+    made: dict[str, Any] = {}
+    found: list[Problem] = []
+    for key, value in data.items():
+        with _under(key, found):
+            made[str(key)] = converter.structure(value, item)
+    if found:
+        raise Problems(*found)
+    return made
+
+
+def structure_union(data: Any, type_: Any) -> Any:
+    """Take the first member that fits; if none does, report the problems of the one that comes closest."""
+    members = [member for member in get_args(type_) if member is not type(None)]
+    if data is None and len(members) < len(get_args(type_)):
+        return None
+    failures = []
+    for member in members:
+        try:
+            return converter.structure(data, member)
+        except Problems as error:
+            failures.append(error)
+    inside = [failure for failure in failures if any(key for key, _ in failure.found)]
+    if inside or len(failures) == 1:
+        raise min(inside or failures, key=lambda failure: len(failure.found))
+    expected = [m.removeprefix("expected ").rpartition(", got ")[0] for f in failures for _, m in f.found]
+    raise wrong(" or ".join(expected), data)
+
+
+def structure_any(data: Any, _: Any) -> Any:
+    """Take plain data as it is."""
+    if isinstance(data, dict):
+        return structure_dict(data, dict[str, Any])
+    if isinstance(data, list):
+        return structure_list(data, list[Any])
+    return structure_str(data, str) if isinstance(data, str) else data
+
+
+def structure_other(data: Any, type_: Any) -> Any:
+    """Refuse what has no notation, such as a function or a tensor."""
+    raise Problems(((), f"a {getattr(type_, '__name__', type_)} cannot be written in a recipe; set it from Python"))
+
+
+# -- which hook for which type --------------------------------------------------------
+
+
+def _is_class(type_: Any) -> bool:
+    return kind_of(type_) is not None or (isinstance(type_, type) and attrs.has(type_))
+
+
+def _hooks() -> Iterator[tuple[Callable[[Any], bool], Callable[[Any, Any], Any]]]:
+    """Yield (does it apply to this type, hook); later ones win."""
+    yield lambda t: True, structure_other
+    yield lambda t: isinstance(t, type) and attrs.has(t), structure_value
+    yield lambda t: kind_of(t) is not None, structure_block
+    for origin, hook in ((list, structure_list), (tuple, structure_tuple), (dict, structure_dict)):
+        yield lambda t, origin=origin: t is origin or get_origin(t) is origin, hook  # type: ignore[misc]
+    yield lambda t: get_origin(t) in (Union, types.UnionType), structure_union
+    yield lambda t: get_origin(t) is Literal, structure_literal
+
+
+converter = BaseConverter()
+for _applies, _hook in _hooks():
+    converter.register_structure_hook_func(_applies, _hook)
+for _scalar, _hook in {**SCALARS, Any: structure_any}.items():
+    converter.register_structure_hook(_scalar, _hook)

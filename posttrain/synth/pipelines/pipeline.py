@@ -1,0 +1,212 @@
+"""Steps one after the other: what each asks is a task of the ledger, what each makes is a file of JSON lines.
+
+Everything is a function of the rows and the ledger. So a pipeline goes on where it was stopped, sends only what is
+new, and gives the same rows each time. Every row that goes no further keeps the reason.
+"""
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import attrs
+
+from posttrain.blocks.data.sources import Source
+from posttrain.errors import DataError, SynthError
+from posttrain.interfaces import StepBlock
+from posttrain.registry import name_of
+from posttrain.synth.clients.client import Synth
+from posttrain.synth.ledger import results
+from posttrain.synth.ledger.keys import CHAT, canonical
+from posttrain.synth.ledger.session import Progress
+from posttrain.synth.pipelines.report import Report, rows_in
+from posttrain.synth.pipelines.rows import Chat, Drop, Reply, Row
+
+
+@attrs.frozen
+class Pipeline:
+    """Steps, made by `a | b | c`.
+
+    >>> from posttrain.synth import Generate, Pair, Verify
+    >>> pipeline = Generate(template="{question}", n=4) | Verify(function="number") | Pair()
+    >>> [type(step).__name__ for step in pipeline.steps]
+    ['Generate', 'Verify', 'Pair']
+    """
+
+    steps: list[StepBlock]
+
+    def __or__(self, other: "StepBlock | Pipeline") -> "Pipeline":
+        """Put a step, or the steps of another pipeline, behind these."""
+        return Pipeline([*self.steps, *(other.steps if isinstance(other, Pipeline) else [other])])
+
+    def run(
+        self, rows: Source | Iterable[Row], client: Synth, task: str = "pipeline", *, max_cost: float | None = None,
+        max_requests: int | None = None, wait: bool = True, retry_failed: bool = False, send: bool = True,
+        progress: Callable[[Progress], None] = lambda progress: None, say: Callable[[str], None] = lambda text: None,
+    ) -> Report:  # fmt: skip
+        """Take the rows through all steps, and return what came of them.
+
+        Args:
+            rows: a source, or dicts of plain JSON data.
+            client: where requests go; its `work_dir` holds the ledger and, in a folder of its own, what each step made.
+            task: name of that folder; the tasks in the ledger are called after it.
+            max_cost: dollars that all steps may cost together.
+            max_requests: requests that this run may send.
+            wait: stay until batches are finished; otherwise stop at the first step that is waiting for one.
+            retry_failed: also send again what a server has refused for good.
+            send: false stops at the first step that has something to send, and says how much.
+            progress: called a few times a second while a step sends.
+            say: called with a line about each step that sends.
+
+        Raises:
+            DataError: a row lacks what a step needs.
+            SynthError: see `Synth.run`.
+        """
+        if found := [f"step {number}: {message}" for number, message in self.problems(client)]:
+            raise SynthError("\n".join(found))
+        report = Report(client.work_dir / task, task)
+        incoming = report.begin(_rows_of(rows))
+        spent, sent = 0.0, 0
+        for number, step in enumerate(self.steps, 1):
+            work = Work(step, client_of(step, client), f"{task}.{number}", incoming)
+            stage = report.stage(number, name_of(type(step)) or type(step).__name__.lower())
+            if work.ask():
+                plan = work.client.plan(work.task)
+                say(f"{number} {stage.name:<13} {plan}")
+                if not send and plan.new:
+                    report.unfinished = f"step {number} ({stage.name}) has {plan.new:,} requests to send first"
+                    break
+                if send:
+                    bounds = {"max_cost": _left(max_cost, spent), "max_requests": _left(max_requests, sent)}
+                    work.client.run(work.task, **bounds, wait=wait, retry_failed=retry_failed, progress=progress)
+                counts = work.client.status(work.task)
+                stage.count(counts, work.client.failures(work.task) if counts.failed else "")
+                spent, sent = spent + (counts.cost or 0.0), sent + plan.new
+                if missing := counts.total - counts.done - counts.failed:
+                    waiting = f"{missing:,} requests have no result yet, {counts.waiting:,} of them are in batches"
+                    report.unfinished = f"step {number} ({stage.name}): {waiting}"
+                    break
+            incoming = report.write(stage, work.made())
+            stage.facts = step.facts(row for row, _ in rows_in(incoming))
+        report.close()
+        return report
+
+    def problems(self, client: Synth) -> Iterator[tuple[int, str]]:
+        """Yield (number of the step, what is wrong): requests that no client could send, before any is paid for."""
+        for number, step in enumerate(self.steps, 1):
+            try:
+                for model in step.panel:
+                    client_of(step, client).body(model, [], step.sent)
+            except SynthError as error:
+                yield number, str(error)
+
+    def clients(self, client: Synth, task: str) -> Iterator[tuple[Synth, str]]:
+        """Yield (client, task) of every step that sends."""
+        for number, step in enumerate(self.steps, 1):
+            if step.panel:
+                yield client_of(step, client), f"{task}.{number}"
+
+
+@attrs.define
+class Work:
+    """One step at work on the rows in a file."""
+
+    step: StepBlock
+    client: Synth
+    """Where its requests go."""
+    task: str
+    incoming: Path
+    sends: bool = False
+
+    def ask(self) -> int:
+        """Add what the step asks to its task, and return how many requests that is."""
+        count = 0
+        self.client.begin_batch_task(self.task)
+        for row, place in rows_in(self.incoming):
+            with _about(place):
+                for chat in self.step.chats(row):
+                    self.client.add_request_to_batch_task(self.task, chat.endpoint, self.body(chat))
+                    count += 1
+        self.sends = count > 0
+        return count
+
+    def body(self, chat: Chat) -> dict[str, Any]:
+        """Return the body of a request."""
+        if chat.endpoint == CHAT:
+            return self.client.body(chat.model, chat.messages, chat.body)
+        return {"model": chat.model, "messages": chat.messages, **chat.body}
+
+    def made(self) -> Iterator[Row | Drop]:
+        """Yield what the step makes of the rows."""
+        dropped: list[Drop] = []
+
+        def passed() -> Iterator[Row]:
+            for made in self.folded():
+                if isinstance(made, Drop):
+                    dropped.append(made)
+                else:
+                    yield made
+
+        for made in self.step.table(passed()):
+            yield from dropped
+            dropped.clear()
+            yield made
+        yield from dropped
+
+    def folded(self) -> Iterator[Row | Drop]:
+        """Yield what becomes of each row by itself, given the replies to what was asked about it."""
+        answers = self.answers()
+        for row, place in rows_in(self.incoming):
+            with _about(place):
+                replies = [self.reply(chat, next(answers, None)) for chat in self.step.chats(row)]
+                yield from self.step.fold(row, replies)
+
+    def answers(self) -> Iterator[Any]:
+        """Yield (endpoint, body, response) of each request of the task."""
+        if not self.sends:
+            return iter(())
+        ledger = self.client.ledger
+        return results.answers(ledger, ledger.find(self.task), self.task)
+
+    def reply(self, chat: Chat, answer: Any) -> Reply:
+        """Return the reply to a request, which must be the very one that was sent.
+
+        Raises:
+            SynthError: it is not: the step's `chats` gave other requests than before.
+        """
+        if answer is None or answer[:2] != (chat.endpoint, canonical(self.body(chat))):
+            raise SynthError(
+                f"{type(self.step).__name__}.chats() gave another request than when it was sent. It must be a function "
+                "of the row alone: no clock, no random numbers without a seed, no changing the row"
+            )
+        response = answer[2]
+        return Reply((response["response"] or {}).get("body"), response["error"])
+
+
+def client_of(step: StepBlock, home: Synth) -> Synth:
+    """Return where a step's requests go: all clients of a pipeline keep them in one ledger."""
+    own = getattr(step, "client", None)
+    if own is None:
+        return home
+    if not isinstance(own, Synth):
+        raise SynthError(f"client: {type(own).__name__} is no client of posttrain.synth")
+    return attrs.evolve(own, work_dir=home.work_dir)
+
+
+def _left(bound: Any, used: Any) -> Any:
+    return None if bound is None else bound - used
+
+
+def _rows_of(rows: Source | Iterable[Row]) -> Iterator[Row]:
+    if isinstance(rows, Source):
+        return (row.values for row, _ in rows.read(rows.open()))
+    return iter(rows)
+
+
+@contextmanager
+def _about(place: str) -> Iterator[None]:
+    """Say which row an error is about."""
+    try:
+        yield
+    except DataError as error:
+        raise DataError(f"{place}: {error}") from error

@@ -1,0 +1,153 @@
+"""What passes between the steps of a pipeline: rows of columns, requests, replies, and what is dropped."""
+
+import json
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import attrs
+
+from posttrain.blocks.data.schemas import Refused, conversation
+from posttrain.errors import DataError
+from posttrain.registry import suggest
+from posttrain.synth.ledger.keys import CHAT
+
+Row = dict[str, Any]
+"""Columns of plain JSON data."""
+Message = dict[str, Any]
+PLACE = re.compile(r"\{\{|\}\}|\{(\w+)\}")
+
+
+@attrs.frozen
+class Chat:
+    """A request that a step wants answered."""
+
+    messages: list[Message]
+    model: str | None = None
+    """Which one is to answer."""
+    body: dict[str, Any] = attrs.field(factory=dict)
+    """Everything else of the request."""
+    endpoint: str = CHAT
+
+
+@attrs.frozen
+class Reply:
+    """What became of a request: a body, or an error."""
+
+    body: dict[str, Any] | None = None
+    error: dict[str, Any] | None = None
+    """`{"code", "message", ...}`, see `posttrain.synth.ledger.results`."""
+
+    @property
+    def choice(self) -> dict[str, Any]:
+        """The first choice of a chat; empty if there is none."""
+        found = (self.body or {}).get("choices") or [{}]
+        return found[0] if isinstance(found[0], dict) else {}
+
+    @property
+    def text(self) -> str | None:
+        """What the first choice says, or None."""
+        content = (self.choice.get("message") or {}).get("content")
+        return content if isinstance(content, str) and content.strip() else None
+
+    @property
+    def trouble(self) -> str:
+        """Why there is nothing to use, in words that can be counted."""
+        return f"request failed: {self.error.get('code')}" if self.error else "the reply holds no text"
+
+
+@attrs.frozen
+class Drop:
+    """A row that goes no further."""
+
+    row: Row
+    reason: str
+    """In words that are the same for all rows of the kind: the report counts them."""
+    detail: str = ""
+    """What differs: a matching text, a number."""
+
+
+def column(row: Mapping[str, Any], name: str) -> Any:
+    """Return a column of a row.
+
+    Raises:
+        DataError: it has none of that name.
+    """
+    if name not in row:
+        raise DataError(f"there is no column {name!r}{suggest(name, row)} (columns: {', '.join(row)})")
+    return row[name]
+
+
+def filled(template: str, row: Mapping[str, Any]) -> str:
+    """Put the columns of a row into a template.
+
+    >>> filled("{{{a}}}: {b}", {"a": 1, "b": "x{a}"})
+    '{1}: x{a}'
+    """
+
+    def value(found: re.Match[str]) -> str:
+        return found[0][0] if not found[1] else as_text(column(row, found[1]))
+
+    return PLACE.sub(value, template)
+
+
+def as_text(value: Any) -> str:
+    """Return a column as text: text as it is, anything else as JSON."""
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+
+
+def texts(value: Any) -> Iterator[str]:
+    """Yield every text inside a column: of a conversation, the contents of its messages."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, list):
+        for item in value:
+            yield from texts(item)
+    elif isinstance(value, dict):
+        for name, item in value.items():
+            if name != "role":
+                yield from texts(item)
+
+
+def asked(row: Row) -> list[Message]:
+    """Return the messages that a row asks: its `prompt`, or else its conversation up to the last user turn.
+
+    Raises:
+        DataError: there is nothing to ask.
+    """
+    said = row.get("prompt")
+    if isinstance(said, str) and said.strip():
+        return [{"role": "user", "content": said}]
+    try:
+        messages: list[Message] = conversation({"messages": said} if isinstance(said, list) else row)["messages"]
+    except Refused as refused:
+        raise DataError(str(refused)) from None
+    while messages and messages[-1]["role"] == "assistant":
+        messages.pop()
+    if not messages:
+        raise DataError("the conversation holds no user turn")
+    return messages
+
+
+def answered(row: Row) -> tuple[list[Message], str]:
+    """Return the messages that a row asks, and the text that answers them, in any schema that trainers read.
+
+    Raises:
+        DataError: there is no answer.
+    """
+    if isinstance(row.get("prompt"), str | list) and isinstance(row.get("response"), str):
+        return asked(row), row["response"]
+    try:
+        messages: list[Message] = conversation(row)["messages"]
+    except Refused as refused:
+        raise DataError(str(refused)) from None
+    if messages[-1]["role"] != "assistant" or not isinstance(messages[-1].get("content"), str):
+        raise DataError("the conversation does not end with a text of the assistant")
+    return messages[:-1], messages[-1]["content"]
+
+
+def transcript(messages: list[Message]) -> str:
+    """Return a conversation as text for a judge; one user turn is its text alone."""
+    if len(messages) == 1 and messages[0]["role"] == "user":
+        return as_text(messages[0].get("content", ""))
+    return "\n\n".join(f"[{m['role']}]\n{as_text(m.get('content', ''))}" for m in messages)

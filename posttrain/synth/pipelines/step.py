@@ -1,0 +1,109 @@
+"""What a step of a pipeline is: a pure function from rows to requests, and from a row with its replies to rows.
+
+A row is a dict of columns. A step never sees a reply but as the answer to what it asked about that very row, so that
+no row can get what another one was answered.
+"""
+
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import attrs
+
+from posttrain.interfaces import SynthBlock
+from posttrain.registry import key
+from posttrain.synth.pipelines.pipeline import Pipeline
+from posttrain.synth.pipelines.rows import Chat, Drop, Reply, Row
+
+
+class Step:
+    """Base of all steps; a step of your own overrides what it needs.
+
+    >>> class Short(Step):
+    ...     def fold(self, row, replies):
+    ...         yield row if len(row["response"]) < 100 else Drop(row, "too long")
+    """
+
+    def chats(self, row: Row) -> list[Chat]:
+        """Return what to ask about a row. Called more than once: the same row must give the same requests."""
+        return []
+
+    def fold(self, row: Row, replies: list[Reply]) -> Iterable[Row | Drop]:
+        """Return what becomes of a row.
+
+        Args:
+            row: not to be changed.
+            replies: one for each of `chats(row)`, in that order; failures included.
+        """
+        return [row]
+
+    def table(self, rows: Iterable[Row]) -> Iterable[Row | Drop]:
+        """Return what becomes of all rows together, after `fold`."""
+        return rows
+
+    def facts(self, rows: Iterable[Row]) -> dict[str, str | float]:
+        """Return what is worth knowing about the rows that this step has passed on."""
+        return {}
+
+    @property
+    def panel(self) -> list[str | None]:
+        """The models that are asked; none unless it is a step that asks."""
+        return []
+
+    @property
+    def sent(self) -> dict[str, Any]:
+        """What every request holds besides model and messages."""
+        return {}
+
+    def __or__(self, other: "Step | Pipeline") -> Pipeline:
+        """Put another step behind this one."""
+        return Pipeline([self]) | other
+
+
+@attrs.frozen(kw_only=True, slots=False)
+class Asking(Step):
+    """Base of steps that send requests."""
+
+    model: str | None = None
+    """Which one is to answer."""
+    body: dict[str, Any] = attrs.field(factory=dict)
+    """Everything else of a request: `{temperature: 0.7, max_tokens: 256}`."""
+    client: SynthBlock | None = None
+    """Where its requests go, if not where the pipeline's go."""
+
+    @property
+    def panel(self) -> list[str | None]:
+        """Whom to ask."""
+        return [self.model]
+
+    @property
+    def sent(self) -> dict[str, Any]:
+        """What every request holds besides model and messages."""
+        return self.body
+
+
+@attrs.frozen(kw_only=True, slots=False)
+class PanelStep(Asking):
+    """Base of steps that can ask several models the same."""
+
+    models: list[str] = attrs.field(factory=list)
+    """Several models instead of `model`."""
+
+    @property
+    def panel(self) -> list[str | None]:
+        """Whom to ask."""
+        return [*self.models] or [self.model]
+
+    def check(self) -> Iterator[tuple[str, str]]:
+        """Yield what contradicts."""
+        if self.model and self.models:
+            yield "models", "means the same as `model`; keep one of them"
+
+
+@attrs.frozen(kw_only=True, slots=False)
+class Template:
+    """One message of a template."""
+
+    role: str = key()
+    """system, user or assistant."""
+    content: str = key()
+    """Text; `{column}` stands for a column of the row, `{{` and `}}` for braces."""

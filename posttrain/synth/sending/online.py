@@ -1,0 +1,380 @@
+"""Requests sent one by one, by many lanes at once, to one or several servers of the same kind.
+
+A lane keeps its place in flight until its reply is committed. So what a crash can lose, and the next run pays for
+again, is what was in flight and nothing more.
+"""
+
+import asyncio
+import contextlib
+import random
+import ssl
+import time
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple, Protocol
+
+import attrs
+import httpx
+
+from posttrain.synth.errors import TaskStopped
+from posttrain.synth.ledger.keys import CHAT, Request
+from posttrain.synth.ledger.replies import Action, Verdict, limits, parsed, verdict
+from posttrain.synth.ledger.session import Session, Statement, dumped
+from posttrain.synth.ledger.store import Writer
+from posttrain.synth.sending.limits import Gate
+from posttrain.synth.sending.transport import exchange, lane_transport
+
+FIRST_BACKOFF, LONGEST_BACKOFF = 0.5, 30.0
+SAME_FAILURES = 20
+"""So many refusals for the same reason before the first result stop the task: it is not the rows that are wrong."""
+SHORTEST_EJECTION, LONGEST_EJECTION = 1.0, 30.0
+REPORT_EVERY = 0.2
+
+
+class Dialect(Protocol):
+    """How a request looks on the wire, and its answer; OpenAI's way is the identity."""
+
+    def request(self, request: Request, base: httpx.URL) -> tuple[str, httpx.URL, bytes]:
+        """Return (method, URL, body)."""
+
+    def follow(self, response: httpx.Response, base: httpx.URL) -> httpx.URL | None:
+        """Return where the real answer will be, if this one only says that it will come."""
+
+    def reply(self, response: httpx.Response) -> Any:
+        """Return the answer's body in OpenAI's shape, or None if it is not readable."""
+
+
+class OpenAIDialect:
+    """The wire format of OpenAI, vLLM, Azure's v1 and Cortex' OpenAI-compatible path."""
+
+    def __init__(self, query: dict[str, str] | None = None) -> None:
+        self._query = query
+        self._urls: dict[tuple[str, str], httpx.URL] = {}
+
+    def request(self, request: Request, base: httpx.URL) -> tuple[str, httpx.URL, bytes]:
+        """Return what to send."""
+        known = (str(base), request.endpoint)
+        if known not in self._urls:
+            url = base.copy_with(path=base.path.rstrip("/") + request.endpoint)
+            self._urls[known] = url.copy_merge_params(self._query) if self._query else url
+        return "POST", self._urls[known], request.body
+
+    def follow(self, response: httpx.Response, base: httpx.URL) -> httpx.URL | None:
+        """Return None: an answer is the answer."""
+        return None
+
+    def reply(self, response: httpx.Response) -> Any:
+        """Return the body as JSON."""
+        return parsed(response.content)
+
+
+@attrs.frozen
+class Service:
+    """Where requests go, and under which conditions."""
+
+    urls: list[str]
+    """Base URLs; all of them serve the same models."""
+    auth: httpx.Auth
+    headers: dict[str, str] = attrs.field(factory=dict)
+    dialect: Dialect = attrs.field(factory=OpenAIDialect)
+    concurrency: int = 64
+    start: int = 16
+    attempts: int = 6
+    timeout: float = 600.0
+    patience: float = 600.0
+    rpm: float | None = None
+    tpm: float | None = None
+    transport: httpx.AsyncBaseTransport | None = None
+
+
+class Endpoint:
+    """One server, and whether it answers."""
+
+    def __init__(self, url: str) -> None:
+        self.base = httpx.URL(url)
+        self.in_flight = 0
+        self.down_until = 0.0
+        self.down_since: float | None = None
+        self._ejections = 0
+
+    def eject(self, now: float) -> None:
+        """Leave the server alone for a while, longer each time; lanes that find it down together count once."""
+        self.down_since = now if self.down_since is None else self.down_since
+        if now >= self.down_until:
+            self.down_until = now + min(LONGEST_EJECTION, SHORTEST_EJECTION * 2 ** min(self._ejections, 5))
+            self._ejections += 1
+
+    def answered(self) -> None:
+        """It is there."""
+        self.down_since, self._ejections, self.down_until = None, 0, 0.0
+
+
+class Sent(NamedTuple):
+    """What one attempt brought."""
+
+    said: Verdict
+    reply: Any
+    content: bytes
+
+
+class OnlineRun:
+    """Sends what a session has to send."""
+
+    def __init__(self, service: Service, session: Session) -> None:
+        self.service, self.session = service, session
+        self.loop = asyncio.get_running_loop()
+        self.gate = Gate(service.concurrency, service.start, service.rpm, service.tpm)
+        self.endpoints = [Endpoint(url) for url in service.urls]
+        self.writer = Writer(session.ledger, self._committed)
+        self.stopped: TaskStopped | None = None
+        self._todo: Iterator[Request] = session.todo()
+        self._context: ssl.SSLContext | None = None
+        self._refused: dict[str, list[int]] = {}
+        self._succeeded = False
+        self._reported = 0.0
+        self._end = asyncio.Event()
+
+    async def run(self) -> None:
+        """Send everything; return when all is committed.
+
+        Raises:
+            TaskStopped: something concerns the whole task.
+        """
+        self.session.on_stop.append(self._stop_from_anywhere)
+        if any(endpoint.base.scheme == "https" for endpoint in self.endpoints):
+            self._context = httpx.create_ssl_context()
+        try:
+            async with asyncio.TaskGroup() as lanes:
+                for _ in range(self.service.concurrency):
+                    lanes.create_task(self._lane())
+        except BaseExceptionGroup as group:  # lanes turn what servers do into data; this is the disk, or a bug
+            raise group.exceptions[0] from None
+        finally:
+            self.session.on_stop.clear()
+            await asyncio.to_thread(self.writer.close)
+            self.session.report(self.session.progress)
+        if self.stopped is not None:
+            raise self.stopped
+
+    # -- a lane -----------------------------------------------------------------------
+
+    async def _lane(self) -> None:
+        transports: dict[int, httpx.AsyncBaseTransport] = {}
+        try:
+            while not self._over and (request := self._next()) is not None:
+                await self._serve(request, transports)
+        finally:
+            if self.service.transport is None:
+                for transport in transports.values():
+                    await transport.aclose()
+
+    @property
+    def _over(self) -> bool:
+        return self.stopped is not None or self.session.stopping.is_set()
+
+    def _next(self) -> Request | None:
+        return next(self._todo, None)
+
+    async def _serve(self, request: Request, transports: dict[int, httpx.AsyncBaseTransport]) -> None:
+        """Bring one request to its end: a result, a failure, or the end of the run."""
+        attempts = 0
+        while True:
+            sent_at = await self._enter(request)
+            if sent_at is None:
+                return
+            try:
+                sent = await self._attempt(request, transports)
+                if sent is None:  # the server is not there: nothing was sent, nothing counts
+                    continue
+                attempts += sent.said.action is not Action.WAIT
+                if await self._settled(request, sent, sent_at, attempts):
+                    return
+            finally:
+                self.gate.leave()
+                self._report()
+            if sent.said.action is Action.RETRY:
+                await self._sleep(random.uniform(0, min(LONGEST_BACKOFF, FIRST_BACKOFF * 2 ** (attempts - 1))))
+
+    async def _enter(self, request: Request) -> float | None:
+        """Wait for the turn of a request; None if the run is over."""
+        sent_at = await self.gate.enter(request.tokens + request.reserve)
+        if not self._over:
+            try:
+                self.session.budget.reserve(request)
+                return sent_at
+            except TaskStopped as stop:
+                self._stop(stop)
+        self.gate.leave()
+        return None
+
+    async def _attempt(self, request: Request, transports: dict[int, httpx.AsyncBaseTransport]) -> Sent | None:
+        """Send a request once; None if no server is there to take it."""
+        now = self.loop.time()
+        index = min(
+            range(len(self.endpoints)),
+            key=lambda i: (self.endpoints[i].down_until > now, self.endpoints[i].in_flight, random.random()),
+        )
+        endpoint = self.endpoints[index]
+        if endpoint.down_until > now:
+            self.session.budget.release(request)
+            self.session.budget.sent -= 1
+            await self._wait_for_servers(now)
+            return None
+        if index not in transports:
+            transports[index] = self.service.transport or lane_transport(endpoint.base, self._context)
+        endpoint.in_flight += 1
+        self.session.progress.in_flight += 1
+        try:
+            async with asyncio.timeout(self.service.timeout):
+                response = await self._exchange(request, endpoint.base, transports[index])
+        except httpx.ConnectError as error:
+            endpoint.eject(self.loop.time())
+            self.session.budget.sent -= 1
+            self.session.progress.note = f"waiting for a server: {error}"
+            return None
+        except TimeoutError:
+            return Sent(Verdict(Action.RETRY, "timeout", f"no answer within {self.service.timeout:g} s"), None, b"")
+        except (httpx.HTTPError, httpx.StreamError, httpx.InvalidURL) as error:
+            return Sent(Verdict(Action.RETRY, "connection", str(error) or type(error).__name__), None, b"")
+        finally:
+            endpoint.in_flight -= 1
+            self.session.progress.in_flight -= 1
+            self.session.budget.release(request)
+        endpoint.answered()
+        self.session.progress.note = ""
+        self.gate.heard(*limits(response.headers))
+        reply = self.service.dialect.reply(response)
+        said = verdict(response.status_code, response.headers, reply, request.endpoint.endswith(CHAT))
+        own = isinstance(self.service.dialect, OpenAIDialect)
+        return Sent(said, reply, response.content if own else b"")
+
+    async def _exchange(self, request: Request, base: httpx.URL, transport: httpx.AsyncBaseTransport) -> httpx.Response:
+        method, url, body = self.service.dialect.request(request, base)
+        response = await exchange(transport, self.service.auth, self._request(method, url, body))
+        while (further := self.service.dialect.follow(response, base)) is not None:
+            await asyncio.sleep(1)
+            response = await exchange(transport, self.service.auth, self._request("GET", further, b""))
+        return response
+
+    def _request(self, method: str, url: httpx.URL, body: bytes) -> httpx.Request:
+        headers = {"accept": "application/json", "content-type": "application/json", **self.service.headers}
+        return httpx.Request(method, url, headers=headers, content=body or None)
+
+    async def _wait_for_servers(self, now: float) -> None:
+        """Wait until a server may be tried again; give up the task when none has answered for long."""
+        since = [e.down_since for e in self.endpoints if e.down_since is not None]
+        if now - max(since, default=now) > self.service.patience:
+            note = self.session.progress.note or "no server answers"
+            said = Verdict(Action.STOP, "no_server", f"{note}, for {self.service.patience:g} s")
+            self._stop(TaskStopped(self.session.stop_message(said)))
+            return
+        await self._sleep(min(0.5, max(0.01, min(e.down_until for e in self.endpoints) - now)))
+
+    # -- what came --------------------------------------------------------------------
+
+    async def _settled(self, request: Request, sent: Sent, sent_at: float, attempts: int) -> bool:
+        """Record what came of an attempt; true if the request is at its end."""
+        said, session = sent.said, self.session
+        if said.action is Action.RESULT:
+            self._succeeded = True
+            self.gate.succeeded()
+            content = sent.content or dumped(sent.reply)
+            await self._commit(session.result(request, sent.reply, content, said.request_id))
+            return True
+        if said.action is Action.STOP:
+            await self._commit(session.attempt(request, said))
+            self._stop(TaskStopped(session.stop_message(said)))
+            return True
+        if said.action is Action.WAIT:
+            self._storm(said, sent_at)
+            return False
+        if said.action is Action.RETRY and attempts < self.service.attempts:
+            session.progress.retries += 1
+            await self._commit(session.attempt(request, said))
+            return False
+        self._count_refusal(request, said)
+        permanent = said.action is Action.REFUSED and self.stopped is None
+        await self._commit(session.failure(request, said, permanent))
+        return True
+
+    def _storm(self, said: Verdict, sent_at: float) -> None:
+        self.gate.storm(sent_at, said.wait)
+        self.session.progress.storms = self.gate.storms
+        since = self.gate.storming_since
+        if since is not None and self.loop.time() - since > self.service.patience:
+            message = f"{said.message} (nothing else for {self.service.patience:g} s)"
+            self._stop(TaskStopped(self.session.stop_message(said._replace(message=message))))
+
+    def _count_refusal(self, request: Request, said: Verdict) -> None:
+        """Stop a task of which everything is refused for one reason, and let a later run send it all again."""
+        if said.action is not Action.REFUSED or self._succeeded:
+            return
+        same = self._refused.setdefault(said.code, [])
+        same.append(request.id)
+        if len(same) >= SAME_FAILURES and self.stopped is None:
+            pardon = "UPDATE failure SET permanent = 0 WHERE request = ?"
+            self.writer.put([(pardon, (number,)) for number in same], None)
+            message = f"{said.message} (the first {len(same)} requests were all refused like this)"
+            self._stop(TaskStopped(self.session.stop_message(said._replace(message=message))))
+
+    def _stop(self, stop: TaskStopped) -> None:
+        if self.stopped is None:
+            self.stopped = stop
+        self._wake_all()
+
+    def _stop_from_anywhere(self) -> None:
+        self.loop.call_soon_threadsafe(self._wake_all)
+
+    def _wake_all(self) -> None:
+        self._end.set()
+        self.gate.open_for_all()
+
+    async def _sleep(self, seconds: float) -> None:
+        """Sleep, but not longer than the run."""
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self._end.wait(), seconds)
+
+    async def _commit(self, statements: list[Statement]) -> None:
+        """Return when it is on the disk."""
+        done: asyncio.Future[None] = self.loop.create_future()
+        self.writer.put(statements, done)
+        await done
+
+    def _committed(self, futures: list[Any], error: Exception | None) -> None:
+        def resolve() -> None:
+            for future in futures:
+                if future is None or future.done():
+                    continue
+                if error is None:
+                    future.set_result(None)
+                else:
+                    future.set_exception(error)
+
+        self.loop.call_soon_threadsafe(resolve)
+
+    def _report(self) -> None:
+        now = time.monotonic()
+        if now - self._reported > REPORT_EVERY:
+            self._reported = now
+            self.session.report(self.session.progress)
+
+
+def send_all(service: Service, session: Session) -> None:
+    """Run the lanes in an event loop of their own, also where another one runs already (a notebook)."""
+
+    async def work() -> None:
+        await OnlineRun(service, session).run()
+
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        asyncio.run(work())
+        return
+    in_thread(lambda: asyncio.run(work()))
+
+
+def in_thread(work: Callable[[], None]) -> None:
+    """Run something in a thread, and raise here what it raises."""
+    from concurrent.futures import ThreadPoolExecutor
+
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(work).result()

@@ -1,0 +1,209 @@
+"""The commands of the command line, one function each: arguments in, an exit code or nothing out.
+
+Each imports what it needs when it runs, so that one that needs no torch does not wait for it.
+"""
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import posttrain
+
+if TYPE_CHECKING:
+    from posttrain.trainer import Trainer
+
+
+def train(arguments: argparse.Namespace) -> int:
+    """Train; a run that a signal ended says so by its exit code, as shells expect."""
+    from posttrain.runtime.launch import ranks_to_start, relaunch
+
+    trainer = trainer_of(arguments)
+    ranks = ranks_to_start(trainer.accelerator, trainer.devices, trainer.num_nodes)
+    if ranks > 1:
+        return relaunch(
+            ranks, Path(posttrain.__file__).with_name("cli.py"), ["train", str(arguments.recipe), *arguments.overrides]
+        )
+    run = trainer.train()
+    return 128 + run.signal if run.signal else 0
+
+
+def check(arguments: argparse.Namespace) -> int:
+    """Validate a recipe and say in short what it describes; with --twin also try it out, exit code 1 if that fails."""
+    from posttrain.values import as_data
+
+    trainer = trainer_of(arguments)
+    recipe = as_data(trainer)
+    length = f"{recipe['max_steps']:,} steps" if recipe["max_steps"] else f"{recipe['epochs']} epoch(s)"
+    rows, groups = recipe["micro_batch_size"], recipe["gradient_accumulation_steps"]
+    sources = [_name(source) for source in recipe["data"].get("sources", [])]
+    facts = {
+        "trainer": f"{recipe['type']} ({type(trainer).__name__})",
+        "model": _name(recipe["model"]),
+        "data": ", ".join(sources) or recipe["data"].get("type"),
+        "length": f"{length}, each step {rows} x {groups} rows per device",
+        "optimizer": f"{recipe['optimizer'].get('type')}, {recipe['scheduler'].get('type')} schedule",
+        "output": recipe["output_dir"],
+    }
+    if recipe["code"]:
+        facts["code"] = f"{', '.join(recipe['code'])} (run when the recipe is read)"
+    say(f"{arguments.recipe}: valid\n" + "\n".join(f"  {name:<10} {text}" for name, text in facts.items()))
+    return _twin(arguments) if arguments.twin else 0
+
+
+def _twin(arguments: argparse.Namespace) -> int:
+    from rich.console import Console
+    from rich.live import Live
+
+    from posttrain.tools.proofs import prove, table
+
+    results: list[Any] = []
+    with Live(table(results), console=Console()) as live:
+        for result in prove(arguments.recipe, arguments.overrides):
+            results.append(result)
+            live.update(table(results))
+    return int(any(result.passed is False for result in results))
+
+
+def show(arguments: argparse.Namespace) -> None:
+    """Print the resolved recipe, or with --data the first documents as tokens."""
+    import json
+
+    from rich.console import Console
+    from rich.syntax import Syntax
+
+    from posttrain.recipes.load import dump
+    from posttrain.tools.show import tokens
+    from posttrain.values import as_data
+
+    trainer, console = trainer_of(arguments), Console()
+    if arguments.data is not None:
+        previews = _previews(trainer, arguments.data)
+        if not arguments.json:
+            return tokens(previews, console)
+        for preview in previews:
+            found = [
+                {"text": text, "supervised": bool(trained), "role": role} for text, trained, role in preview.tokens
+            ]
+            side = {"side": preview.side} if preview.side else {}
+            say(json.dumps({"source": preview.source, **side, "tokens": found}))
+    elif arguments.json:
+        say(json.dumps(as_data(trainer), indent=2))
+    elif console.is_terminal:
+        console.print(Syntax(dump(trainer).rstrip(), "yaml", theme="ansi_dark", background_color="default"))
+    else:
+        say(dump(trainer).rstrip())
+    return None
+
+
+def prepare(arguments: argparse.Namespace) -> None:
+    """Do the data work of a run ahead of it, and print what became of the rows."""
+    from rich.console import Console
+
+    from posttrain.blocks.loggers.ledger import ledger
+
+    Console().print(ledger(trainer_of(arguments).prepare()))
+
+
+def blocks(arguments: argparse.Namespace) -> None:
+    """List kinds, blocks of a kind, or the fields of a block."""
+    from posttrain.recipes.explain import explain
+
+    say(explain(arguments.kind, arguments.name))
+
+
+def plot(arguments: argparse.Namespace) -> None:
+    """Draw the metrics of runs."""
+    from posttrain.tools.plot import curves
+
+    first: Path = arguments.runs[0]
+    target = arguments.output or (first if first.is_dir() else first.parent) / "curves.png"
+    curves(arguments.runs, arguments.metric, target)
+    say(str(target))
+
+
+def plan(arguments: argparse.Namespace) -> int:
+    """Print what a recipe takes of each device's memory; exit code 1 if that is more than there is."""
+    from rich.console import Console
+
+    from posttrain.tools.plan import estimate, gib, remedies, table
+
+    trainer, console = trainer_of(arguments), Console()
+    devices = trainer.devices if isinstance(trainer.devices, int) else 1
+    world = arguments.world or devices * trainer.num_nodes
+    found = estimate(trainer, world)
+    say(f"{found.trained:,} parameters are trained, {found.frozen:,} are frozen")
+    console.print(table(found, world))
+    if found.total <= arguments.gpu_memory * 2**30:
+        say(f"fits into {arguments.gpu_memory:g} GiB; leave a tenth for the allocator and the libraries")
+        return 0
+    say(f"does not fit into {arguments.gpu_memory:g} GiB. With a change:")
+    for label, changed in remedies(trainer, world, found):
+        say(f"  {gib(changed.total):>9} GiB  {label}")
+    return 1
+
+
+def convert(arguments: argparse.Namespace) -> None:
+    """Write a recipe of ArcticTraining as one of ours."""
+    from posttrain.recipes.convert import convert
+
+    text, notes = convert(arguments.recipe)
+    if arguments.output is None:
+        say(text.rstrip())
+    else:
+        arguments.output.write_text(text, encoding="utf-8")
+        say("\n".join([f"{arguments.output}: {len(notes)} notes at its head", *(f"  {note}" for note in notes)]))
+
+
+def accept(arguments: argparse.Namespace) -> None:
+    """Measure how well the speculator of a run drafts, and draw it."""
+    from rich.console import Console
+
+    from posttrain.tools.accept import measure
+
+    found = measure(arguments.run_folder, arguments.prompts, arguments.max_new_tokens, arguments.drafts)
+    Console().print(found.table())
+    say(found.summary)
+    target = arguments.output or arguments.run_folder / "acceptance.png"
+    found.draw(target)
+    say(str(target))
+
+
+def doctor(arguments: argparse.Namespace) -> None:
+    """Print versions, devices and folders, and what is missing for what."""
+    from rich.console import Console
+
+    from posttrain.tools.doctor import examine
+
+    Console().print(examine())
+
+
+def synth(arguments: argparse.Namespace) -> int:
+    """Generate data."""
+    from posttrain.synth.commands import main
+
+    return main(arguments)
+
+
+def trainer_of(arguments: argparse.Namespace) -> "Trainer":
+    """Return the trainer of the recipe and overrides that were given."""
+    from posttrain.recipes.load import load
+
+    return load(arguments.recipe, arguments.overrides)
+
+
+def say(text: str) -> None:
+    """Print to standard output."""
+    print(text)  # noqa: T201
+
+
+def _name(data: Any) -> str:
+    """What to call a model or a source in one line."""
+    return str(data.get("name_or_path", data.get("type"))) if isinstance(data, dict) else str(data)
+
+
+def _previews(trainer: "Trainer", count: int) -> Any:
+    from posttrain.errors import RecipeError
+
+    if not callable(getattr(trainer.data, "preview", None)):
+        raise RecipeError(f"data: {type(trainer.data).__name__} has no method preview(), which this command needs")
+    return trainer.data.preview(trainer.tokenizer.build(trainer.model), count)  # type: ignore[attr-defined]

@@ -1,0 +1,336 @@
+"""`posttrain check --twin`: what a run relies on, tried out on its twin (see twin.py), with a figure for each.
+
+Each check is a function from the twin to a figure; it fails by raising `Failed`, which says what to look at.
+"""
+
+import itertools
+import json
+import math
+import re
+import subprocess
+import sys
+import tempfile
+import textwrap
+import traceback
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import attrs
+
+from posttrain import hooks
+from posttrain.blocks.checkpoints.checkpoint import HuggingFace
+from posttrain.blocks.data.chat import stop_tokens
+from posttrain.blocks.data.data import SFTData
+from posttrain.blocks.data.encode import ChatEncoder
+from posttrain.blocks.data.schemas import Refused
+from posttrain.blocks.models.model import HFModel
+from posttrain.errors import PosttrainError, RecipeError
+from posttrain.tools.twin import LONGEST, NoRows, Row, Step, Twin, quietly
+from posttrain.trainers.dpo import DPOTrainer
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+CLOSE = 1e-6
+"""Relative difference, in float64, that counts as none: a real mistake makes 1e-3 and more."""
+
+
+class Failed(Exception):
+    """A check that failed: what was found, and what to look at."""
+
+
+class Skipped(Exception):
+    """A check that does not apply, and why."""
+
+
+@attrs.frozen
+class Result:
+    """What a check found."""
+
+    name: str
+    passed: bool | None
+    """None if it does not apply."""
+    figure: str
+    """What was measured, or why it failed or does not apply."""
+
+
+# -- checks ---------------------------------------------------------------------------
+
+
+def hooked(twin: Twin) -> str:
+    """Every method that a callback wraps is there."""
+    with hooks.bound(twin.real, twin.real.callbacks):
+        return f"every method that is wrapped exists; {len(twin.real.callbacks)} callbacks"
+
+
+def masks(twin: Twin) -> str:
+    """Replies are supervised, whole and alone, through their end of turn; there is one BOS at most."""
+    if not twin.rows:
+        raise Skipped(f"{type(twin.real.data).__name__} reads no sources")
+    refused = Counter(str(row.encoded) for row in twin.rows if isinstance(row.encoded, Refused))
+    if refused and twin.data.invalid == "error":
+        raise Failed(f"{sum(refused.values())} of {len(twin.rows)} rows cannot be trained on: {_listed(refused)}")
+    chats = isinstance(twin.data.encoder(twin.tokenizer), ChatEncoder)
+    stops = set(twin.tokenizer.convert_tokens_to_ids(sorted(stop_tokens(twin.tokenizer)))) if chats else None
+    found = Counter(itertools.chain.from_iterable(_mistakes(twin, row, stops) for row in twin.rows))
+    if found:
+        raise Failed(f"of {len(twin.rows)} rows: {_listed(found)}; look at `posttrain show RECIPE --data`")
+    if not twin.sample(1):
+        raise NoRows(f"no row can be trained on: {_listed(refused)}")
+    tokens, trained = 0, 0
+    for row in twin.sample(len(twin.rows)):
+        for ids, mask in row.encoded.documents:  # type: ignore[union-attr]
+            tokens, trained = tokens + len(ids), trained + int(mask.sum())
+    said = f"{len(twin.rows)} rows, {trained:,} of {tokens:,} tokens supervised"
+    return said + (f", {sum(refused.values())} refused" if refused else "")
+
+
+def overflow(twin: Twin) -> str:
+    """Rows fit, or the recipe says what happens to those that do not."""
+    if not twin.rows:
+        raise Skipped(f"{type(twin.real.data).__name__} reads no sources")
+    lengths = [row.length for row in twin.rows]
+    longer = sum(length > twin.data.max_length for length in lengths)
+    said = f"{longer} of {len(lengths)} rows are longer than {twin.data.max_length:,} (longest {max(lengths):,})"
+    if longer and twin.data.overflow == "error":
+        raise Failed(f"{said}, and data.overflow is error: say drop or truncate, or give a larger data.max_length")
+    return said + (f"; {twin.data.overflow}" if longer else "")
+
+
+def packing(twin: Twin) -> str:
+    """Documents that share a row do not see each other: loss and gradient are those of each alone."""
+    if not twin.rows or not twin.data.packing:
+        raise Skipped("data.packing is false, or not known of this data block")
+    together = sum(row.length for row in twin.sample(4)) + 4
+    if together > 4 * LONGEST:
+        raise Skipped(f"the shortest rows are too long for a quick look ({together:,} tokens)")
+    rows = twin.sampled(4, max_length=together).build(twin.tokenizer, 1, 0, 1, twin.real.seed).train.rows(1)
+    if rows != 1:
+        raise Skipped(f"four documents make {rows} rows")
+    packed = twin.one_step("packed", rows=1, packing=True, max_length=together)
+    hint = "does the model or loss() look across documents, or count rows in place of batch['weight']?"
+    same = _same(twin.whole, packed, f"packed differs from alone: {hint}")
+    return f"four documents in a row count as each alone: {same}"
+
+
+def cuts(twin: Twin) -> str:
+    """A step is the same in one micro-batch, two or four."""
+    hint = "loss() must return a mean over what batch['weight'] counts, by which micro-batches are added up"
+    two, four = twin.one_step("2x2", rows=2, parts=2), twin.one_step("1x4", rows=1, parts=4)
+    found = _same(twin.whole, two, f"2x2: {hint}"), _same(twin.whole, four, f"1x4: {hint}")
+    return f"a step in micro-batches 4x1 = 2x2 ({found[0]}) = 1x4 ({found[1]})"
+
+
+def ranks(twin: Twin) -> str:
+    """A step is the same on two ranks."""
+    from safetensors.torch import load_file
+
+    whole = twin.whole  # first: the processes use the model and the sample that it writes
+    two_ranks = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    done = _child(twin, [*two_ranks, "-m", "posttrain.tools.twin", "step"])
+    if done.returncode:
+        raise Failed(f"two processes failed: {_last_line(done.stderr)}")
+    made = load_file(twin.folder / "two.safetensors")
+    hint = "does loss() use anything but its own batch, or a method depend on the rank?"
+    two = Step(float(made["loss"]), made["gradient"], {})
+    return "a step on two ranks is the same: " + _same(whole, two, f"two ranks: {hint}")
+
+
+def resume(twin: Twin) -> str:
+    """After kill -9, a run goes on as if nothing had happened, to the last bit."""
+    import torch
+
+    whole = twin.resumable("whole").train()
+    done = _child(twin, ["-m", "posttrain.tools.twin", "killed"])
+    if done.returncode != -9:
+        raise Failed(f"the run that was to be killed ended by itself: {_last_line(done.stderr)}")
+    cut = twin.resumable("cut").train()
+    hint = "does a block or callback keep a state of its own? run.memory is kept in checkpoints"
+    if not 0 < cut.first_step < 6:
+        raise Failed(f"it began at step {cut.first_step}, not at a checkpoint")
+    if whole.last["loss"] != cut.last["loss"]:
+        raise Failed(f"the last loss is {whole.last['loss']!r} in one go and {cut.last['loss']!r} resumed: {hint}")
+    pairs = zip(whole.model.parameters(), cut.model.parameters(), strict=True)
+    if not all(torch.equal(a, b) for a, b in pairs):
+        raise Failed(f"weights differ: {hint}")
+    return f"killed in step 5, went on from {cut.first_step}: loss and weights equal, bit by bit"
+
+
+def first_loss(twin: Twin) -> str:
+    """The policy begins as its reference: margins of 0, and a DPO loss of ln 2."""
+    trainer = twin.real
+    if not isinstance(trainer, DPOTrainer) or not trainer.objective.needs_reference or trainer.reference is not None:
+        raise Skipped("only where the reference is the model itself")
+    step = twin.whole
+    margin = step.metrics["rewards/margin"]
+    if abs(margin) > CLOSE:
+        raise Failed(f"the margin of the first step is {margin:g}: policy and reference compute different things")
+    if trainer.objective.weights == {"sigmoid": 1.0} and type(trainer).loss is DPOTrainer.loss:
+        if not math.isclose(step.loss, math.log(2), rel_tol=CLOSE):
+            raise Failed(f"the first loss is {step.loss:.6f}, not ln 2 = 0.693147")
+        return f"margin {margin:g}, loss {step.loss:.6f}"
+    return f"margin {margin:g}"
+
+
+def export(twin: Twin) -> str:
+    """What is exported loads in transformers and computes the same."""
+    import torch
+    import transformers
+
+    model = twin.real.model
+    if not any(isinstance(block, HuggingFace) for block in twin.real.checkpoint):
+        raise Skipped("the recipe exports nothing")
+    if not isinstance(model, HFModel) or (model.lora and model.random_init):
+        raise Skipped("what is exported does not stand alone")
+    folder = twin.folder / "exported"
+    run = twin.make("export", data=twin.sampled(4), micro_batch_size=4, gradient_accumulation_steps=1,
+                    checkpoint=[HuggingFace(output_dir=folder)], precision="32-true").train()  # fmt: skip
+    kind = json.loads((folder / "config.json").read_text())["model_type"] if not model.lora else None
+    if kind is not None and kind not in transformers.CONFIG_MAPPING:
+        raise Skipped(f"{kind} is no model of transformers")
+    ids = torch.arange(3, 35)[None] % run.model.module.hf.config.vocab_size  # type: ignore[union-attr, operator]
+    with torch.no_grad():
+        ours = run.model.module.hf.eval()(input_ids=ids).logits.float()  # type: ignore[union-attr]
+        theirs = getattr(transformers, model.auto).from_pretrained(folder).eval()(input_ids=ids).logits.float()
+    difference = float((ours - theirs).abs().max())
+    if difference > 1e-4:
+        raise Failed(
+            f"logits differ by {difference:.3g} from those of the model that was trained: does the model block change "
+            "the network in a way that its configuration and weights do not tell?"
+        )
+    return f"loads in transformers; its logits differ by {difference:.1g} at most"
+
+
+def memory(twin: Twin) -> str:
+    """Memory of a device at full size, estimated."""
+    from posttrain.tools.plan import estimate, gib
+
+    real = twin.real
+    world = (real.devices if isinstance(real.devices, int) else 1) * real.num_nodes
+    try:
+        found = estimate(real, world)
+    except RecipeError as error:
+        raise Skipped(str(error)) from None
+    return f"{gib(found.total)} GiB on each of {world}; {found.trained:,} parameters are trained"
+
+
+CHECKS: list[Callable[[Twin], str]] = [
+    hooked, masks, overflow, packing, cuts, ranks, resume, first_loss, export, memory
+]  # fmt: skip
+
+
+# -- running them ---------------------------------------------------------------------
+
+
+def prove(path: Path, overrides: list[str], checks: list[Callable[[Twin], str]] = CHECKS) -> Iterator[Result]:
+    """Yield the result of every check of a recipe, as they are done."""
+    with tempfile.TemporaryDirectory(prefix="posttrain-twin-") as folder, quietly():
+        twin = Twin(path, overrides, Path(folder))
+        for check in checks:
+            yield (found := result(check, twin))
+            if check is hooked and not found.passed:
+                return  # nothing would run
+
+
+def result(check: Callable[[Twin], str], twin: Twin) -> Result:
+    """Run one check."""
+    name = check.__name__.replace("_", " ")
+    try:
+        return Result(name, True, check(twin))
+    except Skipped as skipped:
+        return Result(name, None, str(skipped))
+    except NoRows as error:
+        return Result(name, False if check is masks else None, str(error))
+    except (Failed, PosttrainError) as failed:
+        return Result(name, False, textwrap.shorten(str(failed), 400))
+    except Exception as error:  # a user's loss may raise anything
+        first_line = (str(error).splitlines() or [""])[0]
+        return Result(name, False, f"{type(error).__name__}: {first_line} ({_place(error)})")
+
+
+def _place(error: Exception) -> str:
+    """Return the innermost line of the user's own code that an error passed through, or else the last line of all."""
+    frames = traceback.extract_tb(error.__traceback__)
+    installed = (str(Path(__file__).parent), "site-packages", str(Path(traceback.__file__).parent))
+    own = [frame for frame in frames if not any(part in frame.filename for part in installed)]
+    found = (own or frames)[-1]
+    return f"{found.filename}:{found.lineno}"
+
+
+def table(results: list[Result]) -> "Table":
+    """Return the results for a terminal."""
+    from rich import box
+    from rich.table import Table
+
+    made = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for name in ("check", "", "found"):
+        made.add_column(name)
+    words = {True: "[green]pass[/]", False: "[bold red]FAIL[/]", None: "[dim]n/a[/]"}
+    for result in results:
+        made.add_row(result.name, words[result.passed], result.figure.replace("[", r"\["))
+    return made
+
+
+# -- helpers --------------------------------------------------------------------------
+
+
+def _mistakes(twin: Twin, row: Row, stops: set[int] | None) -> Iterator[str]:
+    """Yield what is wrong with the mask of a row; `stops` are the tokens that may end a turn, if it has turns."""
+    if isinstance(row.encoded, Refused):
+        return
+    tokenizer, bos = twin.tokenizer, twin.tokenizer.bos_token_id
+    for ids, mask in row.encoded.documents:
+        listed = ids.tolist()
+        if bos is not None and listed[:2] == [bos, bos]:
+            yield "two BOS at the beginning"
+        last = max(index for index, trained in enumerate(mask.tolist()) if trained)
+        if stops is not None and listed[last] not in stops:
+            yield "the reply ends without an end-of-turn token, so that the model would not learn to stop"
+    if type(twin.data).encoder is SFTData.encoder and (wanted := _replies(twin.data, row.values)) is not None:  # type: ignore[arg-type]
+        ((ids, mask),) = row.encoded.documents
+        kept = [token for token, trained in zip(ids.tolist(), mask.tolist(), strict=True) if trained]
+        if _squeezed(tokenizer.decode(kept, skip_special_tokens=True)) != _squeezed(wanted):
+            yield "what is supervised is not the text of the replies"
+
+
+def _replies(data: SFTData, values: dict[str, Any]) -> str | None:
+    """Return the text of the trained messages; None if it is not all plain text."""
+    messages = [m for m in data.conversation(values)["messages"] if m["role"] in data.train_on]
+    plain = all(isinstance(m.get("content"), str) and set(m) <= {"role", "content"} for m in messages)
+    return "".join(m["content"] for m in messages) if plain else None
+
+
+def _squeezed(text: str) -> str:
+    return re.sub(r"\s+", "", text)
+
+
+def _listed(found: "Counter[str]") -> str:
+    return "; ".join(f"{count} x {what}" for what, count in found.most_common(3))
+
+
+def _same(one: Step, other: Step, hint: str) -> str:
+    """Return how far two steps are apart, relative to the first.
+
+    Raises:
+        Failed: too far.
+    """
+    size = float(one.gradient.norm())
+    if size == 0:
+        raise Failed("the gradient is 0: nothing would be learned")
+    gradient = float((one.gradient - other.gradient).norm()) / size
+    loss = abs(one.loss - other.loss) / max(abs(one.loss), 1e-12)
+    if max(gradient, loss) > CLOSE:
+        raise Failed(f"loss {one.loss:.6f} and {other.loss:.6f}, gradients differ by {gradient:.1%}; {hint}")
+    return f"gradients within {gradient:.0e}"
+
+
+def _child(twin: Twin, arguments: list[str]) -> "subprocess.CompletedProcess[str]":
+    command = [sys.executable, *arguments, str(twin.path), str(twin.folder), *twin.overrides]
+    return subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+
+
+def _last_line(text: str) -> str:
+    lines = [line for line in text.strip().splitlines() if "Error" in line]
+    return lines[-1] if lines else text.strip()[-300:]

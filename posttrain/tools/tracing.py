@@ -1,0 +1,210 @@
+"""One step of a recipe on tensors that have shapes and no numbers (torch's FakeTensorMode): what it takes, unsharded.
+
+Network, loss, backward pass and an optimizer step are run with every micro-batch full; what is alive is counted
+operation by operation. So it holds for a network, a loss or an optimizer of one's own.
+"""
+
+import warnings
+import weakref
+from types import SimpleNamespace
+from typing import Any
+
+import attrs
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
+
+from posttrain.blocks.data.data import Data, PreferenceData
+from posttrain.blocks.layout import Example
+from posttrain.blocks.parallel.sharding import replace_tensors, units
+from posttrain.blocks.parallel.strategy import FSDP, DeepSpeed
+from posttrain.errors import RecipeError
+from posttrain.interfaces import Batch
+from posttrain.runtime.launch import silence_libraries
+from posttrain.trainer import Trainer
+from posttrain.trainers.distill import DistillTrainer
+
+BF16 = ("bf16-mixed", "bf16-true")
+
+
+@attrs.frozen
+class Traced:
+    """What one micro-batch and one optimizer step take, before anything is sharded."""
+
+    trained: int
+    frozen: int
+    kept: int
+    """Bytes of all parameters as they are kept."""
+    gradients: int
+    optimizer: int
+    others: int
+    """Bytes of references and teachers."""
+    activations: int
+    layer: int
+    """Parameters of the largest layer."""
+    outside: int
+    """Parameters outside of layers: embeddings and head."""
+
+
+class Alive(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Counts the bytes of the tensors that operations make, until they are given up."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.sizes: dict[int, int] = {}
+        self.now = self.peak = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = function(*args, **(kwargs or {}))
+        known: set[int] = set()
+        tree_map_only(Tensor, lambda tensor: known.add(tensor.untyped_storage()._cdata), (args, kwargs))
+        tree_map_only(Tensor, lambda tensor: self.note(tensor, known), out)
+        self.peak = max(self.peak, self.now)
+        return out
+
+    def note(self, tensor: Tensor, known: set[int]) -> None:
+        """Count a tensor's storage, unless it was there before."""
+        storage = tensor.untyped_storage()
+        if (key := storage._cdata) not in self.sizes and key not in known:
+            self.sizes[key] = storage.nbytes()
+            self.now += storage.nbytes()
+            weakref.finalize(storage, self.forget, key)
+
+    def forget(self, key: int) -> None:
+        """Take a storage out of the count."""
+        self.now -= self.sizes.pop(key)
+
+
+def trace(trainer: Trainer) -> Traced:
+    """Run one step of a recipe on tensors without numbers."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of libraries that look for the numbers
+        return _trace(trainer)
+
+
+def _trace(trainer: Trainer) -> Traced:
+    from lightning.fabric import Fabric
+
+    precision, deepspeed = precision_of(trainer), isinstance(trainer.strategy, DeepSpeed)
+    silence_libraries()
+    fabric = Fabric(accelerator="cpu", devices=1, precision=precision)  # type: ignore[arg-type]
+    fabric.without_weights, fabric.to_device = True, lambda module: module  # type: ignore[attr-defined,method-assign]
+    batch = fullest(trainer)
+    with torch.device("meta"):
+        network = fabric.strategy.precision.convert_module(trainer.model.build(fabric))
+        kept = size_of(network.parameters())
+        gradients = size_of(parameter for parameter in network.parameters() if parameter.requires_grad)
+        if precision == "bf16-mixed" and (deepspeed or isinstance(trainer.strategy, FSDP)):  # they cast, not autocast
+            network = network.to(torch.bfloat16)
+        others = {} if answers_are_stored(trainer) else trainer.build_frozen(fabric, network)
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        for each in (network, *others.values()):  # from the meta device to fake tensors on the CPU
+            replace_tensors(each, lambda _, tensor: torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu"))
+        counts = {wanted: sum(p.numel() for p in network.parameters() if p.requires_grad == wanted)
+                  for wanted in (True, False)}  # fmt: skip
+        states = stepped(trainer.optimizer.build(network)) * kept // size_of(network.parameters())
+        if deepspeed and precision in BF16:  # bfloat16 beside float32 that the optimizer works in
+            kept, gradients, states = 2 * sum(counts.values()), 2 * counts[True], 12 * counts[True]
+        activations = peak(trainer, fabric, network, others, faked(batch, mode))
+        sizes = [sum(p.numel() for p in layer.parameters()) for layer in units(network)]
+    return Traced(
+        trained=counts[True], frozen=counts[False], kept=kept, gradients=gradients, optimizer=states,
+        others=sum(size_of(other.parameters()) for other in others.values()), activations=activations,
+        layer=max(sizes, default=0), outside=sum(counts.values()) - sum(sizes),
+    )  # fmt: skip
+
+
+def peak(trainer: Trainer, fabric: Any, network: nn.Module, others: dict[str, nn.Module], batch: Batch) -> int:
+    """Return the most bytes that are alive in a pass forward and backward, parameters and gradients aside."""
+
+    def forget(parameter: Tensor) -> None:
+        parameter.grad = None
+
+    for parameter in network.parameters():
+        if parameter.requires_grad:
+            parameter.register_post_accumulate_grad_hook(forget)  # type: ignore[no-untyped-call]
+
+    def ask(*args: Any, **kwargs: Any) -> Any:
+        with fabric.autocast():
+            return network(*args, **kwargs)
+
+    ask.module, ask.training = network, True  # type: ignore[attr-defined]
+    network.train()
+    trainer.run = SimpleNamespace(  # type: ignore[assignment]
+        model=ask, frozen=others, fabric=fabric, log=lambda **values: None, to_device=lambda batch: batch, step=0
+    )
+    try:
+        with Alive() as alive:
+            if isinstance(trainer, DistillTrainer) and trainer.stored:
+                k = trainer.tokens_kept(trainer.run)
+                count = len(batch["supervised"])
+                batch["teacher_tokens"] = torch.zeros(count, k, dtype=torch.int64)
+                batch["teacher_log_probs"] = torch.zeros(count, k)
+            (batch,) = trainer.together([batch])
+            trainer.loss(batch).backward()  # type: ignore[no-untyped-call]
+    finally:
+        del trainer.run
+    most: int = alive.peak
+    return most
+
+
+def fullest(trainer: Trainer) -> Batch:
+    """Return a micro-batch whose every row is as long as can be, and supervised.
+
+    Raises:
+        RecipeError: the data block is not one of posttrain's.
+    """
+    data = trainer.data
+    if not isinstance(data, Data):
+        raise RecipeError(f"data: {type(data).__name__} does not say how long its rows are; a plan needs that")
+    size = trainer.sequence.size if trainer.sequence else 1
+    document = np.arange(-(-data.max_length // size)) % 2 + 1, np.ones(-(-data.max_length // size), dtype=bool)
+    pairs = isinstance(data, PreferenceData)
+    other = document[0][::-1].copy(), document[1]
+    rows = [[Example((document, other) if pairs else (document,))] for _ in range(trainer.micro_batch_size)]
+    batch = read_by_the_host(data.collate(rows, 0))
+    if getattr(trainer, "precompute_reference", False):
+        batch["reference_log_probs"] = torch.zeros(len(batch["supervised"]))
+    return batch
+
+
+def answers_are_stored(trainer: Trainer) -> bool:
+    """Whether references and teachers are asked before training, and their memory is free again."""
+    return bool(getattr(trainer, "stored", False) or getattr(trainer, "precompute_reference", False))
+
+
+def read_by_the_host(batch: Batch) -> Batch:
+    """Return a batch with the bounds of its documents as arrays: attention on CPUs looks at them."""
+    branch = {"branch": read_by_the_host(batch["branch"])} if "branch" in batch else {}
+    bounds = {name: batch[name].numpy() for name in ("cu_seqlens", "cu_seqlens_k") if name in batch}
+    return batch | bounds | branch
+
+
+def faked(value: Any, mode: FakeTensorMode) -> Any:
+    """Return tensors without numbers."""
+    if isinstance(value, dict):
+        return {key: faked(item, mode) for key, item in value.items()}
+    return mode.from_tensor(value) if isinstance(value, Tensor) else value
+
+
+def stepped(optimizer: Any) -> int:
+    """Return the bytes that an optimizer keeps after a step."""
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    optimizer.zero_grad()
+    return size_of(x for state in optimizer.state.values() for x in state.values() if isinstance(x, Tensor))
+
+
+def size_of(tensors: Any) -> int:
+    """Return the bytes of tensors."""
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+def precision_of(trainer: Trainer) -> str:
+    """Return the recipe's precision, or what GPUs get by default."""
+    return trainer.precision or ("32-true" if trainer.accelerator == "cpu" else "bf16-mixed")
