@@ -5,7 +5,7 @@ import inspect
 import json
 import marshal
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
@@ -14,7 +14,7 @@ import attrs
 
 from posttrain.blocks.data.chat import ChatRenderer, Rendered, special_tokens
 from posttrain.blocks.data.schemas import Refused, Sample
-from posttrain.blocks.layout import Document, Example
+from posttrain.blocks.layout import Columns, Document, Example
 
 if TYPE_CHECKING:
     import numpy as np
@@ -32,6 +32,10 @@ class Encoder(Protocol):
     @property
     def sides(self) -> tuple[str, ...]:
         """What the documents of an example are called; a single one needs no name."""
+
+    @property
+    def columns(self) -> Columns:
+        """The values that examples carry beside their tokens."""
 
     def encode(self, rows: list[Values]) -> list[Encoded]:
         """Encode many rows at once."""
@@ -52,6 +56,8 @@ class ChatEncoder:
     """Row -> its conversations."""
     sides: tuple[str, ...] = ("",)
     """What they are called."""
+    columns: Columns = attrs.field(factory=dict)
+    """What examples carry: what `sample` gives, and otherwise columns of the row."""
     special: re.Pattern[str] = attrs.field(init=False)
     """The tokenizer's control tokens."""
 
@@ -74,9 +80,9 @@ class ChatEncoder:
         found = self._rendered(row)
         if isinstance(found, Refused):
             raise found
-        sides, value = found
+        sides, values = found
         encodings = tokenize(self.renderer.tokenizer, [side.text for side in sides])
-        encoded = self._encoded(sides, value, encodings)
+        encoded = self._encoded(sides, values, encodings)
         if isinstance(encoded, Refused):
             raise encoded
         shown = []
@@ -93,10 +99,11 @@ class ChatEncoder:
             tokenizer_text(renderer.tokenizer), json.dumps(said, default=str), *self.sides, code_of(self.sample)
         )
 
-    def _rendered(self, row: Values) -> tuple[list[Rendered], float] | Refused:
+    def _rendered(self, row: Values) -> tuple[list[Rendered], Values] | Refused:
         try:
             sample = self.sample(row)
-            return [self._render(conversation) for conversation in sample.conversations], sample.value
+            values = sample.values | kept(row, self.columns.keys() - sample.values.keys())
+            return [self._render(conversation) for conversation in sample.conversations], values
         except Refused as refused:
             return refused
 
@@ -108,7 +115,7 @@ class ChatEncoder:
                 raise Refused(f"the text of a message holds the control token {control.group()}")
         return found
 
-    def _encoded(self, sides: list[Rendered], value: float, encodings: list[Any]) -> Encoded:
+    def _encoded(self, sides: list[Rendered], values: Values, encodings: list[Any]) -> Encoded:
         import numpy as np
 
         documents: list[Document] = []
@@ -119,7 +126,7 @@ class ChatEncoder:
             documents.append((np.array(encoding.ids, dtype=np.uint32), mask))
         if len(documents) > 1 and all(np.array_equal(ids, documents[0][0]) for ids, _ in documents):
             return Refused(f"{' and '.join(self.sides)} are equal")
-        return Example(tuple(documents), value)
+        return Example(tuple(documents), values)
 
 
 @attrs.define
@@ -131,6 +138,8 @@ class TextEncoder:
     bos: bool
     eos: bool
     sides: tuple[str, ...] = ("",)
+    columns: Columns = attrs.field(factory=dict)
+    """Columns of the row that examples carry."""
 
     def encode(self, rows: list[Values]) -> list[Encoded]:
         """Encode many rows at once."""
@@ -139,14 +148,15 @@ class TextEncoder:
         texts = [self._text(row) for row in rows]
         encodings = iter(tokenize(self.tokenizer, [text for text in texts if isinstance(text, str)]))
         found: list[Encoded] = []
-        for text in texts:
+        for row, text in zip(rows, texts, strict=True):
             if isinstance(text, Refused):
                 found.append(text)
                 continue
             ids = [*self._bos(), *next(encodings).ids, *self._eos()]
             mask = np.ones(len(ids), dtype=bool)
             document = np.array(ids, dtype=np.uint32), mask
-            found.append(Example((document,)) if len(ids) > 1 else Refused("it is a single token"))
+            values = kept(row, self.columns)
+            found.append(Example((document,), values) if len(ids) > 1 else Refused("it is a single token"))
         return found
 
     def show(self, row: Values) -> list[list[Token]]:
@@ -167,6 +177,7 @@ class TextEncoder:
             return Refused(f"the column {self.column!r} is missing, empty or not text")
         try:
             refuse_surrogates(text)
+            kept(row, self.columns)
         except Refused as refused:
             return refused
         return text
@@ -176,6 +187,22 @@ class TextEncoder:
 
     def _eos(self) -> list[int]:
         return [self.tokenizer.eos_token_id] if self.eos else []
+
+
+def kept(row: Values, names: Iterable[str]) -> Values:
+    """Return the columns of a row that go along with it.
+
+    Raises:
+        Refused: there is no such column, or it holds more than plain data.
+    """
+    for name in names:
+        if name not in row:
+            raise Refused(f"the column {name!r} that data.keep names is missing")
+        try:
+            json.dumps(row[name])
+        except (TypeError, ValueError):
+            raise Refused(f"the column {name!r} that data.keep names holds more than plain JSON data") from None
+    return {name: row[name] for name in names}
 
 
 def tokenize(tokenizer: Any, texts: list[str]) -> list[Any]:

@@ -42,7 +42,7 @@ class Sample:
     """What a row says: a conversation, or several that stay together, and perhaps a number."""
 
     conversations: list[dict[str, Any]]
-    value: float = 0.0
+    values: dict[str, Any] = attrs.field(factory=dict)
 
 
 def conversation(row: dict[str, Any], roles: Collection[str] = ROLES) -> dict[str, Any]:

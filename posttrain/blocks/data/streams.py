@@ -119,8 +119,7 @@ class StreamEncoding:
             if piece.useless:
                 self._drop(number, piece.useless, row.place)
             else:
-                cut = zip(example.documents, piece.parts, strict=True)
-                left.append(Example(tuple((ids[part], mask[part]) for (ids, mask), part in cut), example.value))
+                left.append(example.cut(piece.parts, self.encoder.columns))
         return left
 
     def _entry(self, number: int) -> dict[str, Any]:
