@@ -7,7 +7,7 @@ from attrs.validators import ge
 
 from posttrain.batch import Batch
 from posttrain.blocks.data.data import PreferenceData, unfit
-from posttrain.blocks.losses.preference import accuracy, log_sigmoid
+from posttrain.blocks.losses.objective import accuracy, log_sigmoid
 from posttrain.blocks.models.model import RewardModel
 from posttrain.interfaces import DataBlock, ModelBlock
 from posttrain.registry import block, default, key
