@@ -1,8 +1,8 @@
 """What the site is made of besides its pages: parts of the README, source code, examples, and a page per kind of block.
 
 mkdocs calls the functions named `on_...`. A page includes a section of a file with
-`<!-- include FILE "## Heading" -->`, a piece of source with `<!-- source FILE NAME -->` (`hooks` behind it writes beside
-a line what a callback can wrap), and the list of all files with `<!-- files -->`.
+`<!-- include FILE "## Heading" -->`, a piece of source with `<!-- source FILE NAME -->` (`hooks` behind it writes
+beside a line what a callback can wrap), and the list of all files with `<!-- files -->`.
 """
 
 import ast

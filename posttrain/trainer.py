@@ -315,18 +315,24 @@ class Trainer(TrainerKeys):
                 run.watchdog.beat()
                 counts.update(batch.counts)
                 with run.metrics.counting(batch, defaultdict(lambda: 1.0)) as counted:
-                    terms = self.terms(counted)
-                    run.log(**terms)
-                weights |= {name: term.weight for name, term in terms.items() if isinstance(term, Term)}
+                    found = self.measured(counted)
+                    run.log(**found)
+                weights |= {name: term.weight for name, term in found.items() if isinstance(term, Term) and term.weight}
             means = run.metrics.averages(dict(counts), run.fabric)
         if weights and means:
             more = sum(weight * means[name] for name, weight in weights.items() if name in means)
             means["loss"] = means.get("loss", 0.0) + more
-        found = {f"eval_{name}": value for name, value in means.items()}
         run.model.train()
-        run.metrics = outer
-        run.metrics.note(run.step, found)
-        return found
+        run.metrics, named = outer, {f"eval_{name}": value for name, value in means.items()}
+        run.metrics.note(run.step, named)
+        return named
+
+    def measured(self, batch: Batch) -> "dict[str, Tensor | Term]":
+        """Return what an evaluation measures of a micro-batch: the terms of its loss, unless a method has more to say.
+
+        The evaluation's loss is the weighted sum of the terms; one of weight 0 is only reported.
+        """
+        return self.terms(batch)
 
     def save(self, at_end: bool) -> None:
         """Let every checkpoint block save if it is time to."""
