@@ -86,6 +86,9 @@ class HFModel:
     """Train low-rank adapters instead of the weights."""
     freeze: list[str] = attrs.field(factory=list)
     """Patterns of parameter names that are not trained, such as `*.embed_tokens.*`."""
+    router_aux_loss: float | None = key(None, also=("router_aux_loss_coef",), check=optional(ge(0)))
+    """Weight of the loss that balances the experts of a mixture (see router.py). By default what the model's
+    configuration says: its `router_aux_loss_coef` where `output_router_logits` is set, else 0."""
     activation_checkpointing: bool | Literal["selective"] = key(False, also=("gradient_checkpointing",))
     """Keep one activation per layer and compute the rest again in the backward pass; `selective` also keeps attention
     and every second matrix product."""
@@ -123,6 +126,7 @@ class HFModel:
     def make(self, empty: bool) -> "nn.Module":
         """Return the network, with weights unless it is to be empty."""
         from posttrain.blocks.models.activations import checkpoint_activations, tile_mlps
+        from posttrain.blocks.models.router import router_weight
 
         hf = self.load(empty)
         way = self.way(hf)
@@ -146,6 +150,9 @@ class HFModel:
 
             confirm(network, self.name_or_path)
         network.offload = self.offload_activations
+        network.router_weight = router_weight(hf, self.router_aux_loss)
+        if network.router_weight and way.unfolds:
+            raise RecipeError("model.router_aux_loss: this model has no packed rows, and its routers are not read")
         return network  # type: ignore[no-any-return]
 
     def way(self, hf: Any) -> "Way":
