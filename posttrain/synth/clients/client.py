@@ -19,7 +19,7 @@ from posttrain.errors import SynthError
 from posttrain.registry import key
 from posttrain.synth.errors import IncompleteTask
 from posttrain.synth.ledger import results
-from posttrain.synth.ledger.keys import CHAT, Scrubber, canonical, content_hash, counted, estimates
+from posttrain.synth.ledger.keys import CHAT, Scrubber, canonical, content_hash, counted, estimates, scrubbed
 from posttrain.synth.ledger.pricing import Budget, Plan, Price, within
 from posttrain.synth.ledger.results import Response
 from posttrain.synth.ledger.session import Progress, Session
@@ -170,7 +170,7 @@ class Synth:
         max_requests = self.max_requests if max_requests is None else max_requests
         within(self.plan(task_name), max_cost, max_requests)
         session = self._session(task, task_name, max_cost, max_requests, progress, wait)
-        with _interruptible(session):
+        with scrubbed(self.scrubber), _interruptible(session):
             self.send(session)
         if session.stopping.is_set():
             counts = self.ledger.counts(task)
@@ -214,8 +214,7 @@ class Synth:
 
     def cancel(self, task_name: str) -> list[str]:
         """Cancel the batches of a task; their finished lines are charged, and taken in by the next run."""
-        session = self._session(self._task(task_name), task_name, None, None, lambda progress: None, True)
-        return list(with_batches(self.batch_service(), session, BatchRun.cancel))
+        return list(self._step(task_name, BatchRun.cancel))
 
     # -- the steps of a batch one by one ----------------------------------------------
 
@@ -324,7 +323,8 @@ class Synth:
 
     def _step(self, name: str, work: Callable[[BatchRun], Any]) -> Any:
         session = self._session(self._task(name), name, self.max_cost, self.max_requests, lambda progress: None, True)
-        return with_batches(self.batch_service(), session, work)
+        with scrubbed(self.scrubber):
+            return with_batches(self.batch_service(), session, work)
 
 
 @contextlib.contextmanager

@@ -3,7 +3,8 @@
 import hashlib
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 from posttrain.errors import SynthError
@@ -98,32 +99,59 @@ def as_secret(value: "str | Secret | None") -> Secret | None:
 
 
 class Scrubber:
-    """Takes secrets out of what is about to be stored or shown; servers do repeat keys in their error messages."""
+    """Takes secrets out of messages; servers do repeat keys in their errors. Replies are data and stay as they are."""
 
     def __init__(self) -> None:
-        self._known: set[bytes] = set()
+        self._known: set[str] = set()
 
     def learn(self, secret: str) -> str:
         """Take note of a secret, and return it."""
         if len(secret) >= 6:  # anything shorter would also hit harmless text
-            self._known.add(secret.encode())
+            self._known.add(secret)
         return secret
 
-    def clean(self, content: bytes) -> bytes:
-        """Return the content without any secret."""
-        for secret in self._known:
-            if secret in content:
-                content = content.replace(secret, b"[secret]")
-        return content
+    def key(self, secret: Secret) -> str:
+        """Return a key as a header can hold it: without the line break that a file or a mounted secret ends with.
+
+        Raises:
+            SynthError: it is empty, or holds what no header can; the message does not show it.
+        """
+        value = self.learn(secret.reveal().strip())
+        if not value:
+            raise SynthError(f"the API key {secret!r} is empty")
+        wrong = next((i for i, letter in enumerate(value) if not "!" <= letter <= "~"), None)
+        if wrong is not None:
+            what = "a blank or a line break" if value[wrong].isspace() else "a character that no HTTP header can hold"
+            raise SynthError(
+                f"the API key {secret!r} has {what} as character {wrong + 1} of {len(value)}: was it copied whole, "
+                "and is it the only thing in its variable or file?"
+            )
+        return value
 
     def text(self, message: str) -> str:
         """Return a message of one line without any secret, shortened to what a person reads."""
-        cleaned = self.clean(message.encode("utf-8", "replace")).decode("utf-8", "replace")
-        flat = re.sub(r"\s+", " ", cleaned).strip()
+        readable = self.lines(message).encode("utf-8", "replace").decode("utf-8")
+        flat = re.sub(r"\s+", " ", readable).strip()
         return flat if len(flat) <= 400 else flat[:397] + "..."
+
+    def lines(self, message: str) -> str:
+        """Return a message of any length without any secret, its lines as they are."""
+        for secret in sorted(self._known, key=len, reverse=True):
+            message = message.replace(secret, "[secret]")
+        return message
 
     def __repr__(self) -> str:
         return f"Scrubber({len(self._known)} secrets)"
+
+
+@contextmanager
+def scrubbed(scrubber: Scrubber) -> Iterator[None]:
+    """Take secrets out of an error's message on its way out."""
+    try:
+        yield
+    except SynthError as error:
+        error.args = tuple(scrubber.lines(part) if isinstance(part, str) else part for part in error.args)
+        raise
 
 
 def counted(words: Iterable[tuple[str, int]]) -> str:

@@ -14,6 +14,7 @@ from typing import Any
 import attrs
 import httpx
 
+from posttrain.errors import SynthError
 from posttrain.synth.errors import TaskStopped
 from posttrain.synth.ledger.keys import Scrubber
 from posttrain.synth.ledger.replies import Action, Verdict, parsed, verdict
@@ -110,6 +111,17 @@ class BatchService:
     transport: httpx.BaseTransport | None = None
 
 
+def sendable(request: httpx.Request) -> None:
+    """Refuse a header that cannot be sent, before the error of the HTTP library shows it: it may hold the key.
+
+    Raises:
+        SynthError: a header holds a character that no header can hold.
+    """
+    for name, value in request.headers.raw:
+        if any(byte < 32 or byte == 127 for byte in value):
+            raise SynthError(f"the header {name.decode()} holds a line break or another character that it cannot hold")
+
+
 class BatchAPI:
     """Calls of one run."""
 
@@ -118,6 +130,7 @@ class BatchAPI:
         self._client = httpx.Client(
             base_url=service.url, auth=service.auth, headers=service.headers, params=service.query,
             timeout=httpx.Timeout(service.timeout, connect=10), transport=service.transport,
+            event_hooks={"request": [sendable]},
         )  # fmt: skip
 
     def close(self) -> None:

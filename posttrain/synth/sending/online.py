@@ -15,6 +15,7 @@ from typing import Any, NamedTuple, Protocol
 import attrs
 import httpx
 
+from posttrain.errors import SynthError
 from posttrain.synth.errors import TaskStopped
 from posttrain.synth.ledger.keys import CHAT, Request
 from posttrain.synth.ledger.replies import Action, Verdict, limits, parsed, verdict
@@ -229,8 +230,10 @@ class OnlineRun:
         except httpx.ConnectError as error:
             endpoint.eject(self.loop.time())
             self.session.budget.sent -= 1
-            self.session.progress.note = f"waiting for a server: {error}"
+            self.session.progress.note = self.session.scrubber.text(f"waiting for a server: {error}")
             return None
+        except httpx.LocalProtocolError as error:
+            raise SynthError(str(error)) from None
         except TimeoutError:
             return Sent(Verdict(Action.RETRY, "timeout", f"no answer within {self.service.timeout:g} s"), None, b"")
         except (httpx.HTTPError, httpx.StreamError, httpx.InvalidURL) as error:

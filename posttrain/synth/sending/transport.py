@@ -31,6 +31,7 @@ class LaneTransport(httpx.AsyncBaseTransport):
         Raises:
             httpx.ConnectError: nothing was sent.
             httpx.ReadError, httpx.RemoteProtocolError: the connection broke, or the answer is cut short.
+            httpx.LocalProtocolError: the request can never be sent.
         """
         if self._reader is None or self._reader.at_eof() or self._http.our_state is not h11.IDLE:
             await self._connect(request.url)
@@ -40,6 +41,11 @@ class LaneTransport(httpx.AsyncBaseTransport):
         except (OSError, EOFError) as error:
             self._drop()
             raise httpx.ReadError(f"the connection broke: {error or type(error).__name__}") from None
+        except h11.LocalProtocolError:  # its message shows the header, and the header may hold the key
+            self._drop()
+            raise httpx.LocalProtocolError(
+                "a header of the request holds a line break or another character that no header can hold"
+            ) from None
         except h11.RemoteProtocolError as error:
             self._drop()
             raise httpx.RemoteProtocolError(f"the answer is not whole: {error}") from None
