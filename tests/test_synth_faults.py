@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from synth_server import Server, add, error, texts
+from synth_server import Server, add, complete, error, output_line, raw, texts, written
 
 from posttrain.errors import SynthError
-from posttrain.synth import OpenAISynth
+from posttrain.synth import OpenAISynth, Pipeline, Step
 from posttrain.synth.sending import batch_api
 from posttrain.synth.sending import online as engine
 
@@ -95,3 +95,40 @@ def test_a_reply_that_holds_the_key_is_stored_as_it_came(server: Server, tmp_pat
     assert made.ledger.all("SELECT * FROM stray") == []
     made.to_jsonl("t", tmp_path / "rows.jsonl")
     assert json.loads((tmp_path / "rows.jsonl").read_text())["messages"][-1]["content"] == f"re: is {key} a word?"
+
+
+HALF = '{"choices": [{"index": 0, "message": {"role": "assistant", "content": "\\ud83d!"}, "finish_reason": "stop"}]}'
+
+
+@pytest.mark.parametrize("mode", ["online", "batch"])
+def test_a_reply_with_half_a_character_is_asked_for_again(server: Server, tmp_path: Path, mode: str) -> None:
+    made = add(client(server, tmp_path, mode=mode), 3)
+    server.faults["POST /chat/completions"] = [raw(HALF.encode())]
+
+    def halved(server: Server, batch: dict[str, Any], lines: list[dict[str, Any]]) -> None:
+        found = [output_line(lines[0], body=json.loads(HALF)), *map(output_line, lines[1:])]
+        batch.update(status="completed", output_file_id=server.store(written(found)))
+        server.finish = complete
+
+    server.finish = halved
+    assert texts(made.execute_batch_task("t")) == ["re: q0", "re: q1", "re: q2"]
+    assert made.ledger.all("SELECT code FROM attempt") == [("not_unicode",)]
+
+
+def test_half_a_character_in_an_older_ledger_harms_no_export_and_can_be_asked_again(
+    server: Server, tmp_path: Path
+) -> None:
+    made = add(client(server, tmp_path), 3)
+    made.execute_batch_task("t")
+    with made.ledger.transaction() as db:
+        db.execute("UPDATE response SET body = ? WHERE request = 2", (HALF.encode(),))
+    assert made.to_jsonl("t", tmp_path / "a.jsonl") == made.to_parquet("t", tmp_path / "a.parquet") == 2
+    assert [r["error"] and r["error"]["code"] for r in made.iter_responses("t")] == [None, "not_unicode", None]
+    assert len(texts(made.execute_batch_task("t", retry_failed=True))) == 3
+    assert server.paid == {"q0": 1, "q1": 2, "q2": 1}
+
+
+def test_half_a_character_in_the_users_rows_is_kept_as_json_has_it(server: Server, tmp_path: Path) -> None:
+    row = {"prompt": "p", "response": "r", "odd": "\ud83d"}
+    Pipeline([Step()]).run([row], client(server, tmp_path), "p").export(tmp_path / "out.jsonl")
+    assert json.loads((tmp_path / "out.jsonl").read_text()) == row

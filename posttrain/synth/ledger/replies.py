@@ -17,6 +17,9 @@ STOP = {
 }  # fmt: skip
 """Types and codes of a 429 that no waiting heals."""
 STOPPING = {401, 402, 403}
+HALF = "not_unicode"
+HALF_SAID = "the reply holds half of a character (a lone surrogate), which no file can hold"
+SURROGATE = re.compile("[\ud800-\udfff]")
 UNITS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0}
 
 
@@ -54,6 +57,8 @@ def verdict(status: int, headers: Mapping[str, str], reply: Any, chat: bool = Tr
     request_id = headers.get("x-request-id") or headers.get("apim-request-id")
     code, message, kind = described(reply)
     if 200 <= status < 300:
+        if chat and not whole([c["message"] for c in choices(reply, "message") or []]):
+            return Verdict(Action.RETRY, HALF, HALF_SAID, status, request_id)
         if isinstance(reply, dict) and (choices(reply, "message") is not None if chat else "error" not in reply):
             return Verdict(Action.RESULT, "ok", "", status, request_id)
         what = f"the body is no {'chat completion' if chat else 'JSON result'}: {message or shown(reply)}"
@@ -79,6 +84,19 @@ def choices(reply: Any, part: str) -> list[dict[str, Any]] | None:
     if not isinstance(found, list) or not all(isinstance(c, dict) and isinstance(c.get(part), dict) for c in found):
         return None
     return found
+
+
+def whole(value: Any) -> bool:
+    """Whether all texts inside a value can be written as UTF-8; JSON's escapes also name halves of characters.
+
+    >>> whole({"content": "a"}), whole([chr(0xD83D)])
+    (True, False)
+    """
+    if isinstance(value, str):
+        return value.isascii() or not SURROGATE.search(value)
+    if isinstance(value, dict):
+        return all(whole(name) and whole(item) for name, item in value.items())
+    return not isinstance(value, list) or all(map(whole, value))
 
 
 def described(reply: Any) -> tuple[str, str, str]:

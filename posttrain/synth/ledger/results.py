@@ -7,6 +7,7 @@ from typing import Any
 
 from posttrain.errors import SynthError
 from posttrain.synth.ledger.keys import CHAT
+from posttrain.synth.ledger.replies import HALF, HALF_SAID, choices, whole
 from posttrain.synth.ledger.store import Ledger
 
 Response = dict[str, Any]
@@ -23,8 +24,10 @@ def answers(ledger: Ledger, task: int, name: str) -> Iterator[tuple[str, bytes, 
     for row in ledger.results(task):
         pos, (reply, request_id, status, code, message, failed_id), waiting = row[0], row[5:11], row[14]
         made: Response = {"custom_id": f"{name}_{pos}", "response": None, "error": None}
-        if reply is not None:
-            made["response"] = {"status_code": 200, "request_id": request_id, "body": json.loads(reply)}
+        if reply is not None and (body := read(reply)) is None:
+            made["error"] = {"code": HALF, "message": f"{HALF_SAID}; retry_failed=True asks again"}
+        elif reply is not None:
+            made["response"] = {"status_code": 200, "request_id": request_id, "body": body}
         elif waiting:
             made["error"] = {"code": "pending", "message": "in a batch that is not finished"}
         elif code is not None:
@@ -49,7 +52,7 @@ def rows(ledger: Ledger, task: int, name: str) -> Iterator[dict[str, Any]]:
     """Yield conversations to train on: one per choice of each result, request and reply together. What was kept
     beside a request comes first; requests without a result are left out (`posttrain synth errors` lists them)."""
     for pos, endpoint, model, body, extra, reply, *_ in ledger.results(task):
-        if reply is None:
+        if reply is None or (found := read(reply)) is None:
             continue
         if not endpoint.endswith(CHAT):
             raise SynthError(
@@ -57,7 +60,7 @@ def rows(ledger: Ledger, task: int, name: str) -> Iterator[dict[str, Any]]:
             )
         asked = json.loads(body)
         kept = json.loads(extra) if extra else {}
-        for index, choice in enumerate(json.loads(reply)["choices"]):
+        for index, choice in enumerate(found["choices"]):
             yield {
                 **kept,
                 "messages": [*asked["messages"], _clean(choice.get("message") or {})],
@@ -67,9 +70,22 @@ def rows(ledger: Ledger, task: int, name: str) -> Iterator[dict[str, Any]]:
             }  # fmt: skip
 
 
+def read(reply: bytes) -> dict[str, Any] | None:
+    """Return the body of a stored reply; None if it holds half a character: version 0.1 has kept such replies."""
+    body: dict[str, Any] = json.loads(reply)
+    found = choices(body, "message")
+    return body if found is None or whole([choice["message"] for choice in found]) else None
+
+
 def _clean(message: dict[str, Any]) -> dict[str, Any]:
     made = {"role": message.get("role") or "assistant", "content": message.get("content") or ""}
     return made | ({"tool_calls": message["tool_calls"]} if message.get("tool_calls") else {})
+
+
+def line(row: dict[str, Any]) -> str:
+    """Return a row as a line of JSON. Half a character has no UTF-8; escaped, it is JSON all the same."""
+    text = json.dumps(row, ensure_ascii=False)
+    return (text if whole(text) else json.dumps(row)) + "\n"
 
 
 def to_jsonl(made: Iterator[dict[str, Any]], path: Path) -> int:
@@ -78,7 +94,7 @@ def to_jsonl(made: Iterator[dict[str, Any]], path: Path) -> int:
     draft, count = path.with_name(path.name + ".part"), 0
     with open(draft, "w", encoding="utf-8") as file:
         for row in made:
-            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+            file.write(line(row))
             count += 1
     draft.replace(path)
     return count

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 from posttrain.errors import SynthError
 from posttrain.synth.ledger.keys import Request, sample_key
+from posttrain.synth.ledger.replies import whole
 
 VERSION = 1
 CHUNK = 512
@@ -265,8 +266,12 @@ class Ledger:
         )  # fmt: skip
 
     def forgive(self, task: int) -> None:
-        """Let the next run send again what was refused for good."""
+        """Let the next run send again what was refused for good, and what version 0.1 kept and nobody can read."""
+        halves = """SELECT p.request, p.body FROM item i JOIN response p ON p.request = i.request
+            WHERE i.task = ? AND (instr(p.body, '\\ud') OR instr(p.body, '\\uD') OR instr(p.body, x'ED'))"""
         with self.transaction() as db:
+            broken = [(request,) for request, body in db.execute(halves, (task,)) if not whole(json.loads(body))]
+            db.executemany("DELETE FROM response WHERE request = ?", broken)
             db.execute(
                 "UPDATE failure SET permanent = 0 WHERE request IN (SELECT request FROM item WHERE task = ?)", (task,)
             )

@@ -121,7 +121,7 @@ class Report:
                     if isinstance(row, Drop):
                         reasons[row.reason] += 1
                         why = {"step": stage.name, "reason": row.reason, "detail": row.detail}
-                        aside.write(json.dumps({**row.row, "dropped": why}, ensure_ascii=False) + "\n")
+                        aside.write(results.line({**row.row, "dropped": why}))
                     else:
                         yield row
 
