@@ -16,7 +16,10 @@ STOP = {
     "project_spend_limit_exceeded", "organization_usage_limit_exceeded", "billing_hard_limit_reached",
 }  # fmt: skip
 """Types and codes of a 429 that no waiting heals."""
-STOPPING = {401, 402, 403}
+STOPPING = {401, 402}
+CONFIGURED = {403, 404}
+"""Statuses that are as a rule about the key or the model, but with some providers about one row."""
+TOO_LARGE = re.compile(r"request too large|limit[: ]+([\d,]+)\D+requested[: ]+([\d,]+)", re.IGNORECASE)
 HALF = "not_unicode"
 HALF_SAID = "the reply holds half of a character (a lone surrogate), which no file can hold"
 SURROGATE = re.compile("[\ud800-\udfff]")
@@ -67,10 +70,15 @@ def verdict(status: int, headers: Mapping[str, str], reply: Any, chat: bool = Tr
         Action.RETRY, code or f"http_{status}", message or shown(reply), status, request_id, waiting(headers)
     )
     should = headers.get("x-should-retry")
-    if status in STOPPING or (status == 429 and {code, kind} & STOP):
+    if status in STOPPING or (status in (403, 429) and {code, kind} & STOP):
         return said._replace(action=Action.STOP)
     if status == 429:
-        return said._replace(action=Action.WAIT)
+        larger = larger_than_allowed(said.message)
+        return (
+            said._replace(action=Action.REFUSED, code="request_too_large")
+            if larger
+            else said._replace(action=Action.WAIT)
+        )
     if should in ("true", "false"):
         return said._replace(action=Action.RETRY if should == "true" else Action.REFUSED)
     if status in (408, 409) or status >= 500:
@@ -97,6 +105,20 @@ def whole(value: Any) -> bool:
     if isinstance(value, dict):
         return all(whole(name) and whole(item) for name, item in value.items())
     return not isinstance(value, list) or all(map(whole, value))
+
+
+def larger_than_allowed(message: str) -> bool:
+    """Whether a 429 says that this request alone is more than a minute's worth, so that no waiting helps.
+
+    >>> larger_than_allowed("Rate limit reached. Limit 30000, Used 29000, Requested 1200.")
+    False
+    >>> larger_than_allowed("Request too large for gpt-4o on tokens per min (TPM): Limit 30000, Requested 35016.")
+    True
+    """
+    found = TOO_LARGE.search(message)
+    if found is None or found[1] is None:
+        return found is not None
+    return int(found[2].replace(",", "")) > int(found[1].replace(",", ""))
 
 
 def described(reply: Any) -> tuple[str, str, str]:

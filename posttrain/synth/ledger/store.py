@@ -226,6 +226,14 @@ class Ledger:
             WHERE i.task = ? AND i.pos > ? AND {OPEN} AND NOT {WAITING}"""
         return (Request(*row[1:]) for row in self.pages(query, task))
 
+    def spread(self, task: int, count: int) -> list[Request]:
+        """Return up to so many requests that have to be sent, evenly spread, the last one included."""
+        (last,) = self.one("SELECT coalesce(max(pos), 0) FROM item WHERE task = ?", task)
+        query = f"""SELECT {REQUEST} FROM item i JOIN request r ON r.id = i.request
+            WHERE i.task = ? AND i.pos <= ? AND {OPEN} AND NOT {WAITING} ORDER BY i.pos DESC LIMIT 1"""
+        found = (self.one(query, task, last * (n + 1) // count) for n in range(count))
+        return list({row[0]: Request(*row) for row in found if row}.values())
+
     def results(self, task: int) -> Iterator[Any]:
         """Yield (pos, endpoint, model, request body, extra, reply, request id, status, code, message, request id of
         the failure, time, cost_micros, finish, waiting) in order: one row per item, whatever became of it."""

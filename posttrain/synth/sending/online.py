@@ -18,7 +18,7 @@ import httpx
 from posttrain.errors import SynthError
 from posttrain.synth.errors import TaskStopped
 from posttrain.synth.ledger.keys import CHAT, Request
-from posttrain.synth.ledger.replies import Action, Verdict, limits, parsed, verdict
+from posttrain.synth.ledger.replies import CONFIGURED, Action, Verdict, limits, parsed, verdict
 from posttrain.synth.ledger.session import Session, Statement, dumped
 from posttrain.synth.ledger.store import Writer
 from posttrain.synth.sending.limits import Gate
@@ -26,7 +26,11 @@ from posttrain.synth.sending.transport import exchange, lane_transport
 
 FIRST_BACKOFF, LONGEST_BACKOFF = 0.5, 30.0
 SAME_FAILURES = 20
-"""So many refusals for the same reason before the first result stop the task: it is not the rows that are wrong."""
+"""After so many refusals for the same reason in a row, requests from all over the task are tried. If they are refused
+alike, it is not the rows that are wrong, and the task stops."""
+PROBES = 3
+WAITS = 20
+"""So often a request may be told to wait while others are answered; then it is the request, and it is given up."""
 SHORTEST_EJECTION, LONGEST_EJECTION = 1.0, 30.0
 REPORT_EVERY = 0.2
 
@@ -116,6 +120,10 @@ class Sent(NamedTuple):
     reply: Any
     content: bytes
 
+    def given_up(self, why: str) -> "Sent":
+        """Return it as the last attempt of a request."""
+        return self._replace(said=self.said._replace(action=Action.REFUSED, message=f"{self.said.message} ({why})"))
+
 
 class OnlineRun:
     """Sends what a session has to send."""
@@ -129,8 +137,14 @@ class OnlineRun:
         self.stopped: TaskStopped | None = None
         self._todo: Iterator[Request] = session.todo()
         self._context: ssl.SSLContext | None = None
-        self._refused: dict[str, list[int]] = {}
-        self._succeeded = False
+        self._refused: list[tuple[str, int]] = []
+        """(code, request) of each refusal since the last result."""
+        self._probes: list[Request] = []
+        self._tried: set[int] = set()
+        """Requests that were sent ahead of their turn."""
+        self._probing = 0
+        """Refusals for the same reason that stop the task, once probes are out; 0: none are."""
+        self._successes = 0
         self._reported = 0.0
         self._end = asyncio.Event()
 
@@ -173,12 +187,15 @@ class OnlineRun:
         return self.stopped is not None or self.session.stopping.is_set()
 
     def _next(self) -> Request | None:
-        return next(self._todo, None)
+        if self._probes:
+            return self._probes.pop()
+        return next((request for request in self._todo if request.id not in self._tried), None)
 
     async def _serve(self, request: Request, transports: dict[int, httpx.AsyncBaseTransport]) -> None:
         """Bring one request to its end: a result, a failure, or the end of the run."""
-        attempts = 0
+        attempts, waits = 0, 0
         while True:
+            successes = self._successes
             sent_at = await self._enter(request)
             if sent_at is None:
                 return
@@ -187,6 +204,9 @@ class OnlineRun:
                 if sent is None:  # the server is not there: nothing was sent, nothing counts
                     continue
                 attempts += sent.said.action is not Action.WAIT
+                waits += sent.said.action is Action.WAIT and self._successes > successes
+                if waits >= WAITS:
+                    sent = sent.given_up(f"told to wait {waits} times while others were answered")
                 if await self._settled(request, sent, sent_at, attempts):
                     return
             finally:
@@ -278,7 +298,9 @@ class OnlineRun:
         """Record what came of an attempt; true if the request is at its end."""
         said, session = sent.said, self.session
         if said.action is Action.RESULT:
-            self._succeeded = True
+            self._successes += 1
+            self._refused.clear()
+            self._probing = 0
             self.gate.succeeded()
             content = sent.content or dumped(sent.reply)
             await self._commit(session.result(request, sent.reply, content, said.request_id))
@@ -308,16 +330,29 @@ class OnlineRun:
             self._stop(TaskStopped(self.session.stop_message(said._replace(message=message))))
 
     def _count_refusal(self, request: Request, said: Verdict) -> None:
-        """Stop a task of which everything is refused for one reason, and let a later run send it all again."""
-        if said.action is not Action.REFUSED or self._succeeded:
+        """Stop a task of which everything is refused for one reason. What is as a rule about the key or the model is
+        sent again by the next run; anything else counts against its row, so that rows at the head block no run."""
+        if said.action is not Action.REFUSED or self.stopped is not None:
             return
-        same = self._refused.setdefault(said.code, [])
-        same.append(request.id)
-        if len(same) >= SAME_FAILURES and self.stopped is None:
+        self._refused.append((said.code, request.id))
+        same = [number for code, number in self._refused if code == said.code]
+        if len(same) < (self._probing or SAME_FAILURES):
+            return
+        if not self._probing:
+            self._probes = [r for r in self.session.ledger.spread(self.session.task, PROBES) if r.id not in same]
+            self._tried |= {r.id for r in self._probes}
+            self._probing = len(same) + len(self._probes)
+            if self._probes:
+                return
+        again = "retry_failed=True sends them again"
+        if said.status in CONFIGURED:
             pardon = "UPDATE failure SET permanent = 0 WHERE request = ?"
             self.writer.put([(pardon, (number,)) for number in same], None)
-            message = f"{said.message} (the first {len(same)} requests were all refused like this)"
-            self._stop(TaskStopped(self.session.stop_message(said._replace(message=message))))
+            again = "the next run sends them again"
+        message = (
+            f"{said.message} ({len(same)} requests in a row, from all over the task, were refused like this; {again})"
+        )
+        self._stop(TaskStopped(self.session.stop_message(said._replace(message=message))))
 
     def _stop(self, stop: TaskStopped) -> None:
         if self.stopped is None:
