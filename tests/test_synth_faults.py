@@ -10,6 +10,7 @@ from synth_server import Server, add, chat, complete, error, output_line, raw, t
 
 from posttrain.errors import SynthError
 from posttrain.synth import OpenAISynth, Pipeline, Step, TaskStopped
+from posttrain.synth.ledger import results
 from posttrain.synth.sending import batch_api
 from posttrain.synth.sending import online as engine
 
@@ -204,3 +205,44 @@ def test_a_row_that_is_told_to_wait_while_others_are_answered_is_given_up(
     responses = made.execute_batch_task("t", on_error="return")
     assert [i for i, r in enumerate(responses) if r["error"]] == [2]
     assert "told to wait 4 times" in responses[2]["error"]["message"]
+
+
+# -- Parquet --------------------------------------------------------------------------
+
+
+def written_and_read(rows: list[dict[str, Any]], folder: Path) -> list[dict[str, Any]]:
+    from datasets import Dataset
+
+    assert results.to_parquet(iter(rows), folder / "a.parquet") == len(rows)
+    assert [p.name for p in folder.iterdir()] == ["a.parquet"]
+    return list(Dataset.from_parquet(str(folder / "a.parquet"), keep_in_memory=True, cache_dir=str(folder / "c")))
+
+
+def test_parquet_keeps_columns_that_the_first_rows_lack(tmp_path: Path) -> None:
+    rows = [{"a": 1, "note": None}] * 1500 + [{"a": 2, "tools": [{"x": 1}], "note": "n"}]
+    found = written_and_read(rows, tmp_path)
+    assert found[0] == {"a": 1, "note": None, "tools": None}
+    assert found[-1] == {"a": 2, "note": "n", "tools": '[{"x": 1}]'}
+
+
+def test_parquet_keeps_fractions_behind_whole_numbers(tmp_path: Path) -> None:
+    found = written_and_read([{"score": 4}] * 1200 + [{"score": 4.5}], tmp_path)
+    assert (found[0]["score"], found[-1]["score"]) == (4.0, 4.5)
+
+
+@pytest.mark.parametrize("rows", [[{"a": 1}, {"a": "one"}], [{"a": True}, {"a": 2}], [{"a": 2**70}], [{"a": "\ud83d"}]])
+def test_what_no_column_of_parquet_keeps_is_an_error(tmp_path: Path, rows: list[dict[str, Any]]) -> None:
+    with pytest.raises(SynthError, match=r"export (them )?as \.jsonl"):
+        results.to_parquet(iter(rows), tmp_path / "a.parquet")
+    assert not list(tmp_path.glob("*.rows"))
+
+
+def test_what_is_kept_beside_some_requests_only_is_exported(server: Server, tmp_path: Path) -> None:
+    made = client(server, tmp_path)
+    for i in range(3):
+        more = {"keep": {"place": i}, "tools": [{"type": "function"}]} if i else {}
+        made.add_chat_to_batch_task("t", [{"role": "user", "content": f"q{i}"}], model="m", **more)
+    made.execute_batch_task("t")
+    assert [(row["place"], row["tools"] is None) for row in made.to_dataset("t")] == [
+        (None, True), (1, False), (2, False),
+    ]  # fmt: skip

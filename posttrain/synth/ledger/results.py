@@ -2,6 +2,8 @@
 
 import json
 from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -90,9 +92,8 @@ def line(row: dict[str, Any]) -> str:
 
 def to_jsonl(made: Iterator[dict[str, Any]], path: Path) -> int:
     """Write rows as JSON lines, aside and then in place; return how many."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     draft, count = path.with_name(path.name + ".part"), 0
-    with open(draft, "w", encoding="utf-8") as file:
+    with writing(path), open(draft, "w", encoding="utf-8") as file:
         for row in made:
             file.write(line(row))
             count += 1
@@ -100,43 +101,95 @@ def to_jsonl(made: Iterator[dict[str, Any]], path: Path) -> int:
     return count
 
 
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Say which file could not be written, and why.
+
+    Raises:
+        SynthError: the disk is full, or the folder cannot be written.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield
+    except OSError as error:
+        why = error.strerror or str(error)
+        raise SynthError(
+            f"{path} cannot be written: {why}. What was paid for is in the ledger: make room, and run the same again"
+        ) from None
+
+
 def to_parquet(made: Iterator[dict[str, Any]], path: Path) -> int:
     """Write rows as Parquet, in groups of 1000; return how many. Conversations, and whatever else is nested, are
-    JSON text: their messages need not all have the same keys, and the trainers read it as it is."""
+    JSON text: their messages need not all have the same keys, and the trainers read it as it is.
+
+    The rows go through a file of JSON lines first: what columns there are, and whether one of whole numbers holds
+    fractions further down, is known after the last row only.
+
+    Raises:
+        SynthError: a column holds text and numbers, or numbers that no column of Parquet holds.
+    """
     import pyarrow
     import pyarrow.parquet
 
-    path.parent.mkdir(parents=True, exist_ok=True)
-    draft, count = path.with_name(path.name + ".part"), 0
-    writer: Any = None
+    spool = path.with_name(path.name + ".rows")
+    kinds: dict[str, set[str]] = {}
+
+    def noted() -> Iterator[dict[str, Any]]:
+        for row in made:
+            for name, value in row.items():
+                kinds.setdefault(name, set()).add(kind_of(value))
+            yield row
+
     try:
-        for group in _groups(made, 1000):
-            flat = [
-                {k: json.dumps(v, ensure_ascii=False) if isinstance(v, list | dict) else v for k, v in r.items()}
-                for r in group
-            ]
-            schema = writer.schema if writer else None
-            table = pyarrow.Table.from_pylist(flat, schema=schema)
-            writer = writer or pyarrow.parquet.ParquetWriter(draft, table.schema)
-            writer.write_table(table)
-            count += len(group)
-        if writer is None:
-            writer = pyarrow.parquet.ParquetWriter(draft, pyarrow.schema([("messages", pyarrow.string())]))
-    except pyarrow.ArrowException as error:
+        count = to_jsonl(noted(), spool)
+        schema = pyarrow.schema([(name, column_type(name, found)) for name, found in kinds.items()] or [EMPTY])
+        draft = path.with_name(path.name + ".part")
+        with open(spool, encoding="utf-8") as lines, writing(path), pyarrow.parquet.ParquetWriter(draft, schema) as out:
+            while group := [flat(json.loads(text)) for text in islice(lines, 1000)]:
+                out.write_table(pyarrow.Table.from_pylist(group, schema=schema))
+        draft.replace(path)
+    except (pyarrow.ArrowException, UnicodeError, OverflowError) as error:
         raise SynthError(f"the rows do not fit one table ({error}); export them as .jsonl") from None
     finally:
-        if writer is not None:
-            writer.close()
-    draft.replace(path)
+        spool.unlink(missing_ok=True)
     return count
 
 
-def _groups(made: Iterator[dict[str, Any]], size: int) -> Iterator[list[dict[str, Any]]]:
-    group: list[dict[str, Any]] = []
-    for row in made:
-        group.append(row)
-        if len(group) == size:
-            yield group
-            group = []
-    if group:
-        yield group
+EMPTY = ("messages", "string")
+"""The column of a table without rows."""
+
+
+def kind_of(value: Any) -> str:
+    """Return what a column must be able to hold for a value."""
+    if value is None:
+        return "null"
+    if isinstance(value, bool):
+        return "bool"
+    if isinstance(value, int):
+        return "int64" if -(2**63) <= value < 2**63 else "a whole number beyond 64 bits"
+    return "double" if isinstance(value, float) else "string"
+
+
+def column_type(name: str, kinds: set[str]) -> str:
+    """Return the type of a column that holds values of some kinds.
+
+    Raises:
+        SynthError: there is none that keeps them all as they are.
+
+    >>> column_type("score", {"int64", "double", "null"}), column_type("note", {"null"})
+    ('double', 'string')
+    """
+    found = kinds - {"null"}
+    if found == {"int64", "double"}:
+        return "double"
+    if len(found) > 1 or (found and not found <= {"bool", "int64", "double", "string"}):
+        raise SynthError(
+            f"column {name!r} holds {' and '.join(sorted(found))}, which no column of Parquet keeps as they are; "
+            "export as .jsonl"
+        )
+    return next(iter(found), "string")
+
+
+def flat(row: dict[str, Any]) -> dict[str, Any]:
+    """Return a row with what is nested as JSON text."""
+    return {k: json.dumps(v, ensure_ascii=False) if isinstance(v, list | dict) else v for k, v in row.items()}
