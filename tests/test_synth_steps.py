@@ -475,6 +475,51 @@ def test_exact_duplicates_are_those_of_the_same_words() -> None:
     assert len(dropped) == 2
 
 
+DIFFERENT = [
+    ("3+4", "3-4"), ("C", "C++"), ("C", "C#"), ("a<b", "a>b"), ("x²=5", "x²=\N{MINUS SIGN}5"), ("x=5", "x=-5"), ("x²", "x2"),
+    ("good \U0001f600", "good \U0001f622"), ("f(x)", "f[x]"), ("3.4", "34"), ("5!", "5"), ("5%", "5"), ("1/2", "1*2"),
+    ("हिन्दी", "हन्दी"), ('print("a")', "print(a)"), ("是", "不是"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("method", ["exact", "minhash"])
+@pytest.mark.parametrize("pair", DIFFERENT, ids=lambda pair: " ".join(map(ascii, pair)))
+def test_texts_that_differ_in_a_sign_are_no_duplicates(method: Any, pair: tuple[str, str]) -> None:
+    kept, _ = through(Dedup(method=method), [{"response": text} for text in pair])
+    assert [row["response"] for row in kept] == list(pair)
+
+
+@pytest.mark.parametrize("method", ["exact", "minhash"])
+def test_case_white_space_and_the_ends_of_clauses_make_no_difference(method: Any) -> None:
+    texts = ["Say hi, please. It is 5.", "say  hi please it is 5", "SAY hi; please!\nIt is 5"]
+    assert len(through(Dedup(method=method), [{"response": text} for text in texts])[0]) == 1
+    assert len(through(Dedup(method=method), [{"response": t} for t in ("你好\uff0c世界。", "你好世界")])[0]) == 1
+
+
+def test_the_same_answer_to_two_questions_is_no_duplicate() -> None:
+    rows = [{"prompt": "2+2", "response": "4", "n": 1}, {"prompt": "8/2", "response": "4", "n": 2}]
+    assert through(Dedup(), [*rows, {**rows[0], "n": 3}])[0] == rows
+    chats = [{"messages": [{"role": "user", "content": q}, {"role": "assistant", "content": "4"}]} for q in "abb"]
+    assert through(Dedup(), chats)[0] == chats[:2]
+    with pytest.raises(DataError, match="name them"):
+        through(Dedup(), [{"score": 1}])
+
+
+CHINESE = "一个水池有两个进水管和一个出水管\uff0c单开甲管三小时注满水池\uff0c单开乙管五小时注满\uff0c问同时打开需要多少小时才能注满水池"
+JAPANESE = "ある店でりんごを三個とみかんを五個買うと合計で八百円になりました。りんご一個の値段はいくらですか"
+
+
+@pytest.mark.parametrize("text", [CHINESE, JAPANESE], ids=["Chinese", "Japanese"])
+def test_scripts_without_blanks_are_seen_word_by_word(text: str, tmp_path: Path) -> None:
+    other = text.replace("三", "四")
+    _, dropped = through(Dedup(), [{"response": text}, {"response": other}, {"response": text[::-1]}])
+    assert [d.row["response"] for d in dropped] == [other]
+    (tmp_path / "test.jsonl").write_text(json.dumps({"question": text}))
+    step = Decontaminate(against=[Source(name_or_path=str(tmp_path / "test.jsonl"))])
+    rows = [{"prompt": f"请回答\uff1a{text}\uff1f"}, {"prompt": text[:30]}, {"prompt": text[:6] + text[::-1]}]
+    assert [row["prompt"] for row in through(step, rows)[0]] == [rows[2]["prompt"]]
+
+
 def test_duplicates_of_given_rows_go_too(tmp_path: Path) -> None:
     (tmp_path / "seeds.jsonl").write_text('{"prompt": "Write a poem about the sea."}\n')
     step = Dedup(columns=["prompt"], against=[Source(name_or_path=str(tmp_path / "seeds.jsonl"))])
