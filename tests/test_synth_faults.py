@@ -1,12 +1,14 @@
 """What goes wrong with servers, keys, replies and files: each case was seen with an earlier version."""
 
 import json
+import time
 import traceback
+from email.utils import formatdate
 from pathlib import Path
 from typing import Any
 
 import pytest
-from synth_server import Server, add, chat, complete, error, output_line, raw, texts, written
+from synth_server import Server, add, chat, complete, error, expire, nothing, output_line, raw, reset, texts, written
 
 from posttrain.errors import SynthError
 from posttrain.synth import OpenAISynth, Pipeline, Step, TaskStopped
@@ -246,3 +248,108 @@ def test_what_is_kept_beside_some_requests_only_is_exported(server: Server, tmp_
     assert [(row["place"], row["tools"] is None) for row in made.to_dataset("t")] == [
         (None, True), (1, False), (2, False),
     ]  # fmt: skip
+
+
+# -- batches that are gone ------------------------------------------------------------
+
+
+def test_a_batch_whose_output_is_gone_ends_and_is_sent_again_only_when_asked_to(server: Server, tmp_path: Path) -> None:
+    made = add(client(server, tmp_path, mode="batch"), 3)
+    gone = error(404, message="no such file")
+    server.faults["GET /files/ID/content"] = [gone] * 5
+    for _ in range(2):
+        responses = made.execute_batch_task("t", on_error="return")
+        assert {r["error"]["code"] for r in responses} == {"output_file_gone"}
+    assert server.calls["GET /files/ID/content"] == 5
+    assert len(texts(made.execute_batch_task("t", retry_failed=True))) == 3
+
+
+@pytest.mark.parametrize("status", ["cancelled", "Canceled"])
+def test_a_batch_cancelled_at_the_provider_is_not_made_again_unasked(
+    server: Server, tmp_path: Path, status: str
+) -> None:
+    made = add(client(server, tmp_path, mode="batch"), 5)
+    server.finish = expire(status, 2)
+    for _ in range(2):
+        responses = made.execute_batch_task("t", on_error="return")
+        assert [r["error"] and r["error"]["code"] for r in responses] == [None, None, *["batch_cancelled"] * 3]
+    assert server.calls["POST /batches"] == 1
+    assert len(texts(made.execute_batch_task("t", retry_failed=True))) == 5
+    assert server.paid_lines == 5
+
+
+def test_a_refused_batch_of_which_lines_were_paid_says_so(server: Server, tmp_path: Path) -> None:
+    def finish(server: Server, batch: dict[str, Any], lines: list[dict[str, Any]]) -> None:
+        expire("failed", 2)(server, batch, lines)
+        batch["errors"] = {"data": [{"code": "quota", "message": "over", "line": 3}]}
+
+    server.finish = finish
+    with pytest.raises(TaskStopped, match="2 of its lines were answered and are kept; put it right"):
+        add(client(server, tmp_path, mode="batch"), 5).execute_batch_task("t")
+
+
+# -- being told to wait, and outages --------------------------------------------------
+
+
+@pytest.mark.parametrize("header", ["0", formatdate(time.time() - 50, usegmt=True)])
+def test_a_server_that_asks_for_no_wait_is_not_asked_in_a_hot_loop(
+    server: Server, tmp_path: Path, header: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("posttrain.synth.sending.limits.FIRST_WAIT", 0.2)
+    server.answer = lambda body: (429, {})
+    server.faults["POST /chat/completions"] = [error(429, "slow_down", retry_after=header)] * 1000
+    with pytest.raises(TaskStopped, match="nothing else for"):
+        add(client(server, tmp_path, concurrency=2, patience=0.5), 50).execute_batch_task("t")
+    assert server.calls["POST /chat/completions"] < 20
+    batch = add(client(server, tmp_path / "b", mode="batch", patience=0.2), 2)
+    server.faults["GET /batches/ID"] = [error(429, "slow_down", retry_after=header)] * 30
+    with pytest.raises(TaskStopped):
+        batch.execute_batch_task("t")
+    assert 8 < server.calls["GET /batches/ID"] < 20
+
+
+@pytest.mark.parametrize("status", [429, 503])
+@pytest.mark.parametrize("call", ["POST /chat/completions", "GET /batches/ID"])
+def test_a_wait_longer_than_patience_stops_the_task(server: Server, tmp_path: Path, status: int, call: str) -> None:
+    mode = "online" if "chat" in call else "batch"
+    made = add(client(server, tmp_path, mode=mode), 3)
+    server.faults[call] = [error(status, "slow_down", retry_after="86400")] * (3 if mode == "online" else 1)
+    with pytest.raises(TaskStopped, match=r"asks to wait 86,400 s.*patience"):
+        made.execute_batch_task("t")
+    assert len(texts(made.execute_batch_task("t"))) == 3
+
+
+def test_a_5xx_is_asked_again_when_it_says(server: Server, tmp_path: Path) -> None:
+    seen: list[float] = []
+    faults = [error(500, retry_after="0.4")]
+    server.faults["POST /chat/completions"] = [
+        lambda handler: bool(seen.append(time.monotonic())) or (bool(faults) and faults.pop()(handler))
+    ] * 2
+    add(client(server, tmp_path, concurrency=1), 1).execute_batch_task("t")
+    assert seen[1] - seen[0] >= 0.4
+
+
+@pytest.mark.parametrize("kind", ["503", "reset", "502"])
+@pytest.mark.parametrize("lanes", [1, 8])
+def test_an_outage_pauses_the_server_and_burns_no_row(server: Server, tmp_path: Path, kind: str, lanes: int) -> None:
+    made = add(client(server, tmp_path, concurrency=lanes, attempts=4), 60)
+    fault = reset if kind == "reset" else error(int(kind))
+    server.faults["POST /chat/completions"] = [nothing] * 10 + [fault] * 24
+    responses = made.execute_batch_task("t", on_error="return")
+    burnt = sum(r["error"] is not None for r in responses)
+    assert burnt <= (2 if lanes == 1 else 0)
+    assert set(server.paid.values()) == {1}
+
+
+def test_a_server_that_stays_ill_stops_the_task_and_one_row_that_always_fails_does_not(
+    server: Server, tmp_path: Path
+) -> None:
+    server.answer = lambda body: (503, {"error": {"message": "ill"}}) if asked_by(body) == 2 else (200, chat(body))
+    made = add(client(server, tmp_path, attempts=3), 9)
+    responses = made.execute_batch_task("t", on_error="return")
+    assert [i for i, r in enumerate(responses) if r["error"]] == [2]
+    server.answer = lambda body: (503, {"error": {"message": "ill"}})
+    other = add(client(server, tmp_path / "b", patience=0.3), 50)
+    with pytest.raises(TaskStopped, match="waiting for a server: HTTP 503"):
+        other.execute_batch_task("t")
+    assert other.status("t").failed == 0

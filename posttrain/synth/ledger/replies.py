@@ -32,6 +32,8 @@ class Action(Enum):
     RESULT = "result"
     RETRY = "retry"
     WAIT = "wait"
+    PAUSE = "pause"
+    """It is the server that is ill: nobody sends for a while, and nothing counts against the request."""
     REFUSED = "refused"
     STOP = "stop"
 

@@ -146,6 +146,19 @@ class BatchAPI:
         if self._stopping.wait(seconds):
             raise Interrupted
 
+    def patient(self, seconds: float, problem: str) -> float:
+        """Return for how long to wait.
+
+        Raises:
+            TaskStopped: the server asks for longer than the user wants to wait.
+        """
+        if seconds > self.service.patience:
+            raise TaskStopped(
+                f"the server asks to wait {seconds:,.0f} s, and patience is {self.service.patience:g} s: "
+                f"{self._scrubber.text(problem)}. Everything is kept; run again later, or give more patience"
+            )
+        return seconds
+
     # -- calls that may be repeated ---------------------------------------------------
 
     def upload(self, path: Path) -> str:
@@ -282,7 +295,7 @@ class BatchAPI:
                 problem, wait = str(error) or type(error).__name__, None
             tries += 1
             backoff = min(LONGEST_BACKOFF, FIRST_BACKOFF * 2 ** min(tries - 1, 8)) * random.uniform(0.5, 1)
-            waited += (pause := backoff if wait is None else wait)
+            waited += (pause := max(backoff, self.patient(wait or 0.0, problem)))
             if tries > TRIES and waited > self.service.patience:
                 raise TaskStopped(
                     f"{method} {path} failed {tries} times: {self._scrubber.text(problem)}. Everything is kept; run "

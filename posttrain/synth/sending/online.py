@@ -31,6 +31,9 @@ alike, it is not the rows that are wrong, and the task stops."""
 PROBES = 3
 WAITS = 20
 """So often a request may be told to wait while others are answered; then it is the request, and it is given up."""
+OUTAGE = 3
+"""So many requests that meet one of these in a row are an outage of the server; 500 and 504 can be about one row."""
+OUTAGES = {502, 503, 529}
 SHORTEST_EJECTION, LONGEST_EJECTION = 1.0, 30.0
 REPORT_EVERY = 0.2
 
@@ -100,17 +103,34 @@ class Endpoint:
         self.down_until = 0.0
         self.down_since: float | None = None
         self._ejections = 0
+        self._troubled: set[int] = set()
+        """Requests that met an outage since the last answer."""
 
-    def eject(self, now: float) -> None:
+    def free(self, now: float) -> bool:
+        """Whether a request may go there; after a pause one tries whether it is back, before all do."""
+        return now >= self.down_until and not (self._ejections and self.in_flight)
+
+    def eject(self, now: float, wait: float = 0.0) -> None:
         """Leave the server alone for a while, longer each time; lanes that find it down together count once."""
         self.down_since = now if self.down_since is None else self.down_since
         if now >= self.down_until:
-            self.down_until = now + min(LONGEST_EJECTION, SHORTEST_EJECTION * 2 ** min(self._ejections, 5))
+            backoff = min(LONGEST_EJECTION, SHORTEST_EJECTION * 2 ** min(self._ejections, 5))
+            self.down_until = now + max(backoff, wait)
             self._ejections += 1
+
+    def outage(self, request: Request, now: float, wait: float) -> bool:
+        """Whether it is the server that is ill and not one request: several have met the same since the last answer.
+        Then it is left alone, and nothing counts against the requests."""
+        self._troubled.add(request.id)
+        if len(self._troubled) < OUTAGE:
+            return False
+        self.eject(now, wait)
+        return True
 
     def answered(self) -> None:
         """It is there."""
         self.down_since, self._ejections, self.down_until = None, 0, 0.0
+        self._troubled.clear()
 
 
 class Sent(NamedTuple):
@@ -203,7 +223,7 @@ class OnlineRun:
                 sent = await self._attempt(request, transports)
                 if sent is None:  # the server is not there: nothing was sent, nothing counts
                     continue
-                attempts += sent.said.action is not Action.WAIT
+                attempts += sent.said.action not in (Action.WAIT, Action.PAUSE)
                 waits += sent.said.action is Action.WAIT and self._successes > successes
                 if waits >= WAITS:
                     sent = sent.given_up(f"told to wait {waits} times while others were answered")
@@ -213,7 +233,8 @@ class OnlineRun:
                 self.gate.leave()
                 self._report()
             if sent.said.action is Action.RETRY:
-                await self._sleep(random.uniform(0, min(LONGEST_BACKOFF, FIRST_BACKOFF * 2 ** (attempts - 1))))
+                backoff = random.uniform(0, min(LONGEST_BACKOFF, FIRST_BACKOFF * 2 ** (attempts - 1)))
+                await self._sleep(max(backoff, sent.said.wait or 0.0))
 
     async def _enter(self, request: Request) -> float | None:
         """Wait for the turn of a request; None if the run is over."""
@@ -232,10 +253,10 @@ class OnlineRun:
         now = self.loop.time()
         index = min(
             range(len(self.endpoints)),
-            key=lambda i: (self.endpoints[i].down_until > now, self.endpoints[i].in_flight, random.random()),
+            key=lambda i: (not self.endpoints[i].free(now), self.endpoints[i].in_flight, random.random()),
         )
         endpoint = self.endpoints[index]
-        if endpoint.down_until > now:
+        if not endpoint.free(now):
             self.session.budget.release(request)
             self.session.budget.sent -= 1
             await self._wait_for_servers(now)
@@ -257,18 +278,29 @@ class OnlineRun:
         except TimeoutError:
             return Sent(Verdict(Action.RETRY, "timeout", f"no answer within {self.service.timeout:g} s"), None, b"")
         except (httpx.HTTPError, httpx.StreamError, httpx.InvalidURL) as error:
-            return Sent(Verdict(Action.RETRY, "connection", str(error) or type(error).__name__), None, b"")
+            said = Verdict(Action.RETRY, "connection", str(error) or type(error).__name__)
+            return self._ill(endpoint, request, said) or Sent(said, None, b"")
         finally:
             endpoint.in_flight -= 1
             self.session.progress.in_flight -= 1
             self.session.budget.release(request)
-        endpoint.answered()
-        self.session.progress.note = ""
         self.gate.heard(*limits(response.headers))
         reply = self.service.dialect.reply(response)
         said = verdict(response.status_code, response.headers, reply, request.endpoint.endswith(CHAT))
+        if response.status_code in OUTAGES and said.action is Action.RETRY:
+            return self._ill(endpoint, request, said) or Sent(said, reply, b"")
+        endpoint.answered()
+        self.session.progress.note = ""
         own = isinstance(self.service.dialect, OpenAIDialect)
         return Sent(said, reply, response.content if own else b"")
+
+    def _ill(self, endpoint: Endpoint, request: Request, said: Verdict) -> Sent | None:
+        """Return what makes a request wait with all others, if it is the server that is ill."""
+        if not endpoint.outage(request, self.loop.time(), said.wait or 0.0):
+            return None
+        what = f"HTTP {said.status} {said.code}" if said.status else said.code
+        self.session.progress.note = self.session.scrubber.text(f"waiting for a server: {what}: {said.message}")
+        return Sent(said._replace(action=Action.PAUSE), None, b"")
 
     async def _exchange(self, request: Request, base: httpx.URL, transport: httpx.AsyncBaseTransport) -> httpx.Response:
         method, url, body = self.service.dialect.request(request, base)
@@ -290,7 +322,7 @@ class OnlineRun:
             said = Verdict(Action.STOP, "no_server", f"{note}, for {self.service.patience:g} s")
             self._stop(TaskStopped(self.session.stop_message(said)))
             return
-        await self._sleep(min(0.5, max(0.01, min(e.down_until for e in self.endpoints) - now)))
+        await self._sleep(min(0.5, max(0.05, min(e.down_until for e in self.endpoints) - now)))
 
     # -- what came --------------------------------------------------------------------
 
@@ -309,8 +341,17 @@ class OnlineRun:
             await self._commit(session.attempt(request, said))
             self._stop(TaskStopped(session.stop_message(said)))
             return True
+        if said.wait is not None and said.wait > self.service.patience:
+            asked = f"{said.message} (it asks to wait {said.wait:,.0f} s; patience is {self.service.patience:g} s)"
+            self._stop(TaskStopped(session.stop_message(said._replace(message=asked))))
+            await self._commit(session.attempt(request, said))
+            return True
         if said.action is Action.WAIT:
             self._storm(said, sent_at)
+            return False
+        if said.action is Action.PAUSE:
+            session.progress.retries += 1
+            await self._commit(session.attempt(request, said))
             return False
         if said.action is Action.RETRY and attempts < self.service.attempts:
             session.progress.retries += 1
