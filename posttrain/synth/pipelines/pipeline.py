@@ -70,22 +70,26 @@ class Pipeline:
         for number, step in enumerate(self.steps, 1):
             work = Work(step, client_of(step, client), f"{task}.{number}", incoming)
             stage = report.stage(number, name_of(type(step)) or type(step).__name__.lower())
-            if work.ask():
-                plan = work.client.plan(work.task)
-                say(f"{number} {stage.name:<13} {plan}")
+            while asked := work.ask():
+                task, again = work.tasks[-1], len(work.tasks) > 1
+                plan = work.client.plan(task)
+                say(f"{number} {stage.name:<13} {'asked again: ' if again else ''}{plan}")
                 if not send and plan.new:
                     report.unfinished = f"step {number} ({stage.name}) has {plan.new:,} requests to send first"
                     break
                 if send:
                     bounds = {"max_cost": _left(max_cost, spent), "max_requests": _left(max_requests, sent)}
-                    work.client.run(work.task, **bounds, wait=wait, retry_failed=retry_failed, progress=progress)
-                counts = work.client.status(work.task)
-                stage.count(counts, work.client.failures(work.task) if counts.failed else "")
+                    work.client.run(task, **bounds, wait=wait, retry_failed=retry_failed, progress=progress)
+                counts = work.client.status(task)
+                stage.count(counts, work.client.failures(task) if counts.failed else "")
+                stage.asked_again += asked if again else 0
                 spent, sent = spent + (counts.cost or 0.0), sent + plan.new
                 if missing := counts.total - counts.done - counts.failed:
                     waiting = f"{missing:,} requests have no result yet, {counts.waiting:,} of them are in batches"
                     report.unfinished = f"step {number} ({stage.name}): {waiting}"
                     break
+            if report.unfinished:
+                break
             incoming = report.write(stage, work.made())
             stage.facts = step.facts(row for row, _ in rows_in(incoming))
         report.close()
@@ -104,7 +108,8 @@ class Pipeline:
         """Yield (client, task) of every step that sends."""
         for number, step in enumerate(self.steps, 1):
             if step.panel:
-                yield client_of(step, client), f"{task}.{number}"
+                for again in range(step.asks_again + 1):
+                    yield client_of(step, client), again_name(f"{task}.{number}", again)
 
 
 @attrs.define
@@ -116,19 +121,33 @@ class Work:
     """Where its requests go."""
     task: str
     incoming: Path
-    sends: bool = False
+    tasks: list[str] = attrs.field(factory=list)
+    """In the ledger: of what was asked first, then of what was asked again."""
 
     def ask(self) -> int:
-        """Add what the step asks to its task, and return how many requests that is."""
-        count = 0
-        self.client.begin_batch_task(self.task)
-        for row, place in rows_in(self.incoming):
-            with _about(place):
-                for chat in self.step.chats(row):
-                    self.client.add_request_to_batch_task(self.task, chat.endpoint, self.body(chat))
-                    count += 1
-        self.sends = count > 0
+        """Add what the step asks, or then what it asks again, to a task of its own; return how many requests it is."""
+        if len(self.tasks) > self.step.asks_again:
+            return 0
+        name, count = again_name(self.task, len(self.tasks)), 0
+        self.client.begin_batch_task(name)
+        for chat in self.wanted():
+            self.client.add_request_to_batch_task(name, chat.endpoint, self.body(chat))
+            count += 1
+        if count:
+            self.tasks.append(name)
         return count
+
+    def wanted(self) -> Iterator[Chat]:
+        """Yield what is to be asked next."""
+        if not self.tasks:
+            for row, place in rows_in(self.incoming):
+                with _about(place):
+                    yield from self.step.chats(row)
+            return
+        for _, _, pairs in self.answered():
+            for chat, reply in pairs:
+                if (again := self.step.again(chat, reply)) is not None:
+                    yield again
 
     def body(self, chat: Chat) -> dict[str, Any]:
         """Return the body of a request."""
@@ -155,18 +174,26 @@ class Work:
 
     def folded(self) -> Iterator[Row | Drop]:
         """Yield what becomes of each row by itself, given the replies to what was asked about it."""
-        answers = self.answers()
+        for row, place, pairs in self.answered():
+            with _about(place):
+                yield from self.step.fold(row, [reply for _, reply in pairs])
+
+    def answered(self) -> Iterator[tuple[Row, str, list[tuple[Chat, Reply]]]]:
+        """Yield each row, its place, and what was asked about it last with the reply to that."""
+        ledger = self.client.ledger
+        first, *later = [results.answers(ledger, ledger.find(name), name) for name in self.tasks] or [iter(())]
         for row, place in rows_in(self.incoming):
             with _about(place):
-                replies = [self.reply(chat, next(answers, None)) for chat in self.step.chats(row)]
-                yield from self.step.fold(row, replies)
-
-    def answers(self) -> Iterator[Any]:
-        """Yield (endpoint, body, response) of each request of the task."""
-        if not self.sends:
-            return iter(())
-        ledger = self.client.ledger
-        return results.answers(ledger, ledger.find(self.task), self.task)
+                pairs = []
+                for chat in self.step.chats(row):
+                    reply = self.reply(chat, next(first, None))
+                    for answers in later:
+                        again = self.step.again(chat, reply)
+                        if again is None:
+                            break
+                        chat, reply = again, self.reply(again, next(answers, None))
+                    pairs.append((chat, reply))
+            yield row, place, pairs
 
     def reply(self, chat: Chat, answer: Any) -> Reply:
         """Return the reply to a request, which must be the very one that was sent.
@@ -181,6 +208,11 @@ class Work:
             )
         response = answer[2]
         return Reply((response["response"] or {}).get("body"), response["error"])
+
+
+def again_name(task: str, number: int) -> str:
+    """Return the name of the task of what is asked for the n-th time again."""
+    return f"{task}+{number}" if number else task
 
 
 def client_of(step: StepBlock, home: Synth) -> Synth:

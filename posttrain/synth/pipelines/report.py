@@ -31,6 +31,8 @@ class Stage:
     dropped: dict[str, int] = attrs.field(factory=dict)
     """Reason -> rows."""
     requests: int = 0
+    asked_again: int = 0
+    """Of the requests, those that took the place of a reply that was of no use."""
     failed: int = 0
     """Requests without a result."""
     trouble: str = ""
@@ -43,9 +45,13 @@ class Stage:
     """What else the step has to say."""
 
     def count(self, counts: Counts, trouble: str) -> None:
-        """Take in how its task stands."""
-        self.requests, self.failed, self.trouble = counts.total, counts.failed, trouble
-        self.input_tokens, self.output_tokens, self.cost = counts.input_tokens, counts.output_tokens, counts.cost
+        """Take in how one of its tasks stands."""
+        self.requests += counts.total
+        self.failed += counts.failed
+        self.trouble = "\n".join(part for part in (self.trouble, trouble) if part)
+        self.input_tokens += counts.input_tokens
+        self.output_tokens += counts.output_tokens
+        self.cost = None if self.cost is None or counts.cost is None else self.cost + counts.cost
 
     @property
     def file(self) -> str:
@@ -199,6 +205,7 @@ class Report:
         made.add_row("all", "", "", "", f"{requests:,}", f"{self.failed:,}", f"{tokens:,}", dollars(self.cost))
         lines = []
         for stage in self.stages:
+            lines += [f"{stage.number} {stage.name}: asked again {stage.asked_again:,}"] if stage.asked_again else []
             lines += [f"{stage.number} {stage.name} dropped {n:,}: {reason}" for reason, n in stage.dropped.items()]
             lines += [f"{stage.number} {stage.name}: {name} {plain(value)}" for name, value in stage.facts.items()]
         return Group(made, *(Text(line) for line in lines))

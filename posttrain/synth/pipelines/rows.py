@@ -146,8 +146,28 @@ def answered(row: Row) -> tuple[list[Message], str]:
     return messages[:-1], messages[-1]["content"]
 
 
-def transcript(messages: list[Message]) -> str:
-    """Return a conversation as text for a judge; one user turn is its text alone."""
-    if len(messages) == 1 and messages[0]["role"] == "user":
-        return as_text(messages[0].get("content", ""))
-    return "\n\n".join(f"[{m['role']}]\n{as_text(m.get('content', ''))}" for m in messages)
+def reply_text(value: Any) -> str:
+    """Return an answer as text for a judge: text as it is, and of a list of messages what they say."""
+    return transcript(value, "assistant") if isinstance(value, list) and value else as_text(value)
+
+
+def transcript(messages: list[Message], alone: str = "user") -> str:
+    """Return a conversation as text for a judge; one turn of the role `alone` is its text alone."""
+    if len(messages) == 1 and messages[0].get("role") == alone and not messages[0].get("tool_calls"):
+        return content_text(messages[0].get("content"))
+    return "\n\n".join(f"[{m.get('role')}]\n{message_text(m)}" for m in messages)
+
+
+def message_text(message: Message) -> str:
+    """Return what a message says, and the tools that it calls."""
+    calls = [f"calls {as_text(call.get('function', call))}" for call in message.get("tool_calls") or []]
+    return "\n".join([content_text(message.get("content")), *calls] if message.get("content") else calls)
+
+
+def content_text(content: Any) -> str:
+    """Return a message's content as text: of a list of parts, their texts, and the name of what is none."""
+    if not isinstance(content, list):
+        return as_text("" if content is None else content)
+    return "\n".join(
+        str(p.get("text", f"[{p.get('type', 'part')}]")) if isinstance(p, dict) else as_text(p) for p in content
+    )
