@@ -275,13 +275,15 @@ class Synth:
 
     def to_dataset(self, task_name: str) -> "Dataset":
         """Return conversations to train on as a `datasets.Dataset`."""
+        import pyarrow.parquet
         from datasets import Dataset
 
         path = self.ledger.folder / f"{task_name}.export.parquet"
         self.to_parquet(task_name, path)
-        dataset: Dataset = Dataset.from_parquet(str(path), keep_in_memory=True)
-        path.unlink()
-        return dataset
+        try:
+            return Dataset(pyarrow.parquet.read_table(path))
+        finally:
+            path.unlink()
 
     # -- helpers ----------------------------------------------------------------------
 

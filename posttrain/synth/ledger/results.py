@@ -1,13 +1,13 @@
 """Rows of the ledger -> what users get: responses in the shape of a batch's output line, and rows to train on."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from posttrain.errors import SynthError
+from posttrain.errors import DataError, SynthError
 from posttrain.synth.ledger.keys import CHAT
 from posttrain.synth.ledger.replies import HALF, HALF_SAID, choices, whole
 from posttrain.synth.ledger.store import Ledger
@@ -85,20 +85,67 @@ def _clean(message: dict[str, Any]) -> dict[str, Any]:
 
 
 def line(row: dict[str, Any]) -> str:
-    """Return a row as a line of JSON. Half a character has no UTF-8; escaped, it is JSON all the same."""
-    text = json.dumps(row, ensure_ascii=False)
+    """Return a row as a line of JSON. Half a character has no UTF-8; escaped, it is JSON all the same.
+
+    Raises:
+        DataError: it holds what JSON cannot.
+    """
+    try:
+        text = json.dumps(row, ensure_ascii=False)
+    except (TypeError, ValueError, RecursionError):
+        for name, value in row.items():
+            if (kind := foreign(value)) is not None:
+                raise DataError(
+                    f"column {name!r} holds a {kind}, and rows are plain JSON data (text, numbers, true and false, "
+                    "lists, objects): leave the column out, or make it text first"
+                ) from None
+        raise
     return (text if whole(text) else json.dumps(row)) + "\n"
+
+
+def foreign(value: Any) -> str | None:
+    """Return the type of what JSON cannot hold inside a value; None if there is nothing such."""
+    if isinstance(value, dict):
+        names = (type(name).__name__ for name in value if not isinstance(name, str | int | float | bool | None))
+        return next(names, None) or next((kind for item in value.values() if (kind := foreign(item))), None)
+    if isinstance(value, list | tuple):
+        return next((kind for item in value if (kind := foreign(item))), None)
+    return None if value is None or isinstance(value, str | int | float | bool) else type(value).__name__
 
 
 def to_jsonl(made: Iterator[dict[str, Any]], path: Path) -> int:
     """Write rows as JSON lines, aside and then in place; return how many."""
     draft, count = path.with_name(path.name + ".part"), 0
-    with writing(path), open(draft, "w", encoding="utf-8") as file:
+    with lines_into(draft) as write:
         for row in made:
-            file.write(line(row))
+            write(row)
             count += 1
-    draft.replace(path)
+    with writing(path):
+        draft.replace(path)
     return count
+
+
+@contextmanager
+def lines_into(path: Path) -> Iterator[Callable[[dict[str, Any]], None]]:
+    """Give a function that writes a row as a line of JSON.
+
+    Raises:
+        SynthError: the disk is full, or the folder cannot be written.
+        DataError: a row holds what JSON cannot.
+    """
+    with writing(path):
+        file = open(path, "w", encoding="utf-8")  # noqa: SIM115
+
+    def write(row: dict[str, Any]) -> None:
+        text = line(row)
+        with writing(path):
+            file.write(text)
+
+    try:
+        yield write
+    finally:
+        with writing(path):
+            file.close()
 
 
 @contextmanager

@@ -78,12 +78,20 @@ class Ledger:
         if read_only and not self.path.exists():
             raise SynthError(f"there is no ledger in {folder}: nothing was run there yet")
         if not read_only:
-            folder.mkdir(parents=True, exist_ok=True)
-            self._claim = claim(folder / "lock")
-        self._db = connect(self.path)
+            try:
+                folder.mkdir(parents=True, exist_ok=True)
+                self._claim = claim(folder / "lock")
+            except OSError as error:
+                raise SynthError(f"the folder {folder} cannot be used: {error.strerror or error}") from None
+        try:
+            with readable(self.path):
+                self._db = connect(self.path)
+                if not read_only:
+                    self._prepare()
+        except BaseException:  # another try of this process must not find the folder taken by itself
+            _release(getattr(self, "_db", None), self._claim)
+            raise
         self._end = weakref.finalize(self, _release, self._db, self._claim)
-        if not read_only:
-            self._prepare()
 
     def _prepare(self) -> None:
         with self.transaction() as db:
@@ -205,12 +213,12 @@ class Ledger:
 
     def one(self, query: str, *values: Any) -> Any:
         """Return the first row of a query, or None."""
-        with self._lock:
+        with self._lock, readable(self.path):
             return self._db.execute(query, values).fetchone()
 
     def all(self, query: str, *values: Any) -> list[Any]:
         """Return all rows of a query; for few rows only."""
-        with self._lock:
+        with self._lock, readable(self.path):
             return self._db.execute(query, values).fetchall()
 
     def pages(self, query: str, task: int) -> Iterator[Any]:
@@ -290,8 +298,29 @@ _open: "weakref.WeakValueDictionary[Path, Ledger]" = weakref.WeakValueDictionary
 _opening = threading.Lock()
 
 
-def _release(db: sqlite3.Connection, claim: int | None) -> None:
-    db.close()
+@contextmanager
+def readable(path: Path) -> Iterator[None]:
+    """Say which ledger could not be read, and what can be done.
+
+    Raises:
+        SynthError: the file is damaged, or the disk is full or failing.
+    """
+    try:
+        yield
+    except sqlite3.Error as error:
+        damaged = "not a database" in str(error) or "malformed" in str(error)
+        what = (
+            f"it is damaged. `sqlite3 {path} .recover` saves what can be saved; put a copy from a backup in its place, "
+            "or use another work_dir"
+            if damaged
+            else "make room or put the disk right, then run the same again"
+        )
+        raise SynthError(f"{path} cannot be read: {error}; {what}") from error
+
+
+def _release(db: sqlite3.Connection | None, claim: int | None) -> None:
+    if db is not None:
+        db.close()
     if claim is not None:
         os.close(claim)
 
@@ -320,8 +349,12 @@ def claim(path: Path) -> int:
             f"{path.parent} is in use by another process (pid {owner}). Two at once would pay for the same requests "
             "twice: wait for it, end it, or give this one a work_dir of its own"
         ) from None
-    os.ftruncate(handle, 0)
-    os.pwrite(handle, str(os.getpid()).encode(), 0)
+    try:
+        os.ftruncate(handle, 0)
+        os.pwrite(handle, str(os.getpid()).encode(), 0)
+    except OSError:
+        os.close(handle)
+        raise
     return handle
 
 

@@ -65,10 +65,29 @@ class Pipeline:
         if found := [f"step {number}: {message}" for number, message in self.problems(client)]:
             raise SynthError("\n".join(found))
         report = Report(client.work_dir / task, task)
-        incoming = report.begin(_rows_of(rows))
+        try:
+            self._take(
+                report, _rows_of(rows), client, max_cost=max_cost, max_requests=max_requests, wait=wait,
+                retry_failed=retry_failed, send=send, progress=progress, say=say,
+            )  # fmt: skip
+        except BaseException as error:
+            if report.stages:
+                stage, why = report.stages[-1], str(error) or type(error).__name__
+                report.unfinished = f"step {stage.number} ({stage.name}) was stopped: {why}"
+                report.save()
+            raise
+        report.close()
+        return report
+
+    def _take(
+        self, report: Report, rows: Iterator[Row], client: Synth, *, max_cost: float | None, max_requests: int | None,
+        wait: bool, retry_failed: bool, send: bool, progress: Callable[[Progress], None], say: Callable[[str], None],
+    ) -> None:  # fmt: skip
+        """Take the rows through the steps, as far as it goes."""
+        incoming = report.begin(rows)
         spent, sent = 0.0, 0
         for number, step in enumerate(self.steps, 1):
-            work = Work(step, client_of(step, client), f"{task}.{number}", incoming)
+            work = Work(step, client_of(step, client), f"{report.task}.{number}", incoming)
             stage = report.stage(number, name_of(type(step)) or type(step).__name__.lower())
             while asked := work.ask():
                 task, again = work.tasks[-1], len(work.tasks) > 1
@@ -92,8 +111,6 @@ class Pipeline:
                 break
             incoming = report.write(stage, work.made())
             stage.facts = step.facts(row for row, _ in rows_in(incoming))
-        report.close()
-        return report
 
     def problems(self, client: Synth) -> Iterator[tuple[int, str]]:
         """Yield (number of the step, what is wrong): requests that no client could send, before any is paid for."""
@@ -230,9 +247,16 @@ def _left(bound: Any, used: Any) -> Any:
 
 
 def _rows_of(rows: Source | Iterable[Row]) -> Iterator[Row]:
-    if isinstance(rows, Source):
-        return (row.values for row, _ in rows.read(rows.open()))
-    return iter(rows)
+    """Yield the rows to begin with, each told from what no file of JSON lines can hold."""
+    read = ((row.values, row.place) for row, _ in rows.read(rows.open())) if isinstance(rows, Source) else (
+        (row, f"row {number}") for number, row in enumerate(rows, 1)
+    )  # fmt: skip
+    for row, place in read:
+        with _about(place):
+            if not isinstance(row, dict):
+                raise DataError(f"a row is an object of columns, not a {type(row).__name__}")
+            results.line(row)
+        yield row
 
 
 @contextmanager

@@ -102,8 +102,10 @@ class Report:
         Raises:
             SynthError: there are none.
         """
-        self.folder.mkdir(parents=True, exist_ok=True)
         stage = self.stage(0, "source")
+        self.unfinished = "it is running, or was stopped on the way"
+        self.save()  # what an earlier run has left here is over
+        self.unfinished = ""
         file = self.write(stage, rows)
         stage.rows_in = stage.rows_out
         if not stage.rows_out:
@@ -122,12 +124,12 @@ class Report:
         dropped = self.folder / (stage.dropped_file + ".part")
 
         def passed() -> Iterator[Row]:
-            with open(dropped, "w", encoding="utf-8") as aside:
+            with results.lines_into(dropped) as aside:
                 for row in made:
                     if isinstance(row, Drop):
                         reasons[row.reason] += 1
                         why = {"step": stage.name, "reason": row.reason, "detail": row.detail}
-                        aside.write(results.line({**row.row, "dropped": why}))
+                        aside({**row.row, "dropped": why})
                     else:
                         yield row
 
@@ -146,11 +148,16 @@ class Report:
         for file in self.folder.glob("*.jsonl"):
             if file.name not in known:
                 file.unlink()
+        self.save()
+
+    def save(self) -> None:
+        """Write the counts so far."""
         stages = [attrs.asdict(stage) for stage in self.stages]
         for stage in stages:
             stage["facts"] = {k: None if v != v else v for k, v in stage["facts"].items()}
         text = json.dumps({"task": self.task, "unfinished": self.unfinished, "stages": stages}, indent=1)
-        (self.folder / COUNTS).write_text(text, encoding="utf-8")
+        with results.writing(self.folder / COUNTS):
+            (self.folder / COUNTS).write_text(text, encoding="utf-8")
 
     # -- afterwards -------------------------------------------------------------------
 

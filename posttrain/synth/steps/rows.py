@@ -9,6 +9,7 @@ from typing import Any
 
 from attrs.validators import gt
 
+from posttrain.errors import DataError
 from posttrain.registry import block, key
 from posttrain.synth.pipelines.rows import Drop, Row, as_text, column
 from posttrain.synth.pipelines.step import Step
@@ -45,6 +46,13 @@ class Filter(Step):
             return [row]
         if value is None:
             return [Drop(row, f"there is no {self.column}")]
+        if not isinstance(value, int | float):
+            kind = "text" if isinstance(value, str) else type(value).__name__
+            raise DataError(
+                f"column {self.column!r} holds {kind}, and `least` and `most` compare numbers; use `equals`"
+            )
+        if value != value:
+            return [Drop(row, f"{self.column} is not a number (NaN)")]
         if self.least is not None and value < self.least:
             return [Drop(row, f"{self.column} is below {self.least:g}", as_text(value))]
         if self.most is not None and value > self.most:

@@ -8,8 +8,9 @@ from typing import Any, TypeVar
 
 import attrs
 
+from posttrain.errors import DataError, PosttrainError
 from posttrain.registry import block, suggest
-from posttrain.synth.pipelines.rows import Row, answered, as_text, column
+from posttrain.synth.pipelines.rows import Drop, Row, answered, as_text, column
 from posttrain.synth.pipelines.step import Step
 
 F = TypeVar("F", bound=Callable[..., bool | float])
@@ -54,12 +55,31 @@ def json_schema(answer: str, row: Row, *, schema: dict[str, Any] | None = None, 
     from jsonschema import ValidationError, validate
 
     fenced = re.search(r"```(?:json)?\s*(.*?)```", answer, flags=re.DOTALL)
-    form = column(row, wanted) if wanted else schema or {}
+    form = schema_of(column(row, wanted) if wanted else schema or {})
     try:
-        validate(json.loads(fenced[1] if fenced else answer), json.loads(form) if isinstance(form, str) else form)
+        validate(json.loads(fenced[1] if fenced else answer), form)
     except (ValueError, RecursionError, ValidationError):
         return False
     return True
+
+
+def schema_of(given: Any) -> Any:
+    """Return a JSON schema that was given as data or as text.
+
+    Raises:
+        DataError: it is none.
+    """
+    from jsonschema import SchemaError
+    from jsonschema.validators import validator_for
+
+    try:
+        form = json.loads(given) if isinstance(given, str) else given
+        if not isinstance(form, dict | bool):
+            raise DataError(f"a JSON schema is an object, not {type(form).__name__}")
+        validator_for(form).check_schema(form)
+    except (SchemaError, ValueError) as error:
+        raise DataError(f"not a valid JSON schema: {str(error).splitlines()[0]}") from None
+    return form
 
 
 @block("step", "verify")
@@ -89,12 +109,24 @@ class Verify(Step):
 
             if importlib.util.find_spec("jsonschema") is None:
                 yield "function", "json_schema needs the package jsonschema: pip install 'posttrain[schema]'"
+                return
+            try:
+                schema_of(self.options.get("schema") or {})
+            except DataError as error:
+                yield "options", f"schema: {error}"
 
-    def fold(self, row: Row, replies: list[Any]) -> Iterable[Row]:
-        """Return the row with its score."""
+    def fold(self, row: Row, replies: list[Any]) -> Iterable[Row | Drop]:
+        """Return the row with its score; one whose check fails to run is dropped with the reason, and counted."""
         function = _verifiers[self.function] if isinstance(self.function, str) else self.function
         more = {"wanted": self.wanted} if self.wanted else {}
-        return [{**row, self.into: float(function(answered(row)[1], row, **more, **self.options))}]
+        text = answered(row)[1]
+        try:
+            score = float(function(text, row, **more, **self.options))
+        except PosttrainError:
+            raise
+        except Exception as error:
+            return [Drop(row, f"the check raised {type(error).__name__}", str(error))]
+        return [{**row, self.into: score}]
 
     def facts(self, rows: Iterable[Row]) -> dict[str, str | float]:
         """Return the share of right answers."""
