@@ -3,6 +3,7 @@
 import datetime
 import errno
 import json
+import shutil
 import time
 import traceback
 from email.utils import formatdate
@@ -13,7 +14,18 @@ import pytest
 from synth_server import Server, add, chat, complete, error, expire, nothing, output_line, raw, reset, texts, written
 
 from posttrain.errors import DataError, SynthError
-from posttrain.synth import Compare, Filter, Generate, OpenAISynth, Pipeline, Report, Step, TaskStopped, Verify
+from posttrain.synth import (
+    Compare,
+    Filter,
+    Generate,
+    OpenAISynth,
+    Pipeline,
+    Report,
+    Step,
+    TaskStopped,
+    Verify,
+    VllmSynth,
+)
 from posttrain.synth.ledger import results
 from posttrain.synth.pipelines.view import page
 from posttrain.synth.sending import batch_api
@@ -513,3 +525,36 @@ def test_a_folder_that_is_full_at_first_does_not_lock_its_own_process_out(
 
 def test_a_dataset_of_nothing_is_empty(server: Server, tmp_path: Path) -> None:
     assert len(add(client(server, tmp_path), 2).to_dataset("t")) == 0
+
+
+# -- what answers ---------------------------------------------------------------------
+
+
+def test_another_server_or_other_weights_under_the_same_name_answer_anew(server: Server, tmp_path: Path) -> None:
+    other = Server()
+    first = add(VllmSynth(base_url=server.url, work_dir=tmp_path), 2)
+    first.execute_batch_task("t")
+    add(VllmSynth(base_url=other.url, work_dir=tmp_path), 2).execute_batch_task("t")
+    assert (server.paid_lines, other.paid_lines) == (2, 2)
+    for weights, urls, paid in (("step-1", server.url, 4), ("step-1", [other.url], 4), ("step-2", other.url, 6)):
+        add(VllmSynth(base_url=urls, weights=weights, work_dir=tmp_path), 2).execute_batch_task("t")
+        assert server.paid_lines + other.paid_lines - 2 == paid
+    hosted = [add(client(server, tmp_path, weights=weights), 2) for weights in (None, "2026-01", "2026-01")]
+    before = server.paid_lines
+    for made in hosted:
+        made.execute_batch_task("t")
+    assert server.paid_lines - before == 4
+    other.close()
+
+
+def test_an_engine_answers_anew_when_its_weights_or_their_revision_change(tmp_path: Path, tiny_model: Path) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_model, folder)
+    seen = {VllmSynth(model_params={"model": str(folder), **more}).namespace for more in ({}, {"revision": "b"})}
+    weights = next(folder.glob("*.safetensors"))
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(bytes(content))
+    seen.add(VllmSynth(model_params={"model": str(folder)}).namespace)
+    assert len(seen) == 3
+    assert VllmSynth(model_params={"model": str(folder), "gpu_memory_utilization": 0.5}).namespace in seen

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from synth_server import chat, complete, error, expire, raw, reset, short
 
+from posttrain.blocks.data.schemas import conversation
 from posttrain.blocks.data.sources import Source
 from posttrain.errors import DataError, SynthError
 from posttrain.synth import (
@@ -738,3 +739,38 @@ def test_a_model_that_was_trained_further_answers_anew(tiny_model: Path, tmp_pat
         model.lm_head.weight += 1
     model.save_pretrained(folder)
     assert TransformersSynth(name_or_path=str(folder), work_dir=tmp_path / "w").namespace != first
+
+
+def test_a_rows_tools_are_sent_and_a_tool_call_is_an_answer(server: Any, tmp_path: Path) -> None:
+    tools = [{"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}]
+    call = {"id": "c1", "type": "function", "function": {"name": "f", "arguments": '{"x": 1}'}}
+    row = {
+        "messages": [
+            {"role": "user", "content": "f?"},
+            {"role": "assistant", "content": "", "tool_calls": [call]},
+            {"role": "tool", "tool_call_id": "c1", "content": "2"},
+            {"role": "user", "content": "again"},
+        ],
+        "tools": tools,
+    }
+    made = chat({"messages": row["messages"]})
+    made["choices"][0]["message"] = {"role": "assistant", "content": None, "tool_calls": [call]}
+    server.answer = lambda body: (200, made)
+    report = Pipeline([Generate(model="m")]).run([row], client(server, tmp_path), "t")
+    ((_, sent),) = server.bodies
+    assert sent["tools"] == tools
+    assert sent["messages"][1]["tool_calls"][0]["function"]["arguments"] == '{"x": 1}'
+    (out,) = report.rows()
+    assert "response" not in out
+    assert out["tools"] == tools
+    assert conversation(out)["messages"][-1]["tool_calls"][0]["function"]["arguments"] == {"x": 1}
+    with pytest.raises(DataError, match="no list of tools"):
+        Generate(model="m").chats({"prompt": "p", "tools": "none"})
+
+
+def test_n_in_the_body_is_refused_before_it_is_paid(server: Any, tmp_path: Path) -> None:
+    ((name, message),) = Generate(model="m", body={"n": 4}).check()
+    assert (name, "give `n` of the step" in message) == ("body", True)
+    with pytest.raises(SynthError, match="step 1: body: n pays"):
+        Pipeline([Generate(model="m", body={"n": 4})]).run([{"prompt": "p"}], client(server, tmp_path), "t")
+    assert server.paid_lines == 0

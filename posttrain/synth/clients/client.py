@@ -52,6 +52,9 @@ class Synth:
     """Folder of the ledger. The same folder later means: go on, and pay for nothing twice."""
     prices: dict[str, Price] = attrs.field(factory=dict)
     """Model -> its price; without one, costs are unknown and `max_cost` cannot be held."""
+    weights: str | None = None
+    """What tells the model that answers from others of its name, such as a revision or the step of a checkpoint: what
+    one has answered is no answer of another. Needed where the weights behind a name change."""
     max_cost: float | None = key(None, check=optional(ge(0)))
     """Dollars that a task may cost in all; checked before anything is sent."""
     max_requests: int | None = key(None, check=optional(ge(0)))
@@ -63,6 +66,11 @@ class Synth:
     def namespace(self) -> str:
         """Whose model names are meant; requests of different namespaces are never the same."""
         raise NotImplementedError
+
+    @cached_property
+    def _answers(self) -> str:
+        """What answers: the namespace, and the weights where they were named."""
+        return f"{self.namespace} weights={self.weights}" if self.weights else self.namespace
 
     @property
     def batched(self) -> bool:
@@ -116,7 +124,7 @@ class Synth:
         if adding is None:
             adding = self._adding[task_name] = Adding(self.ledger.task(task_name))
         model = str(body.get("model") or "")
-        row = (content_hash(self.namespace, endpoint, content), endpoint, model, content)
+        row = (content_hash(self._answers, endpoint, content), endpoint, model, content)
         adding.rows.append((*row, *estimates(body, len(content)), extra_of(dict(keep) if keep else None)))
         adding.count += 1
         if len(adding.rows) >= FLUSH:

@@ -37,8 +37,6 @@ class TransformersSynth(Synth):
     """`cpu`, `cuda`, `mps`, or what there is."""
     loaded: Any = attrs.field(default=None, repr=False)
     """From Python: (model, tokenizer) to use instead of `name_or_path`; give `weights` with it."""
-    weights: str | None = None
-    """What tells these weights from others with the same name; replies of one are none of the other."""
 
     def check(self) -> Iterator[tuple[str, str]]:
         """Yield what is missing."""
@@ -56,6 +54,11 @@ class TransformersSynth(Synth):
 
         said = HFModel(name_or_path=self.name_or_path).fingerprint()
         return f"transformers:{said or self.name_or_path}"
+
+    @cached_property
+    def _answers(self) -> str:
+        """The namespace, which names the weights already; random numbers are made from it, so that it stays."""
+        return self.namespace
 
     def body(self, model: str | None, messages: list[dict[str, Any]], given: dict[str, Any]) -> dict[str, Any]:
         """Return the body of a chat request."""

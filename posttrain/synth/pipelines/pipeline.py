@@ -13,7 +13,7 @@ import attrs
 
 from posttrain.blocks.data.sources import Source
 from posttrain.errors import DataError, SynthError
-from posttrain.interfaces import StepBlock
+from posttrain.interfaces import Checked, StepBlock
 from posttrain.registry import name_of
 from posttrain.synth.clients.client import Synth
 from posttrain.synth.ledger import results
@@ -62,7 +62,9 @@ class Pipeline:
             DataError: a row lacks what a step needs.
             SynthError: see `Synth.run`.
         """
-        if found := [f"step {number}: {message}" for number, message in self.problems(client)]:
+        checked = [(n, step.check()) for n, step in enumerate(self.steps, 1) if isinstance(step, Checked)]
+        wrong = [(number, f"{name}: {message}") for number, said in checked for name, message in said]
+        if found := [f"step {number}: {message}" for number, message in [*wrong, *self.problems(client)]]:
             raise SynthError("\n".join(found))
         report = Report(client.work_dir / task, task)
         try:

@@ -109,6 +109,20 @@ def texts(value: Any) -> Iterator[str]:
                 yield from texts(item)
 
 
+def on_wire(messages: list[Message]) -> list[Message]:
+    """Return messages as servers take them: the arguments of tool calls are text; templates want them as objects."""
+    return [
+        {**m, "tool_calls": [_call(call) for call in m["tool_calls"]]} if m.get("tool_calls") else m for m in messages
+    ]
+
+
+def _call(call: Any) -> Any:
+    function = call.get("function") if isinstance(call, dict) else None
+    if not isinstance(function, dict) or isinstance(function.get("arguments"), str):
+        return call
+    return {**call, "function": {**function, "arguments": as_text(function.get("arguments") or {})}}
+
+
 def asked(row: Row) -> list[Message]:
     """Return the messages that a row asks: its `prompt`, or else its conversation up to the last user turn.
 
@@ -126,7 +140,7 @@ def asked(row: Row) -> list[Message]:
         messages.pop()
     if not messages:
         raise DataError("the conversation holds no user turn")
-    return messages
+    return on_wire(messages)
 
 
 def answered(row: Row) -> tuple[list[Message], str]:

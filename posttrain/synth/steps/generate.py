@@ -7,7 +7,9 @@ import attrs
 from attrs.validators import gt
 
 from posttrain.blocks.data.schemas import CHATS
+from posttrain.errors import DataError
 from posttrain.registry import block, key
+from posttrain.synth.ledger.replies import parsed
 from posttrain.synth.pipelines.rows import Chat, Drop, Message, Reply, Row, as_text, asked, filled
 from posttrain.synth.pipelines.step import PanelStep, Template
 
@@ -17,7 +19,8 @@ class Generate(PanelStep):
     """Ask a model about each row.
 
     What comes out is the row with `prompt` (the messages that were sent), `response` (text), `model` and
-    `finish_reason`: SFT trains on it as it is.
+    `finish_reason`: SFT trains on it as it is. A row's `tools` are sent along; where the answer is a tool call, the
+    whole conversation is in `messages` instead of `prompt` and `response`.
     """
 
     template: str | None = None
@@ -35,6 +38,8 @@ class Generate(PanelStep):
         yield from super().check()
         if self.template is not None and self.messages:
             yield "template", "is the user's turn of `messages`; give one of the two"
+        if "n" in self.body:
+            yield "body", "n pays for several answers of which one is kept: give `n` of the step"
 
     def prompt(self, row: Row) -> list[Message]:
         """Return the messages to send about a row."""
@@ -46,8 +51,9 @@ class Generate(PanelStep):
 
     def chats(self, row: Row) -> list[Chat]:
         """Return `n` equal requests for each model; equal ones in a task are samples, not repetitions."""
-        prompt = self.prompt(row)
-        return [Chat(prompt, model, self.body) for model in self.panel for _ in range(self.n)]
+        prompt, tools = self.prompt(row), tools_of(row)
+        body = {"tools": tools, **self.body} if tools else self.body
+        return [Chat(prompt, model, body) for model in self.panel for _ in range(self.n)]
 
     def fold(self, row: Row, replies: list[Reply]) -> Iterable[Row | Drop]:
         """Return the row once for every answer."""
@@ -55,9 +61,27 @@ class Generate(PanelStep):
         prompt = self.prompt(row)
         for chat, reply in zip(self.chats(row), replies, strict=True):
             made: dict[str, Any] = {**kept, "prompt": prompt}
+            model = chat.model or (reply.body or {}).get("model")
+            about = {"model": model, "finish_reason": reply.choice.get("finish_reason")}
+            calls = (reply.choice.get("message") or {}).get("tool_calls")
+            if calls and reply.error is None:
+                said = {"role": "assistant", "content": reply.text or "", "tool_calls": calls}
+                yield {**kept, "messages": [*prompt, said], **about}
+                continue
             if reply.text is None:
                 yield Drop(made, reply.trouble, as_text((reply.error or {}).get("message") or ""))
                 continue
-            model = chat.model or (reply.body or {}).get("model")
-            finish = reply.choice.get("finish_reason")
-            yield {**made, self.into: reply.text, "model": model, "finish_reason": finish}
+            yield {**made, self.into: reply.text, **about}
+
+
+def tools_of(row: Row) -> list[Any]:
+    """Return the tools that a row offers, also where they were stored as JSON text.
+
+    Raises:
+        DataError: they are no list.
+    """
+    given = row.get("tools")
+    tools = parsed(given.encode("utf-8", "surrogatepass")) if isinstance(given, str) else given
+    if given and not isinstance(tools, list):
+        raise DataError("column 'tools' holds no list of tools")
+    return tools or []

@@ -76,7 +76,7 @@ def schema_of(given: Any) -> Any:
         form = json.loads(given) if isinstance(given, str) else given
         if not isinstance(form, dict | bool):
             raise DataError(f"a JSON schema is an object, not {type(form).__name__}")
-        validator_for(form).check_schema(form)
+        validator_for(form).check_schema(form)  # type: ignore[arg-type]  # true and false are schemas as well
     except (SchemaError, ValueError) as error:
         raise DataError(f"not a valid JSON schema: {str(error).splitlines()[0]}") from None
     return form
