@@ -231,6 +231,9 @@ def test_requests_and_tokens_per_minute_are_bounds(bound: str, server: Server, t
     measured = client(server, tmp_path / "measured")
     add(measured, 1, max_tokens=100)
     plan = measured.plan("t")
+    used = {"prompt_tokens": plan.input_tokens, "completion_tokens": plan.output_tokens}
+    server.calls.clear()
+    server.answer = lambda body: (200, {**chat(body), "usage": used})
     made = client(server, tmp_path, **{bound: 5 if bound == "rpm" else 5 * (plan.input_tokens + plan.output_tokens)})
     add(made, 9, max_tokens=100)
     task = made._task("t")

@@ -146,8 +146,19 @@ class Synth:
             total=counts.total, cached=counts.done, waiting=counts.waiting, failed=counts.permanent,
             new=sum(row[1] for row in new), input_tokens=sum(row[2] for row in new),
             output_tokens=sum(row[3] for row in new), cost=None if unpriced else micros / 1e6, spent=counts.cost,
-            unpriced=unpriced,
+            unpriced=unpriced, under_way=self._under_way(task),
         )  # fmt: skip
+
+    def _hold(self, task_name: str, max_cost: float | None, max_requests: int | None) -> None:
+        """Refuse what would pass a bound, or whose cost nothing bounds."""
+        plan = self.plan(task_name)
+        unbounded = 0 if max_cost is None else self.ledger.unbounded(self._task(task_name))
+        within(attrs.evolve(plan, unbounded=unbounded), max_cost, max_requests)
+
+    def _under_way(self, task: int) -> float:
+        budget = Budget(self.prices, self.batched, 0.0, None, None)
+        budget.under_way(self.ledger.waiting(task))
+        return budget.reserved / 1e6
 
     def status(self, task_name: str) -> Counts:
         """Return how a task stands, by the ledger."""
@@ -176,7 +187,7 @@ class Synth:
             self.ledger.forgive(task)
         max_cost = self.max_cost if max_cost is None else max_cost
         max_requests = self.max_requests if max_requests is None else max_requests
-        within(self.plan(task_name), max_cost, max_requests)
+        self._hold(task_name, max_cost, max_requests)
         session = self._session(task, task_name, max_cost, max_requests, progress, wait)
         with scrubbed(self.scrubber), _interruptible(session):
             self.send(session)
@@ -228,7 +239,7 @@ class Synth:
 
     def save_batch_task(self, task_name: str) -> None:
         """Write the batch files of what has no result yet."""
-        within(self.plan(task_name), self.max_cost, self.max_requests)
+        self._hold(task_name, self.max_cost, self.max_requests)
         self._step(task_name, BatchRun.plan)
 
     def upload_batch_task(self, task_name: str) -> None:
@@ -329,6 +340,7 @@ class Synth:
         counts = self.ledger.counts(task)
         progress = Progress(total=counts.total, done=counts.done, first=counts.done, cost=counts.cost)
         budget = Budget(self.prices, self.batched, counts.cost or 0.0, max_cost, max_requests)
+        budget.under_way(self.ledger.waiting(task))
         return Session(self.ledger, task, name, budget, self.scrubber, progress, report, wait)
 
     def _step(self, name: str, work: Callable[[BatchRun], Any]) -> Any:

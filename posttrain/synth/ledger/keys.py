@@ -17,6 +17,12 @@ UNBOUNDED_OUTPUT = 1024
 """Tokens reserved for a reply whose body sets no maximum."""
 
 
+LIMITS = ("max_completion_tokens", "max_tokens", "max_output_tokens")
+"""Keys of a body that bound its reply."""
+IMAGE_TOKENS = 1500
+"""About the most that one image costs with today's providers; its bytes say nothing about that."""
+
+
 class Request(NamedTuple):
     """One request of the ledger."""
 
@@ -67,9 +73,23 @@ def sample_key(content: bytes, sample: int) -> bytes:
 
 def estimates(body: dict[str, Any], size: int) -> tuple[int, int]:
     """Return (estimated prompt tokens, tokens that the replies may have) of a body of so many bytes."""
-    limit = next((body[k] for k in ("max_completion_tokens", "max_tokens", "max_output_tokens") if body.get(k)), None)
+    limit = next((body[k] for k in LIMITS if body.get(k)), None)
     count = body.get("n") or 1
-    return max(1, size // BYTES_PER_TOKEN), int(limit or UNBOUNDED_OUTPUT) * int(count)
+    images, encoded = pictures(body)
+    tokens = max(1, (size - encoded) // BYTES_PER_TOKEN) + images * IMAGE_TOKENS
+    return tokens, int(limit or UNBOUNDED_OUTPUT) * int(count)
+
+
+def pictures(body: dict[str, Any]) -> tuple[int, int]:
+    """Return (how many images a body holds, how many bytes of it are their data)."""
+    count = encoded = 0
+    for message in body.get("messages") or ():
+        content = message.get("content") if isinstance(message, dict) else None
+        for part in content if isinstance(content, list) else ():
+            if isinstance(part, dict) and part.get("type") in ("image_url", "input_image", "image"):
+                count += 1
+                encoded += len(json.dumps(part))
+    return count, encoded
 
 
 class Given(Secret):

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from posttrain.errors import SynthError
-from posttrain.synth.ledger.keys import Request, sample_key
+from posttrain.synth.ledger.keys import CHAT, LIMITS, Request, sample_key
 from posttrain.synth.ledger.replies import whole
 
 VERSION = 1
@@ -272,6 +272,23 @@ class Ledger:
             f"""SELECT r.model, count(*), sum(r.tokens), sum(r.reserve) FROM item i JOIN request r ON r.id = i.request
             WHERE i.task = ? AND {OPEN} AND NOT {WAITING} GROUP BY r.model ORDER BY r.model""", task,
         )  # fmt: skip
+
+    def waiting(self, task: int) -> list[tuple[str, int, int, int]]:
+        """Return (model, requests, prompt tokens, reply tokens at most) of what is in batches, estimated."""
+        return self.all(
+            f"""SELECT r.model, count(*), sum(r.tokens), sum(r.reserve) FROM item i JOIN request r ON r.id = i.request
+            WHERE i.task = ? AND NOT EXISTS (SELECT 1 FROM response p WHERE p.request = i.request) AND {WAITING}
+            GROUP BY r.model""", task,
+        )  # fmt: skip
+
+    def unbounded(self, task: int) -> int:
+        """Return how many of the chats to be sent set no bound on their reply."""
+        no_bound = " AND ".join(f"NOT instr(r.body, CAST('\"{name}\":' AS BLOB))" for name in LIMITS)
+        (count,) = self.one(
+            f"""SELECT count(*) FROM item i JOIN request r ON r.id = i.request WHERE i.task = ? AND {OPEN}
+            AND NOT {WAITING} AND r.endpoint = '{CHAT}' AND {no_bound}""", task,
+        )  # fmt: skip
+        return int(count)
 
     def errors(self, task: int) -> list[tuple[str, str, int, int]]:
         """Return (code, message of one of them, how many, how many of them for good) of what has no result."""

@@ -327,6 +327,7 @@ class BatchRun:
             if batch.status == "cancelled" and not batch.asked:
                 self._left(batch, "batch_cancelled", f"batch {batch.batch_id} was cancelled at the provider")
             self._set(batch, state="ingested")
+            self.session.budget.under_way(self.ledger.waiting(self.session.task))
             self._path(batch.nonce).unlink(missing_ok=True)
             log.info("batch %s: %s", batch.batch_id, batch.status)
             self._after_failure(batch)

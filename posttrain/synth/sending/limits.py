@@ -65,6 +65,11 @@ class Gate:
             self._count(tokens)
         return self._loop.time()
 
+    def give_back(self, tokens: int) -> None:
+        """Return tokens that were reserved for a request and not used."""
+        if self._tokens is not None:
+            self._tokens.take(-tokens)
+
     def leave(self) -> None:
         """A request is back, whatever came of it."""
         self.in_flight -= 1

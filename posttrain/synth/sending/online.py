@@ -18,6 +18,7 @@ import httpx
 from posttrain.errors import SynthError
 from posttrain.synth.errors import TaskStopped
 from posttrain.synth.ledger.keys import CHAT, Request
+from posttrain.synth.ledger.pricing import usage
 from posttrain.synth.ledger.replies import CONFIGURED, Action, Verdict, limits, parsed, verdict
 from posttrain.synth.ledger.session import Session, Statement, dumped
 from posttrain.synth.ledger.store import Writer
@@ -239,6 +240,8 @@ class OnlineRun:
     async def _enter(self, request: Request) -> float | None:
         """Wait for the turn of a request; None if the run is over."""
         sent_at = await self.gate.enter(request.tokens + request.reserve)
+        while not self._over and self.session.budget.full(request):
+            await self._sleep(0.05)
         if not self._over:
             try:
                 self.session.budget.reserve(request)
@@ -276,6 +279,7 @@ class OnlineRun:
         except httpx.LocalProtocolError as error:
             raise SynthError(str(error)) from None
         except TimeoutError:
+            self.session.budget.charged(request)
             return Sent(Verdict(Action.RETRY, "timeout", f"no answer within {self.service.timeout:g} s"), None, b"")
         except (httpx.HTTPError, httpx.StreamError, httpx.InvalidURL) as error:
             said = Verdict(Action.RETRY, "connection", str(error) or type(error).__name__)
@@ -334,6 +338,8 @@ class OnlineRun:
             self._refused.clear()
             self._probing = 0
             self.gate.succeeded()
+            if any(used := usage(sent.reply)):
+                self._settle(request, used)
             content = sent.content or dumped(sent.reply)
             await self._commit(session.result(request, sent.reply, content, said.request_id))
             return True
@@ -353,6 +359,10 @@ class OnlineRun:
             session.progress.retries += 1
             await self._commit(session.attempt(request, said))
             return False
+        if said.action is Action.REFUSED:
+            self._settle(request, (0, 0, 0))
+        if said.action is Action.RETRY and said.status is not None and said.status < 300:
+            session.budget.charged(request)
         if said.action is Action.RETRY and attempts < self.service.attempts:
             session.progress.retries += 1
             await self._commit(session.attempt(request, said))
@@ -361,6 +371,10 @@ class OnlineRun:
         permanent = said.action is Action.REFUSED and self.stopped is None
         await self._commit(session.failure(request, said, permanent))
         return True
+
+    def _settle(self, request: Request, used: tuple[int, int, int]) -> None:
+        """Give back the tokens per minute that a request has reserved and not used, by what its reply says it used."""
+        self.gate.give_back(request.tokens + request.reserve - used[0] - used[1])
 
     def _storm(self, said: Verdict, sent_at: float) -> None:
         self.gate.storm(sent_at, said.wait)
