@@ -1,9 +1,13 @@
 """What goes wrong with servers, keys, replies and files: each case was seen with an earlier version."""
 
+import contextlib
 import datetime
 import errno
 import json
+import pickle
 import shutil
+import socket
+import ssl
 import threading
 import time
 import traceback
@@ -29,10 +33,12 @@ from posttrain.synth import (
     VllmSynth,
 )
 from posttrain.synth.ledger import results
-from posttrain.synth.ledger.keys import canonical
+from posttrain.synth.ledger.keys import CHAT, canonical, content_hash, sample_key
 from posttrain.synth.pipelines.view import page
 from posttrain.synth.sending import batch_api
 from posttrain.synth.sending import online as engine
+from posttrain.synth.steps.rows import items
+from posttrain.synth.steps.verify import last_number
 
 KEY = "sk-very-secret-0123456789"
 
@@ -639,3 +645,141 @@ def test_tokens_per_minute_that_were_not_used_are_given_back(server: Server, tmp
     worker = threading.Thread(target=lambda: (made.execute_batch_task("t"), done.set()), daemon=True)
     worker.start()
     assert done.wait(20)
+
+
+# -- small things ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "items_wanted"),
+    [
+        ("1. Sing [1]\n2. Dance [2]", ["Sing [1]", "Dance [2]"]),
+        ("See [1].\n- one\n- two", ["one", "two"]),
+        ('Here you are [1]: ["a", "b"]', ["a", "b"]),
+        ('```json\n["a", {"b": 1}]\n```', ["a", '{"b": 1}']),
+        ('["a [x]", "b"]', ["a [x]", "b"]),
+        ("[1] is no list", []),
+    ],
+)
+def test_a_list_is_told_from_a_reference(text: str, items_wanted: list[str]) -> None:
+    assert items(text) == items_wanted
+
+
+@pytest.mark.parametrize(
+    ("text", "number"),
+    [
+        ("1/2", 0.5), ("so x = 3 / 4.", 0.75), ("1e3", 1000), ("2.5E-2", 0.025), ("\N{MINUS SIGN}5", -5), ("-5", -5),
+        ("it is \N{MINUS SIGN}$1,200.50.", -1200.5), ("10-4", 4), ("(1,2)", 2), ("1,234", 1234), ("+7", 7), ("x2 = 3", 3),
+        ("no number", None), ("1/0", 0),
+    ],
+)  # fmt: skip
+def test_the_last_number_is_read_as_people_write_it(text: str, number: float | None) -> None:
+    assert last_number(text) == number
+
+
+def test_a_refusal_is_no_empty_answer(server: Server, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    def refused(body: dict[str, Any]) -> tuple[int, dict[str, Any]]:
+        made = chat(body)
+        if asked_by(body) == 1:
+            made["choices"][0]["message"] = {"role": "assistant", "content": None, "refusal": "I must not."}
+        return 200, made
+
+    server.answer = refused
+    made = add(client(server, tmp_path), 3)
+    made.execute_batch_task("t")
+    assert [row["messages"][-1]["content"] for row in made.iter_rows("t")] == ["re: q0", "re: q2"]
+    assert "1 replies without text" in caplog.text
+    report = Pipeline([Generate(model="m")]).run([{"prompt": f"q{i}"} for i in range(3)], made, "p")
+    assert report.stages[1].dropped == {"the model refused": 1}
+    assert next(report.dropped())["dropped"]["detail"] == "I must not."
+
+
+@pytest.mark.parametrize("mode", ["online", "batch"])
+def test_a_host_that_does_not_exist_is_said_at_once(tmp_path: Path, mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def nowhere(*given: Any, **more: Any) -> Any:
+        raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
+
+    monkeypatch.setattr(socket, "getaddrinfo", nowhere)
+    made = OpenAISynth(base_url="http://api.example/v1", api_key=KEY, mode=mode, work_dir=tmp_path, patience=60)
+    with pytest.raises(TaskStopped, match="Name or service not known"):
+        add(made, 3).execute_batch_task("t")
+
+
+@pytest.mark.parametrize("mode", ["online", "batch"])
+def test_a_certificate_that_nobody_trusts_is_said_at_once(tmp_path: Path, mode: str) -> None:
+    certificate, key = self_signed(tmp_path)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(certificate, key)
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+
+        def serve() -> None:
+            with contextlib.suppress(OSError):
+                while True:
+                    connection, _ = listening.accept()
+                    with contextlib.suppress(OSError):
+                        context.wrap_socket(connection, server_side=True).close()
+
+        threading.Thread(target=serve, daemon=True).start()
+        url = f"https://127.0.0.1:{listening.getsockname()[1]}/v1"
+        made = OpenAISynth(base_url=url, api_key=KEY, mode=mode, work_dir=tmp_path / "w", patience=60, concurrency=1)
+        with pytest.raises(TaskStopped, match="CERTIFICATE_VERIFY_FAILED"):
+            add(made, 1).execute_batch_task("t")
+
+
+def self_signed(folder: Path) -> tuple[Path, Path]:
+    from cryptography import x509
+    from cryptography.hazmat.primitives import hashes, serialization
+    from cryptography.hazmat.primitives.asymmetric import ec
+
+    key = ec.generate_private_key(ec.SECP256R1())
+    name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "127.0.0.1")])
+    now = datetime.datetime.now(datetime.UTC)
+    day = datetime.timedelta(days=1)
+    made = x509.CertificateBuilder().subject_name(name).issuer_name(name).public_key(key.public_key())
+    made = made.serial_number(1).not_valid_before(now - day).not_valid_after(now + day)
+    certificate, file = folder / "c.pem", folder / "k.pem"
+    certificate.write_bytes(made.sign(key, hashes.SHA256()).public_bytes(serialization.Encoding.PEM))
+    form = serialization.PrivateFormat.PKCS8
+    file.write_bytes(key.private_bytes(serialization.Encoding.PEM, form, serialization.NoEncryption()))
+    return certificate, file
+
+
+@pytest.mark.parametrize("mode", ["online", "batch"])
+def test_servers_get_to_know_who_asks(server: Server, tmp_path: Path, mode: str) -> None:
+    add(client(server, tmp_path, mode=mode), 1).execute_batch_task("t")
+    agents = {{name.lower(): value for name, value in h.items()}["user-agent"] for h in server.headers_seen}
+    assert len(agents) == 1
+    assert agents.pop().startswith("posttrain")
+
+
+def test_the_order_of_keywords_pays_for_nothing_again(server: Server, tmp_path: Path) -> None:
+    made = client(server, tmp_path)
+    question = [{"role": "user", "content": "q"}]
+    made.add_chat_to_batch_task("a", question, model="m", top_p=1, max_tokens=5)
+    made.execute_batch_task("a")
+    made.add_chat_to_batch_task("b", question, model="m", max_tokens=5, top_p=1)
+    made.execute_batch_task("b")
+    assert server.paid_lines == 1
+    body = json.dumps({"model": "m", "messages": question, "top_p": 1, "max_tokens": 6}, separators=(",", ":")).encode()
+    older = sample_key(content_hash(made.namespace, CHAT, body), 0)  # as version 0.1 has written it
+    with made.ledger.transaction() as db:
+        db.execute("INSERT INTO request VALUES (99, ?, ?, 'm', ?, 1, 6)", (older, CHAT, body))
+        db.execute(
+            "INSERT INTO response VALUES (99, 0, NULL, ?, 1, 1, 0, NULL, 'stop')",
+            (json.dumps(chat(json.loads(body))).encode(),),
+        )
+    step = Generate(model="m", body={"top_p": 1, "max_tokens": 6})
+    assert len(list(Pipeline([step]).run([{"prompt": "q"}], made, "p").rows())) == 1
+    assert server.paid_lines == 1
+
+
+def test_a_client_can_be_sent_to_another_process_and_its_key_stays(server: Server, tmp_path: Path) -> None:
+    made = add(client(server, tmp_path), 1)
+    made.execute_batch_task("t")
+    packed = pickle.dumps(made)
+    assert KEY.encode() not in packed
+    made.ledger.close()
+    again = pickle.loads(packed)
+    assert len(texts(add(again, 1).execute_batch_task("t"))) == 1
+    with pytest.raises(SynthError, match="stays in its process"):
+        add(again, 2).execute_batch_task("t")

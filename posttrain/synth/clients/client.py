@@ -19,7 +19,7 @@ from posttrain.errors import SynthError
 from posttrain.registry import key
 from posttrain.synth.errors import IncompleteTask
 from posttrain.synth.ledger import results
-from posttrain.synth.ledger.keys import CHAT, Scrubber, canonical, content_hash, counted, estimates, scrubbed
+from posttrain.synth.ledger.keys import CHAT, Scrubber, canonical, content_hash, counted, estimates, in_order, scrubbed
 from posttrain.synth.ledger.pricing import Budget, Plan, Price, within
 from posttrain.synth.ledger.results import Response
 from posttrain.synth.ledger.session import Progress, Session
@@ -119,12 +119,13 @@ class Synth:
         self, task_name: str, endpoint: str, body: dict[str, Any], keep: Mapping[str, Any] | None = None
     ) -> int:
         """Add a request to any endpoint, such as `/embeddings`, or `/classify` of a reward model."""
-        content = canonical(body)
+        content, given = canonical(in_order(body)), canonical(body)
         adding = self._adding.get(task_name)
         if adding is None:
             adding = self._adding[task_name] = Adding(self.ledger.task(task_name))
         model = str(body.get("model") or "")
-        row = (content_hash(self._answers, endpoint, content), endpoint, model, content)
+        older = content_hash(self._answers, endpoint, given) if given != content else None
+        row = (content_hash(self._answers, endpoint, content), older, endpoint, model, content)
         adding.rows.append((*row, *estimates(body, len(content)), extra_of(dict(keep) if keep else None)))
         adding.count += 1
         if len(adding.rows) >= FLUSH:
@@ -303,6 +304,13 @@ class Synth:
             return Dataset(pyarrow.parquet.read_table(path))
         finally:
             path.unlink()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return the fields alone: another process opens the ledger, and looks keys up, by itself."""
+        return {field.name: getattr(self, field.name) for field in attrs.fields(type(self))}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
 
     # -- helpers ----------------------------------------------------------------------
 

@@ -110,7 +110,7 @@ class CortexSynth(Synth):
         """Return where requests go."""
         return Service(
             urls=[self.host + (PATHS["openai"] if self.api == "openai" else "")], auth=self.auth,
-            headers={"User-Agent": "posttrain"}, dialect=self.dialect, concurrency=self.concurrency,
+            dialect=self.dialect, concurrency=self.concurrency,
             attempts=self.attempts, timeout=self.timeout, patience=self.patience, rpm=self.rpm, tpm=self.tpm,
             transport=self.transport,
         )  # fmt: skip

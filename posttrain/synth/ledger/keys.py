@@ -61,6 +61,16 @@ def canonical(value: Any) -> bytes:
         raise SynthError(f"a request must be plain JSON data: {error}") from None
 
 
+def in_order(body: dict[str, Any]) -> dict[str, Any]:
+    """Return a body with its own keys in one order, whatever order they were given in; what they hold stays.
+
+    >>> list(in_order({"top_p": 1, "messages": [], "max_tokens": 5, "model": "m"}))
+    ['model', 'messages', 'max_tokens', 'top_p']
+    """
+    first = [name for name in ("model", "messages") if name in body]
+    return {name: body[name] for name in (*first, *sorted(body.keys() - set(first)))}
+
+
 def content_hash(namespace: str, endpoint: str, body: bytes) -> bytes:
     """Return what all samples of one request share; `namespace` says whose model names are meant."""
     return hashlib.sha256(b"\0".join((namespace.encode(), endpoint.encode(), body))).digest()
@@ -106,11 +116,33 @@ class Given(Secret):
     def __repr__(self) -> str:
         return "Given('...')"
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Leave the key behind: a pickle may end up in a file."""
+        return LeftBehind, ()
+
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Given) and other.reveal() == self.reveal()
 
     def __hash__(self) -> int:
         return hash(self.reveal())
+
+
+class LeftBehind(Secret):
+    """A key given as text that did not come along into another process."""
+
+    def __init__(self) -> None:
+        super().__init__("given from Python in another process")
+
+    def reveal(self) -> str:
+        """Say what to do.
+
+        Raises:
+            SynthError: always.
+        """
+        raise SynthError(
+            "a key that was given as text stays in its process: put it into the environment (OPENAI_API_KEY, ...), "
+            "where other processes find it, and leave api_key out"
+        )
 
 
 def as_secret(value: "str | Secret | None") -> Secret | None:

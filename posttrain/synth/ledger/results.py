@@ -1,6 +1,7 @@
 """Rows of the ledger -> what users get: responses in the shape of a batch's output line, and rows to train on."""
 
 import json
+import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import islice
@@ -12,6 +13,7 @@ from posttrain.synth.ledger.keys import CHAT
 from posttrain.synth.ledger.replies import HALF, HALF_SAID, choices, whole
 from posttrain.synth.ledger.store import Ledger
 
+log = logging.getLogger("posttrain.synth")
 Response = dict[str, Any]
 """`{"custom_id": "task_0", "response": {"status_code", "request_id", "body"} | None, "error": None | {...}}`"""
 
@@ -52,7 +54,9 @@ def extracted(found: list[Response]) -> list[dict[str, Any]]:
 
 def rows(ledger: Ledger, task: int, name: str) -> Iterator[dict[str, Any]]:
     """Yield conversations to train on: one per choice of each result, request and reply together. What was kept
-    beside a request comes first; requests without a result are left out (`posttrain synth errors` lists them)."""
+    beside a request comes first; requests without a result are left out (`posttrain synth errors` lists them), and
+    choices that hold neither text nor a tool call, such as refusals, with a warning that counts them."""
+    empty = 0
     for pos, endpoint, model, body, extra, reply, *_ in ledger.results(task):
         if reply is None or (found := read(reply)) is None:
             continue
@@ -63,6 +67,9 @@ def rows(ledger: Ledger, task: int, name: str) -> Iterator[dict[str, Any]]:
         asked = json.loads(body)
         kept = json.loads(extra) if extra else {}
         for index, choice in enumerate(found["choices"]):
+            if not answers_something(choice.get("message") or {}):
+                empty += 1
+                continue
             yield {
                 **kept,
                 "messages": [*asked["messages"], _clean(choice.get("message") or {})],
@@ -70,6 +77,13 @@ def rows(ledger: Ledger, task: int, name: str) -> Iterator[dict[str, Any]]:
                 "custom_id": f"{name}_{pos}", "choice": index, "model": model,
                 "finish_reason": choice.get("finish_reason"),
             }  # fmt: skip
+    if empty:
+        log.warning("task %r: %d replies without text (refused, filtered or cut) are left out", name, empty)
+
+
+def answers_something(message: dict[str, Any]) -> bool:
+    """Whether a message holds text or a tool call."""
+    return bool(message.get("content") or message.get("tool_calls"))
 
 
 def read(reply: bytes) -> dict[str, Any] | None:

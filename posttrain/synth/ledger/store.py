@@ -165,23 +165,27 @@ class Ledger:
             db.execute("INSERT OR IGNORE INTO task(name) VALUES (?)", (name,))
         return self.find(name)
 
-    def add(self, task: int, start: int, rows: Iterable[tuple[bytes, str, str, bytes, int, int, bytes | None]]) -> None:
+    def add(self, task: int, start: int, rows: Iterable[tuple[Any, ...]]) -> None:
         """Put requests at the positions of a task from `start` on.
 
         Args:
             task: its number.
             start: the first position; 0 begins the task anew, as far as counting samples goes.
-            rows: (content hash, endpoint, model, body, prompt tokens, reply tokens, what to keep beside the result).
+            rows: (content hash, the one that version 0.1 gave it or None, endpoint, model, body, prompt tokens,
+                reply tokens, what to keep beside the result).
         """
         with self.transaction() as db:
             if start == 0:
                 db.execute("DELETE FROM seen WHERE task = ?", (task,))
-            for pos, (content, endpoint, model, body, tokens, reserve, extra) in enumerate(rows, start):
+            for pos, (content, older, endpoint, model, body, tokens, reserve, extra) in enumerate(rows, start):
                 (n,) = db.execute(
                     "INSERT INTO seen VALUES (?, ?, 1) ON CONFLICT DO UPDATE SET n = n + 1 RETURNING n", (task, content)
                 ).fetchone()
                 key = sample_key(content, n - 1)
-                found = db.execute("SELECT id FROM request WHERE key = ?", (key,)).fetchone()
+                find = "SELECT id FROM request WHERE key = ?"
+                found = db.execute(find, (key,)).fetchone()
+                if found is None and older is not None:
+                    found = db.execute(find, (sample_key(older, n - 1),)).fetchone()
                 request = found[0] if found else db.execute(
                     "INSERT INTO request(key, endpoint, model, body, tokens, reserve) VALUES (?, ?, ?, ?, ?, ?)",
                     (key, endpoint, model, body, tokens, reserve),

@@ -4,6 +4,7 @@ Everything is a function of the rows and the ledger. So a pipeline goes on where
 new, and gives the same rows each time. Every row that goes no further keeps the reason.
 """
 
+import json
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,7 +18,7 @@ from posttrain.interfaces import Checked, StepBlock
 from posttrain.registry import name_of
 from posttrain.synth.clients.client import Synth
 from posttrain.synth.ledger import results
-from posttrain.synth.ledger.keys import CHAT, canonical
+from posttrain.synth.ledger.keys import CHAT, canonical, in_order
 from posttrain.synth.ledger.session import Progress
 from posttrain.synth.pipelines.report import Report, rows_in
 from posttrain.synth.pipelines.rows import Chat, Drop, Reply, Row
@@ -220,7 +221,7 @@ class Work:
         Raises:
             SynthError: it is not: the step's `chats` gave other requests than before.
         """
-        if answer is None or answer[:2] != (chat.endpoint, canonical(self.body(chat))):
+        if answer is None or answer[0] != chat.endpoint or not _same(answer[1], self.body(chat)):
             raise SynthError(
                 f"{type(self.step).__name__}.chats() gave another request than when it was sent. It must be a function "
                 "of the row alone: no clock, no random numbers without a seed, no changing the row"
@@ -242,6 +243,12 @@ def client_of(step: StepBlock, home: Synth) -> Synth:
     if not isinstance(own, Synth):
         raise SynthError(f"client: {type(own).__name__} is no client of posttrain.synth")
     return attrs.evolve(own, work_dir=home.work_dir)
+
+
+def _same(sent: bytes, body: dict[str, Any]) -> bool:
+    """Whether a body is the one that was sent, also if version 0.1 sent it with its keys in another order."""
+    wanted = canonical(in_order(body))
+    return sent == wanted or canonical(in_order(json.loads(sent))) == wanted
 
 
 def _left(bound: Any, used: Any) -> Any:

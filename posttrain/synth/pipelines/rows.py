@@ -53,7 +53,18 @@ class Reply:
     @property
     def trouble(self) -> str:
         """Why there is nothing to use, in words that can be counted."""
-        return f"request failed: {self.error.get('code')}" if self.error else "the reply holds no text"
+        if self.error:
+            return f"request failed: {self.error.get('code')}"
+        if self.refusal:
+            return "the model refused"
+        cut = self.choice.get("finish_reason") in ("content_filter", "length")
+        return f"the reply holds no text: {self.choice['finish_reason']}" if cut else "the reply holds no text"
+
+    @property
+    def refusal(self) -> str | None:
+        """What the model says in place of an answer, where the provider tells the two apart."""
+        said = (self.choice.get("message") or {}).get("refusal")
+        return said if isinstance(said, str) and said else None
 
 
 @attrs.frozen

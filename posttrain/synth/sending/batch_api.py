@@ -18,6 +18,7 @@ from posttrain.errors import SynthError
 from posttrain.synth.errors import TaskStopped
 from posttrain.synth.ledger.keys import Scrubber
 from posttrain.synth.ledger.replies import Action, Verdict, parsed, verdict
+from posttrain.synth.sending.transport import hopeless, user_agent
 
 TERMINAL = ("completed", "failed", "expired", "cancelled")
 TRIES = 8
@@ -128,7 +129,8 @@ class BatchAPI:
     def __init__(self, service: BatchService, scrubber: Scrubber, stopping: threading.Event) -> None:
         self.service, self._scrubber, self._stopping = service, scrubber, stopping
         self._client = httpx.Client(
-            base_url=service.url, auth=service.auth, headers=service.headers, params=service.query,
+            base_url=service.url, auth=service.auth, params=service.query,
+            headers={"user-agent": user_agent(), **service.headers},
             timeout=httpx.Timeout(service.timeout, connect=10), transport=service.transport,
             event_hooks={"request": [sendable]},
         )  # fmt: skip
@@ -172,6 +174,7 @@ class BatchAPI:
             try:
                 response = self._client.post("files", data=form, files={"file": (path.name, file, "application/jsonl")})
             except httpx.HTTPError as error:
+                self._reachable(error)
                 raise Lost(str(error) or type(error).__name__) from None
         data = parsed(response.content)
         if response.status_code < 300:
@@ -267,6 +270,12 @@ class BatchAPI:
             raise Lost(f"HTTP {said.status} {said.code}: {said.message}")
         raise Refused(said)
 
+    def _reachable(self, error: httpx.HTTPError) -> None:
+        """Stop at once where waiting does not help."""
+        if hopeless(error):
+            what = self._scrubber.text(f"{self.service.url}: {error}")
+            raise TaskStopped(f"no connection to {what}. Is the address right? Everything is kept") from None
+
     # -- helpers ----------------------------------------------------------------------
 
     def _checked(self, response: httpx.Response, data: Any) -> Verdict:
@@ -292,6 +301,7 @@ class BatchAPI:
                 problem = f"HTTP {said.status} {said.code}: {said.message}"
                 wait = said.wait
             except httpx.HTTPError as error:
+                self._reachable(error)
                 problem, wait = str(error) or type(error).__name__, None
             tries += 1
             backoff = min(LONGEST_BACKOFF, FIRST_BACKOFF * 2 ** min(tries - 1, 8)) * random.uniform(0.5, 1)

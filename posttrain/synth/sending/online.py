@@ -6,6 +6,7 @@ again, is what was in flight and nothing more.
 
 import asyncio
 import contextlib
+import logging
 import random
 import ssl
 import time
@@ -23,8 +24,9 @@ from posttrain.synth.ledger.replies import CONFIGURED, Action, Verdict, limits, 
 from posttrain.synth.ledger.session import Session, Statement, dumped
 from posttrain.synth.ledger.store import Writer
 from posttrain.synth.sending.limits import Gate
-from posttrain.synth.sending.transport import exchange, lane_transport
+from posttrain.synth.sending.transport import exchange, hopeless, lane_transport, user_agent
 
+log = logging.getLogger("posttrain.synth")
 FIRST_BACKOFF, LONGEST_BACKOFF = 0.5, 30.0
 SAME_FAILURES = 20
 """After so many refusals for the same reason in a row, requests from all over the task are tried. If they are refused
@@ -168,6 +170,7 @@ class OnlineRun:
         self._successes = 0
         self._reported = 0.0
         self._end = asyncio.Event()
+        self._agent = user_agent()
 
     async def run(self) -> None:
         """Send everything; return when all is committed.
@@ -272,6 +275,10 @@ class OnlineRun:
             async with asyncio.timeout(self.service.timeout):
                 response = await self._exchange(request, endpoint.base, transports[index])
         except httpx.ConnectError as error:
+            if len(self.endpoints) == 1 and hopeless(error) and not self._successes:
+                self._stop(TaskStopped(self.session.stop_message(Verdict(Action.STOP, "no_server", str(error)))))
+            if endpoint.down_since is None:
+                log.warning("no connection to %s; waiting for it", self.session.scrubber.text(str(error)))
             endpoint.eject(self.loop.time())
             self.session.budget.sent -= 1
             self.session.progress.note = self.session.scrubber.text(f"waiting for a server: {error}")
@@ -315,7 +322,10 @@ class OnlineRun:
         return response
 
     def _request(self, method: str, url: httpx.URL, body: bytes) -> httpx.Request:
-        headers = {"accept": "application/json", "content-type": "application/json", **self.service.headers}
+        headers = {
+            "accept": "application/json", "content-type": "application/json", "user-agent": self._agent,
+            **self.service.headers,
+        }  # fmt: skip
         return httpx.Request(method, url, headers=headers, content=body or None)
 
     async def _wait_for_servers(self, now: float) -> None:

@@ -6,6 +6,8 @@ httpx stay usable; h11 reads the protocol.
 """
 
 import asyncio
+import importlib.metadata
+import socket
 import ssl
 import urllib.request
 
@@ -13,7 +15,31 @@ import h11
 import httpx
 
 READ = 65536
+NO_SUCH_HOST = {socket.EAI_NONAME, getattr(socket, "EAI_NODATA", socket.EAI_NONAME)}
 LARGEST_HEADER = 256 * 1024
+
+
+def user_agent() -> str:
+    """Return what servers get to know about who asks."""
+    try:
+        return f"posttrain/{importlib.metadata.version('posttrain')}"
+    except importlib.metadata.PackageNotFoundError:  # run from its source folder
+        return "posttrain"
+
+
+class Hopeless(httpx.ConnectError):
+    """The server cannot be reached as it was named, however long one waits."""
+
+
+def hopeless(error: BaseException | None) -> bool:
+    """Whether a connection failed because the host has no address, or its certificate is not trusted."""
+    while error is not None:
+        if isinstance(error, ssl.SSLCertVerificationError):
+            return True
+        if isinstance(error, socket.gaierror) and error.errno in NO_SUCH_HOST:
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
 class LaneTransport(httpx.AsyncBaseTransport):
@@ -66,7 +92,8 @@ class LaneTransport(httpx.AsyncBaseTransport):
                     url.host, port, ssl=self._context if url.scheme == "https" else None, limit=2**20
                 )
         except (OSError, TimeoutError) as error:  # ssl.SSLError and name resolution are OSErrors
-            raise httpx.ConnectError(f"{url.host}:{port}: {error or 'no answer in time'}") from None
+            kind = Hopeless if hopeless(error) else httpx.ConnectError
+            raise kind(f"{url.host}:{port}: {error or 'no answer in time'}") from None
 
     async def _send(self, request: httpx.Request) -> None:
         assert self._writer is not None

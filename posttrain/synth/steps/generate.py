@@ -69,7 +69,7 @@ class Generate(PanelStep):
                 yield {**kept, "messages": [*prompt, said], **about}
                 continue
             if reply.text is None:
-                yield Drop(made, reply.trouble, as_text((reply.error or {}).get("message") or ""))
+                yield Drop(made, reply.trouble, as_text((reply.error or {}).get("message") or reply.refusal or ""))
                 continue
             yield {**made, self.into: reply.text, **about}
 

@@ -14,7 +14,8 @@ from posttrain.synth.pipelines.rows import Drop, Row, answered, as_text, column
 from posttrain.synth.pipelines.step import Step
 
 F = TypeVar("F", bound=Callable[..., bool | float])
-NUMBER = re.compile(r"[-+]?\$?\d[\d,]*(?:\.\d+)?")
+DIGITS = r"(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?(?:[eE][-+]?\d+)?"
+NUMBER = re.compile(rf"((?<![\w).])[-+\u2212])?\s?\$?({DIGITS})(?:\s?/\s?({DIGITS}))?")
 _verifiers: dict[str, Callable[..., bool | float]] = {}
 
 
@@ -135,10 +136,18 @@ class Verify(Step):
 
 
 def last_number(text: str) -> float | None:
-    """Return the last number of a text.
+    """Return the last number of a text: `1,200.50`, `1e3`, `-3` with a hyphen or a minus sign, `1/2`.
 
-    >>> last_number("so 3 * 4 = 12, that is $1,200.50."), last_number("none")
-    (1200.5, None)
+    >>> last_number("so 3 * 4 = 12, that is $1,200.50."), last_number("1/2"), last_number("none")
+    (1200.5, 0.5, None)
     """
-    found = NUMBER.findall(text)
-    return float(found[-1].replace(",", "").replace("$", "")) if found else None
+    found = [*NUMBER.finditer(text)]
+    if not found:
+        return None
+    sign, above, below = found[-1].groups()
+    number = float(above.replace(",", ""))
+    if below and float(below.replace(",", "")):
+        number /= float(below.replace(",", ""))
+    elif below:  # nothing is over zero: then it is no fraction
+        number = float(below.replace(",", ""))
+    return number if sign in (None, "+") else -number
