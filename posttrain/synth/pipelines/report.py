@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from rich.console import Group
 
 COUNTS = "report.json"
+CELLS = ("in", "new", "out", "dropped", "requests", "failed", "tokens", "cost")
 
 
 @attrs.define
@@ -202,14 +203,14 @@ class Report:
         from rich.text import Text
 
         made = Table("step", box=box.SIMPLE_HEAD, pad_edge=False)
-        for name in ("in", "out", "dropped", "requests", "failed", "tokens", "cost"):
+        for name in CELLS:
             made.add_column(name, justify="right")
         for stage in self.stages:
             made.add_row(f"{stage.number} {stage.name}", *cells(stage))
         made.add_section()
         tokens = sum(stage.input_tokens + stage.output_tokens for stage in self.stages)
         requests = sum(stage.requests for stage in self.stages)
-        made.add_row("all", "", "", "", f"{requests:,}", f"{self.failed:,}", f"{tokens:,}", dollars(self.cost))
+        made.add_row("all", "", "", "", "", f"{requests:,}", f"{self.failed:,}", f"{tokens:,}", dollars(self.cost))
         lines = []
         for stage in self.stages:
             lines += [f"{stage.number} {stage.name}: asked again {stage.asked_again:,}"] if stage.asked_again else []
@@ -238,9 +239,12 @@ def dollars(cost: float | None) -> str:
 
 
 def cells(stage: Stage) -> list[str]:
-    """Return the numbers of a step as text: in, out, dropped; and requests, failed, tokens, cost if it sent any."""
+    """Return the numbers of a step as text: in, new, out, dropped (in + new = out + dropped: several answers to a row
+    are new ones, a pair joins two); and requests, failed, tokens, cost if it sent any."""
     dropped = sum(stage.dropped.values())
-    made = ["" if stage.number == 0 else f"{stage.rows_in:,}", f"{stage.rows_out:,}", f"{dropped:,}" if dropped else ""]
+    new = stage.rows_out + dropped - stage.rows_in
+    made = ["", ""] if stage.number == 0 else [f"{stage.rows_in:,}", f"{new:+,}" if new else ""]
+    made += [f"{stage.rows_out:,}", f"{dropped:,}" if dropped else ""]
     if stage.requests:
         tokens = stage.input_tokens + stage.output_tokens
         made += [f"{stage.requests:,}", f"{stage.failed:,}", f"{tokens:,}", dollars(stage.cost)]

@@ -9,7 +9,7 @@ from posttrain.registry import block, key
 from posttrain.synth.pipelines.rows import Chat, Drop, Reply, Row, asked, column, filled, reply_text, transcript
 from posttrain.synth.pipelines.step import PanelStep, asked_again
 from posttrain.synth.steps.judge import SYSTEM
-from posttrain.synth.steps.verdicts import mark, structured, winner_in
+from posttrain.synth.steps.verdicts import json_in, mark, structured, winner_in
 
 ASK = """\
 [Conversation{mark}]
@@ -73,7 +73,10 @@ class Compare(PanelStep):
         votes, balance, heard = [], 0, 0
         for start in range(0, len(replies), len(orders)):
             named = [winner(reply, order) for order, reply in zip(orders, replies[start:], strict=False)]
-            votes.append({"model": self.panel[start // len(orders)], "winners": named})
+            why = [
+                json_in(reply.text or "", "winner").get("rationale") for reply in replies[start : start + len(orders)]
+            ]
+            votes.append({"model": self.panel[start // len(orders)], "winners": named, "rationales": why})
             if None in named:
                 continue
             heard += 1
@@ -112,9 +115,9 @@ def winner(reply: Reply, order: tuple[str, str]) -> str | None:
 
 def swapped(row: Row) -> Row:
     """Return a pair the other way round; scores go with their answers, and the margin says that they were overruled."""
-    turned = {"chosen": "rejected", "rejected": "chosen", "score_chosen": "score_rejected",
-              "score_rejected": "score_chosen"}  # fmt: skip
-    made = {name: row[turned[name]] if turned.get(name) in row else value for name, value in row.items()}
+    pairs = [(f"{about}chosen", f"{about}rejected") for about in ("", "score_", "model_", "judgements_")]
+    turned = dict(pairs) | {b: a for a, b in pairs}
+    made = {turned.get(name, name): value for name, value in row.items()}
     if isinstance(made.get("margin"), int | float):
         made["margin"] = -made["margin"]
     return {**made, "overruled": True}
