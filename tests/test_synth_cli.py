@@ -1,6 +1,7 @@
 """`posttrain synth` and the example, as a user runs them."""
 
 import json
+import re
 import runpy
 import shutil
 import threading
@@ -132,3 +133,39 @@ def test_public_names() -> None:
 
     assert all(getattr(posttrain.synth, name) is not None for name in posttrain.synth.__all__)
     assert posttrain.OpenAISynth is posttrain.synth.OpenAISynth
+
+
+def test_the_first_rows_show_what_is_asked_and_answered_and_what_all_will_cost(
+    url: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = [
+        "recipe.yaml",
+        f"client.base_url={url}",
+        "client.mode=batch",
+        "client.prices.toy={input: 100, output: 100}",
+    ]
+    assert cli.main(["synth", "run", *recipe, "--first", "1"]) == 0
+    told = capsys.readouterr().out
+    assert "-- step 1 (generate), request 1 of 1, to toy" in told
+    assert "[system] You are polite." in told
+    assert "[user] Generate greetings to Clara" in told
+    assert len(re.findall(r"^=> Good \w+, Clara!$", told, re.M)) == 2
+    assert "Justin" not in told
+    (tokens, cost) = re.findall(r"1 of 3 rows went through; all are going to use about (\d+) tokens: \$([\d.]+)", told)[
+        0
+    ]
+    assert float(cost) == pytest.approx(int(tokens) * 100 / 2 / 1e6, rel=0.01)  # in batches, at half the price
+    assert not Path("runs/synth/greetings.jsonl").exists()
+    recipe.remove("client.mode=batch")
+    assert cli.main(["synth", "plan", *recipe]) == 0
+    assert "6 requests: 2 cached" in capsys.readouterr().out
+
+
+def test_the_first_rows_of_a_pipeline_with_a_judge(url: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert (
+        cli.main(["synth", "run", "examples/synth/ultrafeedback.yaml", f"client.base_url={url}", "--first", "2"]) == 0
+    )
+    told = capsys.readouterr().out
+    assert "step 2 (judge), request 1 of 32, to judge" in told
+    assert re.search(r'=> \{"rationale": "So it seems.", "score": \d\}', told)
+    assert "at a price that is not known" in told

@@ -277,6 +277,14 @@ class Ledger:
             WHERE i.task = ? AND {OPEN} AND NOT {WAITING} GROUP BY r.model ORDER BY r.model""", task,
         )  # fmt: skip
 
+    def usage(self, task: int) -> list[tuple[str, int, int, int]]:
+        """Return (model, prompt tokens, reply tokens, cached prompt tokens) that the results of a task have used."""
+        return self.all(
+            """SELECT r.model, sum(p.input_tokens), sum(p.output_tokens), sum(p.cached_tokens) FROM item i
+            JOIN request r ON r.id = i.request JOIN response p ON p.request = r.id WHERE i.task = ? GROUP BY r.model""",
+            task,
+        )
+
     def waiting(self, task: int) -> list[tuple[str, int, int, int]]:
         """Return (model, requests, prompt tokens, reply tokens at most) of what is in batches, estimated."""
         return self.all(

@@ -70,7 +70,7 @@ class Pipeline:
         report = Report(client.work_dir / task, task)
         try:
             self._take(
-                report, _rows_of(rows), client, max_cost=max_cost, max_requests=max_requests, wait=wait,
+                report, rows_to_begin_with(rows), client, max_cost=max_cost, max_requests=max_requests, wait=wait,
                 retry_failed=retry_failed, send=send, progress=progress, say=say,
             )  # fmt: skip
         except BaseException as error:
@@ -255,7 +255,7 @@ def _left(bound: Any, used: Any) -> Any:
     return None if bound is None else bound - used
 
 
-def _rows_of(rows: Source | Iterable[Row]) -> Iterator[Row]:
+def rows_to_begin_with(rows: Source | Iterable[Row]) -> Iterator[Row]:
     """Yield the rows to begin with, each told from what no file of JSON lines can hold."""
     read = ((row.values, row.place) for row, _ in rows.read(rows.open())) if isinstance(rows, Source) else (
         (row, f"row {number}") for number, row in enumerate(rows, 1)
