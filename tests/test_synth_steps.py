@@ -774,3 +774,53 @@ def test_n_in_the_body_is_refused_before_it_is_paid(server: Any, tmp_path: Path)
     with pytest.raises(SynthError, match="step 1: body: n pays"):
         Pipeline([Generate(model="m", body={"n": 4})]).run([{"prompt": "p"}], client(server, tmp_path), "t")
     assert server.paid_lines == 0
+
+
+THOUGHT = "3 and 4 make 7"
+THINKING = [
+    {"role": "assistant", "content": "7", "reasoning_content": THOUGHT},
+    {"role": "assistant", "content": "7", "reasoning": THOUGHT},
+    {"role": "assistant", "content": [{"type": "thinking", "thinking": THOUGHT}, {"type": "text", "text": "7"}]},
+    {"role": "assistant", "content": [{"type": "thinking", "thinking": [{"type": "text", "text": THOUGHT}]},
+                                      {"type": "text", "text": "7"}]},
+]  # fmt: skip
+
+
+def thinking(message: dict[str, Any]) -> Callable[[dict[str, Any]], tuple[int, dict[str, Any]]]:
+    return lambda body: (200, {"choices": [{"index": 0, "message": message, "finish_reason": "stop"}]})
+
+
+@pytest.mark.parametrize("message", THINKING, ids=["vllm", "openrouter", "anthropic", "mistral"])
+def test_what_a_model_thought_stays_beside_its_answer(server: Any, tmp_path: Path, message: dict[str, Any]) -> None:
+    server.answer = thinking(message)
+    made = client(server, tmp_path)
+    for mode, wanted in (
+        ("column", {"response": "7", "reasoning": THOUGHT}),
+        ("think", {"response": f"<think>\n{THOUGHT}\n</think>\n\n7"}),
+        ("message", {"messages": [{"role": "user", "content": "3+4"},
+                                  {"role": "assistant", "content": "7", "reasoning_content": THOUGHT}]}),
+        ("drop", {"response": "7"}),
+    ):  # fmt: skip
+        report = Pipeline([Generate(model="m", reasoning=mode)]).run([{"prompt": "3+4"}], made, "p")
+        (row,) = report.rows()
+        said = {name: row[name] for name in ("response", "reasoning", "messages") if name in row}
+        assert said == wanted
+        assert conversation(row)["messages"][-1].get("reasoning_content") == (THOUGHT if mode == "message" else None)
+    assert server.paid_lines == 1
+
+
+def test_what_a_model_thought_is_exported_for_training(server: Any, tmp_path: Path) -> None:
+    server.answer = thinking(THINKING[0])
+    made = client(server, tmp_path)
+    made.add_chat_to_batch_task("t", [{"role": "user", "content": "3+4"}], model="m")
+    made.execute_batch_task("t")
+    said = {mode: next(made.iter_rows("t", reasoning=mode))["messages"][-1] for mode in ("field", "think", "drop")}
+    assert said == {
+        "field": {"role": "assistant", "content": "7", "reasoning_content": THOUGHT},
+        "think": {"role": "assistant", "content": f"<think>\n{THOUGHT}\n</think>\n\n7"},
+        "drop": {"role": "assistant", "content": "7"},
+    }
+    (row,) = made.to_dataset("t")
+    assert json.loads(row["messages"])[-1]["reasoning_content"] == THOUGHT
+    (message, *_) = made.extract_messages_from_responses(made.execute_batch_task("t"))[0]["choices"]
+    assert message["reasoning_content"] == THOUGHT

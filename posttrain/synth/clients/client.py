@@ -21,7 +21,7 @@ from posttrain.synth.errors import IncompleteTask
 from posttrain.synth.ledger import results
 from posttrain.synth.ledger.keys import CHAT, Scrubber, canonical, content_hash, counted, estimates, in_order, scrubbed
 from posttrain.synth.ledger.pricing import Budget, Plan, Price, within
-from posttrain.synth.ledger.results import Response
+from posttrain.synth.ledger.results import Reasoning, Response
 from posttrain.synth.ledger.session import Progress, Session
 from posttrain.synth.ledger.store import Counts, Ledger, extra_of
 from posttrain.synth.sending.batch import BatchRun, with_batches
@@ -281,25 +281,31 @@ class Synth:
         """Return the messages of the replies: `[{"custom_id", "choices": [{"role", "content"}]}]`."""
         return results.extracted(responses)
 
-    def iter_rows(self, task_name: str) -> Iterator[dict[str, Any]]:
-        """Yield conversations to train on, one per choice of each result."""
-        return results.rows(self.ledger, self._task(task_name), task_name)
+    def iter_rows(self, task_name: str, reasoning: Reasoning = "field") -> Iterator[dict[str, Any]]:
+        """Yield conversations to train on, one per choice of each result.
 
-    def to_jsonl(self, task_name: str, path: str | Path) -> int:
-        """Write conversations to train on as JSON lines; return how many."""
-        return results.to_jsonl(self.iter_rows(task_name), Path(path))
+        Args:
+            task_name: whose results.
+            reasoning: what a model thought is `reasoning_content` of its message, as chat templates read it ("field"),
+                stands in `<think>` before the answer ("think"), or is left out ("drop").
+        """
+        return results.rows(self.ledger, self._task(task_name), task_name, reasoning)
 
-    def to_parquet(self, task_name: str, path: str | Path) -> int:
-        """Write conversations to train on as Parquet; return how many."""
-        return results.to_parquet(self.iter_rows(task_name), Path(path))
+    def to_jsonl(self, task_name: str, path: str | Path, reasoning: Reasoning = "field") -> int:
+        """Write conversations to train on as JSON lines; return how many. See `iter_rows`."""
+        return results.to_jsonl(self.iter_rows(task_name, reasoning), Path(path))
 
-    def to_dataset(self, task_name: str) -> "Dataset":
-        """Return conversations to train on as a `datasets.Dataset`."""
+    def to_parquet(self, task_name: str, path: str | Path, reasoning: Reasoning = "field") -> int:
+        """Write conversations to train on as Parquet; return how many. See `iter_rows`."""
+        return results.to_parquet(self.iter_rows(task_name, reasoning), Path(path))
+
+    def to_dataset(self, task_name: str, reasoning: Reasoning = "field") -> "Dataset":
+        """Return conversations to train on as a `datasets.Dataset`. See `iter_rows`."""
         import pyarrow.parquet
         from datasets import Dataset
 
         path = self.ledger.folder / f"{task_name}.export.parquet"
-        self.to_parquet(task_name, path)
+        self.to_parquet(task_name, path, reasoning)
         try:
             return Dataset(pyarrow.parquet.read_table(path))
         finally:

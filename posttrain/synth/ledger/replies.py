@@ -123,6 +123,35 @@ def larger_than_allowed(message: str) -> bool:
     return int(found[2].replace(",", "")) > int(found[1].replace(",", ""))
 
 
+def text_of(message: Mapping[str, Any]) -> str | None:
+    """Return what a message says as text, also if it came in parts; None if that is nothing.
+
+    >>> text_of({"content": [{"type": "thinking", "thinking": "hm"}, {"type": "text", "text": "yes"}]})
+    'yes'
+    """
+    content = message.get("content")
+    if isinstance(content, list):
+        content = "".join(str(p.get("text") or "") for p in content if isinstance(p, dict) and p.get("type") == "text")
+    return content if isinstance(content, str) and content.strip() else None
+
+
+def reasoning_of(message: Mapping[str, Any]) -> str | None:
+    """Return what a model thought before it answered, under the names that servers use: `reasoning_content` (DeepSeek,
+    vLLM, SGLang), `reasoning` (vLLM, OpenRouter), or parts of type `thinking` (Anthropic, Mistral)."""
+    for name in ("reasoning_content", "reasoning"):
+        if isinstance(message.get(name), str) and message[name].strip():
+            return str(message[name])
+    content = message.get("content")
+    parts = [p.get("thinking") for p in content if isinstance(p, dict)] if isinstance(content, list) else []
+    texts = [p if isinstance(p, str) else text_of({"content": p}) for p in parts if p]
+    return "".join(text for text in texts if text) or None
+
+
+def with_thoughts(text: str, reasoning: str | None) -> str:
+    """Return an answer with what was thought before it in `<think>`, as the models of today write it themselves."""
+    return f"<think>\n{reasoning.strip()}\n</think>\n\n{text}" if reasoning else text
+
+
 def described(reply: Any) -> tuple[str, str, str]:
     """Return (code, message, type) of an error body, whatever its shape: OpenAI's, vLLM's (code is a number),
     Snowflake's (code and message at the top), or anything else."""

@@ -6,14 +6,15 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from posttrain.errors import DataError, SynthError
 from posttrain.synth.ledger.keys import CHAT
-from posttrain.synth.ledger.replies import HALF, HALF_SAID, choices, whole
+from posttrain.synth.ledger.replies import HALF, HALF_SAID, choices, reasoning_of, text_of, whole, with_thoughts
 from posttrain.synth.ledger.store import Ledger
 
 log = logging.getLogger("posttrain.synth")
+Reasoning = Literal["field", "think", "drop"]
 Response = dict[str, Any]
 """`{"custom_id": "task_0", "response": {"status_code", "request_id", "body"} | None, "error": None | {...}}`"""
 
@@ -52,10 +53,14 @@ def extracted(found: list[Response]) -> list[dict[str, Any]]:
     return made
 
 
-def rows(ledger: Ledger, task: int, name: str) -> Iterator[dict[str, Any]]:
-    """Yield conversations to train on: one per choice of each result, request and reply together. What was kept
-    beside a request comes first; requests without a result are left out (`posttrain synth errors` lists them), and
-    choices that hold neither text nor a tool call, such as refusals, with a warning that counts them."""
+def rows(ledger: Ledger, task: int, name: str, reasoning: Reasoning = "field") -> Iterator[dict[str, Any]]:
+    """Yield conversations to train on: one per choice of each result, request and reply together.
+
+    What was kept beside a request comes first. Requests without a result are left out (`posttrain synth errors` lists
+    them), and choices with neither text nor a tool call, such as refusals, with a warning that counts them. What a
+    model thought is `reasoning_content` of its message, which chat templates read ("field"), stands in `<think>` before
+    the answer ("think"), or is left out ("drop").
+    """
     empty = 0
     for pos, endpoint, model, body, extra, reply, *_ in ledger.results(task):
         if reply is None or (found := read(reply)) is None:
@@ -72,7 +77,7 @@ def rows(ledger: Ledger, task: int, name: str) -> Iterator[dict[str, Any]]:
                 continue
             yield {
                 **kept,
-                "messages": [*asked["messages"], _clean(choice.get("message") or {})],
+                "messages": [*asked["messages"], _clean(choice.get("message") or {}, reasoning)],
                 **({"tools": asked["tools"]} if asked.get("tools") else {}),
                 "custom_id": f"{name}_{pos}", "choice": index, "model": model,
                 "finish_reason": choice.get("finish_reason"),
@@ -83,7 +88,7 @@ def rows(ledger: Ledger, task: int, name: str) -> Iterator[dict[str, Any]]:
 
 def answers_something(message: dict[str, Any]) -> bool:
     """Whether a message holds text or a tool call."""
-    return bool(message.get("content") or message.get("tool_calls"))
+    return bool(text_of(message) or message.get("tool_calls"))
 
 
 def read(reply: bytes) -> dict[str, Any] | None:
@@ -93,8 +98,12 @@ def read(reply: bytes) -> dict[str, Any] | None:
     return body if found is None or whole([choice["message"] for choice in found]) else None
 
 
-def _clean(message: dict[str, Any]) -> dict[str, Any]:
-    made = {"role": message.get("role") or "assistant", "content": message.get("content") or ""}
+def _clean(message: dict[str, Any], reasoning: Reasoning) -> dict[str, Any]:
+    thought, text = reasoning_of(message) if reasoning != "drop" else None, text_of(message) or ""
+    made = {"role": message.get("role") or "assistant"}
+    made["content"] = with_thoughts(text, thought) if reasoning == "think" else text
+    if thought and reasoning == "field":
+        made["reasoning_content"] = thought
     return made | ({"tool_calls": message["tool_calls"]} if message.get("tool_calls") else {})
 
 

@@ -11,6 +11,7 @@ from posttrain.blocks.data.schemas import Refused, conversation
 from posttrain.errors import DataError
 from posttrain.registry import suggest
 from posttrain.synth.ledger.keys import CHAT
+from posttrain.synth.ledger.replies import reasoning_of, text_of
 
 Row = dict[str, Any]
 """Columns of plain JSON data."""
@@ -47,8 +48,12 @@ class Reply:
     @property
     def text(self) -> str | None:
         """What the first choice says, or None."""
-        content = (self.choice.get("message") or {}).get("content")
-        return content if isinstance(content, str) and content.strip() else None
+        return text_of(self.choice.get("message") or {})
+
+    @property
+    def reasoning(self) -> str | None:
+        """What the model thought before it answered, where the server tells the two apart."""
+        return reasoning_of(self.choice.get("message") or {})
 
     @property
     def trouble(self) -> str:

@@ -205,6 +205,7 @@ def _row(row: Row, detail: str = "") -> str:
     except DataError:  # no conversation (yet): as it is
         plain_row = {name: value for name, value in row.items() if name != "dropped"}
         body = f'<pre dir="auto">{escape(_short(json.dumps(plain_row, ensure_ascii=False, indent=1)))}</pre>'
+    body += _folded("reasoning", as_text(row["reasoning"])) if row.get("reasoning") else ""
     body += _judgements(row.get("judgements")) + _votes(row)
     return f'<article class="card">{problem}{body}</article>'
 

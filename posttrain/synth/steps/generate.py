@@ -1,7 +1,7 @@
 """Generate: a row -> rows with an answer to it, from one model or several."""
 
 from collections.abc import Iterable, Iterator
-from typing import Any
+from typing import Any, Literal
 
 import attrs
 from attrs.validators import gt
@@ -9,7 +9,7 @@ from attrs.validators import gt
 from posttrain.blocks.data.schemas import CHATS
 from posttrain.errors import DataError
 from posttrain.registry import block, key
-from posttrain.synth.ledger.replies import parsed
+from posttrain.synth.ledger.replies import parsed, with_thoughts
 from posttrain.synth.pipelines.rows import Chat, Drop, Message, Reply, Row, as_text, asked, filled
 from posttrain.synth.pipelines.step import PanelStep, Template
 
@@ -32,6 +32,9 @@ class Generate(PanelStep):
     """Answers per row and model."""
     into: str = "response"
     """Column of the answer."""
+    reasoning: Literal["column", "think", "message", "drop"] = "column"
+    """Where what the model thought goes, if the server tells it apart: into the column `reasoning`; in `<think>` before
+    the answer; into `messages` as `reasoning_content`, which chat templates read and SFT trains on; or nowhere."""
 
     def check(self) -> Iterator[tuple[str, str]]:
         """Yield what contradicts."""
@@ -64,14 +67,19 @@ class Generate(PanelStep):
             model = chat.model or (reply.body or {}).get("model")
             about = {"model": model, "finish_reason": reply.choice.get("finish_reason")}
             calls = (reply.choice.get("message") or {}).get("tool_calls")
-            if calls and reply.error is None:
-                said = {"role": "assistant", "content": reply.text or "", "tool_calls": calls}
+            thought = None if self.reasoning == "drop" else reply.reasoning
+            if reply.error is None and (calls or (thought and self.reasoning == "message" and reply.text)):
+                said: Message = {"role": "assistant", "content": reply.text or ""}
+                said |= ({"tool_calls": calls} if calls else {}) | ({"reasoning_content": thought} if thought else {})
                 yield {**kept, "messages": [*prompt, said], **about}
                 continue
             if reply.text is None:
                 yield Drop(made, reply.trouble, as_text((reply.error or {}).get("message") or reply.refusal or ""))
                 continue
-            yield {**made, self.into: reply.text, **about}
+            if self.reasoning == "think":
+                yield {**made, self.into: with_thoughts(reply.text, thought), **about}
+            else:
+                yield {**made, self.into: reply.text, **about, **({"reasoning": thought} if thought else {})}
 
 
 def tools_of(row: Row) -> list[Any]:

@@ -72,7 +72,7 @@ class Split(Step):
     def fold(self, row: Row, replies: list[Any]) -> Iterable[Row | Drop]:
         """Return a row for each item, without what belonged to the list."""
         found = items(as_text(column(row, self.column)))
-        kept = {k: v for k, v in row.items() if k not in (self.column, "prompt", "model", "finish_reason")}
+        kept = {k: v for k, v in row.items() if k not in (self.column, "prompt", "model", "finish_reason", "reasoning")}
         return [{**kept, self.into: item} for item in found] or [Drop(row, "holds no list")]
 
 
