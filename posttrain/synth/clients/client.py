@@ -17,6 +17,7 @@ from attrs.validators import ge, optional
 
 from posttrain.errors import SynthError
 from posttrain.registry import key
+from posttrain.synth.clients.structured import How, as_asked
 from posttrain.synth.errors import IncompleteTask
 from posttrain.synth.ledger import results
 from posttrain.synth.ledger.keys import CHAT, Scrubber, canonical, content_hash, counted, estimates, in_order, scrubbed
@@ -55,6 +56,9 @@ class Synth:
     weights: str | None = None
     """What tells the model that answers from others of its name, such as a revision or the step of a checkpoint: what
     one has answered is no answer of another. Needed where the weights behind a name change."""
+    structured: Literal["json_schema", "tool", "prompt"] | None = None
+    """How to ask for replies of a form: by `response_format`, by a tool that must be called, or in words. What the
+    server can, unless given; say it for servers that speak OpenAI's protocol without `json_schema`."""
     max_cost: float | None = key(None, check=optional(ge(0)))
     """Dollars that a task may cost in all; checked before anything is sent."""
     max_requests: int | None = key(None, check=optional(ge(0)))
@@ -73,6 +77,11 @@ class Synth:
         return f"{self.namespace} weights={self.weights}" if self.weights else self.namespace
 
     @property
+    def _forms(self) -> How:
+        """How its server is asked for a form, unless the user says how."""
+        return "json_schema"
+
+    @property
     def batched(self) -> bool:
         """Whether requests go into batches, at the price of batches."""
         return False
@@ -81,6 +90,7 @@ class Synth:
         """Return the body of a chat request."""
         if not model:
             raise SynthError(f"{type(self).__name__} needs model=..., the name of what is to answer")
+        messages, given = as_asked(messages, given, self.structured or self._forms)
         return {"model": model, "messages": messages, **given}
 
     def send(self, session: Session) -> None:

@@ -19,6 +19,7 @@ from posttrain.errors import SynthError
 from posttrain.registry import block, key
 from posttrain.synth.clients.auth import KeyAuth, KeyPairAuth
 from posttrain.synth.clients.client import Synth
+from posttrain.synth.clients.structured import How
 from posttrain.synth.ledger.keys import Request, as_secret
 from posttrain.synth.ledger.replies import choices, parsed
 from posttrain.synth.ledger.session import Session
@@ -99,6 +100,10 @@ class CortexSynth(Synth):
         if unknown:
             raise SynthError(f"COMPLETE has no option {unknown[0]!r} (options: {', '.join(OPTIONS)})")
         return super().body(model, messages, rest)
+
+    @property
+    def _forms(self) -> How:
+        return "json_schema" if self.api == "openai" else "json"
 
     def send(self, session: Session) -> None:
         """Send what a session has to send."""

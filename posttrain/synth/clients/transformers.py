@@ -17,6 +17,7 @@ from attrs.validators import gt
 from posttrain.errors import SynthError
 from posttrain.registry import block, key
 from posttrain.synth.clients.client import Synth
+from posttrain.synth.clients.structured import How, as_asked
 from posttrain.synth.ledger.keys import Request
 from posttrain.synth.ledger.replies import Action, Verdict
 from posttrain.synth.ledger.session import Session, dumped
@@ -55,6 +56,10 @@ class TransformersSynth(Synth):
         said = HFModel(name_or_path=self.name_or_path).fingerprint()
         return f"transformers:{said or self.name_or_path}"
 
+    @property
+    def _forms(self) -> How:
+        return "prompt"
+
     @cached_property
     def _answers(self) -> str:
         """The namespace, which names the weights already; random numbers are made from it, so that it stays."""
@@ -62,6 +67,7 @@ class TransformersSynth(Synth):
 
     def body(self, model: str | None, messages: list[dict[str, Any]], given: dict[str, Any]) -> dict[str, Any]:
         """Return the body of a chat request."""
+        messages, given = as_asked(messages, given, self.structured or self._forms)
         unknown = sorted(given.keys() - SAMPLING)
         if unknown:
             known = ", ".join(sorted(SAMPLING))

@@ -5,6 +5,7 @@ import time
 from collections.abc import Iterator
 from functools import cached_property
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import attrs
@@ -76,19 +77,19 @@ class VllmSynth(Synth):
     @property
     def namespace(self) -> str:
         """What answers: the weights if they were named, on whatever servers; otherwise the servers, or the model of the
-        engine with its revision and, in a folder, its weights."""
+        engine with its revision and, of a folder, its weights."""
         if self.weights:
             return "vllm"
         if self.base_url:
             return "vllm " + " ".join(sorted(url.rstrip("/").removesuffix("/v1") for url in self.base_url))
         params = self.model_params
-        if not params.get("model"):
-            return "vllm"
-        from posttrain.blocks.models.model import HFModel
+        said = name = str(params.get("model", ""))
+        if Path(name).is_dir():
+            from posttrain.blocks.models.model import HFModel
 
-        said = HFModel(name_or_path=str(params.get("model", ""))).fingerprint()
+            said = HFModel(name_or_path=name).fingerprint() or name
         own = {name: params[name] for name in PARAMS_OF_WEIGHTS if params.get(name) is not None}
-        return f"vllm {said or params.get('model')} {json.dumps(own, sort_keys=True, default=str)}"
+        return f"vllm {said} {json.dumps(own, sort_keys=True, default=str)}"
 
     def body(self, model: str | None, messages: list[dict[str, Any]], given: dict[str, Any]) -> dict[str, Any]:
         """Return the body of a chat request, sampling parameters included."""

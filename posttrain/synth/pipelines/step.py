@@ -66,9 +66,9 @@ class Step:
         return Pipeline([self]) | other
 
 
-def asked_again(chat: Chat, reply: Reply, trouble: str, form: str) -> Chat:
+def asked_again(chat: Chat, text: str | None, trouble: str, form: str) -> Chat:
     """Return a chat that goes on from a reply of no use: what was wrong with it, and the form that is wanted."""
-    said = [{"role": "assistant", "content": reply.text}] if reply.text else []
+    said = [{"role": "assistant", "content": text}] if text else []
     wanted = {"role": "user", "content": f"That cannot be used: {trouble}. Reply with JSON only: {form}"}
     return attrs.evolve(chat, messages=[*chat.messages, *said, wanted])
 

@@ -65,7 +65,7 @@ class Compare(PanelStep):
         """Return the question once more, if the reply names no winner."""
         if reply.error or winner_in(reply.text or ""):
             return None
-        return asked_again(chat, reply, UNREADABLE, '{"rationale": "...", "winner": "A" or "B" or "tie"}')
+        return asked_again(chat, reply.text, UNREADABLE, '{"rationale": "...", "winner": "A" or "B" or "tie"}')
 
     def fold(self, row: Row, replies: list[Reply]) -> Iterable[Row | Drop]:
         """Return the pair with the better answer as `chosen`, and `votes`: of each judge and order."""

@@ -101,7 +101,7 @@ class Judge(PanelStep):
         trouble = None if reply.error else self.judgement(reply).get("trouble")
         low, high = self.scale
         form = f'{{"rationale": "...", "score": a whole number from {low} to {high}}}'
-        return None if trouble is None else asked_again(chat, reply, trouble, form)
+        return None if trouble is None else asked_again(chat, reply.text, trouble, form)
 
     def fold(self, row: Row, replies: list[Reply]) -> Iterable[Row | Drop]:
         """Return the row with its score; a row that lacks the score of an aspect is dropped."""
