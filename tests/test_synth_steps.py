@@ -222,7 +222,7 @@ def test_without_sending_it_says_what_the_first_open_step_would_send(server: Any
 
 def test_requests_that_could_not_be_sent_are_said_before_any_is(server: Any, tmp_path: Path, tiny_model: Path) -> None:
     local = TransformersSynth(name_or_path=str(tiny_model))
-    steps = Generate(template="{question}") | Judge(rubric="good", client=local)
+    steps = Generate(template="{question}") | Judge(rubric="good", client=local, body={"seed": 1})
     with pytest.raises(SynthError) as told:
         steps.run([{"question": "q"}], client(server, tmp_path), "t")
     assert "step 1: OpenAISynth needs model=..." in str(told.value)

@@ -1,8 +1,10 @@
 """Verify: answers that a program can check score 1 or 0."""
 
+import inspect
 import json
 import re
 import statistics
+import threading
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, TypeVar
 
@@ -83,17 +85,76 @@ def schema_of(given: Any) -> Any:
     return form
 
 
+@verifier("math")
+def mathematics(answer: str, row: Row, *, wanted: str = "answer") -> bool:
+    """The answer is the same mathematics as the row's `answer`, as 1/2, 0.5 and `\\boxed{\\frac{1}{2}}` are. By the
+    package math-verify."""
+    from math_verify import parse, verify
+
+    # Its time limits are alarms, which only the main thread can set.
+    seconds = 5 if threading.current_thread() is threading.main_thread() else None
+    text = as_text(column(row, wanted))
+    right = parse(text, parsing_timeout=seconds) or parse(f"${text}$", parsing_timeout=seconds)
+    if not right:
+        raise ValueError(f"the right answer is no mathematics: {text[:200]}")
+    return bool(verify(right, parse(answer, parsing_timeout=seconds), timeout_seconds=seconds))
+
+
+@verifier("code")
+def program(
+    answer: str, row: Row, *, wanted: str = "tests", seconds: int = 10, memory_mb: int = 1024, partial: bool = False
+) -> float:
+    """The Python in the answer passes the row's `tests`, in a sandbox: text with asserts, a list of such, or a list of
+    `{input, output}` for programs that read and print. With `partial`, the share of the tests that it passes."""
+    tests = column(row, wanted)
+    cases = tests if isinstance(tests, list) else [tests]
+    if not cases or not all(isinstance(case, str | dict) for case in cases):
+        raise DataError(f"column {wanted!r} holds no tests: text, or a list of texts or of {{input, output}}")
+    if not partial and all(isinstance(case, str) for case in cases):
+        cases = ["\n".join(cases)]
+    source = code_in(answer)
+    passed = 0
+    for case in cases:
+        passed += passes(source, case, seconds, memory_mb)
+        if not partial and not passed:
+            break
+    return passed / len(cases) if partial else float(passed == len(cases))
+
+
+def passes(source: str, case: str | dict[str, Any], seconds: int, memory_mb: int) -> bool:
+    """Whether a program passes one test."""
+    from posttrain.synth.steps import sandbox
+
+    if isinstance(case, str):
+        return sandbox.run(("answer.py", source), ("tests.py", case), seconds=seconds, memory_mb=memory_mb).ended
+    given, wanted = (as_text(case.get(name, "")) for name in ("input", "output"))
+    ran = sandbox.run(("answer.py", source), stdin=given, seconds=seconds, memory_mb=memory_mb)
+    lines = ([line.rstrip() for line in text.rstrip().splitlines()] for text in (ran.out, wanted))
+    return ran.ended and next(lines) == next(lines)
+
+
+def code_in(answer: str) -> str:
+    """Return the Python of an answer: the last block of code, or all of it if there is none.
+
+    >>> code_in("So:\\n```python\\nprint(1)\\n```\\nDone.")
+    'print(1)\\n'
+    """
+    found = re.findall(r"```(?:python|py)?[ \t]*\n(.*?)```", answer, flags=re.DOTALL | re.IGNORECASE)
+    return str(found[-1]) if found else answer
+
+
 @block("step", "verify")
 class Verify(Step):
     """Check answers by a function. The row gets `score`: 1 if the answer is right, 0 if not."""
 
     function: str | Callable[..., bool | float]
-    """`number` (the last number is that of the column `answer`, as in GSM8K), `exact`, `json_schema`, one of your own
-    by `@verifier("name")`, or from Python a function of the answer and the row."""
+    """`number` (the last number is that of the column `answer`, as in GSM8K), `exact`, `math` (the same mathematics),
+    `code` (Python that passes the column `tests`, in a sandbox), `json_schema`, one of your own by `@verifier("name")`,
+    or from Python a function of the answer and the row."""
     wanted: str | None = None
-    """Column that holds the right answer (`answer` unless given), or the schema."""
+    """Column that holds the right answer (`answer` unless given), the tests (`tests`), or the schema."""
     options: dict[str, Any] = attrs.field(factory=dict)
-    """Further arguments of the function, such as `schema`."""
+    """Further arguments of the function: `schema`; of `code` `seconds`, `memory_mb` and `partial`."""
     into: str = "score"
     """Column of the score."""
 
@@ -105,6 +166,22 @@ class Verify(Step):
                 "function",
                 f"there is no verifier {self.function!r}{suggest(self.function, _verifiers)} (known: {known})",
             )
+            return
+        function = _verifiers[self.function] if isinstance(self.function, str) else self.function
+        takes = inspect.signature(function).parameters
+        if not any(p.kind is inspect.Parameter.VAR_KEYWORD for p in takes.values()):
+            for name in sorted(self.options.keys() - set(takes)):
+                yield "options", f"the check takes no {name!r}{suggest(name, list(takes)[2:])}"
+        if self.function == "math":
+            import importlib.util
+
+            if importlib.util.find_spec("math_verify") is None:
+                yield "function", "math needs the package math-verify: pip install 'posttrain[math]'"
+        if self.function == "code":
+            from posttrain.synth.steps.sandbox import unavailable
+
+            if reason := unavailable():
+                yield "function", reason
         if self.function == "json_schema":
             import importlib.util
 
