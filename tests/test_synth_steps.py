@@ -227,7 +227,7 @@ def test_requests_that_could_not_be_sent_are_said_before_any_is(server: Any, tmp
         steps.run([{"question": "q"}], client(server, tmp_path), "t")
     assert "step 1: OpenAISynth needs model=..." in str(told.value)
     assert "step 2: a model in this process takes" in str(told.value)
-    assert "not response_format" in str(told.value)
+    assert "not seed" in str(told.value)
     assert server.calls == {}
 
 

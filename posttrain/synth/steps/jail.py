@@ -87,11 +87,8 @@ def no_files(libc: ctypes.CDLL, readable: list[str]) -> None:
             handle = os.open(path, os.O_PATH | os.O_CLOEXEC)
         except FileNotFoundError:
             continue
-        allowed = (
-            EXECUTE | READ | LIST
-            if stat.S_ISDIR(os.fstat(handle).st_mode)
-            else READ | (WRITE if path == "/dev/null" else EXECUTE)
-        )
+        folder = stat.S_ISDIR(os.fstat(handle).st_mode)
+        allowed = EXECUTE | READ | LIST if folder else READ | (WRITE if path == "/dev/null" else EXECUTE)
         checked(libc.syscall(ADD_RULE, ruleset, 1, struct.pack("=Qi", allowed, handle), 0), f"a rule for {path}")
         os.close(handle)
     checked(libc.syscall(RESTRICT_SELF, ruleset, 0), "Landlock")
