@@ -78,7 +78,7 @@ def test_a_preset_runs_as_written_and_can_be_trained_on(
         assert all(row["score"] >= 4 for row in rows)
         dropped = Path("runs/synth/clean.dropped.jsonl").read_text().splitlines()
         reasons = {json.loads(line)["dropped"]["reason"] for line in dropped}
-        assert "a duplicate of an earlier row" in reasons
+        assert "nearly a duplicate of an earlier row" in reasons
         assert cli.main(["synth", "export", *command[2:], "--dropped", "-o", "dropped.parquet"]) == 0
         assert f"{len(dropped)} rows in dropped.parquet" in capsys.readouterr().out
         assert cli.main(["synth", "view", "runs/synth/clean", "-o", "page.html"]) == 0

@@ -20,6 +20,9 @@ STOPPING = {401, 402}
 CONFIGURED = {403, 404}
 """Statuses that are as a rule about the key or the model, but with some providers about one row."""
 TOO_LARGE = re.compile(r"request too large|limit[: ]+([\d,]+)\D+requested[: ]+([\d,]+)", re.IGNORECASE)
+REQUEST_IDS = ("x-request-id", "request-id", "apim-request-id")
+NO_CREDIT = "credit balance is too low"
+"""What Anthropic says in a 400 that concerns the account and no row."""
 HALF = "not_unicode"
 HALF_SAID = "the reply holds half of a character (a lone surrogate), which no file can hold"
 SURROGATE = re.compile("[\ud800-\udfff]")
@@ -59,7 +62,7 @@ def verdict(status: int, headers: Mapping[str, str], reply: Any, chat: bool = Tr
         reply: the body as JSON, or None if it is none.
         chat: whether a result must have `choices`.
     """
-    request_id = headers.get("x-request-id") or headers.get("apim-request-id")
+    request_id = next((headers[name] for name in REQUEST_IDS if headers.get(name)), None)
     code, message, kind = described(reply)
     if 200 <= status < 300:
         if chat and not whole([c["message"] for c in choices(reply, "message") or []]):
@@ -72,7 +75,8 @@ def verdict(status: int, headers: Mapping[str, str], reply: Any, chat: bool = Tr
         Action.RETRY, code or f"http_{status}", message or shown(reply), status, request_id, waiting(headers)
     )
     should = headers.get("x-should-retry")
-    if status in STOPPING or (status in (403, 429) and {code, kind} & STOP):
+    no_credit = status == 400 and NO_CREDIT in said.message
+    if status in STOPPING or no_credit or (status in (403, 429) and {code, kind} & STOP):
         return said._replace(action=Action.STOP)
     if status == 429:
         larger = larger_than_allowed(said.message)
@@ -204,7 +208,7 @@ def limits(headers: Mapping[str, str]) -> tuple[float | None, float | None]:
     """Return (requests, tokens) per minute that an answer's headers allow; what is not positive says nothing."""
     found = []
     for what in ("requests", "tokens"):
-        text = headers.get(f"x-ratelimit-limit-{what}", "")
+        text = headers.get(f"x-ratelimit-limit-{what}") or headers.get(f"anthropic-ratelimit-{what}-limit") or ""
         found.append(float(text) if text.isdecimal() and int(text) > 0 else None)
     return found[0], found[1]
 

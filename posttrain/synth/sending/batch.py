@@ -77,7 +77,9 @@ class BatchRun:
 
     def __init__(self, service: BatchService, session: Session) -> None:
         self.service, self.session, self.ledger = service, session, session.ledger
-        self.api = BatchAPI(service, session.scrubber, session.stopping)
+        known = lambda name: self.ledger.one("SELECT 1 FROM batch WHERE batch_id = ?", name) is not None  # noqa: E731
+        kind = service.api or BatchAPI
+        self.api = kind(service, session.scrubber, session.stopping, self.ledger.folder / "batches", known)
         self.max_lines = service.max_lines
         self._held: Request | None = None
         """Read from the ledger, but too much for the file that was being written."""

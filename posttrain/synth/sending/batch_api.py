@@ -7,7 +7,7 @@ repeated blindly, since no idempotency key goes over the wire.
 import json
 import random
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -110,6 +110,8 @@ class BatchService:
     timeout: float = 600.0
     patience: float = 600.0
     transport: httpx.BaseTransport | None = None
+    api: "type[BatchAPI] | None" = None
+    """Its calls, if they are not those of OpenAI."""
 
 
 def sendable(request: httpx.Request) -> None:
@@ -126,7 +128,12 @@ def sendable(request: httpx.Request) -> None:
 class BatchAPI:
     """Calls of one run."""
 
-    def __init__(self, service: BatchService, scrubber: Scrubber, stopping: threading.Event) -> None:
+    def __init__(
+        self, service: BatchService, scrubber: Scrubber, stopping: threading.Event, folder: Path = Path(),
+        known: Callable[[str], bool] = lambda batch_id: False,
+    ) -> None:  # fmt: skip
+        """`folder` holds the batch files; `known` says whether a batch of the server is in the ledger."""
+        self.folder, self.known = folder, known
         self.service, self._scrubber, self._stopping = service, scrubber, stopping
         self._client = httpx.Client(
             base_url=service.url, auth=service.auth, params=service.query,
@@ -226,9 +233,12 @@ class BatchAPI:
             httpx.HTTPError: the download broke; begin again.
             Missing: there is no such file.
         """
-        with self._client.stream("GET", f"files/{file_id}/content") as response:
+        return self._content(f"files/{file_id}/content")
+
+    def _content(self, path: str) -> Iterator[bytes]:
+        with self._client.stream("GET", path) as response:
             if response.status_code == 404:
-                raise Missing(f"file {file_id}")
+                raise Missing(path)
             if response.status_code >= 300:
                 response.read()
                 said = self._checked(response, parsed(response.content))
@@ -330,6 +340,9 @@ class BatchAPI:
             entries = [e for e in page.get("data") or [] if isinstance(e, dict)] if isinstance(page, dict) else []
             yield from entries
             last = entries[-1].get("id") if entries else None
-            if not entries or not page.get("has_more") or not last or last == params.get("after"):
+            if not entries or not page.get("has_more") or not last or self._next_page(params, str(last)) == params:
                 return
-            params = {**params, "after": str(last)}
+            params = self._next_page(params, str(last))
+
+    def _next_page(self, params: dict[str, str], last: str) -> dict[str, str]:
+        return {**params, "after": last}
