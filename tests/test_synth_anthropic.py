@@ -9,7 +9,7 @@ import pytest
 from synth_server import Handler, Server, add, error, reset, texts
 
 from posttrain.errors import SynthError
-from posttrain.synth import AnthropicSynth, Generate, Pipeline, Price, TaskStopped
+from posttrain.synth import AnthropicSynth, Compare, Generate, Judge, Pipeline, Price, TaskStopped
 from posttrain.synth.sending import batch_api
 from posttrain.synth.sending import online as engine
 from posttrain.synth.sending.messages import from_wire, to_wire
@@ -273,3 +273,22 @@ def test_no_credit_and_a_wrong_key_stop_the_task(anthropic: Anthropic, tmp_path:
 def test_what_anthropic_cannot_do_is_said_before_anything_is_sent(tmp_path: Path, body: Any, said: str) -> None:
     with pytest.raises(SynthError, match=said):
         AnthropicSynth(api_key="k", work_dir=tmp_path).body("m", [{"role": "user", "content": "q"}], body)
+
+
+def test_a_judge_and_a_comparison_are_read_from_the_tool_that_is_called(anthropic: Anthropic, tmp_path: Path) -> None:
+    def says(params: dict[str, Any]) -> dict[str, Any]:
+        name = params["tool_choice"]["name"]
+        given = {"rationale": "so", "score": 4} if name == "judgement" else {"rationale": "so", "winner": "A"}
+        used = {"type": "tool_use", "id": "c", "name": name, "input": given}
+        return {**message(params), "content": [used], "stop_reason": "tool_use"}
+
+    anthropic.says = says
+    made, body = client(anthropic, tmp_path, mode="online"), {"max_tokens": 99}
+    (row,) = Pipeline([Judge(rubric="good", model="m", body=body)]).run(
+        [{"prompt": "q", "response": "r"}], made, "j"
+    ).rows()  # fmt: skip
+    assert (row["score"], row["judgements"][0]["rationale"]) == (4, "so")
+    compared = Pipeline([Compare(model="m", body=body, swap=False)])
+    (row,) = compared.run([{"prompt": "q", "chosen": "a", "rejected": "b"}], made, "c").rows()
+    assert row["votes"][0]["winners"] == ["chosen"]
+    assert len(anthropic.bodies) == 2

@@ -783,3 +783,30 @@ def test_a_client_can_be_sent_to_another_process_and_its_key_stays(server: Serve
     assert len(texts(add(again, 1).execute_batch_task("t"))) == 1
     with pytest.raises(SynthError, match="stays in its process"):
         add(again, 2).execute_batch_task("t")
+
+
+def test_nobody_waits_for_ever_for_what_is_in_batches(server: Server, tmp_path: Path) -> None:
+    price = {"m": Price(input=1000, output=0)}
+    server.finish = lambda *batch: None
+    add(client(server, tmp_path, mode="batch", prices=price), 3, max_tokens=9).execute_batch_task("t", wait=False)
+    made = add(client(server, tmp_path, prices=price), 4, max_tokens=9)
+    plan = made.plan("t")
+    assert (plan.waiting, plan.new) == (3, 1)
+    with pytest.raises(TaskStopped, match="could pass max_cost"):
+        made.execute_batch_task("t", max_cost=plan.cost + plan.under_way)
+    made.run("t", max_cost=5)
+    assert made.status("t").done == 1
+
+
+def test_a_server_is_back_for_all_although_old_requests_hang(server: Server, tmp_path: Path) -> None:
+    hanging = threading.Event()
+    server.faults["POST /chat/completions"] = [lambda handler: hanging.wait(30)] * 2 + [error(503)] * 4
+    made = add(client(server, tmp_path, concurrency=6, timeout=20), 40)
+    worker = threading.Thread(target=lambda: made.execute_batch_task("t"), daemon=True)
+    worker.start()
+    deadline = time.monotonic() + 15
+    while made.status("t").done < 38 and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert made.status("t").done >= 38
+    hanging.set()
+    worker.join(30)

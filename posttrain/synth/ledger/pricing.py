@@ -65,6 +65,8 @@ class Budget:
         self.prices, self.batch = prices, batch
         self.spent = round(spent * 1e6)
         self.reserved = 0
+        self.in_flight = 0
+        """Requests that were reserved and are not back; what is in batches is reserved, and comes back in no run."""
         self.lost = 0
         """Micros that requests without an answer may have cost."""
         self.sent = 0
@@ -80,7 +82,7 @@ class Budget:
 
     def full(self, request: Request) -> bool:
         """Whether a request has to wait until others are back, because all together could pass the bound."""
-        if self.max_micros is None or not self.reserved:
+        if self.max_micros is None or not self.in_flight:
             return False
         return self.spent + self.lost + self.reserved + self.worst(request) > self.max_micros
 
@@ -104,10 +106,12 @@ class Budget:
                 "max_cost, or a smaller max_tokens, and run again"
             )
         self.sent += 1
+        self.in_flight += 1
         self.reserved += worst
 
     def release(self, request: Request) -> None:
         """Take back the reservation of a request that has come back; what it cost is added where it is recorded."""
+        self.in_flight -= 1
         self.reserved -= self.worst(request)
 
     def charged(self, request: Request) -> None:

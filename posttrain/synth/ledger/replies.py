@@ -26,6 +26,7 @@ NO_CREDIT = "credit balance is too low"
 HALF = "not_unicode"
 HALF_SAID = "the reply holds half of a character (a lone surrogate), which no file can hold"
 SURROGATE = re.compile("[\ud800-\udfff]")
+TOO_LARGE_CODE = "request_too_large"
 UNITS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0}
 
 
@@ -81,9 +82,7 @@ def verdict(status: int, headers: Mapping[str, str], reply: Any, chat: bool = Tr
     if status == 429:
         larger = larger_than_allowed(said.message)
         return (
-            said._replace(action=Action.REFUSED, code="request_too_large")
-            if larger
-            else said._replace(action=Action.WAIT)
+            said._replace(action=Action.REFUSED, code=TOO_LARGE_CODE) if larger else said._replace(action=Action.WAIT)
         )
     if should in ("true", "false"):
         return said._replace(action=Action.RETRY if should == "true" else Action.REFUSED)

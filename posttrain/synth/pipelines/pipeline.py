@@ -128,7 +128,7 @@ class Pipeline:
         """Yield (client, task) of every step that sends."""
         for number, step in enumerate(self.steps, 1):
             if step.panel:
-                for again in range(step.asks_again + 1):
+                for again in range(step.rounds + 1):
                     yield client_of(step, client), again_name(f"{task}.{number}", again)
 
 
@@ -146,7 +146,7 @@ class Work:
 
     def ask(self) -> int:
         """Add what the step asks, or then what it asks again, to a task of its own; return how many requests it is."""
-        if len(self.tasks) > self.step.asks_again:
+        if len(self.tasks) > self.step.rounds:
             return 0
         name, count = again_name(self.task, len(self.tasks)), 0
         self.client.begin_batch_task(name)

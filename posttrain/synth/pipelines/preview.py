@@ -13,7 +13,7 @@ from posttrain.blocks.data.sources import Source
 from posttrain.synth.clients.client import Synth
 from posttrain.synth.ledger.keys import canonical
 from posttrain.synth.ledger.session import Progress
-from posttrain.synth.pipelines.pipeline import Pipeline, Work, again_name, client_of, rows_to_begin_with
+from posttrain.synth.pipelines.pipeline import Pipeline, Work, client_of, rows_to_begin_with
 from posttrain.synth.pipelines.report import Report, dollars
 from posttrain.synth.pipelines.rows import Chat, Reply, Row, message_text
 
@@ -89,8 +89,8 @@ def preview(
     for number, (asking, planned) in enumerate(zip(at_once.steps, pipeline.steps, strict=True), 1):
         incoming = report.folder / report.stages[number - 1].file
         work = Work(asking, client_of(asking, now), f"{name}.{number}", incoming)
-        names = (again_name(work.task, again) for again in range(asking.asks_again + 1))
-        work.tasks = [n for n in names if n in now.ledger.tasks()] if report.stages[number].requests else []
+        while report.stages[number].requests and work.ask():  # what was asked, in the tasks of the ledger
+            pass
         if not work.tasks:
             continue
         steps.append((f"step {number} ({report.stages[number].name})", _exchanges(work)))

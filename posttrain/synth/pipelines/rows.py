@@ -66,6 +66,15 @@ class Reply:
         return f"the reply holds no text: {self.choice['finish_reason']}" if cut else "the reply holds no text"
 
     @property
+    def said(self) -> str | None:
+        """What the reply says where a form was asked for: its text, or the arguments of the one tool that it calls."""
+        calls = (self.choice.get("message") or {}).get("tool_calls") or []
+        if self.text is not None or len(calls) != 1 or not isinstance(calls[0], dict):
+            return self.text
+        arguments = (calls[0].get("function") or {}).get("arguments")
+        return arguments if isinstance(arguments, str) or arguments is None else as_text(arguments)
+
+    @property
     def refusal(self) -> str | None:
         """What the model says in place of an answer, where the provider tells the two apart."""
         said = (self.choice.get("message") or {}).get("refusal")

@@ -27,8 +27,10 @@ class Step:
         """Return what to ask about a row. Called more than once: the same row must give the same requests."""
         return []
 
-    asks_again: int = 0
-    """How often `again` is asked."""
+    @property
+    def rounds(self) -> int:
+        """How often what `again` returns is asked."""
+        return 0
 
     def again(self, chat: Chat, reply: Reply) -> Chat | None:
         """Return what to ask in place of a reply that is of no use; None takes the reply."""

@@ -20,7 +20,7 @@ from posttrain.errors import SynthError
 from posttrain.synth.errors import TaskStopped
 from posttrain.synth.ledger.keys import CHAT, Request
 from posttrain.synth.ledger.pricing import usage
-from posttrain.synth.ledger.replies import CONFIGURED, Action, Verdict, limits, parsed, verdict
+from posttrain.synth.ledger.replies import CONFIGURED, TOO_LARGE_CODE, Action, Verdict, limits, parsed, verdict
 from posttrain.synth.ledger.session import Session, Statement, dumped
 from posttrain.synth.ledger.store import Writer
 from posttrain.synth.sending.limits import Gate
@@ -106,12 +106,20 @@ class Endpoint:
         self.down_until = 0.0
         self.down_since: float | None = None
         self._ejections = 0
+        self.probing = False
+        """A request is on its way to see whether it is back."""
         self._troubled: set[int] = set()
         """Requests that met an outage since the last answer."""
 
     def free(self, now: float) -> bool:
         """Whether a request may go there; after a pause one tries whether it is back, before all do."""
-        return now >= self.down_until and not (self._ejections and self.in_flight)
+        return now >= self.down_until and not self.probing
+
+    def begin(self) -> bool:
+        """Count a request that is sent; true if it tries whether the server is back."""
+        self.in_flight += 1
+        self.probing = self.probing or bool(self._ejections)
+        return bool(self._ejections)
 
     def eject(self, now: float, wait: float = 0.0) -> None:
         """Leave the server alone for a while, longer each time; lanes that find it down together count once."""
@@ -269,7 +277,7 @@ class OnlineRun:
             return None
         if index not in transports:
             transports[index] = self.service.transport or lane_transport(endpoint.base, self._context)
-        endpoint.in_flight += 1
+        probe = endpoint.begin()
         self.session.progress.in_flight += 1
         try:
             async with asyncio.timeout(self.service.timeout):
@@ -293,6 +301,7 @@ class OnlineRun:
             return self._ill(endpoint, request, said) or Sent(said, None, b"")
         finally:
             endpoint.in_flight -= 1
+            endpoint.probing = endpoint.probing and not probe
             self.session.progress.in_flight -= 1
             self.session.budget.release(request)
         self.gate.heard(*limits(response.headers))
@@ -378,7 +387,7 @@ class OnlineRun:
             await self._commit(session.attempt(request, said))
             return False
         self._count_refusal(request, said)
-        permanent = said.action is Action.REFUSED and self.stopped is None
+        permanent = said.action is Action.REFUSED and self.stopped is None and not waited_in_vain(said)
         await self._commit(session.failure(request, said, permanent))
         return True
 
@@ -397,7 +406,7 @@ class OnlineRun:
     def _count_refusal(self, request: Request, said: Verdict) -> None:
         """Stop a task of which everything is refused for one reason. What is as a rule about the key or the model is
         sent again by the next run; anything else counts against its row, so that rows at the head block no run."""
-        if said.action is not Action.REFUSED or self.stopped is not None:
+        if said.action is not Action.REFUSED or self.stopped is not None or waited_in_vain(said):
             return
         self._refused.append((said.code, request.id))
         same = [number for code, number in self._refused if code == said.code]
@@ -459,6 +468,11 @@ class OnlineRun:
         if now - self._reported > REPORT_EVERY:
             self._reported = now
             self.session.report(self.session.progress)
+
+
+def waited_in_vain(said: Verdict) -> bool:
+    """Whether a request was given up because it was told to wait again and again: the next run tries it again."""
+    return said.status == 429 and said.code != TOO_LARGE_CODE
 
 
 def send_all(service: Service, session: Session) -> None:

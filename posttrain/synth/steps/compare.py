@@ -61,11 +61,16 @@ class Compare(PanelStep):
                 found.append(Chat([system, {"role": "user", "content": text}], model, self.sent))
         return found
 
+    @property
+    def rounds(self) -> int:
+        """How often an unreadable judge is asked again."""
+        return self.asks_again
+
     def again(self, chat: Chat, reply: Reply) -> Chat | None:
         """Return the question once more, if the reply names no winner."""
-        if reply.error or winner_in(reply.text or ""):
+        if reply.error or winner_in(reply.said or ""):
             return None
-        return asked_again(chat, reply.text, UNREADABLE, '{"rationale": "...", "winner": "A" or "B" or "tie"}')
+        return asked_again(chat, reply.said, UNREADABLE, '{"rationale": "...", "winner": "A" or "B" or "tie"}')
 
     def fold(self, row: Row, replies: list[Reply]) -> Iterable[Row | Drop]:
         """Return the pair with the better answer as `chosen`, and `votes`: of each judge and order."""
@@ -74,7 +79,7 @@ class Compare(PanelStep):
         for start in range(0, len(replies), len(orders)):
             named = [winner(reply, order) for order, reply in zip(orders, replies[start:], strict=False)]
             why = [
-                json_in(reply.text or "", "winner").get("rationale") for reply in replies[start : start + len(orders)]
+                json_in(reply.said or "", "winner").get("rationale") for reply in replies[start : start + len(orders)]
             ]
             votes.append({"model": self.panel[start // len(orders)], "winners": named, "rationales": why})
             if None in named:
@@ -84,7 +89,7 @@ class Compare(PanelStep):
                 balance += 1 if named[0] == "chosen" else -1
         made = {**row, "votes": votes}
         if not heard:
-            return [Drop(made, next((r.trouble for r in replies if r.text is None), UNREADABLE))]
+            return [Drop(made, next((r.trouble for r in replies if r.said is None), UNREADABLE))]
         if balance == 0:
             return [Drop(made, "a tie: the judges, or the two orders, disagree")]
         return [made if balance > 0 else swapped(made)]
@@ -109,7 +114,7 @@ def _orders(swap: bool) -> Iterator[tuple[str, str]]:
 
 def winner(reply: Reply, order: tuple[str, str]) -> str | None:
     """Return whom a reply names: chosen, rejected or tie; None if it names nobody."""
-    named = winner_in(reply.text or "")
+    named = winner_in(reply.said or "")
     return None if named is None else {"A": order[0], "B": order[1], "tie": "tie"}[named]
 
 

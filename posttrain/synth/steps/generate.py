@@ -86,6 +86,11 @@ class Generate(PanelStep):
         """What every request holds besides model and messages."""
         return self.body if self.schema is None else {**self.form.sent, **self.body}
 
+    @property
+    def rounds(self) -> int:
+        """How often a reply that does not fit is asked for again."""
+        return self.asks_again if self.schema is not None else 0
+
     def again(self, chat: Chat, reply: Reply) -> Chat | None:
         """Return the question once more, with what was wrong, if the reply does not fit the form."""
         if self.schema is None or reply.error:

@@ -96,12 +96,17 @@ class Judge(PanelStep):
             )
         return found
 
+    @property
+    def rounds(self) -> int:
+        """How often an unreadable judge is asked again."""
+        return self.asks_again
+
     def again(self, chat: Chat, reply: Reply) -> Chat | None:
         """Return the question once more, with what was wrong with the reply, if it is not readable."""
         trouble = None if reply.error else self.judgement(reply).get("trouble")
         low, high = self.scale
         form = f'{{"rationale": "...", "score": a whole number from {low} to {high}}}'
-        return None if trouble is None else asked_again(chat, reply.text, trouble, form)
+        return None if trouble is None else asked_again(chat, reply.said, trouble, form)
 
     def fold(self, row: Row, replies: list[Reply]) -> Iterable[Row | Drop]:
         """Return the row with its score; a row that lacks the score of an aspect is dropped."""
@@ -121,10 +126,10 @@ class Judge(PanelStep):
 
     def judgement(self, reply: Reply) -> dict[str, Any]:
         """Return `{"score", "rationale"}` of a reply, or a score of None with the `trouble`."""
-        if reply.text is None:
+        if reply.said is None:
             return {"score": None, "rationale": None, "trouble": reply.trouble}
         low, high = self.scale
-        score, rationale = score_in(reply.text, low, high)
+        score, rationale = score_in(reply.said, low, high)
         if score is None:
             return {"score": None, "rationale": rationale, "trouble": "the reply gives no score on the scale"}
         if self.expected:
