@@ -51,6 +51,11 @@ SCHEMAS = {
     "question and answer": {"question": "q", "answer": "a"},
     "query and response": {"query": "q", "response": "a", "type": "MATH"},
     "problem and solution": {"problem": "q", "solution": "a"},
+    "openai, with parts and null": {"messages": [{"role": "user", "content": [{"type": "text", "text": "q"}]}, {"role": "assistant", "content": "a", "tool_calls": None}]},
+    "role and content in conversations": {"conversations": [{"role": "user", "content": "q"}, {"role": "model", "content": "a"}]},
+    "dolly": {"instruction": "q", "context": "", "response": "a", "category": "open_qa"},
+    "alpaca of LLaMA-Factory": {"instruction": "q", "input": "", "output": "a", "system": "", "history": []},
+    "labelled good": {"prompt": "q", "completion": "a", "label": True},
     "messages as text": {"messages": json.dumps([{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}])},
 }  # fmt: skip
 
@@ -425,3 +430,136 @@ def test_an_error_of_the_schema_names_the_source(tmp_path: Path) -> None:
     path = write(tmp_path / "a.jsonl", {"frage": "q"})
     with pytest.raises(DataError, match=r"a\.jsonl: columns 'frage' fit no known schema"):
         data(path).prepare(TOKENIZER)
+
+
+def test_alpaca_history_and_dolly_context_are_trained_on(tmp_path: Path) -> None:
+    rows = [
+        {"instruction": "q", "input": "about", "output": "a", "history": [["q1", "a1"], ["q2", "a2"]]},
+        {"instruction": "q", "context": "about", "response": "a"},
+    ]
+    found = texts(data(write(tmp_path / "a.jsonl", *rows)).prepare(TOKENIZER).train)
+    assert "".join(found).count("user\nq\n\nabout<|im_end|>") == 2
+    assert found[0].startswith(
+        "<|im_start|>user\nq1<|im_end|>\n<|im_start|>assistant\na1<|im_end|>\n<|im_start|>user\nq2"
+    )
+
+
+def test_tool_calls_of_every_format_are_one() -> None:
+    from posttrain.blocks.data.rows.schemas import conversation
+
+    function = {"name": "add", "description": "d", "parameters": {}}
+    call, text = {"name": "add", "arguments": {"a": 1}}, json.dumps({"a": 1})
+    openai = {
+        "messages": [
+            {"role": "user", "content": "q"},
+            {"role": "assistant", "content": None, "tool_calls": [{"type": "function", "function": call | {"arguments": text}}]},
+            {"role": "tool", "content": "1"},
+        ],
+        "tools": [{"type": "function", "function": function}],
+    }  # fmt: skip
+    legacy = {
+        "messages": [
+            {"role": "user", "content": "q"},
+            {"role": "assistant", "content": None, "function_call": call | {"arguments": text}},
+            {"role": "function", "content": "1"},
+        ],
+        "functions": [function],
+    }
+    factory = {
+        "conversations": [
+            {"from": "human", "value": "q"}, {"from": "function_call", "value": json.dumps(call)}, {"from": "observation", "value": "1"},
+        ],
+        "tools": json.dumps([function]), "system": "",
+    }  # fmt: skip
+    swift = {
+        "messages": [
+            {"role": "user", "content": "q"}, {"role": "tool_call", "content": json.dumps(call)}, {"role": "tool_response", "content": "1"},
+        ],
+        "tools": [json.dumps(function)],
+    }  # fmt: skip
+    expected = conversation(openai)
+    assert expected["messages"][1] == {"role": "assistant", "tool_calls": [{"type": "function", "function": call}]}
+    for row in (legacy, factory, swift):
+        assert conversation(row) == expected
+
+
+REFUSED = {
+    "a reply to avoid": ({"prompt": "q", "completion": "a", "label": False}, "'label' is false: the reply is one to avoid"),
+    "a reply to avoid, as text": ({"messages": SCHEMAS["messages"]["messages"], "kto_tag": "False"}, "'kto_tag' is false"),
+    "two system prompts": (
+        {"system": "Be brief.", "messages": [{"role": "system", "content": "Be long."}, {"role": "user", "content": "q"}]}, "two system prompts",
+    ),
+    "an unknown role": ({"messages": [{"role": "narrator", "content": "x"}]}, r"unknown role 'narrator' \(known: system, developer, user"),
+    "no role": ({"messages": [{"speaker": "me", "text": "x"}]}, "has the keys 'speaker', 'text', but no role"),
+    "a call that is no JSON": ({"conversations": [{"from": "function_call", "value": "add(1)"}]}, "is no JSON"),
+    "an image": ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}]}, "other than text"),
+    "half a weight": (
+        {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a", "weight": 0.5}]}, "weight 0.5: only 0",
+    ),
+    "a system prompt that is no text": ({"system": {"a": 1}, "prompt": "q", "completion": "a"}, "the system prompt is dict"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_rows_that_mean_something_else_are_refused_with_the_reason(tmp_path: Path, name: str) -> None:
+    row, reason = REFUSED[name]
+    with pytest.raises(DataError, match=f"1 x .*{reason}"):
+        data(write(tmp_path / "a.jsonl", row, SCHEMAS["messages"])).prepare(TOKENIZER)
+
+
+def test_kto_rows_train_the_good_replies_and_count_the_others(tmp_path: Path) -> None:
+    rows = [{"prompt": "q", "completion": f"a{n}", "label": n % 2 == 0} for n in range(4)]
+    prepared = data(write(tmp_path / "a.jsonl", *rows), invalid="drop").prepare(TOKENIZER)
+    assert replies(prepared.train) == ["a0", "a2"]
+    ((reason, count),) = prepared.ledger["total"]["dropped"].items()
+    assert "one to avoid" in reason and count == 2
+
+
+def test_a_row_may_bring_variables_for_the_template(tmp_path: Path) -> None:
+    tokenizer = byte_tokenizer(TEMPLATES["chatml"] + "{{ mood }}")
+    row = {"prompt": "q", "completion": "a", "chat_template_kwargs": {"mood": "glad"}}
+    prepared = data(write(tmp_path / "a.jsonl", row)).prepare(tokenizer)
+    assert tokenizer.decode(prepared.train[0].documents[0][0].tolist()).endswith("glad")
+
+
+def test_the_ledger_says_which_columns_were_read_as_what_and_which_were_not(tmp_path: Path) -> None:
+    from posttrain.blocks.loggers.ledger import ledger
+
+    path = write(
+        tmp_path / "a.jsonl", {**SCHEMAS["alpaca"], "id": 7, "mood": None}, {**SCHEMAS["alpaca"], "score": 1.0}
+    )
+    for stream in (False, True):
+        loaders = data(path, source={"stream": stream}).build(TOKENIZER, 1, 0, 1, 42)
+        assert list(loaders.train.one_pass())
+        entry = loaders.ledger["sources"][str(path)]
+        assert (entry["schema"], entry["read"], entry["unused"]) == (
+            "instruction/output", ["instruction", "output"], ["id", "score"],
+        )  # fmt: skip
+        caption = str(ledger(loaders.ledger).caption)
+        assert f"{path}: instruction/output: read instruction, output; not used: id, score" in caption
+
+    class Mine(SFTData):
+        def conversation(self, row: dict[str, Any]) -> dict[str, Any]:
+            return {"messages": [{"role": "assistant", "content": str(row["id"])}]}
+
+    first = write(tmp_path / "b.jsonl", {"id": 7, "x": 1})
+    (entry,) = Mine(sources=[Source(name_or_path=str(first))]).prepare(TOKENIZER).ledger["sources"].values()
+    assert "unused" not in entry  # only the class knows
+
+
+def test_a_conversation_split_into_turns_stays_on_one_side_of_the_evaluation(tmp_path: Path) -> None:
+    turns = [{"role": role, "content": f"{text} {{}}"} for text in ("one", "two") for role in ("user", "assistant")]
+    rows = [{"messages": [m | {"content": m["content"].format(n)} for m in turns]} for n in range(60)]
+    path = write(tmp_path / "a.jsonl", *rows)
+    prepared = data(path, split_turns=True, eval_split=0.2).prepare(TOKENIZER)
+    assert prepared.eval is not None
+    train, held_out = replies(prepared.train), replies(prepared.eval)
+    assert len(train) + len(held_out) == 120
+    assert not {text.split()[1] for text in train} & {text.split()[1] for text in held_out}
+    streamed = data(path, split_turns=True, source={"stream": True}).build(TOKENIZER, 1, 0, 1, 42)
+    stored = data(path, split_turns=True).build(TOKENIZER, 1, 0, 1, 42)
+    count = [sum(batch["supervised_tokens"] for batch in loaders.train.one_pass()) for loaders in (streamed, stored)]
+    assert count[0] == count[1] > 0
+    previews = list(data(path, split_turns=True).preview(TOKENIZER, 1))
+    assert [preview.side for preview in previews] == ["turn 1", "turn 2"]
+    assert previews[0].columns == {"schema": "messages", "read": ["messages"], "unused": []}

@@ -20,9 +20,9 @@ from toy import trainer
 
 from posttrain.blocks.checkpoints.checkpoint import Resume
 from posttrain.blocks.checkpoints.manifest import checkpoints, verify
-from posttrain.blocks.data.chat import ChatRenderer
 from posttrain.blocks.data.data import PreferenceData, SFTData
-from posttrain.blocks.data.schemas import Refused
+from posttrain.blocks.data.rows.chat import ChatRenderer
+from posttrain.blocks.data.rows.schemas import Refused
 from posttrain.blocks.data.sources import Source
 from posttrain.blocks.tokenizers.templates import TEMPLATES
 from posttrain.errors import DataError, PosttrainError

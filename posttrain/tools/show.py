@@ -4,6 +4,8 @@ import itertools
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING
 
+from posttrain.blocks.loggers.ledger import said
+
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.text import Text
@@ -26,8 +28,11 @@ def tokens(previews: "Iterable[Preview]", console: "Console") -> None:
     coloured = console.is_terminal and not console.no_color
     line = "─" if coloured else "-"
     console.print(_legend(coloured))
-    counts = []
+    counts, told = [], None
     for preview in previews:
+        if (read := said(preview.columns)) not in (None, told):
+            told = read
+            console.print(Text(f"{preview.source.rpartition(':')[0] or preview.source}: {told}"))
         supervised = sum(trained for _, trained, _ in preview.tokens)
         counts.append((len(preview.tokens), supervised))
         name = f"{preview.source} {preview.side}".rstrip()

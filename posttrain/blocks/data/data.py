@@ -10,11 +10,12 @@ import attrs
 from attrs.converters import optional as or_none
 from attrs.validators import and_, ge, gt, lt, min_len
 
-from posttrain.blocks.data.chat import ChatRenderer
 from posttrain.blocks.data.encode import ChatEncoder, Encoder, TextEncoder, Token
 from posttrain.blocks.data.loader import MapLoader, StreamLoader
-from posttrain.blocks.data.pairs import CHOSEN, REJECTED, pair
-from posttrain.blocks.data.schemas import Refused, Sample, conversation
+from posttrain.blocks.data.rows.chat import ChatRenderer
+from posttrain.blocks.data.rows.messages import Refused
+from posttrain.blocks.data.rows.pairs import CHOSEN, REJECTED, pair, pair_schema
+from posttrain.blocks.data.rows.schemas import Sample, conversation, schema
 from posttrain.blocks.data.sources import Source, as_sources
 from posttrain.blocks.data.store import default_cache, table
 from posttrain.blocks.data.streams import Stream, StreamEncoding
@@ -41,7 +42,9 @@ class Preview:
     source: str
     tokens: list[Token]
     side: str = ""
-    """Of a pair: `chosen` or `rejected`."""
+    """Of a pair `chosen` or `rejected`; of a conversation that became several documents `turn 1` and so on."""
+    columns: dict[str, Any] = attrs.field(factory=dict)
+    """What the ledger says of the source's columns so far."""
 
 
 @attrs.frozen(kw_only=True, slots=False)
@@ -140,12 +143,15 @@ class Data:
         Raises:
             DataError: one of them cannot be trained on.
         """
-        encoder = self.encoder(tokenizer)
         for source in self.sources:
+            encoder = self.encoder(tokenizer)
             for row, _ in islice(source.read(source.open()), count):
                 try:
-                    for side, tokens in zip(encoder.sides, encoder.show(row.values), strict=True):
-                        yield Preview(row.place, tokens, side)
+                    shown = encoder.show(row.values)
+                    turns = [f"turn {n}" for n in range(1, len(shown) + 1)] if len(shown) > 1 else [""]
+                    names = encoder.sides if len(encoder.sides) > 1 else turns
+                    for name, tokens in zip(names, shown, strict=True):
+                        yield Preview(row.place, tokens, name, encoder.columns.summary())
                 except Refused as refused:
                     raise DataError(f"{row.place}: {refused}") from None
 
@@ -180,13 +186,27 @@ class SFTData(Data):
     """Conversations; the replies in them are trained."""
 
     train_on: list[str] = key(factory=lambda: ["assistant"], check=min_len(1))
-    """Roles whose messages are trained, from behind the generation prompt through the end-of-turn token."""
-    template_args: dict[str, Any] = attrs.field(factory=dict)
+    """Roles whose messages are trained, from behind the generation prompt through the end-of-turn token. What a
+    message says of itself goes first: `weight: 0`, `train: false`, `train_detail` (see docs/data.md)."""
+    last_turn_only: bool = key(False, also=("mask_history",))
+    """Train only what stands behind the last message of a user."""
+    split_turns: bool = False
+    """Make a document of each turn: what came before it is context, as the template shows it when the turn is
+    generated. For reasoning models, whose templates leave out the thoughts of earlier turns."""
+    template_args: dict[str, Any] = key(factory=dict, also=("chat_template_kwargs",))
     """More variables for the chat template (`enable_thinking`)."""
+
+    def check(self) -> Iterator[tuple[str, str]]:
+        """Yield what contradicts itself."""
+        yield from super().check()
+        if self.last_turn_only and self.split_turns:
+            yield "split_turns", "trains every turn, and last_turn_only the last one alone; choose one"
 
     def encoder(self, tokenizer: Any) -> Encoder:
         """Return what renders and tokenizes conversations."""
-        return ChatEncoder(ChatRenderer(tokenizer, self.train_on, self.template_args), self.sample)
+        renderer = ChatRenderer(tokenizer, self.train_on, self.template_args, self.last_turn_only, self.split_turns)
+        ours = type(self).conversation is SFTData.conversation and type(self).sample is SFTData.sample
+        return ChatEncoder(renderer, self.sample, schema if ours else None)
 
     def sample(self, row: dict[str, Any]) -> Sample:
         """Return what a row says: one conversation."""
@@ -212,7 +232,7 @@ class PreferenceData(Data):
     overflow: Literal["error", "drop", "truncate"] = "error"
     """What happens to a pair with a side that is longer: say so and stop, leave the pair out, or keep the beginning of
     its sides."""
-    template_args: dict[str, Any] = attrs.field(factory=dict)
+    template_args: dict[str, Any] = key(factory=dict, also=("chat_template_kwargs",))
     """More variables for the chat template (`enable_thinking`)."""
 
     @property
@@ -228,7 +248,8 @@ class PreferenceData(Data):
     def encoder(self, tokenizer: Any) -> Encoder:
         """Return what renders and tokenizes both sides."""
         renderer = ChatRenderer(tokenizer, template_args=self.template_args)
-        return ChatEncoder(renderer, self.pair, (CHOSEN, REJECTED))
+        ours = type(self).pair is PreferenceData.pair
+        return ChatEncoder(renderer, self.pair, pair_schema if ours else None, (CHOSEN, REJECTED))
 
     def pair(self, row: dict[str, Any]) -> Sample:
         """Return a row's chosen and rejected conversation; override it for a schema of your own (see pairs.py)."""

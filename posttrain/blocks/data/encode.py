@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
 import attrs
 
-from posttrain.blocks.data.chat import ChatRenderer, Rendered, special_tokens
-from posttrain.blocks.data.schemas import Refused, Sample
+from posttrain.blocks.data.rows.chat import ChatRenderer, Rendered, special_tokens
+from posttrain.blocks.data.rows.messages import Refused
+from posttrain.blocks.data.rows.schemas import Columns, Sample, Schema
 from posttrain.blocks.layout import Document, Example
 
 if TYPE_CHECKING:
@@ -33,8 +34,12 @@ class Encoder(Protocol):
     def sides(self) -> tuple[str, ...]:
         """What the documents of an example are called; a single one needs no name."""
 
+    @property
+    def columns(self) -> Columns:
+        """What was read of the rows so far, and what was not."""
+
     def encode(self, rows: list[Values]) -> list[Encoded]:
-        """Encode many rows at once."""
+        """Encode many rows at once; `apart` gives the examples of one that became several."""
 
     def show(self, row: Values) -> list[list[Token]]:
         """Return the tokens of a row's documents for a person to look at; raises Refused as `encode` returns it."""
@@ -50,8 +55,12 @@ class ChatEncoder:
     renderer: ChatRenderer
     sample: Callable[[Values], Sample]
     """Row -> its conversations."""
+    schema: Callable[[Values], Schema] | None = None
+    """Row -> which of its columns `sample` reads, if that is known."""
     sides: tuple[str, ...] = ("",)
-    """What they are called."""
+    """What the documents of an example are called."""
+    columns: Columns = attrs.field(factory=Columns)
+    """Of the rows so far."""
     special: re.Pattern[str] = attrs.field(init=False)
     """The tokenizer's control tokens."""
 
@@ -88,15 +97,20 @@ class ChatEncoder:
     def fingerprint(self) -> str:
         """Return a hash of everything that decides what a row becomes."""
         renderer = self.renderer
-        said = [renderer.templates[True], renderer.templates[False], sorted(renderer.train_on), renderer.template_args]
+        said = [
+            renderer.templates[True], renderer.templates[False], sorted(renderer.train_on), renderer.template_args,
+            renderer.last_turn_only, renderer.split_turns,
+        ]  # fmt: skip
         return _hash(
             tokenizer_text(renderer.tokenizer), json.dumps(said, default=str), *self.sides, code_of(self.sample)
         )
 
     def _rendered(self, row: Values) -> tuple[list[Rendered], float] | Refused:
+        self.columns.note(row, self.schema)
         try:
             sample = self.sample(row)
-            return [self._render(conversation) for conversation in sample.conversations], sample.value
+            found = [turn for one in sample.conversations for turn in self.renderer.documents(one)]
+            return [self._render(conversation) for conversation in found], sample.value
         except Refused as refused:
             return refused
 
@@ -117,7 +131,7 @@ class ChatEncoder:
             if not mask[1:].any():
                 return Refused("no token of it would be supervised")
             documents.append((np.array(encoding.ids, dtype=np.uint32), mask))
-        if len(documents) > 1 and all(np.array_equal(ids, documents[0][0]) for ids, _ in documents):
+        if len(self.sides) > 1 and all(np.array_equal(ids, documents[0][0]) for ids, _ in documents):
             return Refused(f"{' and '.join(self.sides)} are equal")
         return Example(tuple(documents), value)
 
@@ -131,10 +145,15 @@ class TextEncoder:
     bos: bool
     eos: bool
     sides: tuple[str, ...] = ("",)
+    columns: Columns = attrs.field(factory=Columns)
+    """Of the rows so far."""
 
     def encode(self, rows: list[Values]) -> list[Encoded]:
         """Encode many rows at once."""
         import numpy as np
+
+        for row in rows:
+            self.columns.note(row, lambda _: Schema(self.column, (self.column,)))
 
         texts = [self._text(row) for row in rows]
         encodings = iter(tokenize(self.tokenizer, [text for text in texts if isinstance(text, str)]))
@@ -176,6 +195,13 @@ class TextEncoder:
 
     def _eos(self) -> list[int]:
         return [self.tokenizer.eos_token_id] if self.eos else []
+
+
+def apart(example: Example, sides: tuple[str, ...]) -> list[Example]:
+    """Return the examples that a row became: its documents one by one, if they are not the sides of a whole."""
+    if len(sides) > 1 or len(example.documents) == 1:
+        return [example]
+    return [Example((document,), example.value) for document in example.documents]
 
 
 def tokenize(tokenizer: Any, texts: list[str]) -> list[Any]:

@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Any
 
 import attrs
 
-from posttrain.blocks.data.encode import Encoder
+from posttrain.blocks.data.encode import Encoder, apart
 from posttrain.blocks.data.packing import chunks
-from posttrain.blocks.data.schemas import Refused
+from posttrain.blocks.data.rows.schemas import Refused
 from posttrain.blocks.data.sources import Source
 from posttrain.blocks.layout import Example
 from posttrain.errors import DataError
@@ -24,7 +24,7 @@ from posttrain.errors import DataError
 if TYPE_CHECKING:
     import numpy as np
 
-FORMAT = 2
+FORMAT = 3
 BATCH = 512
 EXAMPLES = 3
 ARRAYS = {
@@ -51,6 +51,8 @@ class Table:
     rows_in: int
     refused: dict[str, dict[str, Any]]
     """Reason -> count, and places of the first few."""
+    columns: dict[str, Any]
+    """Which columns of the source were read, and as what."""
 
     def __getitem__(self, index: int) -> Example:
         """Return an example as it was tokenized."""
@@ -115,10 +117,11 @@ def build(source: Source, reader: Any, encoder: Encoder, folder: Path) -> None:
                 if isinstance(found, Refused):
                     note(refused, str(found), row.place)
                     continue
-                for ids, mask in found.documents:
-                    total += len(ids)
-                    write(files, {"ids": ids, "mask": mask, "offsets": total, "supervised": mask[1:].sum()})
-                write(files, {"rows": row.number, "values": found.value})
+                for one in apart(found, encoder.sides):
+                    for ids, mask in one.documents:
+                        total += len(ids)
+                        write(files, {"ids": ids, "mask": mask, "offsets": total, "supervised": mask[1:].sum()})
+                    write(files, {"rows": row.number, "values": one.value})
             if rows_in % (100 * BATCH) == 0:
                 log.info("tokenizing %s: %s rows, %s tokens", source.label, f"{rows_in:,}", f"{total:,}")
         for file in files.values():
@@ -139,6 +142,7 @@ def build(source: Source, reader: Any, encoder: Encoder, folder: Path) -> None:
     sizes = {name: (aside / name).stat().st_size for name in ARRAYS}
     manifest = {
         "format": FORMAT, "sides": encoder.sides, "rows_in": rows_in, "refused": refused, "bytes": sizes,
+        "columns": encoder.columns.summary(),
     }  # fmt: skip
     (aside / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
     shutil.rmtree(folder, ignore_errors=True)
@@ -182,5 +186,5 @@ def opened(folder: Path, label: str) -> Table:
         return np.asarray(np.memmap(folder / name, dtype=ARRAYS[name], mode="r"))
 
     arrays: dict[str, Any] = {name: mapped(name) for name in ARRAYS}
-    said = {name: manifest[name] for name in ("rows_in", "refused")}
+    said = {name: manifest[name] for name in ("rows_in", "refused", "columns")}
     return Table(label=label, sides=tuple(manifest["sides"]), **said, **arrays)

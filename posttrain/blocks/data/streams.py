@@ -9,9 +9,9 @@ from typing import Any
 
 import attrs
 
-from posttrain.blocks.data.encode import Encoder
+from posttrain.blocks.data.encode import Encoder, apart
 from posttrain.blocks.data.readers import Row
-from posttrain.blocks.data.schemas import Refused
+from posttrain.blocks.data.rows.schemas import Refused
 from posttrain.blocks.data.sources import Source
 from posttrain.blocks.data.store import note
 from posttrain.blocks.data.views import Limits, pieces
@@ -93,11 +93,11 @@ class StreamEncoding:
         for (row, number), encoded in zip(rows, self.encoder.encode([row.values for row, _ in rows]), strict=True):
             if isinstance(encoded, Refused):
                 if self.limits.invalid == "error":
-                    raise DataError(f"{row.place}: {encoded}; mend it, or leave such rows out with data.invalid=drop")
+                    raise DataError(f"{row.place}: {encoded}; fix it, or leave such rows out with data.invalid=drop")
                 left: list[Example] = []
                 self._drop(number, str(encoded), row.place)
             else:
-                left = self._cut(encoded, row, number)
+                left = [piece for one in apart(encoded, self.encoder.sides) for piece in self._cut(one, row, number)]
             self._count(number, left)
             found += left
         return found
@@ -136,6 +136,7 @@ class StreamEncoding:
         entry = self._entry(number)
         documents = [document for example in examples for document in example.documents]
         entry["rows_in"] += 1
+        entry |= self.encoder.columns.summary()
         entry["documents" if len(self.encoder.sides) == 1 else "pairs"] += len(examples)
         entry["tokens"] += sum(len(ids) for ids, _ in documents)
         entry["supervised_tokens"] += sum(int(mask[1:].sum()) for _, mask in documents)

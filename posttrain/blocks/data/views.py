@@ -94,6 +94,7 @@ def documents(
         name = from_table.label if from_table.label not in ledger else f"{from_table.label} #{number + 1}"
         refused = {reason: found["count"] for reason, found in from_table.refused.items()} if not want_held_out else {}
         ledger[name] = {
+            **from_table.columns,
             "rows_in": len(chosen) + sum(refused.values()),
             "tokens_in": int(np.diff(from_table.offsets).reshape(-1, len(from_table.sides))[chosen].sum()),
             "dropped": refused | counts.pop("dropped"),
@@ -205,7 +206,7 @@ def refuse_invalid(tables: Iterable[Table], limits: Limits) -> None:
         raise DataError(
             "some rows cannot be trained on:\n"
             + "\n".join(lines)
-            + "\nmend them, or leave them out with data.invalid=drop"
+            + "\nfix them, or leave them out with data.invalid=drop"
         )
 
 

@@ -6,7 +6,7 @@ from typing import Any
 import attrs
 from attrs.validators import gt
 
-from posttrain.blocks.data.schemas import CHATS
+from posttrain.blocks.data.rows.schemas import CHATS
 from posttrain.registry import block, key
 from posttrain.synth.pipelines.rows import Chat, Drop, Message, Reply, Row, as_text, asked, filled
 from posttrain.synth.pipelines.step import PanelStep, Template
