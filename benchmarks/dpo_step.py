@@ -65,7 +65,7 @@ def loader(shape: str, packing: bool):
 
     return MapLoader(
         examples=Pairs(), max_length=2 * LENGTH, packing=False, micro_batch_size=PAIRS, rank=0, world_size=1, seed=0,
-        pad_id=0, collate=partial(collate_pairs, packing=packing),
+        collate=partial(collate_pairs, packing=packing),
     )  # fmt: skip
 
 

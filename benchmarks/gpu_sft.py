@@ -94,7 +94,7 @@ class Setting:
 
         return MapLoader(
             examples=Documents(self.documents()), max_length=self.length, packing=self.packing,
-            micro_batch_size=self.rows, rank=0, world_size=1, seed=0, pad_id=0,
+            micro_batch_size=self.rows, rank=0, world_size=1, seed=0,
         )  # fmt: skip
 
 
@@ -223,10 +223,7 @@ def bare(setting: Setting) -> dict:
     clock, source = Clock(setting), setting.loader()
     for (batch, _), _ in zip(source.batches(source.start()), range(setting.steps + WARM_UP), strict=False):
         counted = sizes(batch)
-        moved = {
-            name: value.to(setting.device, non_blocking=True) if isinstance(value, torch.Tensor) else value
-            for name, value in batch.items()
-        }
+        moved = batch.to(torch.device(setting.device))
         with attention.packed():
             hidden = model.model(**inputs(moved)).last_hidden_state.flatten(0, 1)[moved["supervised"]]
         F.cross_entropy(model.lm_head(hidden).float(), moved["targets"]).backward()

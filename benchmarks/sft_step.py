@@ -78,7 +78,6 @@ def loader(shape: str, replies_only: bool):
         rank=0,
         world_size=1,
         seed=0,
-        pad_id=0,
     )
 
 

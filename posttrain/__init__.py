@@ -7,6 +7,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from posttrain.batch import Batch, Extra, Term
     from posttrain.blocks.callbacks import EarlyStop, Profiler, Samples
     from posttrain.blocks.checkpoints.checkpoint import HuggingFace, Resume
     from posttrain.blocks.data.data import CausalData, PreferenceData, SFTData
@@ -32,9 +33,8 @@ if TYPE_CHECKING:
         TrainingError,
     )  # fmt: skip
     from posttrain.hooks import after, before
-    from posttrain.interfaces import Batch
     from posttrain.recipes.load import load
-    from posttrain.registry import block, default, key
+    from posttrain.registry import block, default, key, kind
     from posttrain.run import Run
     from posttrain.synth.clients.cortex import CortexSynth
     from posttrain.synth.clients.openai import AzureOpenAISynth, OpenAISynth
@@ -50,6 +50,7 @@ if TYPE_CHECKING:
     from posttrain.values import Secret
 
 _HOMES = {
+    "batch": ("Batch", "Extra", "Term"),
     "blocks.callbacks": ("EarlyStop", "Profiler", "Samples"),
     "blocks.checkpoints.checkpoint": ("HuggingFace", "Resume"),
     "blocks.data.data": ("CausalData", "PreferenceData", "SFTData"),
@@ -69,9 +70,8 @@ _HOMES = {
         "TrainingError",
     ),
     "hooks": ("after", "before"),
-    "interfaces": ("Batch",),
     "recipes.load": ("load",),
-    "registry": ("block", "default", "key"),
+    "registry": ("block", "default", "key", "kind"),
     "run": ("Run",),
     "synth.clients.cortex": ("CortexSynth",),
     "synth.clients.openai": ("AzureOpenAISynth", "OpenAISynth"),
@@ -92,12 +92,12 @@ _HOME_OF = {name: f"posttrain.{module}" for module, found in _HOMES.items() for 
 __all__ = [
     "AdamW", "Auto", "AzureOpenAISynth", "Batch", "CausalData", "CausalTrainer", "CheckpointError", "Console",
     "Constant", "CortexSynth", "Cosine", "DDP", "DPOTrainer", "DataError", "DeepSpeed", "DistillTrainer",
-    "EarlyStop", "FSDP", "HFModel", "HFTokenizer", "HookError", "HuggingFace", "JSONL", "Linear", "LoRA",
+    "EarlyStop", "Extra", "FSDP", "HFModel", "HFTokenizer", "HookError", "HuggingFace", "JSONL", "Linear", "LoRA",
     "OpenAISynth", "PosttrainError", "PreferenceData", "Profiler", "RecipeError", "RegistryError", "Resume",
     "RewardModel", "RewardTrainer", "Run", "SFTData", "SFTTrainer", "Samples", "Secret", "Source",
-    "SpeculatorModel", "SpeculatorTrainer", "SwiftKVModel", "SwiftKVTrainer", "SynthError", "TensorBoard", "Trainer",
-    "TrainingError", "TransformersSynth", "TwoStage", "Ulysses", "VllmSynth", "WSD", "after", "before", "block",
-    "default", "key", "load", "preference_loss",
+    "SpeculatorModel", "SpeculatorTrainer", "SwiftKVModel", "SwiftKVTrainer", "SynthError", "TensorBoard", "Term",
+    "Trainer", "TrainingError", "TransformersSynth", "TwoStage", "Ulysses", "VllmSynth", "WSD", "after", "before",
+    "block", "default", "key", "kind", "load", "preference_loss",
 ]  # fmt: skip
 
 

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, runtime_checkable
 
 import attrs
 
+from posttrain.batch import Batch, Term
+
 if TYPE_CHECKING:
     from lightning.fabric import Fabric
     from lightning.fabric.strategies.strategy import Strategy
@@ -18,10 +20,6 @@ if TYPE_CHECKING:
     from torch.optim.lr_scheduler import LRScheduler
 
     from posttrain.run import Run
-
-Batch: TypeAlias = dict[str, Any]
-"""One micro-batch of tensors; `batch["weight"]` is a number: what its loss is a mean over
-(supervised tokens, pairs). `blocks/layout.py` says what else the shipped data blocks put in."""
 
 Position: TypeAlias = dict[str, Any]
 """Where a loader stands, as plain JSON data. It counts rows of all ranks together, so that it
@@ -38,7 +36,10 @@ class Loader(Protocol):
         """Return how many rows `epochs` passes hold, all ranks together; None if unknown (streams)."""
 
     def batches(self, position: Position) -> Iterator[tuple[Batch, Position]]:
-        """Yield micro-batches without end, pass after pass, each with the position that follows it."""
+        """Yield micro-batches without end, pass after pass, each with the position that follows it.
+
+        A dict with `weight` and what the loss needs will do instead of a Batch.
+        """
 
     def one_pass(self) -> Iterator[Batch]:
         """Yield each row once, in stored order, as equally many micro-batches on every rank."""
@@ -110,7 +111,7 @@ class SequenceBlock(Protocol):
     def size(self) -> int: ...
 
     def loaders(self, loaders: Loaders, fabric: "Fabric") -> Loaders: ...
-    def fit(self, model: "nn.Module") -> None: ...
+    def validate(self, model: "nn.Module") -> None: ...
 
 
 class CheckpointBlock(Protocol):
@@ -162,6 +163,14 @@ class StepBlock(Protocol):
     def fold(self, row: dict[str, Any], replies: list[Any]) -> Iterable[Any]: ...
     def table(self, rows: Iterable[dict[str, Any]]) -> Iterable[Any]: ...
     def facts(self, rows: Iterable[dict[str, Any]]) -> dict[str, Any]: ...
+
+
+@runtime_checkable
+class Adding(Protocol):
+    """A network that adds terms of its own to the loss, such as that of a router."""
+
+    terms: dict[str, Term]
+    """What the passes since it was cleared add."""
 
 
 @runtime_checkable

@@ -2,15 +2,16 @@
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import attrs
 
+from posttrain.batch import Batch, Term
 from posttrain.errors import TrainingError
-from posttrain.interfaces import Batch, Loaders, Logger, Position, StrategyBlock
+from posttrain.interfaces import Loaders, Logger, Position, StrategyBlock
 from posttrain.runtime.launch import all_reduce, gather_objects
 from posttrain.runtime.watchdog import Watchdog
 
@@ -31,44 +32,63 @@ class Metrics:
 
     A value logged inside `loss` is a mean over what its micro-batch counts, so it is weighted by the
     micro-batch's share of the step and summed over micro-batches and ranks: cutting a step
-    differently changes no logged value. A value logged elsewhere is taken as it is.
+    differently changes no logged value. A `Term` is a sum, and is divided by its own count over the
+    whole step. A value logged elsewhere is taken as it is. Of several updates in one step, the mean is kept.
     """
 
     def __init__(self) -> None:
-        self.share: float | Tensor | None = None
+        self.batch: Batch | None = None
+        self.totals: Mapping[str, float | Tensor] = {}
         self.values: dict[str, float | Tensor] = {}
-        self.shared: set[str] = set()
+        self.shared: dict[str, str] = {}
+        """Name of each value that is summed over ranks -> what it is a mean over."""
+        self.updates = 0
         self.steps: list[tuple[int, dict[str, float | Tensor]]] = []
 
     @contextmanager
-    def counting(self, batch: Batch, total: "float | Tensor") -> "Iterator[tuple[Batch, float | Tensor]]":
-        """Weight what is logged meanwhile by the batch's part of the total weight.
+    def counting(self, batch: Batch, totals: "Mapping[str, float | Tensor]") -> Iterator[Batch]:
+        """Weight what is logged meanwhile by the batch's part of what the whole step counts.
 
-        Yields the batch to compute on, and its share. A batch that counts nothing (a rank that ran out
-        of rows in evaluation) gets the weight 1, so that dividing by it is harmless, and the share 0.
+        Yields the batch to compute on. One that counts nothing (a rank that ran out of rows in evaluation) gets the
+        weight 1, so that dividing by it is harmless; its share is 0.
         """
-        self.share = batch["weight"] / total
+        self.batch, self.totals = batch, totals
         try:
-            yield (batch if batch["weight"] else {**batch, "weight": 1}), self.share
+            yield batch if batch.weight else attrs.evolve(batch, weight=1)
         finally:
-            self.share = None
+            self.batch = None
 
-    def add(self, values: "dict[str, float | Tensor]") -> None:
+    def part(self, value: "float | Tensor | Term") -> "float | Tensor":
+        """Return what a value of the batch in hand adds to that of the step.
+
+        Raises:
+            TrainingError: a term is a mean over something that the batch does not count.
+        """
+        assert self.batch is not None
+        if not isinstance(value, Term):
+            return value * (self.batch.weight / self.totals["weight"])
+        counts = self.batch.counts
+        if value.count not in counts:
+            raise TrainingError(f"a term is a mean over {value.count!r}, which batches count not: {', '.join(counts)}")
+        return value.sum * (bool(counts[value.count]) / self.totals[value.count])
+
+    def add(self, values: "dict[str, float | Tensor | Term]") -> None:
         """Record values of the current step."""
         for name, value in values.items():
-            if not isinstance(value, int | float):
-                value = value.detach()
-            if self.share is None:
-                self.values[name] = value
+            if self.batch is None:
+                self.values[name] = detached(value.sum if isinstance(value, Term) else value)
             else:
-                self.shared.add(name)
-                self.values[name] = self.values.get(name, 0.0) + value * self.share
+                self.shared[name] = value.count if isinstance(value, Term) else "weight"
+                self.values[name] = self.values.get(name, 0.0) + detached(self.part(value))
 
     def end_step(self, step: int, **summed: "float | Tensor") -> None:
         """Close the current step; the given values are summed over ranks."""
-        self.shared.update(summed)
+        if self.updates > 1:
+            means = {name: value / self.updates for name, value in self.values.items() if name in self.shared}
+            self.values |= means
+        self.shared |= dict.fromkeys(summed, "")
         self.steps.append((step, {**self.values, **summed}))
-        self.values = {}
+        self.values, self.updates = {}, 0
 
     def note(self, step: int, values: dict[str, float]) -> None:
         """Record values that are already reduced, with the step that has just been closed."""
@@ -88,13 +108,26 @@ class Metrics:
             found[i][1][name] = number
         return found
 
-    def averages(self, weight: float, fabric: "Fabric") -> dict[str, float]:
-        """Return the weighted means of what was logged with shares that are plain weights, over all ranks."""
+    def averages(self, counts: dict[str, float], fabric: "Fabric") -> dict[str, float]:
+        """Return the means of what was logged with totals of 1, over all ranks.
+
+        Args:
+            counts: what this rank's batches count.
+            fabric: of the run.
+        """
         sums: dict[tuple[int, str], float | Tensor] = {(0, name): value for name, value in self.values.items()}
-        sums[0, ""] = weight
+        sums |= {(1, name): count for name, count in counts.items()}
         numbers = _summed(sums, fabric) if fabric.world_size > 1 else _numbers(sums, fabric)
-        total = numbers.pop((0, ""))
-        return {name: number / total for (_, name), number in numbers.items()} if total else {}
+        return {
+            name: number / total
+            for (kind, name), number in numbers.items()
+            if kind == 0 and (total := numbers.get((1, self.shared[name]), 0.0))
+        }
+
+
+def detached(value: "float | Tensor") -> "float | Tensor":
+    """Return a value that holds no graph."""
+    return value if isinstance(value, int | float) else value.detach()
 
 
 def _numbers(values: "dict[tuple[int, str], float | Tensor]", fabric: "Fabric") -> dict[tuple[int, str], float]:
@@ -143,6 +176,8 @@ class Run:
     """Where the training data stands: the first row of the next step."""
     watchdog: Watchdog
     """Sees whether all ranks go on."""
+    batches: list[Batch] = attrs.field(factory=list)
+    """The micro-batches of the step in hand, as `made` returned them."""
     step: int = 0
     """Optimizer steps taken."""
     began: dict[int, Position] = attrs.field(factory=dict)
@@ -174,31 +209,19 @@ class Run:
         """What the names of files end in that each rank writes for itself."""
         return f"-rank-{self.fabric.global_rank}" if self.fabric.world_size > 1 else ""
 
-    def log(self, **values: "float | Tensor") -> None:
+    def log(self, **values: "float | Tensor | Term") -> None:
         """Record metrics of the current step.
 
         Inside `loss`, a value is a mean over what the micro-batch counts: it is weighted and reduced
-        over micro-batches and ranks like the loss. Elsewhere it is taken as it is, from rank zero.
+        over micro-batches and ranks like the loss. A `Term` is a sum and says what it is counted by.
+        Elsewhere a value is taken as it is, from rank zero.
         Nothing is moved off the device until the loggers are due.
         """
         self.metrics.add(values)
 
-    def to_device(self, batch: Batch) -> Batch:
-        """Move a batch's tensors to the device, without waiting for it; numbers stay on the host."""
-        import torch
-
-        device = self.fabric.device
-        if device.type == "cpu":
-            return batch
-
-        def moved(value: Any) -> Any:
-            if isinstance(value, dict):
-                return self.to_device(value)
-            if not isinstance(value, torch.Tensor) or value.device == device:
-                return value
-            return value.pin_memory().to(device, non_blocking=True)
-
-        return {name: moved(value) for name, value in batch.items()}
+    def to_device(self, batch: "Batch | Mapping[str, Any]") -> Batch:
+        """Move a batch's tensors to the device, without waiting for it; a dict becomes a batch."""
+        return Batch.of(batch).to(self.fabric.device)
 
     def leaves_out(self, norm: "float | Tensor | None") -> bool:
         """Whether gradients of this norm must not be used. Where updates can be skipped, the host waits for it."""

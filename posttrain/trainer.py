@@ -6,6 +6,7 @@ The order inside the loop is a contract: fetch, step, count, evaluate, log, save
 import itertools
 import math
 import signal
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
 from functools import partial
 from pathlib import Path
@@ -15,15 +16,16 @@ import attrs
 from attrs.validators import ge, gt, optional
 
 from posttrain import hooks
+from posttrain.batch import Batch, Term
 from posttrain.blocks.checkpoints.checkpoint import HuggingFace, Resume
 from posttrain.blocks.loggers.logger import JSONL, Console, TensorBoard
-from posttrain.blocks.optimizer import AdamW, torch_optimizer
+from posttrain.blocks.optimizer import AdamW, learning_rates, torch_optimizer
 from posttrain.blocks.parallel.strategy import Auto, DeepSpeed
 from posttrain.blocks.scheduler import Cosine
 from posttrain.blocks.tokenizers.tokenizer import HFTokenizer
 from posttrain.errors import RecipeError, TrainingError
 from posttrain.interfaces import (
-    Batch,
+    Adding,
     CallbackBlock,
     CheckpointBlock,
     DataBlock,
@@ -129,32 +131,45 @@ class Trainer:
     """Of the arithmetic; 32-true on CPUs and bf16-mixed on GPUs unless given."""
 
     run: Run = attrs.field(init=False, repr=False)
+    updates_per_step: ClassVar[int] = 1
+    """Optimizer updates that `step` makes; the schedule goes on at each. A method may make it a property."""
     cuts_rows: ClassVar[bool] = False
     """Whether `loss` is a sum over positions, so that it may be given a part of a row (`sequence`)."""
 
     # -- what a trainer overrides ---------------------------------------------------
 
-    def loss(self, batch: Batch) -> "Tensor":
-        """Return the loss of one micro-batch: a mean over what `batch["weight"]` counts."""
+    def loss(self, batch: Batch) -> "Tensor | dict[str, Term]":
+        """Return the loss of a micro-batch: a mean over what `batch["weight"]` counts, or terms with their own counts.
+
+        What the network adds, such as the loss of a router, is added by the loop.
+        """
         raise NotImplementedError(f"{type(self).__name__} must define loss(batch) or step(batches)")
 
-    def step(self, batches: list[Batch]) -> "Tensor":
-        """Take one optimizer step on all its micro-batches, and return its loss.
+    def made(self, batches: list[Batch]) -> list[Batch]:
+        """Return what a step trains on: what the data gave, unless the method makes something else of it."""
+        return batches
 
-        Each micro-batch counts by its weight over the weights of all micro-batches and ranks, so the
-        gradient is that of one large batch however the step was cut. With several ranks the result
-        is this rank's part of the loss; the parts add up to it.
+    def step(self, batches: list[Batch]) -> "Tensor":
+        """Take one step on its micro-batches, and return its loss; several updates may be made on the same ones."""
+        return self.update(batches)
+
+    def update(self, batches: list[Batch]) -> "Tensor":
+        """Make one optimizer update on all micro-batches of a step, and return its loss.
+
+        Each term of the loss is divided by its count over all micro-batches and ranks, so the gradient is that of one
+        large batch however the step was cut. With several ranks the result is this rank's part of the loss; the parts
+        add up to it.
         """
         run, fabric = self.run, self.run.fabric
-        batches = list(self.together(batches))
-        total = self.total_weight(batches)
+        batches = [Batch.of(batch) for batch in self.together([Batch.of(batch) for batch in batches])]
+        totals = self.totals(batches)
         losses = []
         for i, micro_batch in enumerate(batches, start=1):
             with (
                 fabric.no_backward_sync(run.model, enabled=i < len(batches)),
-                run.metrics.counting(micro_batch, total) as (batch, share),
+                run.metrics.counting(micro_batch, totals) as batch,
             ):
-                loss = self.loss(batch) * share
+                loss = self.weighed(self.terms(batch))
                 fabric.backward(loss * fabric.world_size, model=run.model)  # strategies average over ranks
             losses.append(loss.detach())
         norm = self.strategy.update(run, self.max_grad_norm)
@@ -163,26 +178,50 @@ class Trainer:
         if run.leaves_out(norm):
             crash.skip(self, batches)
         run.scheduler.step()
+        run.metrics.updates += 1
         return sum(losses[1:], start=losses[0])
 
-    def total_weight(self, batches: list[Batch]) -> "float | Tensor":
-        """Return the weight of a step, over its micro-batches and all ranks.
+    def terms(self, batch: Batch) -> "dict[str, Tensor | Term]":
+        """Return the terms of a micro-batch's loss, with those that the network adds."""
+        network: Any = self.run.model.module
+        adds = isinstance(network, Adding)
+        if adds:
+            network.terms.clear()
+        found = self.loss(batch)
+        more = network.terms if adds else {}
+        return {**(found if isinstance(found, dict) else {"loss": found}), **more}
+
+    def weighed(self, terms: "dict[str, Tensor | Term]") -> "Tensor":
+        """Return what a micro-batch adds to the loss of the step, and log its terms."""
+        metrics, parts = self.run.metrics, list["Tensor"]()
+        for name, term in terms.items():
+            part: Any = metrics.part(term)
+            if isinstance(term, Term):
+                self.run.log(**{name: term})
+                part = part * term.weight
+            parts.append(part)
+        return sum(parts[1:], start=parts[0])
+
+    def totals(self, batches: list[Batch]) -> "dict[str, float | Tensor]":
+        """Return what the terms of a step are divided by: its counts, over its micro-batches and all ranks.
 
         Raises:
-            TrainingError: it is 0, so there is nothing to learn from.
+            TrainingError: its weight is 0, so there is nothing to learn from.
         """
         import torch
 
-        run, mine = self.run, float(sum(batch["weight"] for batch in batches))
-        total: float | Tensor = mine
+        run, counts = self.run, [batch.counts for batch in batches]
+        mine = {name: float(sum(count[name] for count in counts)) for name in counts[0]}
+        found: dict[str, float | Tensor] = dict(mine)
         if run.fabric.world_size > 1:
-            total = all_reduce(run.fabric, torch.tensor(mine, device=run.fabric.device))
-        if mine == 0 and float(total) == 0:  # only then is the device waited for
+            sums = all_reduce(run.fabric, torch.tensor(list(mine.values()), device=run.fabric.device))
+            found = dict(zip(mine, sums.unbind(), strict=True))
+        if mine["weight"] == 0 and float(found["weight"]) == 0:  # only then is the device waited for
             raise TrainingError(
                 f"step {run.step + 1}: none of its {run.rows_per_step} rows has anything to learn from "
                 f"(rows from {run.position} on); look at them with `posttrain show --data`"
             )
-        return total
+        return found
 
     def together(self, batches: Iterable[Batch]) -> Iterable[Batch]:
         """Return the micro-batches of a step or of an evaluation, with what their loss must know of all of them.
@@ -224,10 +263,11 @@ class Trainer:
             run.model.train()
             while run.step < run.max_steps and run.stop is None:
                 reseed(self.seed, run.step, run.fabric.global_rank)
-                batches, position = next(groups)
-                lr = float(run.scheduler.get_last_lr()[0])
-                loss = self.step(batches)
-                self.count(batches, position, loss=loss, lr=lr)
+                run.batches, position = next(groups)
+                run.batches = self.made(run.batches)
+                rates = learning_rates(run.optimizer)
+                loss = self.step(run.batches)
+                self.count(run.batches, position, loss=loss, **rates)
                 if self.evaluation_due():
                     self.evaluate()
                 if run.step % self.log_every == 0:
@@ -263,10 +303,10 @@ class Trainer:
         reseed(self.seed, -1, 0)  # the same initial weights on every rank
         model = self.model.build(fabric)
         if self.sequence:
-            self.sequence.fit(model)
+            self.sequence.validate(model)
         frozen = self.build_frozen(fabric, model)
         model, optimizer = self.strategy.setup(fabric, model, self.optimizer)
-        scheduler = self.scheduler.build(torch_optimizer(optimizer), max_steps)
+        scheduler = self.scheduler.build(torch_optimizer(optimizer), max_steps * self.updates_per_step)
         return Run(
             fabric=fabric, strategy=self.strategy, output_dir=self.output_dir, model=model, frozen=frozen,
             tokenizer=tokenizer, loaders=loaders, optimizer=optimizer, scheduler=scheduler, max_steps=max_steps,
@@ -326,14 +366,24 @@ class Trainer:
                     yield group, position
         raise TrainingError("there is no training data: every source is empty")
 
-    def count(self, batches: list[Batch], position: Position, loss: "Tensor", lr: float) -> None:
-        """Take note that a step is complete."""
+    def count(self, batches: list[Batch], position: Position, loss: "Tensor", **rates: float) -> None:
+        """Take note that a step is complete: this is what a step is for metrics, checkpoints and `max_steps`.
+
+        One step is one fetch of rows, whatever `made` turned them into and however many updates it took. The schedule
+        alone counts updates.
+
+        Args:
+            batches: what was trained on.
+            position: of the data behind it.
+            loss: of the step.
+            rates: learning rates, by name.
+        """
         run = self.run
         run.watchdog.beat()
-        run.log(lr=lr)
+        run.log(**rates)
         epoch = position.get("epoch", 0)
         run.position, run.step, run.epoch, run.epoch_ended = position, run.step + 1, epoch, epoch > run.epoch
-        sizes = {name: sum(batch.get(name, 0) for batch in batches) for name in ("tokens", "supervised_tokens")}
+        sizes = {name: sum(getattr(batch, name) for batch in batches) for name in ("tokens", "supervised_tokens")}
         run.metrics.end_step(run.step, loss=loss, **{name: size for name, size in sizes.items() if size})
 
     def evaluation_due(self) -> bool:
@@ -348,15 +398,21 @@ class Trainer:
         run = self.run
         if run.loaders.eval is None:
             raise RecipeError("eval_every: there is nothing to evaluate on; give data.eval_split or data.eval_sources")
-        outer, run.metrics, weight = run.metrics, Metrics(), 0.0
+        outer, run.metrics, counts, weights = run.metrics, Metrics(), Counter[str](), dict[str, float]()
         run.model.eval()
         with torch.no_grad(), run.unmeasured():
-            for batch in self.together(OnDevice(run, run.loaders.eval)):
+            for batch in map(Batch.of, self.together(OnDevice(run, run.loaders.eval))):
                 run.watchdog.beat()
-                weight += batch["weight"]
-                with run.metrics.counting(batch, 1.0) as (counted, _):
-                    run.log(loss=self.loss(counted))
-            found = {f"eval_{name}": value for name, value in run.metrics.averages(weight, run.fabric).items()}
+                counts.update(batch.counts)
+                with run.metrics.counting(batch, defaultdict(lambda: 1.0)) as counted:
+                    terms = self.terms(counted)
+                    run.log(**terms)
+                weights |= {name: term.weight for name, term in terms.items() if isinstance(term, Term)}
+            means = run.metrics.averages(dict(counts), run.fabric)
+        if weights and means:
+            more = sum(weight * means[name] for name, weight in weights.items() if name in means)
+            means["loss"] = means.get("loss", 0.0) + more
+        found = {f"eval_{name}": value for name, value in means.items()}
         run.model.train()
         run.metrics = outer
         run.metrics.note(run.step, found)

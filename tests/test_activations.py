@@ -8,11 +8,11 @@ import torch
 from test_loop import assert_same_run
 from toy import network, trainer
 
+from posttrain.batch import Batch
 from posttrain.blocks.layout import lay
 from posttrain.blocks.models.activations import Offload
 from posttrain.blocks.models.model import HFModel
 from posttrain.errors import RecipeError
-from posttrain.interfaces import Batch
 from posttrain.tools.tracing import Alive
 from posttrain.trainers.dpo import DPOTrainer
 from posttrain.trainers.swiftkv import SwiftKVTrainer

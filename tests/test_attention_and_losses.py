@@ -88,8 +88,8 @@ def test_a_leak_between_documents_would_be_seen() -> None:
     net = model("llama", "sdpa")
     batch = lay(rows(), 0)
     good = net(batch, "logits")
-    batch["position_ids"] = torch.arange(batch["input_ids"].shape[1]).expand_as(batch["input_ids"])
-    assert (net(batch, "logits") - good).abs().max() > 1e-2
+    wrong = batch.but(position_ids=torch.arange(batch.input_ids.shape[1]).expand_as(batch.input_ids))
+    assert (net(wrong, "logits") - good).abs().max() > 1e-2
 
 
 @pytest.mark.parametrize("bias", [True, False])

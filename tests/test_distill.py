@@ -125,7 +125,7 @@ def test_cutting_a_step_changes_nothing_and_padded_rows_read_the_same_answers(tm
 
 def test_two_ranks_share_the_pass_of_the_teacher_and_train_like_one(tmp_path: Path) -> None:
     train = "distill(folder, eval_rows=9, eval_every=2, devices=2, micro_batch_size=2).train()"
-    chunks = "from posttrain.blocks import recorded; recorded.CHUNK = 7"
+    chunks = "from posttrain.blocks.data import recorded; recorded.CHUNK = 7"
     on_two_ranks(tmp_path, "test_distill", chunks, train, POSTTRAIN_CACHE=str(tmp_path / "other"))
     distill(tmp_path / "one", eval_rows=9, eval_every=2).train()
     assert_same_metrics(tmp_path / "one", tmp_path / "two")

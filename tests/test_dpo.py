@@ -179,7 +179,7 @@ def test_two_ranks_train_like_one(tmp_path: Path) -> None:
 def test_a_step_equals_plain_pytorch(tmp_path: Path) -> None:
     """Each side by itself, the loss as its equation is written, gradients of the mean over pairs."""
     pairs = [pair(seed) for seed in range(7)]
-    batch = collate_pairs([pairs[:4], pairs[4:]], 0)
+    batch = collate_pairs([pairs[:4], pairs[4:]])
     net = network(attn_implementation="packed").build(None)
     reference = network(config={"num_hidden_layers": 1}).build(None)
     made = dpo(tmp_path)
@@ -211,9 +211,9 @@ def test_a_step_equals_plain_pytorch(tmp_path: Path) -> None:
 
 def test_prompts_are_computed_once_and_padding_never() -> None:
     pairs = [pair(seed) for seed in range(7)]
-    batch = collate_pairs([pairs[:4], pairs[4:]], 0)
+    batch = collate_pairs([pairs[:4], pairs[4:]])
     prompts = sum(int((~p.documents[0][1]).sum()) for p in pairs)
-    computed = batch["branch"]["input_ids"].numel()
+    computed = batch.branch.input_ids.numel()
     assert computed <= sum(map(len, pairs)) - prompts  # replies may begin alike, too
     assert batch["input_ids"].numel() > sum(map(len, pairs))
     seen: list[int] = []
@@ -234,13 +234,13 @@ def test_branches_give_what_whole_sides_give(config: dict[str, Any]) -> None:
         Example((pair(4).documents[0], pair(5).documents[1])),
         pair(6),
     ]
-    batch = collate_pairs([odd], 0)
+    batch = collate_pairs([odd])
     net = network(config=config).build(None)
     with torch.no_grad():
         for parameter in net.parameters():
             parameter.normal_(0, 0.3)
     branched = net(batch, "log_probs")
-    whole = net({k: v for k, v in batch.items() if k != "branch"}, "log_probs")
+    whole = net(batch.but(branch=None), "log_probs")
     torch.testing.assert_close(branched, whole, rtol=1e-5, atol=1e-5)
 
 

@@ -18,7 +18,7 @@ def loader(
     kind: str, rank: int = 0, world: int = 1, micro: int = 2, seed: int = 7, packing: bool = True, **more: Any
 ) -> Any:
     shape = {"max_length": 64, "packing": packing, "micro_batch_size": micro, "rank": rank, "world_size": world,
-             "seed": seed, "pad_id": 0}  # fmt: skip
+             "seed": seed}  # fmt: skip
     if kind == "map":
         return MapLoader(examples=more.get("documents") or InMemory(range(50)), **shape)
     return StreamLoader(

@@ -8,11 +8,11 @@ import torch
 from toy import losses, metrics, trainer
 
 import posttrain.hooks as hooks
+from posttrain.batch import Batch
 from posttrain.blocks.callbacks import EarlyStop
 from posttrain.blocks.checkpoints.checkpoint import Resume
 from posttrain.blocks.optimizer import AdamW
 from posttrain.errors import RecipeError, TrainingError
-from posttrain.interfaces import Batch
 from posttrain.trainers.sft import SFTTrainer
 
 

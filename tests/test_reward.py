@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from test_loop import assert_same_metrics, assert_same_run
-from toy import losses, metrics, network, pair, trainer
+from toy import MARGINS, losses, metrics, network, pair, trainer
 
 from posttrain.blocks.layout import collate_pairs
 from posttrain.blocks.models.model import LoRA, RewardModel
@@ -25,7 +25,7 @@ def reward(folder: Path, **keys: Any) -> RewardTrainer:
 
 def test_the_loss_is_that_of_its_equations(tmp_path: Path) -> None:
     pairs = [pair(seed) for seed in range(5)]
-    batch = collate_pairs([pairs], 0)
+    batch = collate_pairs([pairs], columns=MARGINS)
     made = reward(tmp_path, center_rewards=0.1)
     logged: dict[str, float] = {}
     made.run = type("Run", (), {})()  # type: ignore[assignment]
@@ -33,10 +33,10 @@ def test_the_loss_is_that_of_its_equations(tmp_path: Path) -> None:
     scores = torch.tensor([[1.0, 0.5], [0.0, 2.0], [3.0, -1.0], [0.5, 0.5], [-1.0, -2.0]])
     made.run.model = lambda batch: scores  # type: ignore[assignment]
     expected = [
-        -math.log(1 / (1 + math.exp(-(c - r - p.value)))) + 0.1 * (c + r) ** 2
+        -math.log(1 / (1 + math.exp(-(c - r - p.values["margins"])))) + 0.1 * (c + r) ** 2
         for (c, r), p in zip(scores.tolist(), pairs, strict=True)
     ]
-    assert any(p.value for p in pairs)
+    assert any(p.values["margins"] for p in pairs)
     assert made.loss(batch).item() == pytest.approx(sum(expected) / 5, abs=1e-6)
     assert float(logged["rewards/accuracy"]) == pytest.approx(3.5 / 5)  # a tie is half a win
     assert float(logged["rewards/margin"]) == pytest.approx((0.5 - 2 + 4 + 0 + 1) / 5)
@@ -133,7 +133,7 @@ def test_rewards_are_those_of_transformers_for_every_architecture(kind: str) -> 
         for parameter in net.parameters():
             parameter.normal_(0, 0.3)
     pairs = [pair(seed) for seed in range(4)]
-    ours = net(collate_pairs([pairs[:2], pairs[2:]], 0)).flatten()
+    ours = net(collate_pairs([pairs[:2], pairs[2:]])).flatten()
     sides = [torch.tensor(ids)[None] for p in pairs for ids, _ in p.documents]
     net.hf.set_attn_implementation("eager")
     theirs = torch.cat([net.hf(input_ids=ids, use_cache=False).logits[:, 0] for ids in sides])

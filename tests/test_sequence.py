@@ -14,7 +14,6 @@ from toy import document
 
 import posttrain
 from posttrain.blocks.layout import lay
-from posttrain.blocks.parallel.sequence import Parts
 from posttrain.cli import main
 from posttrain.errors import RecipeError
 
@@ -22,7 +21,7 @@ from posttrain.errors import RecipeError
 @pytest.mark.parametrize("size", [2, 3, 4])
 def test_parts_hold_every_column_and_every_target_once(size: int) -> None:
     whole = lay([[document(1), document(2)], [document(3)]], pad_id=0, multiple=size)
-    parts = [Parts(None, None, place, size).part(whole) for place in range(size)]  # type: ignore[arg-type]
+    parts = [whole.columns(place, size, group=None) for place in range(size)]
     for name in ("input_ids", "labels", "position_ids"):
         torch.testing.assert_close(torch.cat([part[name] for part in parts], dim=1), whole[name])
     found = [int(token) for part in parts for token in part["targets"]]
@@ -44,7 +43,7 @@ def test_parts_hold_every_column_and_every_target_once(size: int) -> None:
 )
 def test_a_network_that_cannot_be_shared_is_refused(keys: dict[str, Any], message: str) -> None:
     with pytest.raises(RecipeError, match=message):
-        posttrain.Ulysses(size=3).fit(built(**keys))
+        posttrain.Ulysses(size=3).validate(built(**keys))
 
 
 def test_a_trainer_that_needs_whole_rows_is_refused_by_check(

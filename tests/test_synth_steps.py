@@ -396,7 +396,7 @@ def test_pairs_are_what_preference_training_reads() -> None:
     (made,), _ = through(Pair(), answers(("good", 2), ("bad", 1)))
     sample = pair(made)
     assert [c["messages"][-1]["content"] for c in sample.conversations] == ["good", "bad"]
-    assert sample.value == 1
+    assert sample.values == {"margins": 1}
 
 
 # -- programs that check --------------------------------------------------------------

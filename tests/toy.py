@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from posttrain.blocks.data.loader import MapLoader, StreamLoader
-from posttrain.blocks.layout import Document, Example, collate_pairs
+from posttrain.blocks.layout import Column, Document, Example, collate_pairs
 from posttrain.blocks.loggers.logger import JSONL
 from posttrain.blocks.models.model import HFModel, RewardModel
 from posttrain.blocks.models.speculator.model import SpeculatorModel
@@ -25,6 +25,8 @@ from posttrain.trainers.sft import SFTTrainer
 from posttrain.trainers.swiftkv import SwiftKVTrainer
 
 VOCABULARY = 97
+MARGINS = {"margins": Column("example")}
+"""What toy pairs carry."""
 LLAMA = {
     "model_type": "llama", "vocab_size": VOCABULARY, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
     "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 256,
@@ -56,7 +58,7 @@ def pair(seed: int) -> Example:
     chosen = (prompt[-1] + 1 + np.arange(sizes[0])) % (VOCABULARY - 1) + 1
     rejected = random.integers(3, VOCABULARY, sizes[1])
     sides = [np.concatenate([prompt, reply]) for reply in (chosen, rejected)]
-    return Example(tuple((ids, np.arange(len(ids)) >= len(prompt)) for ids in sides), value=float(seed % 3) / 2)
+    return Example(tuple((ids, np.arange(len(ids)) >= len(prompt)) for ids in sides), {"margins": seed % 3 / 2})
 
 
 class InMemory:
@@ -101,11 +103,11 @@ class ToyData:
     def build(self, tokenizer: Any, micro_batch_size: int, rank: int, world_size: int, seed: int) -> Loaders:
         shape: dict[str, Any] = {
             "max_length": 64, "packing": self.packing, "micro_batch_size": micro_batch_size, "rank": rank,
-            "world_size": world_size, "seed": seed, "pad_id": 0,
+            "world_size": world_size, "seed": seed,
         }  # fmt: skip
         make = pair if self.pairs else example
         if self.pairs:
-            shape |= {"max_length": 128, "collate": partial(collate_pairs, packing=self.packing)}
+            shape |= {"max_length": 128, "collate": partial(collate_pairs, packing=self.packing, columns=MARGINS)}
         if self.streaming:
             train: Any = StreamLoader(
                 stream=Numbers(self.rows),

@@ -3,11 +3,12 @@
 Everything that a network or a loss needs to know of the layout is worked out here, once, on the host.
 """
 
-from typing import TYPE_CHECKING, TypeAlias
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import attrs
 
-from posttrain.interfaces import Batch
+from posttrain.batch import Batch, Extra, Layout, Per
 
 if TYPE_CHECKING:
     import numpy as np
@@ -19,22 +20,50 @@ Document: TypeAlias = "tuple[np.ndarray, np.ndarray]"
 """Token ids and, for each, whether it is supervised."""
 
 
+@attrs.frozen
+class Column:
+    """Values that examples carry beside their tokens: what there is one of, and how they are stored."""
+
+    per: Per
+    """token: [tokens, *shape] of each document; it reaches the batch as [rows, width, *shape], zero in the padding.
+    target: the same, but it reaches the batch in the order of `targets`, [n, *shape]. document: [*shape] of each.
+    example: [*shape], or any JSON data."""
+    dtype: str = "float32"
+    """numpy's name of the type; `json` for plain data of an example, which stay on the host, as a list."""
+    shape: tuple[int, ...] = ()
+    argument: bool = False
+    """Whether the network takes it, by its name, instead of the loss."""
+
+
+Columns: TypeAlias = Mapping[str, Column]
+
+
 @attrs.frozen(eq=False)
 class Example:
     """What a row of data became: a document, or several that stay together, such as the sides of a pair."""
 
     documents: tuple[Document, ...]
-    value: float = 0.0
-    """A number that came with the row, such as the margin of a pair."""
+    values: dict[str, Any] = attrs.field(factory=dict)
+    """Of each column: per token, target and document a tuple with an entry for each document; per example a value."""
 
     def __len__(self) -> int:
         """Return its tokens."""
         return sum(len(ids) for ids, _ in self.documents)
 
+    def cut(self, parts: list[slice], columns: Columns) -> "Example":
+        """Return the example with a part of each document, and the values of these parts."""
+        documents = tuple((ids[part], mask[part]) for (ids, mask), part in zip(self.documents, parts, strict=True))
+        values = dict(self.values)
+        for name, column in columns.items():
+            if column.per in ("token", "target"):
+                values[name] = tuple(one[part] for one, part in zip(values[name], parts, strict=True))
+        return Example(documents, values)
 
-def collate(rows: list[list[Example]], pad_id: int, multiple: int = 1) -> Batch:
+
+def collate(rows: list[list[Example]], multiple: int = 1, *, pad_id: int = 0, columns: Columns | None = None) -> Batch:
     """Return the batch of some rows of examples, whose documents do not depend on each other (see `lay`)."""
-    return lay([[document for example in row for document in example.documents] for row in rows], pad_id, multiple)
+    batch = lay([[document for example in row for document in example.documents] for row in rows], pad_id, multiple)
+    return with_columns(batch, [example for row in rows for example in row], columns or {})
 
 
 def lay(rows: list[list[Document]], pad_id: int, multiple: int = 1) -> Batch:
@@ -49,17 +78,7 @@ def lay(rows: list[list[Document]], pad_id: int, multiple: int = 1) -> Batch:
         multiple: of what the width is one.
 
     Returns:
-        input_ids, labels, position_ids: int64 [rows, width]; labels are not shifted.
-        seqlens: int32 [documents], lengths in reading order; cu_seqlens: int32 [documents + 1].
-        max_seqlen, max_token: int, the longest document and the highest token.
-        ends: int64 [documents but padding], the flat position (row * width + column) of each one's last token.
-        supervised: int64 [n], the flat positions that predict a supervised token.
-        targets: int64 [n], the tokens they predict.
-        streaks, depths: numpy int64 [n], so they stay on the host: how many supervised tokens in a row begin with each
-            target, and how far inside its document each of `supervised` is.
-        weight, supervised_tokens: n.
-        tokens: how many positions are not padding.
-        row_lengths: int64 [rows], how many of each row are not.
+        A batch whose weight is the number of its supervised tokens.
     """
     import numpy as np
     import torch
@@ -89,24 +108,61 @@ def lay(rows: list[list[Document]], pad_id: int, multiple: int = 1) -> Batch:
     predicted = np.flatnonzero(flat != IGNORE)
     cu_seqlens = np.zeros(len(seqlens) + 1, dtype=np.int32)
     np.cumsum(seqlens, out=cu_seqlens[1:])
-    return {
-        "input_ids": torch.from_numpy(input_ids),
-        "labels": torch.from_numpy(labels),
-        "position_ids": torch.from_numpy(positions),
-        "seqlens": torch.tensor(seqlens, dtype=torch.int32),
-        "cu_seqlens": torch.from_numpy(cu_seqlens),
-        "max_seqlen": max(seqlens),
-        "max_token": int(input_ids.max()),
-        "ends": torch.tensor(ends, dtype=torch.int64),
-        "supervised": torch.from_numpy(predicted - 1),
-        "targets": torch.from_numpy(flat[predicted]),
-        "streaks": streaks(predicted),
-        "depths": positions.reshape(-1)[predicted - 1],
-        "weight": len(predicted),
-        "supervised_tokens": len(predicted),
-        "tokens": sum(row_lengths),
-        "row_lengths": torch.tensor(row_lengths),
-    }
+    return Batch(
+        input_ids=torch.from_numpy(input_ids),
+        labels=torch.from_numpy(labels),
+        position_ids=torch.from_numpy(positions),
+        seqlens=torch.tensor(seqlens, dtype=torch.int32),
+        cu_seqlens=torch.from_numpy(cu_seqlens),
+        max_seqlen=max(seqlens),
+        max_token=int(input_ids.max()),
+        ends=torch.tensor(ends, dtype=torch.int64),
+        supervised=torch.from_numpy(predicted - 1),
+        targets=torch.from_numpy(flat[predicted]),
+        streaks=streaks(predicted),
+        depths=positions.reshape(-1)[predicted - 1],
+        weight=len(predicted),
+        supervised_tokens=len(predicted),
+        tokens=sum(row_lengths),
+        row_lengths=torch.tensor(row_lengths),
+    )
+
+
+def with_columns(batch: Batch, examples: list[Example], columns: Columns) -> Batch:
+    """Return a batch with the values that its examples carry.
+
+    Args:
+        batch: of the documents of these examples, as `lay` laid them.
+        examples: in the order in which they were laid.
+        columns: what they carry.
+    """
+    if not columns:
+        return batch
+    found = {name: Extra(values_of(batch, examples, name, column), column.per) for name, column in columns.items()}
+    arguments = {name: extra for name, extra in found.items() if columns[name].argument}
+    extra = {name: extra for name, extra in found.items() if not columns[name].argument}
+    return attrs.evolve(batch, arguments={**batch.arguments, **arguments}, extra={**batch.extra, **extra})
+
+
+def values_of(batch: Batch, examples: list[Example], name: str, column: Column) -> Any:
+    """Return a column's values in the layout of a batch, as `Column.per` says."""
+    import numpy as np
+    import torch
+
+    values = [example.values[name] for example in examples]
+    if column.dtype == "json":
+        return values
+    if column.per == "example":
+        return torch.from_numpy(np.array(values, dtype=column.dtype).reshape(-1, *column.shape))
+    each = [one for value in values for one in value]  # of every document
+    if column.per == "document":
+        return torch.from_numpy(np.array(each, dtype=column.dtype).reshape(-1, *column.shape))
+    places = [np.arange(end + 1 - len(one), end + 1) for one, end in zip(each, batch.ends.tolist(), strict=True)]
+    laid = np.zeros((batch.input_ids.numel(), *column.shape), dtype=column.dtype)
+    laid[np.concatenate(places)] = np.concatenate(each)
+    if column.per == "target":
+        return torch.from_numpy(laid[batch.supervised.numpy() + 1])
+    return torch.from_numpy(laid.reshape(*batch.input_ids.shape, *column.shape))
 
 
 def streaks(indices: "np.ndarray") -> "np.ndarray":
@@ -122,88 +178,125 @@ def streaks(indices: "np.ndarray") -> "np.ndarray":
     return ends[np.searchsorted(ends, np.arange(len(indices)))] - np.arange(len(indices)) + 1
 
 
-def collate_pairs(rows: list[list[Example]], pad_id: int, packing: bool = True) -> Batch:
-    """Return the batch of some rows of pairs: examples of two documents, the chosen side and the rejected one.
+def collate_groups(
+    rows: list[list[Example]], multiple: int = 1, *, pad_id: int = 0, packing: bool = True,
+    columns: Columns | None = None,
+) -> Batch:  # fmt: skip
+    """Return the batch of some rows of groups: examples whose documents go on from one beginning, such as the replies
+    to one prompt.
 
     Args:
-        rows: of pairs.
+        rows: of groups.
+        multiple: of what the width is one.
         pad_id: what fills rows up.
-        packing: whether a row's sides lie side by side; otherwise each has a row of its own, padded.
+        packing: whether a row's documents lie side by side; otherwise each has a row of its own, padded.
+        columns: what examples carry.
 
     Returns:
-        What `lay` returns, except that `weight` is the number of pairs, and:
-        pairs: their number.
+        What `lay` returns, with the count `documents`, and:
+        document: int64 [n], which document each supervised token belongs to.
+        lengths: float32 [documents], the supervised tokens of each.
+        ends_with_padding: whether the last token of any document is the padding token.
+        branch: with packing, the layout in which the beginning of a group is there only once (see `branched`).
+    """
+    import numpy as np
+    import torch
+
+    groups = [example for row in rows for example in row]
+    laid = [[document for example in row for document in example.documents] for row in rows]
+    batch = lay(laid if packing else [[document] for row in laid for document in row], pad_id, multiple)
+    counts = np.array([int(mask[1:].sum()) for row in laid for _, mask in row])
+    batch = attrs.evolve(
+        batch,
+        counted={"documents": len(counts)},
+        extra={
+            "document": Extra(torch.from_numpy(np.repeat(np.arange(len(counts)), counts)), "target"),
+            "lengths": Extra(torch.from_numpy(counts.astype(np.float32)), "document"),
+            "ends_with_padding": Extra(bool((batch.input_ids.view(-1)[batch.ends] == pad_id).any())),
+        },
+    )
+    batch = with_columns(batch, groups, columns or {})
+    if not packing:
+        return batch
+    sizes = [len(ids) for row in laid for ids, _ in row]
+    return attrs.evolve(batch, branch=branched(batch, sizes, [len(group.documents) for group in groups]))
+
+
+def collate_pairs(
+    rows: list[list[Example]], multiple: int = 1, *, pad_id: int = 0, packing: bool = True,
+    columns: Columns | None = None,
+) -> Batch:  # fmt: skip
+    """Return the batch of some rows of pairs: groups of two documents, the chosen side and the rejected one.
+
+    Returns:
+        What `collate_groups` returns, except that `weight` is the number of pairs (also the count `pairs`), and:
         side: int64 [n], for each supervised token 2 * pair, or 2 * pair + 1 on the rejected side.
         lengths: float32 [pairs, 2], the supervised tokens of both sides.
-        margins: float32 [pairs], the value of each example.
-        ends_with_padding: whether the last token of any side is the padding token.
-        branch: with packing, the layout in which what both sides begin with is there only once (see `branched`).
     """
-    import numpy as np
-    import torch
-
-    pairs = [example for row in rows for example in row]
-    sides = [[document for example in row for document in example.documents] for row in rows]
-    batch = lay(sides if packing else [[document] for row in sides for document in row], pad_id)
-    counts = np.array([int(mask[1:].sum()) for row in sides for _, mask in row])
-    batch |= {
-        "weight": len(pairs),
-        "pairs": len(pairs),
-        "side": torch.from_numpy(np.repeat(np.arange(len(counts)), counts)),
-        "lengths": torch.from_numpy(counts.astype(np.float32).reshape(-1, 2)),
-        "ends_with_padding": bool((batch["input_ids"].view(-1)[batch["ends"]] == pad_id).any()),
-        "margins": torch.tensor([pair.value for pair in pairs], dtype=torch.float32),
-    }
-    return batch | {"branch": branched(batch, [len(ids) for row in sides for ids, _ in row])} if packing else batch
+    batch = collate_groups(rows, multiple, pad_id=pad_id, packing=packing, columns=columns)
+    pairs = sum(len(row) for row in rows)
+    extra = {
+        **batch.extra, "side": batch.extra["document"],
+        "lengths": Extra(batch["lengths"].view(-1, 2), "example"),
+    }  # fmt: skip
+    return attrs.evolve(batch, weight=pairs, counted={"pairs": pairs}, extra=extra)
 
 
-def branched(batch: Batch, sizes: list[int]) -> Batch:
-    """Return a batch of pairs without padding, and with the tokens that both sides of a pair begin with only once.
+def branched(batch: Batch, sizes: list[int], groups: list[int]) -> Layout:
+    """Return a layout of groups without padding, and with the tokens that a group begins with only once.
 
-    The chosen side is a document as before. The rejected side goes on from the common beginning: its queries are
-    its own tokens, its keys those of the beginning and its own. Where a token of the beginning predicts a token of
-    either side, its one position does it for both.
+    The first document of a group is one as before. Each other goes on from where it leaves the first: its queries are
+    its own tokens, its keys those of the common beginning and its own. Where a token of the beginning predicts a token
+    of several documents, its one position does it for all.
 
     Args:
-        batch: pairs, as `lay` laid them.
-        sizes: tokens of each side.
+        batch: of groups, as `lay` laid them.
+        sizes: tokens of each document.
+        groups: documents of each group.
 
     Returns:
-        input_ids, position_ids: int64 [1, tokens].
-        kv_index: int64 [keys], the token of each key, query by query; cu_seqlens, cu_seqlens_k: int32 [sides + 1],
-            where the queries and the keys of each side begin; max_seqlen, max_seqlen_k: their greatest lengths.
-        supervised, ends: as those of the batch, in this layout.
+        The layout: one row, whose `kv_index` names the token of each key.
     """
     import numpy as np
     import torch
 
-    ids = batch["input_ids"].numpy().reshape(-1)
-    begins = batch["ends"].numpy() - np.array(sizes) + 1
+    ids = batch.input_ids.numpy().reshape(-1)
+    begins = batch.ends.numpy() - np.array(sizes) + 1
     place = np.zeros(len(ids), dtype=np.int64)  # where each token of the batch is here
-    kept, keys, queries, lengths, total = [], [], [], [], 0
-    for chosen, rejected in zip(range(0, len(sizes), 2), range(1, len(sizes), 2), strict=True):
-        shared = common(*(ids[begins[side] : begins[side] + sizes[side]] for side in (chosen, rejected)))
-        for side, known in ((chosen, 0), (rejected, shared)):
-            own = np.arange(begins[side] + known, begins[side] + sizes[side])
+    kept, keys, queries, total, after = [], [], [], 0, iter(range(len(sizes)))
+    for count in groups:
+        first, *others = (next(after) for _ in range(count))
+        opening = ids[begins[first] : begins[first] + sizes[first]]
+        for one in (first, *others):
+            begin, end = begins[one], begins[one] + sizes[one]
+            known = 0 if one == first else common(opening, ids[begin:end])
+            own = np.arange(begin + known, end)
             place[own] = np.arange(total, total + len(own))
-            place[begins[side] : begins[side] + known] = place[begins[chosen] : begins[chosen] + known]
+            place[begin : begin + known] = place[begins[first] : begins[first] + known]
             kept.append(own)
-            keys.append(place[begins[side] : begins[side] + sizes[side]])
+            keys.append(place[begin:end])
             queries.append(len(own))
-            lengths.append(sizes[side])
             total += len(own)
     index = np.concatenate(kept)
-    return {
-        "input_ids": batch["input_ids"].view(1, -1)[:, index],
-        "position_ids": batch["position_ids"].view(1, -1)[:, index],
-        "kv_index": torch.from_numpy(np.concatenate(keys)),
-        "cu_seqlens": torch.from_numpy(np.cumsum([0, *queries], dtype=np.int32)),
-        "cu_seqlens_k": torch.from_numpy(np.cumsum([0, *lengths], dtype=np.int32)),
-        "max_seqlen": max(queries),
-        "max_seqlen_k": max(lengths),
-        "supervised": torch.from_numpy(place[batch["supervised"].numpy()]),
-        "ends": torch.from_numpy(place[batch["ends"].numpy()]),
-    }
+
+    def chosen(x: Any) -> Any:
+        return x.flatten(-2)[..., index].unsqueeze(-2)  # [..., rows, width] -> [..., 1, tokens]
+
+    return Layout(
+        input_ids=chosen(batch.input_ids),
+        position_ids=chosen(batch.position_ids),
+        kv_index=torch.from_numpy(np.concatenate(keys)),
+        cu_seqlens=torch.from_numpy(np.cumsum([0, *queries], dtype=np.int32)),
+        cu_seqlens_k=torch.from_numpy(np.cumsum([0, *sizes], dtype=np.int32)),
+        max_seqlen=max(queries),
+        max_seqlen_k=max(sizes),
+        supervised=torch.from_numpy(place[batch.supervised.numpy()]),
+        ends=torch.from_numpy(place[batch.ends.numpy()]),
+        arguments={
+            name: Extra(chosen(extra.values), "token") if extra.per == "token" else extra
+            for name, extra in batch.arguments.items()
+        },
+    )
 
 
 def common(one: "np.ndarray", other: "np.ndarray") -> int:

@@ -43,3 +43,10 @@ def torch_optimizer(optimizer: Any) -> "Optimizer":
     while (inner := vars(optimizer).get("_optimizer") or vars(optimizer).get("optimizer")) is not None:
         optimizer = inner
     return optimizer  # type: ignore[no-any-return]
+
+
+def learning_rates(optimizer: Any) -> dict[str, float]:
+    """Return the learning rates in force: `lr` of the first group, and `lr/NAME` of each group that has a name."""
+    groups = torch_optimizer(optimizer).param_groups
+    named = {f"lr/{group['name']}": float(group["lr"]) for group in groups if "name" in group}
+    return {"lr": float(groups[0]["lr"]), **named}

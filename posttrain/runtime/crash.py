@@ -10,12 +10,12 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from posttrain.batch import Batch
 from posttrain.errors import TrainingError
 from posttrain.runtime.failures import lost_connection
 from posttrain.runtime.folder import versions
 
 if TYPE_CHECKING:
-    from posttrain.interfaces import Batch
     from posttrain.run import Run
     from posttrain.trainer import Trainer
 
@@ -51,8 +51,8 @@ def report(trainer: "Trainer", error: BaseException, rows: bool = False) -> None
     try:
         file.write_text("\n".join(_lines(run, step, error)) + "\n", encoding="utf-8")
         if rows and step in run.began:
-            batches = (batch for batch, _ in run.loaders.train.batches(run.began[step]))
-            found = islice(batches, trainer.gradient_accumulation_steps)
+            again = (batch for batch, _ in run.loaders.train.batches(run.began[step]))
+            found = run.batches if step == run.step + 1 else islice(again, trainer.gradient_accumulation_steps)
             write_rows(run, step, found, run.output_dir / f"failure-rows{run.suffix}.jsonl", "w")
         log.info("what is known of it is in %s", file)
     except Exception as second:  # the disk may be full, the data may be what failed
@@ -75,7 +75,7 @@ def write_rows(run: "Run", step: int, batches: "Iterable[Batch]", file: Path, mo
     """Write the documents of a step's micro-batches, one JSON object each: their text and what of it is trained."""
     with file.open(mode, encoding="utf-8") as out:
         for number, batch in enumerate(batches):
-            for row, ids, trained in _documents(batch):
+            for row, ids, trained in Batch.of(batch).documents():
                 found = {"step": step, "micro_batch": number, "row": row, "tokens": len(ids)}
                 if hasattr(run.tokenizer, "decode"):
                     found |= {"text": run.tokenizer.decode(ids), "supervised": run.tokenizer.decode(trained)}
@@ -92,15 +92,3 @@ def _lines(run: "Run", step: int, error: BaseException) -> Iterator[str]:
     yield from (f"  {name} {value:g}" for name, value in run.last.items())
     yield "\nversions"
     yield from (f"  {name} {value}" for name, value in versions().items())
-
-
-def _documents(batch: "Batch") -> "Iterator[tuple[int, list[int], list[int]]]":
-    """Yield the row, the tokens and the trained tokens of each document."""
-    ids, labels = batch["input_ids"].flatten().tolist(), batch["labels"].flatten().tolist()
-    width, row, start = batch["input_ids"].shape[1], 0, 0
-    for end in sorted(batch["ends"].tolist()):
-        if end // width != row:
-            row, start = end // width, end // width * width
-        there = slice(start, end + 1)
-        yield row, ids[there], [token for token in labels[there] if token >= 0]
-        start = end + 1

@@ -6,23 +6,21 @@ operation by operation. So it holds for a network, a loss or an optimizer of one
 
 import warnings
 import weakref
-from types import SimpleNamespace
 from typing import Any
 
 import attrs
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
-from posttrain.blocks.data.data import Data, PreferenceData
-from posttrain.blocks.layout import Example
-from posttrain.blocks.parallel.sharding import replace_tensors, units
+from posttrain.batch import Batch, Layout
+from posttrain.blocks.data.data import Data
+from posttrain.blocks.parallel.sharding import replace_tensors, units, weightless
 from posttrain.blocks.parallel.strategy import FSDP, DeepSpeed
 from posttrain.errors import RecipeError
-from posttrain.interfaces import Batch
+from posttrain.run import Run
 from posttrain.runtime.launch import silence_libraries
 from posttrain.trainer import Trainer
 from posttrain.trainers.distill import DistillTrainer
@@ -47,6 +45,19 @@ class Traced:
     """Parameters of the largest layer."""
     outside: int
     """Parameters outside of layers: embeddings and head."""
+
+
+class Asked(nn.Module):
+    """A network under autocast, in place of what Fabric makes of it."""
+
+    def __init__(self, module: nn.Module, fabric: Any) -> None:
+        super().__init__()
+        self.module, self.fabric = module, fabric
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Return what the network returns."""
+        with self.fabric.autocast():
+            return self.module(*args, **kwargs)
 
 
 class Alive(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -91,9 +102,9 @@ def _trace(trainer: Trainer) -> Traced:
     precision, deepspeed = precision_of(trainer), isinstance(trainer.strategy, DeepSpeed)
     silence_libraries()
     fabric = Fabric(accelerator="cpu", devices=1, precision=precision)  # type: ignore[arg-type]
-    fabric.without_weights, fabric.to_device = True, lambda module: module  # type: ignore[attr-defined,method-assign]
+    fabric.to_device = lambda module: module  # type: ignore[method-assign]  # it has no weights to move
     batch = fullest(trainer)
-    with torch.device("meta"):
+    with torch.device("meta"), weightless():
         network = fabric.strategy.precision.convert_module(trainer.model.build(fabric))
         kept = size_of(network.parameters())
         gradients = size_of(parameter for parameter in network.parameters() if parameter.requires_grad)
@@ -108,7 +119,7 @@ def _trace(trainer: Trainer) -> Traced:
         states = stepped(trainer.optimizer.build(network)) * kept // size_of(network.parameters())
         if deepspeed and precision in BF16:  # bfloat16 beside float32 that the optimizer works in
             kept, gradients, states = 2 * sum(counts.values()), 2 * counts[True], 12 * counts[True]
-        activations = peak(trainer, fabric, network, others, faked(batch, mode))
+        activations = peak(trainer, fabric, network, others, batch.map(mode.from_tensor))
         sizes = [sum(p.numel() for p in layer.parameters()) for layer in units(network)]
     return Traced(
         trained=counts[True], frozen=counts[False], kept=kept, gradients=gradients, optimizer=states,
@@ -127,24 +138,17 @@ def peak(trainer: Trainer, fabric: Any, network: nn.Module, others: dict[str, nn
         if parameter.requires_grad:
             parameter.register_post_accumulate_grad_hook(forget)  # type: ignore[no-untyped-call]
 
-    def ask(*args: Any, **kwargs: Any) -> Any:
-        with fabric.autocast():
-            return network(*args, **kwargs)
-
-    ask.module, ask.training = network, True  # type: ignore[attr-defined]
     network.train()
-    trainer.run = SimpleNamespace(  # type: ignore[assignment]
-        model=ask, frozen=others, fabric=fabric, log=lambda **values: None, to_device=lambda batch: batch, step=0
-    )
+    trainer.run = one_pass(trainer, fabric, network, others)
     try:
         with Alive() as alive:
             if isinstance(trainer, DistillTrainer) and trainer.stored:
-                k = trainer.tokens_kept(trainer.run)
-                count = len(batch["supervised"])
-                batch["teacher_tokens"] = torch.zeros(count, k, dtype=torch.int64)
-                batch["teacher_log_probs"] = torch.zeros(count, k)
-            (batch,) = trainer.together([batch])
-            trainer.loss(batch).backward()  # type: ignore[no-untyped-call]
+                k, count = trainer.tokens_kept(trainer.run), len(batch.supervised)
+                answers = {"teacher_tokens": torch.zeros(count, k, dtype=torch.int64)}
+                batch = batch.but(**answers, teacher_log_probs=torch.zeros(count, k))
+            batches = [Batch.of(batch) for batch in trainer.together([batch])]
+            with trainer.run.metrics.counting(batches[0], trainer.totals(batches)) as counted:
+                trainer.weighed(trainer.terms(counted)).backward()  # type: ignore[no-untyped-call]
     finally:
         del trainer.run
     most: int = alive.peak
@@ -161,14 +165,22 @@ def fullest(trainer: Trainer) -> Batch:
     if not isinstance(data, Data):
         raise RecipeError(f"data: {type(data).__name__} does not say how long its rows are; a plan needs that")
     size = trainer.sequence.size if trainer.sequence else 1
-    document = np.arange(-(-data.max_length // size)) % 2 + 1, np.ones(-(-data.max_length // size), dtype=bool)
-    pairs = isinstance(data, PreferenceData)
-    other = document[0][::-1].copy(), document[1]
-    rows = [[Example((document, other) if pairs else (document,))] for _ in range(trainer.micro_batch_size)]
-    batch = read_by_the_host(data.collate(rows, 0))
+    rows = [[data.fullest(-(-data.max_length // size))] for _ in range(trainer.micro_batch_size)]
+    batch = read_by_the_host(data.collator(None)(rows, 1))
     if getattr(trainer, "precompute_reference", False):
-        batch["reference_log_probs"] = torch.zeros(len(batch["supervised"]))
+        batch = batch.but(reference_log_probs=torch.zeros(len(batch.supervised)))
     return batch
+
+
+def one_pass(trainer: Trainer, fabric: Any, network: nn.Module, others: dict[str, nn.Module]) -> Run:
+    """Return a run that can compute a loss: what only the loop needs is not there."""
+    absent: Any = None
+    wrapped: Any = Asked(network, fabric)
+    return Run(
+        fabric=fabric, strategy=trainer.strategy, output_dir=trainer.output_dir, model=wrapped, frozen=others,
+        tokenizer=absent, loaders=absent, optimizer=absent, scheduler=absent, max_steps=1,
+        rows_per_step=trainer.micro_batch_size, recipe={}, position={}, watchdog=absent,
+    )  # fmt: skip
 
 
 def answers_are_stored(trainer: Trainer) -> bool:
@@ -178,16 +190,13 @@ def answers_are_stored(trainer: Trainer) -> bool:
 
 def read_by_the_host(batch: Batch) -> Batch:
     """Return a batch with the bounds of its documents as arrays: attention on CPUs looks at them."""
-    branch = {"branch": read_by_the_host(batch["branch"])} if "branch" in batch else {}
-    bounds = {name: batch[name].numpy() for name in ("cu_seqlens", "cu_seqlens_k") if name in batch}
-    return batch | bounds | branch
 
+    def seen(layout: Layout) -> dict[str, Any]:
+        bounds = {"cu_seqlens": layout.cu_seqlens, "cu_seqlens_k": layout.cu_seqlens_k}
+        return {name: tensor.numpy() for name, tensor in bounds.items() if tensor is not None}
 
-def faked(value: Any, mode: FakeTensorMode) -> Any:
-    """Return tensors without numbers."""
-    if isinstance(value, dict):
-        return {key: faked(item, mode) for key, item in value.items()}
-    return mode.from_tensor(value) if isinstance(value, Tensor) else value
+    branch = None if batch.branch is None else attrs.evolve(batch.branch, **seen(batch.branch))
+    return attrs.evolve(batch, branch=branch, **seen(batch))
 
 
 def stepped(optimizer: Any) -> int:

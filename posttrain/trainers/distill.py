@@ -5,9 +5,10 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from attrs.validators import gt, optional
 
+from posttrain.batch import Batch
 from posttrain.blocks.data.data import Data, SFTData, unfit
 from posttrain.blocks.models.model import HFModel
-from posttrain.interfaces import Batch, DataBlock, ModelBlock
+from posttrain.interfaces import DataBlock, ModelBlock
 from posttrain.registry import block, default, key
 from posttrain.trainer import Trainer
 
@@ -80,9 +81,8 @@ class DistillTrainer(Trainer):
         student = run.model(batch, "log_probs", tokens, self.temperature)
         whole = tokens.shape[-1] == run.model.module.vocabulary
         distances = divergence(teacher, student, self.divergence, whole)
-        run.log(teacher_mass=teacher.exp().sum() / batch["weight"])
-        weight: int = batch["weight"]
-        return self.temperature**2 * distances.sum() / weight
+        run.log(teacher_mass=teacher.exp().sum() / batch.weight)
+        return self.temperature**2 * distances.sum() / batch.weight
 
     def ask(self, batch: Batch) -> "dict[str, Any]":
         """Return what the teacher says of a batch, in the step."""

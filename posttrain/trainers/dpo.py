@@ -6,10 +6,11 @@ from typing import TYPE_CHECKING, Any
 import attrs
 from attrs.validators import and_, ge, gt, lt, optional
 
+from posttrain.batch import Batch
 from posttrain.blocks.data.data import Data, PreferenceData, unfit
 from posttrain.blocks.losses.preference import NAMED, Objective
 from posttrain.blocks.models.model import HFModel
-from posttrain.interfaces import Batch, DataBlock, ModelBlock
+from posttrain.interfaces import DataBlock, ModelBlock
 from posttrain.registry import block, default, key
 from posttrain.trainer import Trainer
 
@@ -99,8 +100,7 @@ class DPOTrainer(Trainer):
         else:
             losses = self.objective(policy, reference, batch["lengths"], batch.get("mean_lengths"))
         self.run.log(**self.objective.metrics(policy.detach(), reference, batch["lengths"]))
-        weight: int = batch["weight"]
-        return losses.sum() / weight
+        return losses.sum() / batch.weight
 
     def log_probs(self, batch: Batch) -> "tuple[Tensor, Tensor]":
         """Return the summed log-probabilities of both replies, [pairs, 2], of the model and of the reference."""

@@ -5,9 +5,10 @@ from typing import TYPE_CHECKING, Any
 
 from attrs.validators import ge, gt, optional
 
+from posttrain.batch import Batch
 from posttrain.blocks.data.data import SFTData, unfit
 from posttrain.blocks.models.speculator.model import SpeculatorModel
-from posttrain.interfaces import Batch, DataBlock, ModelBlock
+from posttrain.interfaces import DataBlock, ModelBlock
 from posttrain.registry import block, default, key
 from posttrain.trainer import Trainer
 
@@ -48,11 +49,11 @@ class SpeculatorTrainer(Trainer):
                 "vLLM and give gen_server, or take `strategy: ddp`",
             )
 
-    def step(self, batches: list[Batch]) -> "Tensor":
-        """Take a step on the data, or on what the base model makes of it."""
-        if self.generate_from is not None and self.run.step >= self.generate_from:
-            batches = [self.continuation(batch) for batch in batches]
-        return super().step(batches)
+    def made(self, batches: list[Batch]) -> list[Batch]:
+        """Return the data, or from `generate_from` on what the base model makes of it."""
+        if self.generate_from is None or self.run.step < self.generate_from:
+            return batches
+        return [self.continuation(batch) for batch in batches]
 
     def continuation(self, batch: Batch) -> Batch:
         """Return a batch of what the base model says to prompts from this one."""
@@ -74,9 +75,8 @@ class SpeculatorTrainer(Trainer):
 
     def loss(self, batch: Batch) -> "Tensor":
         """Return the sum over heads of the mean negative log-likelihood of what each should have drafted, in nats."""
-        weight: int = batch["weight"]
-        positions = batch["supervised"].index_select(0, batch["chosen"]) - 1
-        losses, right = (self.run.model(batch, positions) / weight).unbind()
+        positions = batch.supervised.index_select(0, batch["chosen"]) - 1
+        losses, right = (self.run.model(batch, positions) / batch.weight).unbind()
         self.run.log(**{f"loss/head_{i}": loss for i, loss in enumerate(losses)})
         if not self.run.model.training:
             self.run.log(**{f"accuracy/head_{i}": share for i, share in enumerate(right)})

@@ -5,10 +5,11 @@ from typing import TYPE_CHECKING
 
 from attrs.validators import ge
 
+from posttrain.batch import Batch
 from posttrain.blocks.data.data import PreferenceData, unfit
 from posttrain.blocks.losses.preference import accuracy, log_sigmoid
 from posttrain.blocks.models.model import RewardModel
-from posttrain.interfaces import Batch, DataBlock, ModelBlock
+from posttrain.interfaces import DataBlock, ModelBlock
 from posttrain.registry import block, default, key
 from posttrain.trainer import Trainer
 
@@ -47,5 +48,4 @@ class RewardTrainer(Trainer):
         found = {"margin": margin.detach().mean(), "accuracy": accuracy(margin.detach())}
         found |= {"chosen": chosen, "rejected": rejected}
         self.run.log(**{f"rewards/{name}": value for name, value in found.items()})
-        weight: int = batch["weight"]
-        return losses.sum() / weight
+        return losses.sum() / batch.weight

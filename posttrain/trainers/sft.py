@@ -3,9 +3,10 @@
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, ClassVar
 
+from posttrain.batch import Batch
 from posttrain.blocks.data.data import CausalData, SFTData, unfit
 from posttrain.blocks.models.model import HFModel
-from posttrain.interfaces import Batch, DataBlock, ModelBlock
+from posttrain.interfaces import DataBlock, ModelBlock
 from posttrain.registry import block, default
 from posttrain.trainer import Trainer
 
@@ -28,8 +29,7 @@ class SFTTrainer(Trainer):
     def loss(self, batch: Batch) -> "Tensor":
         """Return the mean negative log-likelihood of the supervised tokens, in nats."""
         nll: Tensor = self.run.model(batch)
-        weight: int = batch["weight"]
-        return nll / weight
+        return nll / batch.weight
 
 
 @block("trainer", "causal")

@@ -5,9 +5,10 @@ from typing import TYPE_CHECKING, ClassVar
 
 from attrs.validators import ge, gt, lt
 
+from posttrain.batch import Batch
 from posttrain.blocks.data.data import SFTData, unfit
 from posttrain.blocks.models.swiftkv.model import SwiftKVModel
-from posttrain.interfaces import Batch, DataBlock, ModelBlock
+from posttrain.interfaces import DataBlock, ModelBlock
 from posttrain.registry import block, default, key
 from posttrain.trainer import Trainer
 
@@ -40,14 +41,13 @@ class SwiftKVTrainer(Trainer):
 
     def together(self, batches: Iterable[Batch]) -> Iterable[Batch]:
         """With ArcticTraining's masks, a step is a mean over all tokens."""
-        return ({**b, "weight": b["tokens"] if b["weight"] else 0} for b in batches) if self.arctic_masks else batches
+        return (b.but(weight=b.tokens if b.weight else 0) for b in batches) if self.arctic_masks else batches
 
     def loss(self, batch: Batch) -> "Tensor":
         """Return the mean distance of student and teacher, and log its parts and how often both would say the same."""
-        weight: int = batch["weight"]
         positions = self.positions(batch)
         distance = self.run.model(batch, "distance", self.temperature, self.hidden_loss_layer, *positions)
-        divergence, squared, same = (distance / weight).unbind()
+        divergence, squared, same = (distance / batch.weight).unbind()
         self.run.log(divergence=divergence, hidden_error=squared)
         if not self.arctic_masks:  # else it is not a mean over all tokens
             self.run.log(agreement=same)
@@ -57,9 +57,9 @@ class SwiftKVTrainer(Trainer):
     def positions(self, batch: Batch) -> "tuple[Tensor, Tensor]":
         """Return the flat positions where logits and hidden states are compared."""
         if not self.arctic_masks:
-            return batch["supervised"], batch["supervised"]
+            return batch.supervised, batch.supervised
         import torch
 
-        width = batch["input_ids"].shape[1]
-        real = torch.arange(width, device=batch["row_lengths"].device) < batch["row_lengths"][:, None]
-        return batch["supervised"] + 1, real.flatten().nonzero()[:, 0]
+        width = batch.input_ids.shape[-1]
+        real = torch.arange(width, device=batch.row_lengths.device) < batch.row_lengths[:, None]
+        return batch.supervised + 1, real.flatten().nonzero()[:, 0]

@@ -10,6 +10,7 @@ import attrs
 from attrs.converters import optional as or_none
 from attrs.validators import and_, ge, gt, lt, min_len
 
+from posttrain.batch import FIELDS, Batch
 from posttrain.blocks.data.encode import ChatEncoder, Encoder, TextEncoder, Token
 from posttrain.blocks.data.loader import MapLoader, StreamLoader
 from posttrain.blocks.data.rows.chat import ChatRenderer
@@ -20,9 +21,9 @@ from posttrain.blocks.data.sources import Source, as_sources
 from posttrain.blocks.data.store import default_cache, table
 from posttrain.blocks.data.streams import Stream, StreamEncoding
 from posttrain.blocks.data.views import Documents, Limits, documents, totals
-from posttrain.blocks.layout import Example, collate, collate_pairs
+from posttrain.blocks.layout import Column, Columns, Example, collate, collate_pairs
 from posttrain.errors import DataError
-from posttrain.interfaces import Batch, Loaders
+from posttrain.interfaces import Loaders
 from posttrain.registry import block, key
 
 
@@ -53,6 +54,8 @@ class Data:
 
     policies: ClassVar[tuple[str, ...]] = ("drop", "truncate", "split")
     """What may happen to documents that are too long, besides an error."""
+    ahead: ClassVar[int] = 0
+    """Threads that read and collate while others are trained on; for rows that take long to read, as images do."""
 
     sources: list[Source] = key(check=min_len(1), convert=as_sources)
     """What to train on: files, folders, hub datasets."""
@@ -73,6 +76,10 @@ class Data:
     window: int = key(2048, check=gt(0))
     """Rows of a stream that are shuffled and packed together."""
 
+    keep: list[str] = attrs.field(factory=list)
+    """Columns of the rows that come along into batches, such as an answer for a reward to compare with:
+    `batch["answer"]` is then a list with an entry for each example."""
+
     def encoder(self, tokenizer: Any) -> Encoder:
         """Return what turns rows into documents."""
         raise NotImplementedError
@@ -83,6 +90,12 @@ class Data:
             yield "eval_split", "holds out rows of `sources`, but `eval_sources` is given too; choose one"
         if self.streams and self.eval_split:
             yield "eval_split", "rows cannot be held out of a stream; give `eval_sources`"
+        for name in self.keep:
+            if name in FIELDS:
+                yield (
+                    "keep",
+                    f"{name!r} has a meaning in a batch; rename it with `columns` of its source",
+                )
         for source in self.eval_sources:
             if source.stream:
                 yield "eval_sources", f"{source.label} cannot be a stream: every evaluation needs the same rows"
@@ -93,9 +106,24 @@ class Data:
         return self.max_length
 
     @property
-    def collate(self) -> Callable[[list[list[Example]], int], Batch]:
-        """What makes rows of examples a batch."""
-        return collate
+    def columns(self) -> Columns:
+        """What examples carry beside their tokens."""
+        return {name: Column("example", "json") for name in self.keep}
+
+    def collator(self, tokenizer: Any) -> Callable[[list[list[Example]], int], Batch]:
+        """Return what makes a batch of rows of examples; the width of rows is a multiple of the number given with them.
+
+        Args:
+            tokenizer: of the run; None where tokens mean nothing, as in a plan.
+        """
+        return partial(collate, pad_id=pad_id(tokenizer), columns=self.columns)
+
+    def fullest(self, length: int) -> Example:
+        """Return an example as large as can be: documents of `length` tokens, all of which are supervised."""
+        import numpy as np
+
+        document = np.arange(length) % 2 + 1, np.ones(length, dtype=bool)
+        return Example((document,), dict.fromkeys(self.keep))
 
     @property
     def streams(self) -> bool:
@@ -127,7 +155,7 @@ class Data:
         """Return loaders for one rank, and the ledger."""
         shape: dict[str, Any] = {
             "max_length": self.row_length, "packing": self.packing, "micro_batch_size": micro_batch_size, "rank": rank,
-            "world_size": world_size, "seed": seed, "pad_id": tokenizer.pad_token_id or 0, "collate": self.collate,
+            "world_size": world_size, "seed": seed, "collate": self.collator(tokenizer), "ahead": self.ahead,
         }  # fmt: skip
         if self.streams:
             return self._streaming(tokenizer, shape)
@@ -151,7 +179,7 @@ class Data:
                     turns = [f"turn {n}" for n in range(1, len(shown) + 1)] if len(shown) > 1 else [""]
                     names = encoder.sides if len(encoder.sides) > 1 else turns
                     for name, tokens in zip(names, shown, strict=True):
-                        yield Preview(row.place, tokens, name, encoder.columns.summary())
+                        yield Preview(row.place, tokens, name, encoder.reading.summary())
                 except Refused as refused:
                     raise DataError(f"{row.place}: {refused}") from None
 
@@ -174,6 +202,11 @@ class Data:
             documents_, ledger["eval"] = self._documents(once(self.eval_sources), tokenizer, 0.0, False)
             held_out = MapLoader(examples=documents_, **shape)
         return Loaders(train=train, eval=held_out, ledger=ledger)
+
+
+def pad_id(tokenizer: Any) -> int:
+    """Return what fills rows up."""
+    return 0 if tokenizer is None else int(tokenizer.pad_token_id or 0)
 
 
 def once(sources: list[Source]) -> list[Source]:
@@ -206,7 +239,7 @@ class SFTData(Data):
         """Return what renders and tokenizes conversations."""
         renderer = ChatRenderer(tokenizer, self.train_on, self.template_args, self.last_turn_only, self.split_turns)
         ours = type(self).conversation is SFTData.conversation and type(self).sample is SFTData.sample
-        return ChatEncoder(renderer, self.sample, schema if ours else None)
+        return ChatEncoder(renderer, self.sample, schema if ours else None, columns=self.columns)
 
     def sample(self, row: dict[str, Any]) -> Sample:
         """Return what a row says: one conversation."""
@@ -241,15 +274,24 @@ class PreferenceData(Data):
         return 2 * self.max_length
 
     @property
-    def collate(self) -> Callable[[list[list[Example]], int], Batch]:
-        """What makes rows of pairs a batch."""
-        return partial(collate_pairs, packing=self.packing)
+    def columns(self) -> Columns:
+        """What examples carry: also by how much the chosen side is better."""
+        return {**super().columns, "margins": Column("example")}
+
+    def collator(self, tokenizer: Any) -> Callable[[list[list[Example]], int], Batch]:
+        """Return what makes a batch of rows of pairs."""
+        return partial(collate_pairs, pad_id=pad_id(tokenizer), packing=self.packing, columns=self.columns)
+
+    def fullest(self, length: int) -> Example:
+        """Return a pair as large as can be."""
+        ids, mask = super().fullest(length).documents[0]
+        return Example(((ids, mask), (ids[::-1].copy(), mask)), dict.fromkeys(self.keep) | {"margins": 0.0})
 
     def encoder(self, tokenizer: Any) -> Encoder:
         """Return what renders and tokenizes both sides."""
         renderer = ChatRenderer(tokenizer, template_args=self.template_args)
         ours = type(self).pair is PreferenceData.pair
-        return ChatEncoder(renderer, self.pair, pair_schema if ours else None, (CHOSEN, REJECTED))
+        return ChatEncoder(renderer, self.pair, pair_schema if ours else None, (CHOSEN, REJECTED), self.columns)
 
     def pair(self, row: dict[str, Any]) -> Sample:
         """Return a row's chosen and rejected conversation; override it for a schema of your own (see pairs.py)."""
@@ -278,7 +320,7 @@ class CausalData(Data):
         for wanted, token in ((self.bos, "bos_token"), (self.eos, "eos_token")):
             if wanted and getattr(tokenizer, token) is None:
                 raise DataError(f"the tokenizer has no {token}; set data.{token[:3]} to false")
-        return TextEncoder(tokenizer, self.text_column, self.bos, self.eos)
+        return TextEncoder(tokenizer, self.text_column, self.bos, self.eos, columns=self.columns)
 
 
 def unfit(data: Any, *, pairs: bool) -> Iterator[tuple[str, str]]:

@@ -5,7 +5,7 @@ import inspect
 import json
 import marshal
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
@@ -14,8 +14,8 @@ import attrs
 
 from posttrain.blocks.data.rows.chat import ChatRenderer, Rendered, special_tokens
 from posttrain.blocks.data.rows.messages import Refused
-from posttrain.blocks.data.rows.schemas import Columns, Sample, Schema
-from posttrain.blocks.layout import Document, Example
+from posttrain.blocks.data.rows.schemas import Reading, Sample, Schema
+from posttrain.blocks.layout import Columns, Document, Example
 
 if TYPE_CHECKING:
     import numpy as np
@@ -36,7 +36,11 @@ class Encoder(Protocol):
 
     @property
     def columns(self) -> Columns:
-        """What was read of the rows so far, and what was not."""
+        """The values that examples carry beside their tokens."""
+
+    @property
+    def reading(self) -> Reading:
+        """Which columns of the rows were read so far, and which were not."""
 
     def encode(self, rows: list[Values]) -> list[Encoded]:
         """Encode many rows at once; `apart` gives the examples of one that became several."""
@@ -59,7 +63,9 @@ class ChatEncoder:
     """Row -> which of its columns `sample` reads, if that is known."""
     sides: tuple[str, ...] = ("",)
     """What the documents of an example are called."""
-    columns: Columns = attrs.field(factory=Columns)
+    columns: Columns = attrs.field(factory=dict)
+    """What examples carry: what `sample` gives, and otherwise columns of the row."""
+    reading: Reading = attrs.field(factory=Reading)
     """Of the rows so far."""
     special: re.Pattern[str] = attrs.field(init=False)
     """The tokenizer's control tokens."""
@@ -83,9 +89,9 @@ class ChatEncoder:
         found = self._rendered(row)
         if isinstance(found, Refused):
             raise found
-        sides, value = found
+        sides, values = found
         encodings = tokenize(self.renderer.tokenizer, [side.text for side in sides])
-        encoded = self._encoded(sides, value, encodings)
+        encoded = self._encoded(sides, values, encodings)
         if isinstance(encoded, Refused):
             raise encoded
         shown = []
@@ -105,12 +111,13 @@ class ChatEncoder:
             tokenizer_text(renderer.tokenizer), json.dumps(said, default=str), *self.sides, code_of(self.sample)
         )
 
-    def _rendered(self, row: Values) -> tuple[list[Rendered], float] | Refused:
-        self.columns.note(row, self.schema)
+    def _rendered(self, row: Values) -> tuple[list[Rendered], Values] | Refused:
+        self.reading.note(row, self.schema, self.columns)
         try:
             sample = self.sample(row)
+            values = sample.values | kept(row, self.columns.keys() - sample.values.keys())
             found = [turn for one in sample.conversations for turn in self.renderer.documents(one)]
-            return [self._render(conversation) for conversation in found], sample.value
+            return [self._render(conversation) for conversation in found], values
         except Refused as refused:
             return refused
 
@@ -122,7 +129,7 @@ class ChatEncoder:
                 raise Refused(f"the text of a message holds the control token {control.group()}")
         return found
 
-    def _encoded(self, sides: list[Rendered], value: float, encodings: list[Any]) -> Encoded:
+    def _encoded(self, sides: list[Rendered], values: Values, encodings: list[Any]) -> Encoded:
         import numpy as np
 
         documents: list[Document] = []
@@ -133,7 +140,7 @@ class ChatEncoder:
             documents.append((np.array(encoding.ids, dtype=np.uint32), mask))
         if len(self.sides) > 1 and all(np.array_equal(ids, documents[0][0]) for ids, _ in documents):
             return Refused(f"{' and '.join(self.sides)} are equal")
-        return Example(tuple(documents), value)
+        return Example(tuple(documents), values)
 
 
 @attrs.define
@@ -145,7 +152,9 @@ class TextEncoder:
     bos: bool
     eos: bool
     sides: tuple[str, ...] = ("",)
-    columns: Columns = attrs.field(factory=Columns)
+    columns: Columns = attrs.field(factory=dict)
+    """Columns of the row that examples carry."""
+    reading: Reading = attrs.field(factory=Reading)
     """Of the rows so far."""
 
     def encode(self, rows: list[Values]) -> list[Encoded]:
@@ -153,19 +162,20 @@ class TextEncoder:
         import numpy as np
 
         for row in rows:
-            self.columns.note(row, lambda _: Schema(self.column, (self.column,)))
+            self.reading.note(row, lambda _: Schema(self.column, (self.column,)), self.columns)
 
         texts = [self._text(row) for row in rows]
         encodings = iter(tokenize(self.tokenizer, [text for text in texts if isinstance(text, str)]))
         found: list[Encoded] = []
-        for text in texts:
+        for row, text in zip(rows, texts, strict=True):
             if isinstance(text, Refused):
                 found.append(text)
                 continue
             ids = [*self._bos(), *next(encodings).ids, *self._eos()]
             mask = np.ones(len(ids), dtype=bool)
             document = np.array(ids, dtype=np.uint32), mask
-            found.append(Example((document,)) if len(ids) > 1 else Refused("it is a single token"))
+            values = kept(row, self.columns)
+            found.append(Example((document,), values) if len(ids) > 1 else Refused("it is a single token"))
         return found
 
     def show(self, row: Values) -> list[list[Token]]:
@@ -186,6 +196,7 @@ class TextEncoder:
             return Refused(f"the column {self.column!r} is missing, empty or not text")
         try:
             refuse_surrogates(text)
+            kept(row, self.columns)
         except Refused as refused:
             return refused
         return text
@@ -197,11 +208,33 @@ class TextEncoder:
         return [self.tokenizer.eos_token_id] if self.eos else []
 
 
-def apart(example: Example, sides: tuple[str, ...]) -> list[Example]:
+def kept(row: Values, names: Iterable[str]) -> Values:
+    """Return the columns of a row that go along with it.
+
+    Raises:
+        Refused: there is no such column, or it holds more than plain data.
+    """
+    for name in names:
+        if name not in row:
+            raise Refused(f"the column {name!r} that data.keep names is missing")
+        try:
+            json.dumps(row[name])
+        except (TypeError, ValueError):
+            raise Refused(f"the column {name!r} that data.keep names holds more than plain JSON data") from None
+    return {name: row[name] for name in names}
+
+
+def apart(example: Example, sides: tuple[str, ...], columns: Columns) -> list[Example]:
     """Return the examples that a row became: its documents one by one, if they are not the sides of a whole."""
     if len(sides) > 1 or len(example.documents) == 1:
         return [example]
-    return [Example((document,), example.value) for document in example.documents]
+    found = []
+    for n, document in enumerate(example.documents):
+        values = {
+            name: value if columns[name].per == "example" else (value[n],) for name, value in example.values.items()
+        }
+        found.append(Example((document,), values))
+    return found
 
 
 def tokenize(tokenizer: Any, texts: list[str]) -> list[Any]:

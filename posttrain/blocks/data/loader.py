@@ -7,19 +7,23 @@ dropped: where a pass does not fill the last step, the next pass goes on in the 
 
 import queue
 import threading
-from collections.abc import Callable, Iterator
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import attrs
 
+from posttrain.batch import Batch, Extra
 from posttrain.blocks.data.packing import chunks, plan
 from posttrain.blocks.layout import Example, collate
 from posttrain.errors import DataError
-from posttrain.interfaces import Batch, Position
+from posttrain.interfaces import Position
 
 if TYPE_CHECKING:
     import numpy as np
 
+S = TypeVar("S")
 T = TypeVar("T")
 
 
@@ -43,11 +47,11 @@ class Examples(Protocol):
     def __getitem__(self, index: int) -> Example: ...
 
 
-class Extra(Protocol):
-    """Tensors that batches get beside their tokens, such as what a teacher said of them (see recorded.py)."""
+class More(Protocol):
+    """What batches get beside what their examples carry, such as what a teacher said of them (see recorded.py)."""
 
-    def of(self, indices: list[int]) -> dict[str, Any]:
-        """Return tensors for the examples of a batch, in the order of its rows."""
+    def of(self, indices: list[int]) -> dict[str, Extra]:
+        """Return it for the examples of a batch, in the order of its rows."""
 
 
 class Stream(Protocol):
@@ -67,10 +71,12 @@ class RowLoader:
     rank: int
     world_size: int
     seed: int
-    pad_id: int
-    collate: Callable[..., Batch] = collate
+    collate: Callable[[list[list[Example]], int], Batch] = collate
+    """Makes rows of examples, and what the width is a multiple of, a batch."""
     multiple: int = 1
     """What the width of a batch is a multiple of."""
+    ahead: int = 0
+    """Threads that read and collate the next micro-batches while others are trained on."""
 
     def sequence(self, position: Position) -> Iterator[tuple[Any, Position]]:
         """Yield the rows of all ranks from a position on, each with the position after it."""
@@ -84,32 +90,27 @@ class RowLoader:
         """Return the micro-batch of some rows that `sequence` gave."""
         raise NotImplementedError
 
-    @property
-    def widths(self) -> dict[str, int]:
-        """What `collate` must know of widths, if anything."""
-        return {"multiple": self.multiple} if self.multiple > 1 else {}
-
     def start(self) -> Position:
         """Return the position before the first row."""
         return {"epoch": 0, "row": 0}
 
     def batches(self, position: Position) -> Iterator[tuple[Batch, Position]]:
         """Yield micro-batches without end, each with the position after it."""
-        for group in chunks(self.sequence(position), self.micro_batch_size * self.world_size):
-            if len(group) == self.micro_batch_size * self.world_size:
-                yield self._mine([row for row, _ in group]), group[-1][1]
+        size = self.micro_batch_size * self.world_size
+        groups = (group for group in chunks(self.sequence(position), size) if len(group) == size)
+        return in_order(lambda group: (self._mine([row for row, _ in group]), group[-1][1]), groups, self.ahead)
 
     def one_pass(self) -> Iterator[Batch]:
         """Yield each row of one pass once, as equally many micro-batches on every rank."""
-        for group in chunks(self.first_pass(), self.micro_batch_size * self.world_size):
-            yield self._mine(group)
+        groups = chunks(self.first_pass(), self.micro_batch_size * self.world_size)
+        return in_order(self._mine, groups, self.ahead)
 
     def _mine(self, group: list[Any]) -> Batch:
         """Collate this rank's part of a group; where a short group leaves it nothing, a row that counts nothing."""
         first = self.rank * self.micro_batch_size
         if rows := group[first : first + self.micro_batch_size]:
             return self.batch(rows)
-        return self.batch(group[:1]) | {"weight": 0, "tokens": 0, "supervised_tokens": 0}
+        return self.batch(group[:1]).idle()
 
 
 @attrs.frozen(kw_only=True, slots=False)
@@ -117,7 +118,7 @@ class MapLoader(RowLoader):
     """Examples at rest, in a random order that is a function of (seed, epoch)."""
 
     examples: Examples
-    extra: Extra | None = None
+    extra: More | None = None
     _plans: dict[int, list[list[int]]] = attrs.field(factory=dict, init=False, eq=False)
 
     def rows(self, epochs: int) -> int | None:
@@ -161,8 +162,8 @@ class MapLoader(RowLoader):
 
     def batch(self, rows: list[list[int]]) -> Batch:
         """Read the examples of some rows, and collate them."""
-        made = self.collate([[self.examples[index] for index in row] for row in rows], self.pad_id, **self.widths)
-        return made if self.extra is None else made | self.extra.of([index for row in rows for index in row])
+        made = self.collate([[self.examples[index] for index in row] for row in rows], self.multiple)
+        return made if self.extra is None else made.but(**self.extra.of([index for row in rows for index in row]))
 
     def _drawn(self, random: "np.random.Generator") -> "np.ndarray":
         """Return the indices of a pass: a source of weight 2.5 twice, and a random half of it a third time."""
@@ -214,7 +215,7 @@ class StreamLoader(RowLoader):
 
     def batch(self, rows: list[list[Example]]) -> Batch:
         """Collate some rows, which are in memory."""
-        return self.collate(rows, self.pad_id, **self.widths)
+        return self.collate(rows, self.multiple)
 
     def _windows(self, position: Position) -> Iterator[tuple[list[list[Example]], Position, Position]]:
         before, found = position, True
@@ -240,6 +241,23 @@ class StreamLoader(RowLoader):
             packed = plan(order, lengths, self.max_length)
             rows = [packed[i] for i in random.permutation(len(packed))]
         return [[examples[i] for i in row] for row in rows]
+
+
+def in_order(work: Callable[[S], T], items: Iterable[S], threads: int) -> Iterator[T]:
+    """Yield `work(item)` of each item, in their order; with threads, the next ones are made meanwhile."""
+    if not threads:
+        yield from map(work, items)
+        return
+    pool, made = ThreadPoolExecutor(threads, thread_name_prefix="posttrain-batches"), deque[Future[T]]()
+    try:
+        for item in items:
+            made.append(pool.submit(work, item))
+            if len(made) > 2 * threads:
+                yield made.popleft().result()
+        while made:
+            yield made.popleft().result()
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def ahead(items: Iterator[T]) -> Iterator[T]:

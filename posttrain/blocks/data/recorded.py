@@ -23,13 +23,14 @@ from rich.progress import track
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from posttrain.batch import Batch, Extra
 from posttrain.blocks.data.data import Data
 from posttrain.blocks.data.loader import MapLoader
 from posttrain.blocks.data.packing import chunks, plan
 from posttrain.blocks.data.store import default_cache
 from posttrain.blocks.models.frozen import Frozen
 from posttrain.errors import DataError, RecipeError
-from posttrain.interfaces import Batch, Fingerprinted, Loader, ModelBlock
+from posttrain.interfaces import Fingerprinted, Loader, ModelBlock
 from posttrain.runtime.launch import all_reduce
 
 if TYPE_CHECKING:
@@ -54,11 +55,11 @@ class Recording:
     offsets: np.ndarray
     """int64 [examples + 1], where each example's tokens begin."""
 
-    def of(self, indices: list[int]) -> dict[str, Any]:
+    def of(self, indices: list[int]) -> dict[str, Extra]:
         """Return the numbers of some examples: [n, *shape] for each array."""
         parts = [slice(*self.offsets[index : index + 2]) for index in indices]
         found = {name: np.concatenate([array[part] for part in parts]) for name, array in self.arrays.items()}
-        return {name: torch.from_numpy(array) for name, array in found.items()}
+        return {name: Extra(torch.from_numpy(array), "target") for name, array in found.items()}
 
 
 @attrs.frozen(eq=False)

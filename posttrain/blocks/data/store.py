@@ -18,20 +18,20 @@ from posttrain.blocks.data.encode import Encoder, apart
 from posttrain.blocks.data.packing import chunks
 from posttrain.blocks.data.rows.schemas import Refused
 from posttrain.blocks.data.sources import Source
-from posttrain.blocks.layout import Example
+from posttrain.blocks.layout import Column, Columns, Example
 from posttrain.errors import DataError
 
 if TYPE_CHECKING:
     import numpy as np
 
-FORMAT = 3
+FORMAT = 4
 BATCH = 512
 EXAMPLES = 3
 ARRAYS = {
-    "ids": "uint32", "mask": "bool", "offsets": "int64", "supervised": "int32", "rows": "int64", "values": "float32",
+    "ids": "uint32", "mask": "bool", "offsets": "int64", "supervised": "int32", "rows": "int64",
 }  # fmt: skip
 """ids, mask [tokens]; offsets [documents + 1]; supervised [documents], how many tokens of each can be predicted and are
-trained; rows [examples], the row of the source that each was; values [examples], the number that came with it."""
+trained; rows [examples], the row of the source that each was. Beside them lies a file for each column of examples."""
 log = logging.getLogger("posttrain")
 
 
@@ -47,22 +47,47 @@ class Table:
     offsets: "np.ndarray"
     supervised: "np.ndarray"
     rows: "np.ndarray"
-    values: "np.ndarray"
     rows_in: int
     refused: dict[str, dict[str, Any]]
     """Reason -> count, and places of the first few."""
-    columns: dict[str, Any]
-    """Which columns of the source were read, and as what."""
+    reading: dict[str, Any]
+    """Which columns of the source were read, as what, and which were not."""
+    columns: Columns
+    values: dict[str, Any]
+    """Of each column: [tokens, ...], [documents, ...] or [examples, ...]; of plain data, what reads them."""
 
     def __getitem__(self, index: int) -> Example:
         """Return an example as it was tokenized."""
         bounds = self.offsets[index * len(self.sides) : (index + 1) * len(self.sides) + 1]
-        return self.view(bounds[:-1], bounds[1:], float(self.values[index]))
+        return self.view(index, bounds[:-1], bounds[1:])
 
-    def view(self, begins: "np.ndarray", ends: "np.ndarray", value: float) -> Example:
+    def view(self, index: int, begins: "np.ndarray", ends: "np.ndarray") -> Example:
         """Return an example whose documents lie between the given tokens, without copying them."""
         parts = [slice(begin, end) for begin, end in zip(begins, ends, strict=True)]
-        return Example(tuple((self.ids[part], self.mask[part]) for part in parts), value)
+        values = {name: self._value(name, column, index, parts) for name, column in self.columns.items()}
+        return Example(tuple((self.ids[part], self.mask[part]) for part in parts), values)
+
+    def _value(self, name: str, column: Column, index: int, parts: list[slice]) -> Any:
+        held = self.values[name]
+        if column.per in ("token", "target"):
+            return tuple(held[part] for part in parts)
+        if column.per == "document":
+            return tuple(held[index * len(self.sides) : (index + 1) * len(self.sides)])
+        return held[index]
+
+
+@attrs.frozen(eq=False)
+class Texts:
+    """Plain data at rest, as JSON texts end to end."""
+
+    content: "np.ndarray"
+    """uint8."""
+    offsets: "np.ndarray"
+    """int64 [n + 1]."""
+
+    def __getitem__(self, index: int) -> Any:
+        """Return one of them."""
+        return json.loads(self.content[self.offsets[index] : self.offsets[index + 1]].tobytes())
 
 
 def default_cache() -> Path:
@@ -81,7 +106,10 @@ def table(source: Source, encoder: Encoder, cache: Path) -> Table:
     from filelock import FileLock
 
     reader = source.open()
-    key = hashlib.sha256(f"{FORMAT} {source.fingerprint(reader)} {encoder.fingerprint()}".encode()).hexdigest()[:32]
+    said = f"{FORMAT} {source.fingerprint(reader)} {encoder.fingerprint()}"
+    if encoder.columns:
+        said += json.dumps({name: attrs.astuple(column) for name, column in encoder.columns.items()})
+    key = hashlib.sha256(said.encode()).hexdigest()[:32]
     folder = cache / key
     if is_whole(folder):  # without the lock, so that a cache that may only be read can be used
         return opened(folder, source.label)
@@ -108,20 +136,23 @@ def build(source: Source, reader: Any, encoder: Encoder, folder: Path) -> None:
     aside.mkdir()
     rows_in, total, refused = 0, 0, dict[str, dict[str, Any]]()
     log.info("tokenizing %s", source.label)
-    files = {name: open(aside / name, "wb") for name in ARRAYS}  # noqa: SIM115
+    kinds = ARRAYS | column_arrays(encoder.columns)
+    files = {name: open(aside / name, "wb") for name in kinds}  # noqa: SIM115
     try:
-        files["offsets"].write(np.zeros(1, dtype="int64").tobytes())
+        for name in (name for name in kinds if name.endswith("offsets")):
+            files[name].write(np.zeros(1, dtype="int64").tobytes())
         for batch in chunks((row for row, _ in source.read(reader)), BATCH):
             rows_in += len(batch)
             for row, found in zip(batch, encoder.encode([row.values for row in batch]), strict=True):
                 if isinstance(found, Refused):
                     note(refused, str(found), row.place)
                     continue
-                for one in apart(found, encoder.sides):
+                for one in apart(found, encoder.sides, encoder.columns):
                     for ids, mask in one.documents:
                         total += len(ids)
                         write(files, {"ids": ids, "mask": mask, "offsets": total, "supervised": mask[1:].sum()})
-                    write(files, {"rows": row.number, "values": one.value})
+                    write(files, {"rows": row.number})
+                    write_values(files, one, encoder.columns)
             if rows_in % (100 * BATCH) == 0:
                 log.info("tokenizing %s: %s rows, %s tokens", source.label, f"{rows_in:,}", f"{total:,}")
         for file in files.values():
@@ -139,10 +170,11 @@ def build(source: Source, reader: Any, encoder: Encoder, folder: Path) -> None:
     if rows_in == 0:
         shutil.rmtree(aside)
         raise DataError(f"{source.label} holds no rows")
-    sizes = {name: (aside / name).stat().st_size for name in ARRAYS}
+    sizes = {name: (aside / name).stat().st_size for name in kinds}
     manifest = {
         "format": FORMAT, "sides": encoder.sides, "rows_in": rows_in, "refused": refused, "bytes": sizes,
-        "columns": encoder.columns.summary(),
+        "reading": encoder.reading.summary(),
+        "columns": {name: attrs.asdict(column) for name, column in encoder.columns.items()},
     }  # fmt: skip
     (aside / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
     shutil.rmtree(folder, ignore_errors=True)
@@ -155,6 +187,27 @@ def write(files: dict[str, Any], values: dict[str, Any]) -> None:
 
     for name, value in values.items():
         files[name].write(np.asarray(value, dtype=ARRAYS[name]).tobytes())
+
+
+def column_arrays(columns: Columns) -> dict[str, str]:
+    """Return the arrays that columns are kept in: file -> type; plain data take two, the texts and their bounds."""
+    texts = {name for name, column in columns.items() if column.dtype == "json"}
+    kinds = {f"column-{name}": "uint8" if name in texts else column.dtype for name, column in columns.items()}
+    return kinds | {f"column-{name}-offsets": "int64" for name in texts}
+
+
+def write_values(files: dict[str, Any], example: Example, columns: Columns) -> None:
+    """Append the values that an example carries."""
+    import numpy as np
+
+    for name, column in columns.items():
+        value, file = example.values[name], files[f"column-{name}"]
+        if column.dtype == "json":
+            file.write(json.dumps(value).encode())
+            files[f"column-{name}-offsets"].write(np.asarray(file.tell(), dtype="int64").tobytes())
+        else:
+            for one in (value,) if column.per == "example" else value:
+                file.write(np.asarray(one, dtype=column.dtype).tobytes())
 
 
 def note(refused: dict[str, dict[str, Any]], reason: str, place: str) -> None:
@@ -180,11 +233,20 @@ def opened(folder: Path, label: str) -> Table:
 
     manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
 
+    columns = {name: Column(**{**said, "shape": tuple(said["shape"])}) for name, said in manifest["columns"].items()}
+    kinds = ARRAYS | column_arrays(columns)
+
     def mapped(name: str) -> "np.ndarray":
         if not manifest["bytes"][name]:
-            return np.zeros(0, dtype=ARRAYS[name])
-        return np.asarray(np.memmap(folder / name, dtype=ARRAYS[name], mode="r"))
+            return np.zeros(0, dtype=kinds[name])
+        return np.asarray(np.memmap(folder / name, dtype=kinds[name], mode="r"))
+
+    def values(name: str, column: Column) -> Any:
+        found = mapped(f"column-{name}")
+        return Texts(found, mapped(f"column-{name}-offsets")) if column.dtype == "json" else found.reshape(
+            -1, *column.shape)  # fmt: skip
 
     arrays: dict[str, Any] = {name: mapped(name) for name in ARRAYS}
-    said = {name: manifest[name] for name in ("rows_in", "refused", "columns")}
-    return Table(label=label, sides=tuple(manifest["sides"]), **said, **arrays)
+    said = {name: manifest[name] for name in ("rows_in", "refused", "reading")}
+    held = {name: values(name, column) for name, column in columns.items()}
+    return Table(label=label, sides=tuple(manifest["sides"]), columns=columns, values=held, **said, **arrays)

@@ -97,7 +97,11 @@ class StreamEncoding:
                 left: list[Example] = []
                 self._drop(number, str(encoded), row.place)
             else:
-                left = [piece for one in apart(encoded, self.encoder.sides) for piece in self._cut(one, row, number)]
+                left = [
+                    piece
+                    for one in apart(encoded, self.encoder.sides, self.encoder.columns)
+                    for piece in self._cut(one, row, number)
+                ]
             self._count(number, left)
             found += left
         return found
@@ -119,8 +123,7 @@ class StreamEncoding:
             if piece.useless:
                 self._drop(number, piece.useless, row.place)
             else:
-                cut = zip(example.documents, piece.parts, strict=True)
-                left.append(Example(tuple((ids[part], mask[part]) for (ids, mask), part in cut), example.value))
+                left.append(example.cut(piece.parts, self.encoder.columns))
         return left
 
     def _entry(self, number: int) -> dict[str, Any]:
@@ -136,7 +139,7 @@ class StreamEncoding:
         entry = self._entry(number)
         documents = [document for example in examples for document in example.documents]
         entry["rows_in"] += 1
-        entry |= self.encoder.columns.summary()
+        entry |= self.encoder.reading.summary()
         entry["documents" if len(self.encoder.sides) == 1 else "pairs"] += len(examples)
         entry["tokens"] += sum(len(ids) for ids, _ in documents)
         entry["supervised_tokens"] += sum(int(mask[1:].sum()) for _, mask in documents)

@@ -27,8 +27,8 @@ class Documents:
     """int32 [n, sides], their supervised tokens."""
     source: "np.ndarray"
     """int16 [n], the number of an example's table."""
-    values: "np.ndarray"
-    """float32 [n], the number that came with it."""
+    example: "np.ndarray"
+    """int64 [n], which example of that table it is, or is a part of."""
     weights: list[float]
     """Of each source."""
 
@@ -44,7 +44,7 @@ class Documents:
     def __getitem__(self, index: int) -> Example:
         """Return an example, without copying its tokens."""
         ends = self.begins[index] + self.sizes[index]
-        return self.tables[int(self.source[index])].view(self.begins[index], ends, float(self.values[index]))
+        return self.tables[int(self.source[index])].view(int(self.example[index]), self.begins[index], ends)
 
 
 @attrs.frozen
@@ -94,7 +94,7 @@ def documents(
         name = from_table.label if from_table.label not in ledger else f"{from_table.label} #{number + 1}"
         refused = {reason: found["count"] for reason, found in from_table.refused.items()} if not want_held_out else {}
         ledger[name] = {
-            **from_table.columns,
+            **from_table.reading,
             "rows_in": len(chosen) + sum(refused.values()),
             "tokens_in": int(np.diff(from_table.offsets).reshape(-1, len(from_table.sides))[chosen].sum()),
             "dropped": refused | counts.pop("dropped"),
@@ -104,14 +104,14 @@ def documents(
             "supervised_tokens": int(supervised.sum()),
         }
         source = np.full(len(begins), number, dtype=np.int16)
-        parts.append((begins, sizes.astype(np.int32), supervised, source, from_table.values[examples]))
+        parts.append((begins, sizes.astype(np.int32), supervised, source, examples))
     refuse_overlong(ledger, limits)
-    begins, sizes, supervised, source, values = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
+    begins, sizes, supervised, source, example = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
     if not len(begins):
         raise DataError(
             "nothing is left to train on:\n" + "\n".join(f"  {name}: {found}" for name, found in ledger.items())
         )
-    return Documents(tables, begins, sizes, supervised, source, values, weights), ledger
+    return Documents(tables, begins, sizes, supervised, source, example, weights), ledger
 
 
 def is_held_out(rows: "np.ndarray", share: float) -> "np.ndarray":

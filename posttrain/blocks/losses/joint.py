@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from posttrain.interfaces import Batch
+from posttrain.batch import Batch
 from posttrain.runtime.launch import all_reduce, gather_rows
 
 if TYPE_CHECKING:
@@ -51,7 +51,7 @@ def with_joint_losses(
     devices = [fabric.device] if fabric.device.type == "cuda" else []
     with torch.no_grad(), torch.random.fork_rng(devices):  # the passes that follow draw the same dropout
         said = [(batch, torch.stack([*log_probs(batch), batch["lengths"]])) for batch in batches]
-    found = [numbers for batch, numbers in said if batch["weight"]]  # where weights are sharded, all ranks ask alike
+    found = [numbers for batch, numbers in said if batch.weight]  # where weights are sharded, all ranks ask alike
     mine = torch.cat(found, dim=1) if found else torch.zeros(3, 0, 2, device=fabric.device)
     ranks = gather_rows(fabric, mine.transpose(0, 1))
     policy, reference, lengths = torch.cat(ranks).unbind(1)
@@ -61,14 +61,14 @@ def with_joint_losses(
         (slopes,) = torch.autograd.grad(losses.sum(), policy)
     at = sum(len(rows) for rows in ranks[: fabric.global_rank])
     for batch in batches:
-        part = slice(at, at + batch["pairs"]) if batch["weight"] else slice(0, batch["pairs"])
-        at += batch["pairs"] if batch["weight"] else 0
+        part = slice(at, at + batch["pairs"]) if batch.weight else slice(0, batch["pairs"])
+        at += batch["pairs"] if batch.weight else 0
         yield batch | {"joint": (losses.detach()[part], slopes[part])}
 
 
 def counting(batches: Iterable[Batch]) -> Iterator[Batch]:
     """Yield the batches that count: not those of a rank that has run out of rows."""
-    return (batch for batch in batches if batch["weight"])
+    return (batch for batch in batches if batch.weight)
 
 
 def through(policy: Tensor, losses: Tensor, slopes: Tensor) -> Tensor:

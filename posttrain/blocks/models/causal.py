@@ -5,18 +5,23 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, Literal
 
+import attrs
 import torch
 import transformers
 from torch import Tensor, nn
 
+from posttrain.batch import Batch, Layout, Term
 from posttrain.blocks.losses.cross_entropy import nll_sum, token_log_probs, top_log_probs, top_of
 from posttrain.blocks.models.activations import Offload
 from posttrain.blocks.models.attention import NAME, packed
 from posttrain.errors import TrainingError
-from posttrain.interfaces import Batch
+from posttrain.registry import suggest
 
 MAX_SHARD_SIZE = "5GB"
 """Of an exported file; writing one may take as much memory again."""
+
+
+OUTPUTS = ("nll", "log_probs", "logits", "hidden")
 
 
 class PackedModel(nn.Module):
@@ -31,6 +36,13 @@ class PackedModel(nn.Module):
         self.hf = hf
         self.offload = False
         """Whether what is kept for the backward pass waits in the memory of the host."""
+        self.terms: dict[str, Term] = {}
+        """What the passes since the last loss add to it, such as the loss of a router; the loop takes it from here."""
+
+    def add(self, name: str, term: Term) -> None:
+        """Let a term take part in the loss of the micro-batch that is being computed; of several passes, the sum."""
+        known = self.terms.get(name)
+        self.terms[name] = term if known is None else attrs.evolve(term, sum=known.sum + term.sum)
 
     @contextmanager
     def running(self) -> Iterator[None]:
@@ -48,24 +60,24 @@ class PackedModel(nn.Module):
         """How many tokens the model knows."""
         return int(self.base.get_input_embeddings().num_embeddings)
 
-    def layout(self, batch: Batch) -> Batch:
-        """Return the batch with the tokens that pairs begin with only once, where the attention can branch.
+    def layout(self, batch: Batch) -> Layout:
+        """Return where the network sees the tokens; what groups begin with is there once, if attention can branch.
 
         Raises:
             TrainingError: the batch holds a token that the model does not have.
         """
-        if batch["max_token"] >= self.vocabulary:  # on a GPU it would be an assertion in a kernel
+        if batch.max_token >= self.vocabulary:  # on a GPU it would be an assertion in a kernel
             raise TrainingError(
-                f"the data holds token {batch['max_token']}, but the model has a vocabulary of {self.vocabulary}: "
+                f"the data holds token {batch.max_token}, but the model has a vocabulary of {self.vocabulary}: "
                 "tokenizer and model do not belong together"
             )
-        branches = "branch" in batch and self.base.config._attn_implementation == NAME
-        return {**batch, **batch["branch"]} if branches else batch
+        branches = self.base.config.get_text_config()._attn_implementation == NAME
+        return batch.branch if batch.branch is not None and branches else batch
 
-    def hidden_states(self, batch: Batch) -> Tensor:
+    def hidden_states(self, layout: Layout) -> Tensor:
         """Return the last hidden states, [rows, width, size]."""
         with self.running():
-            output = self.base.get_decoder()(**inputs(batch))
+            output = self.base.get_decoder()(**inputs(layout))
         return output.last_hidden_state  # type: ignore[no-any-return]
 
     def save_pretrained(self, folder: Path, state_dict: dict[str, Tensor] | None = None) -> None:
@@ -103,8 +115,7 @@ class CausalLM(PackedModel):
         """Compute something at the supervised positions of a batch (see layout.py).
 
         Args:
-            batch: its `input_ids`, `position_ids`, `cu_seqlens`, `max_seqlen`, `max_token`, `supervised` and `targets`
-                are used.
+            batch: its layout, `max_token` and `targets` are used.
             output: what to return.
             tokens: int64 [n, k], for log_probs: the tokens that are asked about, instead of the targets.
             temperature: for log_probs: what logits are divided by.
@@ -116,16 +127,19 @@ class CausalLM(PackedModel):
             hidden: [rows, width, size], the last hidden states, of every position.
 
         Raises:
-            TrainingError: the batch holds a token that the model does not have.
+            TrainingError: the batch holds a token that the model does not have, or there is no such output.
         """
+        if output not in OUTPUTS:
+            hint = suggest(output, OUTPUTS)
+            raise TrainingError(f"the network has no output {output!r}{hint} (outputs: {', '.join(OUTPUTS)})")
         layout = self.layout(batch)
         if output == "hidden":
             return self.hidden_states(batch)
         if output == "logits":
             return self.logits(layout)
         if output == "nll" and self.plain_head:
-            return nll_sum(*self.head_inputs(layout), batch["targets"])
-        asked = batch["targets"][:, None] if tokens is None else tokens
+            return nll_sum(*self.head_inputs(layout), batch.targets)
+        asked = batch.targets[:, None] if tokens is None else tokens
         if self.plain_head:
             log_probs = token_log_probs(*self.head_inputs(layout), asked, temperature)
         else:
@@ -133,18 +147,19 @@ class CausalLM(PackedModel):
         log_probs = log_probs[:, 0].clone() if tokens is None else log_probs  # FSDP2 warns of views
         return -log_probs.sum() if output == "nll" else log_probs
 
-    def head_inputs(self, layout: Batch) -> tuple[Tensor, Tensor, Tensor | None]:
+    def head_inputs(self, layout: Layout) -> tuple[Tensor, Tensor, Tensor | None]:
         """Return the hidden states at the supervised positions, [n, size], and the head's weight and bias."""
         head = self.base.get_output_embeddings()
-        return self.hidden_states(layout).flatten(0, 1).index_select(0, layout["supervised"]), head.weight, head.bias
+        return self.hidden_states(layout).flatten(0, 1).index_select(0, layout.supervised), head.weight, head.bias
 
-    def logits(self, batch: Batch) -> Tensor:
+    def logits(self, layout: Layout) -> Tensor:
         """Return the model's own logits at the supervised positions, [n, vocabulary]."""
-        flat = inputs(batch)
-        for name in ("input_ids", "position_ids"):  # one long row, since one index list serves all rows
-            flat[name] = flat[name].reshape(1, -1)
+        flat = inputs(layout)
+        tokens = [name for name, extra in layout.arguments.items() if extra.per == "token"]
+        for name in ("input_ids", "position_ids", *tokens):  # one long row, since one index list serves all rows
+            flat[name] = flat[name].flatten(-2).unsqueeze(-2)
         with self.running():
-            return self.base(**flat, logits_to_keep=batch["supervised"]).logits[0]  # type: ignore[no-any-return]
+            return self.base(**flat, logits_to_keep=layout.supervised).logits[0]  # type: ignore[no-any-return]
 
     @torch.no_grad()
     def top_log_probs(
@@ -175,22 +190,24 @@ class CausalLM(PackedModel):
             self.train(was_training)
 
 
-def inputs(batch: Batch) -> dict[str, Any]:
-    """Return what every transformers model needs to keep packed documents apart.
+def inputs(layout: Layout) -> dict[str, Any]:
+    """Return what every transformers model needs to keep packed documents apart, and its further arguments.
 
     Flash attention and ours go by the cumulative lengths. sdpa, eager and flex attention go by
     positions that restart, and only if there is no attention mask and no cache.
     """
-    more: dict[str, Any] = {name: batch[name] for name in ("kv_index", "sequence_group") if name in batch}
+    more = {"kv_index": layout.kv_index, "sequence_group": layout.sequence_group}
+    branches = layout.cu_seqlens_k is not None
     return {
-        "input_ids": batch["input_ids"],
-        "position_ids": batch["position_ids"],
+        "input_ids": layout.input_ids,
+        "position_ids": layout.position_ids,
         "use_cache": False,
-        "cu_seq_lens_q": batch["cu_seqlens"],
-        "cu_seq_lens_k": batch.get("cu_seqlens_k", batch["cu_seqlens"]),
-        "max_length_q": batch["max_seqlen"],
-        "max_length_k": batch.get("max_seqlen_k", batch["max_seqlen"]),
-        **more,
+        "cu_seq_lens_q": layout.cu_seqlens,
+        "cu_seq_lens_k": layout.cu_seqlens_k if branches else layout.cu_seqlens,
+        "max_length_q": layout.max_seqlen,
+        "max_length_k": layout.max_seqlen_k if branches else layout.max_seqlen,
+        **{name: value for name, value in more.items() if value is not None},
+        **{name: extra.values for name, extra in layout.arguments.items()},
     }
 
 

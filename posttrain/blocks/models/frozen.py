@@ -10,6 +10,7 @@ from lightning.fabric import Fabric
 from torch import nn
 
 from posttrain.blocks.models.causal import PackedModel
+from posttrain.blocks.parallel.sharding import placed
 
 
 class Frozen(nn.Module):
@@ -18,8 +19,7 @@ class Frozen(nn.Module):
     def __init__(self, module: nn.Module, fabric: Fabric) -> None:
         super().__init__()
         module = fabric.strategy.precision.convert_module(module.requires_grad_(False).eval())
-        place = getattr(fabric.strategy, "place", fabric.to_device)  # see sharding.py
-        self.module = place(module)
+        self.module = placed(module, fabric)
         self.fabric = fabric
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:

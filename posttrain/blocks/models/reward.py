@@ -2,9 +2,9 @@
 
 from torch import Tensor
 
+from posttrain.batch import Batch
 from posttrain.blocks.models.causal import PackedModel
 from posttrain.errors import TrainingError
-from posttrain.interfaces import Batch
 
 
 class Scorer(PackedModel):
@@ -22,6 +22,6 @@ class Scorer(PackedModel):
                 "choose another one with tokenizer.pad_token"
             )
         layout = self.layout(batch)
-        last = self.hidden_states(layout).flatten(0, 1).index_select(0, layout["ends"])
+        last = self.hidden_states(layout).flatten(0, 1).index_select(0, layout.ends)
         rewards: Tensor = self.base.score(last)
         return rewards.float().view(-1, 2)

@@ -17,7 +17,7 @@ from lightning.fabric.utilities.seed import reset_seed
 from torch import Tensor, nn
 
 from posttrain.blocks.parallel.parts import Part
-from posttrain.blocks.parallel.sharding import EveryMicroBatchSyncs, replace_tensors, send, tensors_of
+from posttrain.blocks.parallel.sharding import EveryMicroBatchSyncs, ShardingStrategy, replace_tensors, send, tensors_of
 from posttrain.errors import CheckpointError
 from posttrain.runtime.launch import silence_libraries
 
@@ -134,7 +134,7 @@ def partition(module: nn.Module, strategy: Any) -> None:
     deepspeed.zero.Init(module=module, config_dict_or_path=strategy.config)
 
 
-class Engine(DeepSpeedStrategy):
+class Engine(ShardingStrategy, DeepSpeedStrategy):
     """DeepSpeed, stepped by its engine, on GPUs or (for tests) on CPUs."""
 
     def __init__(self, config: dict[str, Any]) -> None:

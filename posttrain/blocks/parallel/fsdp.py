@@ -22,14 +22,14 @@ from torch.distributed.fsdp import (
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
-from posttrain.blocks.parallel.sharding import EveryMicroBatchSyncs, send, tensors_of, units
+from posttrain.blocks.parallel.sharding import EveryMicroBatchSyncs, ShardingStrategy, send, tensors_of, units
 from posttrain.errors import RecipeError
 
 CALLED = ("generate", "top_log_probs")
 """Methods besides `forward` that use parameters, and so must gather them first."""
 
 
-class FullyShard(ModelParallelStrategy):
+class FullyShard(ShardingStrategy, ModelParallelStrategy):
     """Fabric's strategy with one way to shard, for networks to train and for frozen ones; keys are the block's."""
 
     def __init__(self, reshard_after_forward: bool, cpu_offload: bool, shard_size: int | None) -> None:
@@ -77,8 +77,9 @@ class FullyShard(ModelParallelStrategy):
             send(module, given, self.mesh, self.root_device, torch.device("cpu") if self.cpu_offload else None)
         return module
 
-    place = shard
-    """Of frozen networks, which are sharded like the one that is trained."""
+    def place(self, module: nn.Module) -> nn.Module:
+        """Shard a frozen network like the one that is trained."""
+        return self.shard(module)
 
     @property
     def offload_policy(self) -> OffloadPolicy:

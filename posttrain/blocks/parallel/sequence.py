@@ -6,8 +6,9 @@ from typing import TYPE_CHECKING, Any
 import attrs
 from attrs.validators import gt
 
+from posttrain.batch import Batch
 from posttrain.errors import RecipeError
-from posttrain.interfaces import Batch, Loader, Loaders, Position
+from posttrain.interfaces import Loader, Loaders, Position
 from posttrain.registry import block, key
 
 if TYPE_CHECKING:
@@ -40,13 +41,13 @@ class Ulysses:
         group, place = every[fabric.global_rank // self.size], fabric.global_rank % self.size
 
         def parted(loader: Loader) -> Loader:
-            return Parts(attrs.evolve(loader, multiple=self.size), group, place, self.size)  # type: ignore[misc]
+            return ColumnLoader(attrs.evolve(loader, multiple=self.size), group, place, self.size)  # type: ignore[misc]
 
         return attrs.evolve(
             loaders, train=parted(loaders.train), eval=None if loaders.eval is None else parted(loaders.eval)
         )
 
-    def fit(self, model: "nn.Module") -> None:
+    def validate(self, model: "nn.Module") -> None:
         """Refuse a network whose attention cannot be shared.
 
         Raises:
@@ -64,47 +65,30 @@ class Ulysses:
 
 
 @attrs.frozen(eq=False)
-class Parts:
-    """A loader of parts of rows."""
+class ColumnLoader:
+    """A loader of some columns of the rows that another one gives."""
 
-    whole: Loader
+    rows_of: Loader
     group: Any
     place: int
     size: int
 
     def start(self) -> Position:
         """Return the position before the first row."""
-        return self.whole.start()
+        return self.rows_of.start()
 
     def rows(self, epochs: int) -> int | None:
-        """Return how many rows `epochs` passes hold."""
-        return self.whole.rows(epochs)
+        """Return how many rows `epochs` epochs hold."""
+        return self.rows_of.rows(epochs)
 
     def batches(self, position: Position) -> Iterator[tuple[Batch, Position]]:
-        """Yield parts of micro-batches without end, each with the position after it."""
-        return ((self.part(batch), after) for batch, after in self.whole.batches(position))
+        """Yield this rank's columns of micro-batches without end, each with the position after it."""
+        return ((self.columns(batch), after) for batch, after in self.rows_of.batches(position))
 
     def one_pass(self) -> Iterator[Batch]:
-        """Yield parts of the micro-batches of one pass."""
-        return map(self.part, self.whole.one_pass())
+        """Yield this rank's columns of the micro-batches of one epoch."""
+        return map(self.columns, self.rows_of.one_pass())
 
-    def part(self, batch: Batch) -> Batch:
-        """Return this rank's columns of a batch, with what is predicted from them.
-
-        `cu_seqlens` and `max_seqlen` stay those of whole rows, which attention works on.
-        """
-        width = batch["input_ids"].shape[1]
-        each = width // self.size
-        first = self.place * each
-        row, column = batch["supervised"] // width, batch["supervised"] % width
-        mine = (first <= column) & (column < first + each)
-        counts = int(mine.sum()) if batch["weight"] else 0
-        tokens = int((batch["row_lengths"] - first).clamp(0, each).sum()) if batch["tokens"] else 0
-        cut = {
-            name: batch[name][:, first : first + each].contiguous() for name in ("input_ids", "labels", "position_ids")
-        }
-        return cut | {
-            "cu_seqlens": batch["cu_seqlens"], "max_seqlen": batch["max_seqlen"], "max_token": batch["max_token"],
-            "supervised": (row * each + column - first)[mine], "targets": batch["targets"][mine],
-            "weight": counts, "supervised_tokens": counts, "tokens": tokens, "sequence_group": self.group,
-        }  # fmt: skip
+    def columns(self, batch: Batch) -> Batch:
+        """Return this rank's columns of a batch, with what is predicted from them."""
+        return batch.columns(self.place, self.size, self.group)

@@ -1,19 +1,35 @@
 """What strategies that shard have in common: rank zero sends its weights, and every micro-batch reduces gradients.
 
-Such a strategy has a method `place(module)`, which puts a network onto all ranks with rank zero's weights.
+A frozen network is put in place by `placed`; a network is built without weights, where it will get them or needs none,
+inside `without_weights`.
 """
 
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any
+from contextvars import ContextVar
 
 import torch
 import torch.distributed as dist
+from lightning.fabric import Fabric
 from lightning.fabric.strategies.strategy import _BackwardSyncControl
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, distribute_tensor
+
+
+class ShardingStrategy:
+    """What a Fabric strategy that shards can do besides: put a network that is not trained onto all ranks."""
+
+    def place(self, module: nn.Module) -> nn.Module:
+        """Return the network with rank zero's weights; all ranks must call it."""
+        raise NotImplementedError
+
+
+def placed(module: nn.Module, fabric: Fabric) -> nn.Module:
+    """Return a network that is not trained, where the run's strategy keeps it. All ranks must call it."""
+    strategy = fabric.strategy
+    return strategy.place(module) if isinstance(strategy, ShardingStrategy) else fabric.to_device(module)
 
 
 class EveryMicroBatchSyncs(_BackwardSyncControl):
@@ -84,13 +100,26 @@ def send(
     replace_tensors(module, sent)
 
 
+_weightless: ContextVar[bool] = ContextVar("weightless", default=False)
+
+
 @contextmanager
-def without_weights(fabric: Any) -> Iterator[bool]:
+def weightless() -> Iterator[None]:
+    """Build networks on the meta device meanwhile: for those who want to know their shapes alone."""
+    token = _weightless.set(True)
+    try:
+        yield
+    finally:
+        _weightless.reset(token)
+
+
+@contextmanager
+def without_weights(fabric: Fabric | None) -> Iterator[bool]:
     """Build on the meta device where rank zero will send the weights, or nobody wants them; yields whether so."""
-    if getattr(fabric, "without_weights", False):  # see tracing.py
+    if _weightless.get():
         yield True
         return
-    if not hasattr(getattr(fabric, "strategy", None), "place") or fabric.is_global_zero:
+    if fabric is None or not isinstance(fabric.strategy, ShardingStrategy) or fabric.is_global_zero:
         yield False
         return
     with torch.device("meta"), warnings.catch_warnings():

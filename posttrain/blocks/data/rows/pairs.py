@@ -86,7 +86,7 @@ def pair(row: dict[str, Any]) -> Sample:
         raise Refused("chosen and rejected do not answer the same messages")
     if any(side["messages"][shared]["role"] != "assistant" for side in sides):
         raise Refused("chosen and rejected differ before a reply: in a message of another role than assistant")
-    return Sample([side | {"shared": shared} for side in sides], _margin(row))
+    return Sample([side | {"shared": shared} for side in sides], {"margins": _margin(row)})
 
 
 def _prompt(row: dict[str, Any]) -> list[Message]:

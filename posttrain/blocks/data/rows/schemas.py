@@ -6,7 +6,7 @@ problem/solution. Which of them a row fits, and which columns are read, is decid
 """
 
 from collections import Counter
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterable
 from typing import Any
 
 import attrs
@@ -14,7 +14,7 @@ import attrs
 from posttrain.blocks.data.rows.messages import ROLES, Message, Refused, listed, message, text_of, tool
 from posttrain.errors import DataError
 
-__all__ = ["CHATS", "REPLIES", "Columns", "Message", "Refused", "Sample", "Schema", "conversation", "filled", "schema"]
+__all__ = ["CHATS", "REPLIES", "Message", "Reading", "Refused", "Sample", "Schema", "conversation", "filled", "schema"]
 
 CHATS = ("messages", "conversations", "conversation")
 REPLIES = {
@@ -38,10 +38,10 @@ SHARED = (*SYSTEM, *TOOLS, "chat_template_kwargs")
 
 @attrs.frozen
 class Sample:
-    """What a row says: a conversation, or several that stay together, and perhaps a number."""
+    """What a row says: a conversation, or several that stay together, and the values that go along."""
 
     conversations: list[dict[str, Any]]
-    value: float = 0.0
+    values: dict[str, Any] = attrs.field(factory=dict)
 
 
 @attrs.frozen
@@ -55,7 +55,7 @@ class Schema:
 
 
 @attrs.define
-class Columns:
+class Reading:
     """Which columns of a source are read, and as what."""
 
     schemas: Counter[str] = attrs.field(factory=Counter)
@@ -64,8 +64,10 @@ class Columns:
     found: set[str] = attrs.field(factory=set)
     """All that hold anything."""
 
-    def note(self, row: dict[str, Any], schema: Callable[[dict[str, Any]], Schema] | None) -> None:
-        """Take note of a row; without a schema, only the data block knows what it reads."""
+    def note(
+        self, row: dict[str, Any], schema: Callable[[dict[str, Any]], Schema] | None, kept: Iterable[str] = ()
+    ) -> None:
+        """Take note of a row, of which some columns go along; without a schema, only the block knows what it reads."""
         if schema is None:
             return
         try:
@@ -73,7 +75,7 @@ class Columns:
         except (Refused, DataError):
             return
         self.schemas[understood.name] += 1
-        self.read.update(understood.columns)
+        self.read.update(understood.columns, kept)
         self.found.update(name for name, value in row.items() if filled(value))
 
     def summary(self) -> dict[str, Any]:

@@ -6,9 +6,9 @@ import httpx
 import numpy as np
 import torch
 
+from posttrain.batch import Batch
 from posttrain.blocks.layout import Document, lay
 from posttrain.errors import TrainingError
-from posttrain.interfaces import Batch
 
 if TYPE_CHECKING:
     from posttrain.run import Run
@@ -19,9 +19,8 @@ def with_positions(batch: Batch, heads: int) -> Batch:
 
     The hidden state that head 0 starts from lies two tokens before, in the same document. The weight is their number.
     """
-    chosen = np.flatnonzero((batch["streaks"] >= heads) & (batch["depths"] >= 1))
-    weight = len(chosen) if batch["weight"] else 0
-    return {**batch, "chosen": torch.from_numpy(chosen), "weight": weight}
+    chosen = np.flatnonzero((batch.streaks >= heads) & (batch.depths >= 1))
+    return batch.but(chosen=torch.from_numpy(chosen), weight=len(chosen) if batch.weight else 0)
 
 
 def continued(
@@ -55,17 +54,12 @@ def continued(
             said += generate(run, group, new_tokens, temperature, top_k)
     documents = [document(prompt, reply) for prompt, reply in zip(prompts, said, strict=True)]
     made = lay([[one] for one in documents], run.tokenizer.pad_token_id or 0)
-    return made if batch["weight"] else {**made, "weight": 0}
+    return made if batch.weight else made.idle()
 
 
 def prompts_of(batch: Batch, length: int) -> list[list[int]]:
     """Return as many prompts of a length as fit into each document of a batch."""
-    ids, depths = batch["input_ids"].flatten().tolist(), batch["position_ids"].flatten()
-    prompts = []
-    for end in batch["ends"].tolist():
-        begin = end - int(depths[end])
-        prompts += [ids[at : at + length] for at in range(begin, end + 2 - length, length)]
-    return prompts
+    return [ids[at : at + length] for _, ids, _ in batch.documents() for at in range(0, len(ids) + 1 - length, length)]
 
 
 def document(prompt: list[int], reply: list[int]) -> Document:

@@ -15,11 +15,11 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from posttrain.batch import Batch
 from posttrain.blocks.losses.cross_entropy import chunk_rows, nll_sum
 from posttrain.blocks.models.causal import PackedModel
 from posttrain.blocks.models.speculator.files import read_config, tensor_shapes, validate
 from posttrain.errors import CheckpointError
-from posttrain.interfaces import Batch
 
 
 class Norm(nn.Module):
@@ -105,7 +105,7 @@ class Speculating(PackedModel):
             Summed negative log-likelihoods of the tokens that the heads should have drafted, in nats; and how many of
             them were the likeliest, in evaluation (in training it is 0: counting costs as much as the loss).
         """
-        speculator, ids = self.speculator, self.layout(batch)["input_ids"].flatten()
+        speculator, ids = self.speculator, self.layout(batch).input_ids.flatten()
         with torch.no_grad():
             hidden = self.hidden_states(batch).flatten(0, 1).index_select(0, positions)
         state, losses, right = speculator.start(hidden), [], []

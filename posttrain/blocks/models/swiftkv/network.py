@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from posttrain.batch import Batch
 from posttrain.blocks.losses.cross_entropy import divergence_sum
 from posttrain.blocks.models.causal import CausalLM, inputs
-from posttrain.interfaces import Batch
 
 log = logging.getLogger("posttrain")
 
