@@ -563,3 +563,77 @@ def test_a_conversation_split_into_turns_stays_on_one_side_of_the_evaluation(tmp
     previews = list(data(path, split_turns=True).preview(TOKENIZER, 1))
     assert [preview.side for preview in previews] == ["turn 1", "turn 2"]
     assert previews[0].columns == {"schema": "messages", "read": ["messages"], "unused": []}
+
+
+# -- splits of a folder ---------------------------------------------------------------
+
+
+def folder_of(tmp_path: Path, *names: str, readme: str | None = None) -> Path:
+    """A folder whose files hold one row each, with the file's name as the reply."""
+    import datasets
+
+    for name in names:
+        file = tmp_path / "folder" / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        row = {"prompt": "q", "response": Path(name).name.split(".")[0]}
+        if file.suffix == ".parquet":
+            datasets.Dataset.from_list([row]).to_parquet(file)
+        elif file.suffix == ".csv":
+            file.write_text(f"prompt,response\nq,{row['response']}\n")
+        else:
+            write(file, row)
+    if readme is not None:
+        (tmp_path / "folder" / "README.md").write_text(f"---\n{readme}\n---\n")
+    return tmp_path / "folder"
+
+
+ULTRACHAT = tuple(f"data/{n}-00000-of-00001.parquet" for n in ("train_sft", "train_gen", "test_sft", "test_gen"))
+CONFIGS = """\
+configs:
+- config_name: sft
+  default: true
+  data_files:
+  - {split: train, path: data/train_sft-*}
+  - {split: test, path: data/test_sft-*}
+- config_name: gen
+  data_files: [{split: train, path: data/train_gen-*}]"""
+SPLIT_FOLDERS: dict[str, tuple[tuple[str, ...], str | None, dict[str, Any], list[str]]] = {
+    "names": (("train.jsonl", "test.jsonl"), None, {}, ["train"]),
+    "other names of a split": (("training_1.jsonl", "dev.jsonl"), None, {"split": "validation"}, ["dev"]),
+    "folders": (("train/a.jsonl", "train/b.jsonl", "test/c.jsonl"), None, {}, ["a", "b"]),
+    "no split": (("a.jsonl", "b.jsonl"), None, {}, ["a", "b"]),
+    "a local copy of ultrachat": (ULTRACHAT, None, {"split": "train_sft"}, ["train_sft-00000-of-00001"]),
+    "a README that names configurations": (ULTRACHAT, CONFIGS, {}, ["train_sft-00000-of-00001"]),
+    "another configuration": (ULTRACHAT, CONFIGS, {"name": "gen"}, ["train_gen-00000-of-00001"]),
+    "its test split": (ULTRACHAT, CONFIGS, {"split": "test"}, ["test_sft-00000-of-00001"]),
+}
+
+
+@pytest.mark.parametrize("name", SPLIT_FOLDERS)
+def test_the_files_of_a_folder_belong_to_splits_as_datasets_says(tmp_path: Path, name: str) -> None:
+    names, readme, source, expected = SPLIT_FOLDERS[name]
+    folder = folder_of(tmp_path, *names, readme=readme)
+    assert list(Source(name_or_path=str(folder), **source).check()) == []
+    assert replies(data(folder, source=source).prepare(TOKENIZER).train) == expected
+
+
+WRONG_FOLDERS: dict[str, tuple[tuple[str, ...], str | None, dict[str, Any], str]] = {
+    "no such split": (ULTRACHAT, None, {}, "holds the splits test_gen, test_sft, train_gen, train_sft, not 'train'"),
+    "no such configuration": (ULTRACHAT, CONFIGS, {"name": "nope"}, "'nope' not found. Available: .*sft.*gen"),
+    "several formats": (("a.jsonl", "b.csv", "c.jsonl"), None, {}, r"several formats \(.jsonl, .csv\)"),
+    "nothing to read": (("notes.txt",), None, {}, "holds no file that can be read"),
+    "a README that is no YAML": (("a.jsonl",), "configs: [", {}, "cannot be read as a dataset"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG_FOLDERS)
+def test_a_folder_that_cannot_be_read_is_a_message(tmp_path: Path, name: str) -> None:
+    names, readme, source, message = WRONG_FOLDERS[name]
+    with pytest.raises(DataError, match=message):
+        data(folder_of(tmp_path, *names, readme=readme), source=source).prepare(TOKENIZER)
+
+
+def test_files_in_no_split_are_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    folder = folder_of(tmp_path, "train.jsonl", "extra.jsonl")
+    assert replies(data(folder).prepare(TOKENIZER).train) == ["train"]
+    assert "extra.jsonl: in no split, and not read" in caplog.text

@@ -8,8 +8,9 @@ import csv
 import gzip
 import hashlib
 import json
-import re
+import logging
 import sys
+import tempfile
 from collections.abc import Iterator
 from itertools import chain
 from pathlib import Path
@@ -23,8 +24,8 @@ if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset
 
 FORMATS = (".jsonl", ".ndjson", ".json", ".csv", ".parquet")
-SPLITS = {"train", "test", "valid", "validation", "val", "dev", "eval"}
 Values = dict[str, Any]
+log = logging.getLogger("posttrain")
 
 
 class Row(NamedTuple):
@@ -131,8 +132,13 @@ def format_of(path: Path) -> str | None:
     return suffixes[-1] if suffixes and suffixes[-1] in FORMATS else None
 
 
-def local_reader(path: Path, split: str) -> Reader:
+def local_reader(path: Path, split: str, name: str | None = None) -> Reader:
     """Open a file, a folder of files, or a folder that `Dataset.save_to_disk` wrote.
+
+    Args:
+        path: of the file or folder.
+        split: which files of a folder, as `datasets` assigns them: by their names, or by `configs:` in a README.md.
+        name: one of these configurations.
 
     Raises:
         DataError: nothing is there, or nothing in it can be read.
@@ -143,25 +149,40 @@ def local_reader(path: Path, split: str) -> Reader:
         return LocalFiles([path])
     if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
         return _saved_dataset(path, split)
-    files = sorted(f for f in path.rglob("*") if f.is_file() and format_of(f) and not f.name.startswith("."))
-    files = _of_split(path, files, split)
-    if not files:
+    splits = _splits(path, name)
+    files = _chosen(path, splits, split)
+    known = [f for f in files if format_of(f)]
+    if not known:
         raise DataError(f"{path} holds no file that can be read (known: {', '.join(FORMATS)})")
-    if len(formats := sorted({str(format_of(f)) for f in files})) > 1:
-        raise DataError(f"{path} holds files of several formats ({', '.join(formats)}); name one file, or split them")
-    return LocalFiles(files)
+    there = {f for f in path.rglob("*") if f.is_file() and format_of(f)}
+    there = {f for f in there if not any(part.startswith((".", "__")) for part in f.relative_to(path).parts)}
+    left = sorted(str(f.relative_to(path)) for f in there.difference(*splits.values()))
+    if left and not (path / "README.md").is_file():  # whose `configs:` may mean to leave files out
+        if formats := sorted({str(format_of(Path(f))) for f in left} - {str(format_of(f)) for f in known}):
+            also = ", ".join([*sorted({str(format_of(f)) for f in known}), *formats])
+            raise DataError(f"{path} holds files of several formats ({also}); name one file, or split them")
+        log.warning("%s: %s: in no split, and not read", path, ", ".join(left))
+    return LocalFiles(known)
 
 
-def _of_split(folder: Path, files: list[Path], split: str) -> list[Path]:
-    """Leave out files whose names say that they belong to another split (`test.jsonl`)."""
-    named = {f: SPLITS & set(re.split(r"[^a-z]+", str(f.relative_to(folder)).lower())) for f in files}
-    if not any(named.values()):
-        return files
-    chosen = [f for f in files if split in named[f]]
-    if not chosen:
-        found = ", ".join(sorted(set[str]().union(*named.values())))
-        raise DataError(f"{folder} holds the splits {found}, not {split!r}; set `split` on the source")
-    return chosen
+def _splits(folder: Path, name: str | None) -> dict[str, list[Path]]:
+    """Return the files of each split, as `datasets` finds them."""
+    from datasets import load_dataset_builder
+
+    try:
+        with tempfile.TemporaryDirectory() as nowhere:  # it makes a folder for a cache, which is not used
+            found = load_dataset_builder(str(folder), name, cache_dir=nowhere).config.data_files
+    except FileNotFoundError:
+        found = None
+    except Exception as error:  # what a README.md says may be wrong in any way
+        raise DataError(f"{folder} cannot be read as a dataset: {type(error).__name__}: {error}") from error
+    return {str(split): sorted(map(Path, files)) for split, files in (found or {}).items()}
+
+
+def _chosen(folder: Path, splits: dict[str, list[Path]], split: str) -> list[Path]:
+    if splits and split not in splits:
+        raise DataError(f"{folder} holds the splits {', '.join(splits)}, not {split!r}; set `split` on the source")
+    return splits.get(split, [])
 
 
 def _saved_dataset(path: Path, split: str) -> ArrowRows:

@@ -62,9 +62,10 @@ class Source:
     """A file (jsonl, json, csv, parquet; all but parquet also as .gz), a folder of such files, a folder written by
     `Dataset.save_to_disk`, or the name of a dataset on the hub."""
     name: str | None = None
-    """Configuration of a hub dataset (`main` of `openai/gsm8k`)."""
+    """Configuration of a hub dataset (`main` of `openai/gsm8k`), or of a folder whose README.md lists `configs:`."""
     split: str | None = None
-    """Split of a hub dataset or folder; `train` unless given."""
+    """Split of a hub dataset or folder; `train` unless given. The files of a folder belong to splits as on the hub: by
+    their names (`train.jsonl`, `data/train_sft-00000-of-00003.parquet`), or as `configs:` in its README.md says."""
     revision: str | None = None
     """Branch, tag or commit of a hub dataset."""
     columns: dict[str, str] = attrs.field(factory=dict)
@@ -88,7 +89,7 @@ class Source:
             yield "name_or_path", f"{self.name_or_path}: unknown format"
         if self.is_local:
             for field, value in (("name", self.name), ("revision", self.revision), ("token", self.token)):
-                if value is not None:
+                if value is not None and not (field == "name" and (self.path / "README.md").is_file()):
                     yield field, f"means nothing for a local file or folder ({self.name_or_path})"
         if self.path.is_file() and self.split not in (None, "train"):
             yield "split", f"a single file has no splits, so {self.split!r} cannot be chosen from it"
@@ -122,7 +123,7 @@ class Source:
             return self._open_hub()
         if not self.path.exists():
             raise DataError(self._missing())
-        return local_reader(self.path, self.split or "train")
+        return local_reader(self.path, self.split or "train", self.name)
 
     def read(self, reader: Reader, state: dict[str, Any] | None = None) -> Iterator[tuple[Row, dict[str, Any]]]:
         """Yield rows with renamed columns, each with the JSON-able state to go on from after it."""
