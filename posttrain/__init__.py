@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from posttrain.batch import Batch, Extra, Term
-    from posttrain.blocks.callbacks import EarlyStop, Profiler, Samples
+    from posttrain.blocks.callbacks import EMA, EarlyStop, Profiler, Samples
     from posttrain.blocks.checkpoints.checkpoint import HuggingFace, Resume
     from posttrain.blocks.data.data import CausalData, PreferenceData, SFTData
     from posttrain.blocks.data.sources import Source
+    from posttrain.blocks.joined import JoinedOptimizer
     from posttrain.blocks.loggers.logger import JSONL, Console, TensorBoard
     from posttrain.blocks.losses.preference import preference_loss
     from posttrain.blocks.models.model import HFModel, LoRA, RewardModel
@@ -51,7 +52,8 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "batch": ("Batch", "Extra", "Term"),
-    "blocks.callbacks": ("EarlyStop", "Profiler", "Samples"),
+    "blocks.callbacks": ("EMA", "EarlyStop", "Profiler", "Samples"),
+    "blocks.joined": ("JoinedOptimizer",),
     "blocks.checkpoints.checkpoint": ("HuggingFace", "Resume"),
     "blocks.data.data": ("CausalData", "PreferenceData", "SFTData"),
     "blocks.loggers.logger": ("Console", "JSONL", "TensorBoard"),
@@ -91,10 +93,10 @@ _HOME_OF = {name: f"posttrain.{module}" for module, found in _HOMES.items() for 
 
 __all__ = [
     "AdamW", "Auto", "AzureOpenAISynth", "Batch", "CausalData", "CausalTrainer", "CheckpointError", "Console",
-    "Constant", "CortexSynth", "Cosine", "DDP", "DPOTrainer", "DataError", "DeepSpeed", "DistillTrainer",
-    "EarlyStop", "Extra", "FSDP", "HFModel", "HFTokenizer", "HookError", "HuggingFace", "JSONL", "Linear", "LoRA",
-    "OpenAISynth", "PosttrainError", "PreferenceData", "Profiler", "RecipeError", "RegistryError", "Resume",
-    "RewardModel", "RewardTrainer", "Run", "SFTData", "SFTTrainer", "Samples", "Secret", "Source",
+    "Constant", "CortexSynth", "Cosine", "DDP", "DPOTrainer", "DataError", "DeepSpeed", "DistillTrainer", "EMA",
+    "EarlyStop", "Extra", "FSDP", "HFModel", "HFTokenizer", "HookError", "HuggingFace", "JSONL", "JoinedOptimizer",
+    "Linear", "LoRA", "OpenAISynth", "PosttrainError", "PreferenceData", "Profiler", "RecipeError", "RegistryError",
+    "Resume", "RewardModel", "RewardTrainer", "Run", "SFTData", "SFTTrainer", "Samples", "Secret", "Source",
     "SpeculatorModel", "SpeculatorTrainer", "SwiftKVModel", "SwiftKVTrainer", "SynthError", "TensorBoard", "Term",
     "Trainer", "TrainingError", "TransformersSynth", "TwoStage", "Ulysses", "VllmSynth", "WSD", "after", "before",
     "block", "default", "key", "kind", "load", "preference_loss",

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from torch.optim import Optimizer
     from torch.optim.lr_scheduler import LRScheduler
 
+    from posttrain.blocks.parallel.shards import TensorSlice
+
 
 SKIPPED_IN_A_ROW = 20
 """So many steps that are left out one after the other end a run. (A loss scale of 65,536 takes a dozen to settle.)"""
@@ -198,6 +200,9 @@ class Run:
     """Then `finished` (to the last step, or a callback's stop), `interrupted` (a signal, stop_after) or `failed`."""
     memory: dict[str, Any] = attrs.field(factory=dict)
     """What callbacks remember: plain JSON data, kept in checkpoints."""
+    tensors: dict[str, "TensorSlice"] = attrs.field(factory=dict)
+    """Tensors that callbacks and trainers keep, by name: written to checkpoints, and filled from one that holds them. A
+    shard's are made by `shard.like(values)`, for each of `run.strategy.shards(run)`."""
     metrics: Metrics = attrs.field(factory=Metrics)
     loggers: list[Logger] = attrs.field(factory=list)
     last: dict[str, float] = attrs.field(factory=dict)

@@ -51,7 +51,13 @@ CUT = [name for name in ("ddp", "fsdp", "zero-2", "zero-3") if name in STRATEGIE
 """Strategies whose checkpoints every other one goes on from."""
 SEQUENCES = [(case, name, 2) for case in ("sft", "swiftkv") for name in ("ddp", "fsdp", "zero-3") if name in STRATEGIES]
 """Trainer, strategy, and how many ranks share a row."""
-KEYS: dict[str, Any] = {"max_steps": 6, "eval_rows": 5, "eval_every": 3, "max_grad_norm": 0.3}
+KEYS: dict[str, Any] = {
+    "max_steps": 6,
+    "eval_rows": 5,
+    "eval_every": 3,
+    "max_grad_norm": 0.3,
+    "callbacks": [posttrain.EMA(decay=0.5)],
+}
 LAST = 3
 """The step that runs are cut after."""
 
@@ -151,20 +157,25 @@ def assert_equal_metrics(folder: Path, other: Path) -> None:
         assert one == pytest.approx(two, abs=1e-5, rel=1e-5)
 
 
+def assert_equal_exports(folder: Path, other: Path) -> None:
+    """The weights, and their moving average."""
+    from safetensors.torch import load_file
+
+    for name in ("huggingface", "huggingface-ema"):
+        ours, theirs = (load_file(next((where / name).glob("*.safetensors"))) for where in (folder, other))
+        assert ours.keys() == theirs.keys()
+        assert max(float((ours[key] - theirs[key]).abs().max()) for key in ours) < 1e-5
+
+
 @pytest.mark.timeout(900)  # the first one waits for them all
 @pytest.mark.parametrize("case", TRAINERS)
 @pytest.mark.parametrize("name", STRATEGIES)
 def test_two_ranks_train_and_export_like_one(case: str, name: str, runs: Path, alone: dict[str, Path]) -> None:
-    from safetensors.torch import load_file
-
     folder = runs / f"{case} {name}"
     assert_equal_metrics(folder, alone[case])
     assert (folder / "said-0.json").read_text() == (folder / "said-1.json").read_text()
     assert (folder / "said-0.json").read_text() == (alone[case] / "said.json").read_text()
-    exported = [next((where / "huggingface").glob("*.safetensors")) for where in (folder, alone[case])]
-    ours, theirs = map(load_file, exported)
-    assert ours.keys() == theirs.keys()
-    assert max(float((ours[key] - theirs[key]).abs().max()) for key in ours) < 1e-5
+    assert_equal_exports(folder, alone[case])
 
 
 @pytest.mark.parametrize(("case", "name", "size"), SEQUENCES)
@@ -178,6 +189,7 @@ def test_two_ranks_share_rows_and_train_like_one(
 @pytest.mark.parametrize("origin", [*CUT, "alone"])
 def test_two_ranks_go_on_from_any_checkpoint(origin: str, name: str, runs: Path, alone: dict[str, Path]) -> None:
     assert_equal_metrics(runs / f"cut {origin} on {name}", alone["sft"])
+    assert_equal_exports(runs / f"cut {origin} on {name}", alone["sft"])
 
 
 @pytest.mark.parametrize("origin", CUT)

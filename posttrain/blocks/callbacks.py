@@ -4,7 +4,8 @@ from pathlib import Path
 from typing import Any
 
 import attrs
-from attrs.validators import ge, gt
+from attrs.validators import and_ as both
+from attrs.validators import ge, gt, lt
 
 from posttrain.errors import RecipeError
 from posttrain.hooks import after, before
@@ -31,6 +32,58 @@ class EarlyStop:
         memory["early-stop waited"] = 0 if value < lowest else memory.get("early-stop waited", 0) + 1
         if memory["early-stop waited"] >= self.patience:
             trainer.run.stop = f"{self.metric} has not fallen below {lowest:.4f} for {self.patience} evaluations"
+
+
+@block("callback", "ema")
+class EMA:
+    """Keep an exponential moving average of the weights, and export it beside the model, in `huggingface-ema`."""
+
+    decay: float = key(0.999, check=both(ge(0), lt(1)))
+    """How much of the average stays at each step: 0.999 looks back over about a thousand."""
+
+    @after("trainer.setup")
+    def keep(self, trainer: Any, run: Any) -> None:
+        """Make room, in float32, for what a checkpoint may fill."""
+        for shard in run.strategy.shards(run):
+            run.tensors[f"ema/{shard.name}"] = shard.like(shard.values.detach().float().clone())
+
+    @before("trainer.fit")
+    def start(self, trainer: Any) -> None:
+        """Begin with the weights as they are, unless the average goes on."""
+        if not trainer.run.memory.get("ema"):
+            for shard, average in self.pairs(trainer.run):
+                average.copy_(shard)
+            trainer.run.memory["ema"] = True
+
+    @after("trainer.count")
+    def follow(self, trainer: Any, _: None) -> None:
+        """Move towards the weights after a step."""
+        for shard, average in self.pairs(trainer.run):
+            average.lerp_(shard.float(), 1 - self.decay)
+
+    @before("trainer.save")
+    def export(self, trainer: Any, at_end: bool) -> None:
+        """Export the average when the run is finished; meanwhile the network has its weights."""
+        from posttrain.blocks.checkpoints.checkpoint import HuggingFace
+
+        run = trainer.run
+        if at_end and run.status == "finished":
+            kept = [shard.clone() for shard, _ in self.pairs(run)]
+            self.put(run, [average for _, average in self.pairs(run)])
+            try:
+                HuggingFace(output_dir=run.output_dir / "huggingface-ema").save(run, at_end=True)
+            finally:
+                self.put(run, kept)
+
+    def pairs(self, run: Any) -> list[tuple[Any, Any]]:
+        """Return this rank's part of each trained parameter, and its average: [n] each."""
+        return [(s.values.detach(), run.tensors[f"ema/{s.name}"].values) for s in run.strategy.shards(run)]
+
+    def put(self, run: Any, values: list[Any]) -> None:
+        """Give the network other weights."""
+        for (shard, _), value in zip(self.pairs(run), values, strict=True):
+            shard.copy_(value)
+        run.strategy.restored(run)
 
 
 @block("callback", "samples")

@@ -11,6 +11,10 @@ if TYPE_CHECKING:
     from torch.optim import Optimizer
 
 
+KNOWN = ("state", "param_groups", "defaults")
+"""Attributes of an optimizer that checkpoints know."""
+
+
 @block("optimizer", "adamw")
 class AdamW:
     """Adam with decoupled weight decay (Loshchilov and Hutter, arXiv:1711.05101); fused where torch can."""
@@ -39,10 +43,63 @@ class AdamW:
 
 
 def torch_optimizer(optimizer: Any) -> "Optimizer":
-    """Return torch's own optimizer inside what Fabric and DeepSpeed made of it."""
-    while (inner := vars(optimizer).get("_optimizer") or vars(optimizer).get("optimizer")) is not None:
-        optimizer = inner
-    return optimizer  # type: ignore[no-any-return]
+    """Return the optimizer that a block made, inside what Fabric and DeepSpeed made of it."""
+    from torch.optim import Optimizer
+
+    while True:
+        held = vars(optimizer)
+        if held.get("_optimizer") is not None:
+            optimizer = held["_optimizer"]  # Fabric's
+        elif held.get("optimizer") is not None and not isinstance(optimizer, Optimizer):
+            optimizer = held["optimizer"]  # DeepSpeed's; what is an optimizer itself may wrap another, and has a state
+        else:
+            return optimizer  # type: ignore[no-any-return]
+
+
+def members(optimizer: "Optimizer") -> "dict[str, Optimizer]":
+    """Return an optimizer, as "", and those inside it, such as the one that Lookahead wraps, by where they are."""
+    from torch.optim import Optimizer
+
+    found, states = {"": optimizer}, {id(optimizer.state)}
+
+    def look(value: Any, path: str) -> None:
+        if isinstance(value, Optimizer):
+            if id(value.state) not in states:
+                states.add(id(value.state))
+                found[path] = value
+                for name, inner in vars(value).items():
+                    look(inner, f"{path}.{name}")
+        elif isinstance(value, list | tuple | dict):
+            for key, item in value.items() if isinstance(value, dict) else enumerate(value):
+                look(item, f"{path}.{key}")
+
+    for name, value in vars(optimizer).items():
+        if name not in KNOWN:
+            look(value, name)
+    return found
+
+
+def hidden_tensors(optimizer: "Optimizer") -> list[str]:
+    """Return the attributes in which an optimizer keeps tensors besides its state."""
+    from torch import Tensor, nn
+
+    def holds(value: Any, depth: int = 3) -> bool:
+        if isinstance(value, Tensor):
+            return not isinstance(value, nn.Parameter)
+        if depth and isinstance(value, list | tuple | dict):
+            return any(holds(item, depth - 1) for item in (value.values() if isinstance(value, dict) else value))
+        return False
+
+    return [name for name, value in vars(optimizer).items() if name not in KNOWN and holds(value)]
+
+
+def settings(optimizer: "Optimizer") -> tuple[list[dict[str, Any]], dict[str, list[dict[str, Any]]]]:
+    """Return what the groups of an optimizer say but for their parameters, and the same of those inside it."""
+    plain = {
+        path: [{name: value for name, value in group.items() if name != "params"} for group in member.param_groups]
+        for path, member in members(optimizer).items()
+    }
+    return plain.pop(""), plain
 
 
 def learning_rates(optimizer: Any) -> dict[str, float]:

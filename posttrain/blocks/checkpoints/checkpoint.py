@@ -12,7 +12,7 @@ from attrs.validators import gt, optional
 
 from posttrain.blocks.checkpoints import manifest
 from posttrain.blocks.checkpoints.writer import Writer, finish
-from posttrain.blocks.optimizer import torch_optimizer
+from posttrain.blocks.optimizer import members, settings, torch_optimizer
 from posttrain.errors import CheckpointError
 from posttrain.registry import block, key
 
@@ -63,8 +63,10 @@ class Resume:
                 f"{run.rows_per_step}: choose micro_batch_size x gradient_accumulation_steps x devices to match"
             )
         state.restore(run, [found / name for name in said["files"]])
-        for group, saved in zip(torch_optimizer(run.optimizer).param_groups, said["param_groups"], strict=True):
-            group.update(saved)
+        optimizers = members(torch_optimizer(run.optimizer))
+        for path, groups in {"": said["param_groups"], **said.get("inner_param_groups", {})}.items():
+            for group, saved in zip(optimizers[path].param_groups, groups, strict=True):
+                group.update(saved)
         run.scheduler.load_state_dict(said["scheduler"])
         run.fabric.strategy.precision.load_state_dict(said["precision"])
         run.step, run.epoch, run.position = said["step"], said["epoch"], said["position"]
@@ -95,11 +97,11 @@ class Resume:
         Raises:
             CheckpointError: the optimizer or the schedule remembers more than plain data.
         """
-        groups = torch_optimizer(run.optimizer).param_groups
+        groups, inner = settings(torch_optimizer(run.optimizer))
         said = {
             "format": manifest.FORMAT, "step": run.step, "epoch": run.epoch, "position": run.position,
             "memory": run.memory, "rows_per_step": run.rows_per_step, "world_size": run.fabric.world_size,
-            "param_groups": [{name: value for name, value in group.items() if name != "params"} for group in groups],
+            "param_groups": groups, **({"inner_param_groups": inner} if inner else {}),
             "scheduler": run.scheduler.state_dict(), "precision": run.fabric.strategy.precision.state_dict(),
         }  # fmt: skip
         try:
@@ -135,7 +137,7 @@ class HuggingFace:
         run.flush()
         folder = self.output_dir or run.output_dir / "huggingface"
         folder = folder if at_end else folder / f"step-{run.step:08d}"
-        parameters = run.strategy.whole(run)
+        parameters = run.strategy.full_parameters(run)
         problem = self._export(run, folder, parameters) if run.fabric.is_global_zero else None
         if problem := run.fabric.broadcast(problem):
             raise CheckpointError(problem)

@@ -1,8 +1,7 @@
-"""The tensors that a run needs to go on, as each rank keeps them: ranges of flattened tensors.
+"""The tensors that a run needs to go on, as each rank keeps them: ranges of flattened tensors (see parallel/shards.py).
 
-DDP keeps parameters whole, FSDP2 keeps rows of them, ZeRO keeps ranges of parameters that were laid end to end. Each of
-these is a range of a flattened tensor. So one format (safetensors, which holds no code) serves all: a rank writes the
-ranges that it keeps, and under any strategy and any number of ranks a rank reads what it must have.
+One format (safetensors, which holds no code) serves all strategies: a rank writes the ranges that it keeps, and under
+any strategy and any number of ranks a rank reads what it must have.
 """
 
 import json
@@ -18,27 +17,15 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from posttrain.blocks.optimizer import torch_optimizer
-from posttrain.blocks.parallel.parts import Part
+from posttrain.blocks.optimizer import hidden_tensors, members, torch_optimizer
+from posttrain.blocks.parallel.shards import ParameterShard, TensorSlice
 from posttrain.errors import CheckpointError
 
 if TYPE_CHECKING:
     from posttrain.run import Run
 
 
-@attrs.frozen(eq=False)
-class Range:
-    """A range of a flattened tensor."""
-
-    shape: tuple[int, ...]
-    """Of the whole tensor."""
-    start: int
-    values: Tensor
-    """[n]."""
-    copies: tuple[int, int] = (0, 1)
-
-
-def snapshot(run: "Run") -> dict[str, Range]:
+def snapshot(run: "Run") -> dict[str, TensorSlice]:
     """Return copies, in the memory of the host, of the ranges that this rank is to write.
 
     Of what several ranks keep, each writes its share. Frozen parameters are left out: they come from where they came
@@ -53,26 +40,39 @@ def snapshot(run: "Run") -> dict[str, Range]:
     return mine
 
 
-def ranges(run: "Run") -> Iterator[tuple[str, Range]]:
-    """Yield every range that this rank keeps, by name."""
-    optimizer = torch_optimizer(run.optimizer)
+def ranges(run: "Run") -> Iterator[tuple[str, TensorSlice]]:
+    """Yield every range that this rank keeps, by name.
+
+    Raises:
+        CheckpointError: an optimizer keeps tensors where they cannot be found.
+    """
+    optimizers = members(torch_optimizer(run.optimizer))
+    for optimizer in optimizers.values():
+        if hidden := hidden_tensors(optimizer):
+            raise CheckpointError(
+                f"the optimizer {type(optimizer).__name__} keeps tensors in {', '.join(hidden)}, where checkpoints do "
+                "not look, so a run could not go on: keep them in self.state[parameter]"
+            )
     rank, world = run.fabric.global_rank, run.fabric.world_size
-    for part in run.strategy.parts(run):
-        yield f"model/{part.name}", Range(part.shape, part.start, part.values, part.copies)
-        for name, value in optimizer.state.get(part.owner, {}).items():
-            value = torch.as_tensor(value)
-            if value.shape == part.owner.shape:
-                yield f"optimizer/{part.name}/{name}", Range(part.shape, part.start, within(value, part), part.copies)
-            else:
-                yield f"optimizer/{part.name}/{name}", Range(tuple(value.shape), 0, value.reshape(-1), part.copies)
+    for shard in run.strategy.shards(run):
+        yield f"model/{shard.name}", shard.like(shard.values)
+        for path, optimizer in optimizers.items():
+            for name, value in optimizer.state.get(shard.owner, {}).items():
+                key, value = f"optimizer/{shard.name}/{path and f'{path}:'}{name}", torch.as_tensor(value)
+                if value.shape == shard.owner.shape:
+                    yield key, shard.like(within(value, shard))
+                else:
+                    yield key, TensorSlice(tuple(value.shape), 0, value.reshape(-1), shard.copies)
     for name, buffer in buffers(run).items():
-        yield f"model/{name}", Range(tuple(buffer.shape), 0, buffer.reshape(-1), (rank, world))
+        yield f"model/{name}", TensorSlice(tuple(buffer.shape), 0, buffer.reshape(-1), (rank, world))
+    for name, kept in run.tensors.items():
+        yield f"tensors/{name}", kept
 
 
-def within(value: Tensor, part: Part) -> Tensor:
-    """Return the range of a part in a tensor of the optimizer's state, [n], as a view."""
+def within(value: Tensor, shard: ParameterShard) -> Tensor:
+    """Return the range of a shard in a tensor of the optimizer's state, [n], as a view."""
     local = value.to_local() if hasattr(value, "to_local") else value
-    return local.view(-1).narrow(0, part.offset, part.values.numel())
+    return local.view(-1).narrow(0, shard.offset, shard.values.numel())
 
 
 def buffers(run: "Run") -> dict[str, Tensor]:
@@ -82,7 +82,7 @@ def buffers(run: "Run") -> dict[str, Tensor]:
     return {name: buffer for name, buffer in module.named_buffers() if name in known}
 
 
-def write(found: dict[str, Range], file: Path) -> None:
+def write(found: dict[str, TensorSlice], file: Path) -> None:
     """Write ranges to a safetensors file; its metadata say where in which tensors they lie."""
     where = {key: [part.start, *part.shape] for key, part in found.items()}
     save_file({key: part.values for key, part in found.items()}, file, metadata={"ranges": json.dumps(where)})
@@ -148,31 +148,42 @@ def restore(run: "Run", files: list[Path]) -> None:
         if differ := sorted(key for key in expected.keys() | there.keys() if expected.get(key) != there.get(key)):
             names = ", ".join(key.removeprefix("model/") for key in differ[:5])
             raise CheckpointError(f"{files[0].parent} holds other parameters than this model trains: {names}, ...")
-        optimizer = torch_optimizer(run.optimizer)
-        for part in run.strategy.parts(run):
-            reader.fill(f"model/{part.name}", part.start, part.values)
-            restore_optimizer(optimizer, part, reader)
+        optimizers = members(torch_optimizer(run.optimizer))
+        for shard in run.strategy.shards(run):
+            reader.fill(f"model/{shard.name}", shard.start, shard.values)
+            restore_optimizer(optimizers, shard, reader)
         for name, buffer in held.items():
             values = torch.empty(buffer.numel(), dtype=buffer.dtype)
             reader.fill(f"model/{name}", 0, values)
             buffer.copy_(values.view(buffer.shape))
         run.strategy.restored(run)
+        for name, kept in run.tensors.items():
+            if f"tensors/{name}" in reader.shapes:  # else it is new in this run, and stays as it was begun
+                reader.fill(f"tensors/{name}", kept.start, kept.values)
 
 
-def restore_optimizer(optimizer: Any, part: Part, reader: Reader) -> None:
-    """Give the optimizer its state for a part of a parameter; it may have none so far."""
-    on_device = any(group.get("fused") or group.get("capturable") for group in optimizer.param_groups)
-    for name in reader.states.get(part.name, ()):
-        key, state = f"optimizer/{part.name}/{name}", optimizer.state[part.owner]
+def restore_optimizer(optimizers: dict[str, Any], shard: ParameterShard, reader: Reader) -> None:
+    """Give the optimizers their state for a shard of a parameter; they may have none so far.
+
+    Raises:
+        CheckpointError: it is the state of another optimizer.
+    """
+    for name in reader.states.get(shard.name, ()):
+        path, _, plain = name.rpartition(":")
+        if path not in optimizers:
+            raise CheckpointError(f"the checkpoint holds the state of an optimizer {path!r}, which this run has not")
+        optimizer = optimizers[path]
+        on_device = any(group.get("fused") or group.get("capturable") for group in optimizer.param_groups)
+        key, state = f"optimizer/{shard.name}/{name}", optimizer.state[shard.owner]
         shape, dtype = reader.shapes[key], reader.dtype(key)
-        if shape == part.shape:
-            if name not in state:
-                state[name] = torch.zeros_like(part.owner, dtype=dtype)
-            reader.fill(key, part.start, within(state[name], part))
+        if shape == shard.shape:
+            if plain not in state:
+                state[plain] = torch.zeros_like(shard.owner, dtype=dtype)
+            reader.fill(key, shard.start, within(state[plain], shard))
         else:
             values = torch.empty(shape, dtype=dtype)
             reader.fill(key, 0, values.view(-1))
-            state[name] = values.to(part.owner.device) if name != "step" or on_device else values
+            state[plain] = values.to(shard.owner.device) if plain != "step" or on_device else values
 
 
 def shape_of(parameter: Any) -> tuple[int, ...]:

@@ -19,7 +19,7 @@ from posttrain.runtime.launch import gather_objects
 if TYPE_CHECKING:
     from lightning.fabric import Fabric
 
-    from posttrain.blocks.checkpoints.state import Range
+    from posttrain.blocks.parallel.shards import TensorSlice
 
 PATIENCE = 60.0
 """Seconds that rank zero waits for the files of others when its own training is over, however it ended."""
@@ -34,7 +34,7 @@ class Writer:
         self.written, self.abandoned = threading.Event(), threading.Event()
 
     def start(
-        self, fabric: "Fabric", folder: Path, ranges: "dict[str, Range]", said: dict[str, Any], keep: int
+        self, fabric: "Fabric", folder: Path, ranges: "dict[str, TensorSlice]", said: dict[str, Any], keep: int
     ) -> None:
         """Begin; all ranks must call it, after `wait`.
 
@@ -109,7 +109,7 @@ class Writer:
         return files
 
 
-def write(aside: Path, rank: int, ranges: "dict[str, Range]") -> None:
+def write(aside: Path, rank: int, ranges: "dict[str, TensorSlice]") -> None:
     """Write a rank's file, synced to disk, and then a note of its size and checksum."""
     from posttrain.blocks.checkpoints import state
 

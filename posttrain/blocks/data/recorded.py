@@ -277,17 +277,17 @@ def content_of(network: nn.Module) -> str:
     digest = hashlib.sha256()
     held: dict[str, Tensor] = {**dict(network.named_parameters()), **dict(network.named_buffers())}
     for name, tensor in sorted(held.items()):
-        content = whole(tensor).cpu().contiguous()
+        content = gathered(tensor).cpu().contiguous()
         digest.update(f"{name} {content.dtype} {tuple(content.shape)}".encode())
         digest.update(content.reshape(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
 
 
-def whole(tensor: Tensor) -> Tensor:
+def gathered(tensor: Tensor) -> Tensor:
     """Return a tensor that may be sharded, whole."""
     if isinstance(tensor, DTensor):
-        gathered: Tensor = tensor.full_tensor()
-        return gathered.detach()
+        full: Tensor = tensor.full_tensor()
+        return full.detach()
     if hasattr(tensor, "ds_id"):  # ZeRO-3
         import deepspeed
 

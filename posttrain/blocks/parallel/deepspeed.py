@@ -16,8 +16,8 @@ from lightning.fabric.strategies.deepspeed import DeepSpeedStrategy
 from lightning.fabric.utilities.seed import reset_seed
 from torch import Tensor, nn
 
-from posttrain.blocks.parallel.parts import Part
 from posttrain.blocks.parallel.sharding import EveryMicroBatchSyncs, ShardingStrategy, replace_tensors, send, tensors_of
+from posttrain.blocks.parallel.shards import ParameterShard
 from posttrain.errors import CheckpointError
 from posttrain.runtime.launch import silence_libraries
 
@@ -56,7 +56,7 @@ def step(engine: Any, max_grad_norm: float | None) -> Tensor | float | None:
     return norms[0] if norms else None
 
 
-def parts(engine: Any, rank: int, world_size: int) -> Iterator[Part]:
+def shards(engine: Any, rank: int, world_size: int) -> Iterator[ParameterShard]:
     """Yield what this rank keeps of each trained parameter, in the precision that the optimizer works in.
 
     Raises:
@@ -72,17 +72,21 @@ def parts(engine: Any, rank: int, world_size: int) -> Iterator[Part]:
             group, offset, count = optimizer.grad_position[optimizer.get_param_id(parameter)]
             flat, start = optimizer.fp32_partitioned_groups_flat[group], count * rank
             count = max(0, min(count, parameter.ds_numel - start))  # the last rank's range is padded
-            yield Part(name, tuple(parameter.ds_shape), start, flat.detach().narrow(0, offset, count), flat, offset)
+            yield ParameterShard(
+                name, tuple(parameter.ds_shape), start, flat.detach().narrow(0, offset, count), flat, offset
+            )
         elif hasattr(parameter, "_hp_mapping"):
             found = parameter._hp_mapping
             if found is None:  # all of it is on other ranks
                 continue
             flat, offset = flat_groups(optimizer)[found.param_group_index], found.hp_fragment_address.start
             count, start = found.hp_fragment_address.numel, found.lp_fragment_address.start
-            yield Part(name, tuple(parameter.shape), start, flat.detach().narrow(0, offset, count), flat, offset)
+            yield ParameterShard(
+                name, tuple(parameter.shape), start, flat.detach().narrow(0, offset, count), flat, offset
+            )
         else:
             values = parameter.detach().view(-1)
-            yield Part(name, tuple(parameter.shape), 0, values, parameter, copies=(rank, world_size))
+            yield ParameterShard(name, tuple(parameter.shape), 0, values, parameter, copies=(rank, world_size))
 
 
 def flat_groups(optimizer: Any) -> list[Tensor]:
@@ -93,10 +97,10 @@ def flat_groups(optimizer: Any) -> list[Tensor]:
 
 
 def publish(engine: Any) -> None:
-    """Give the network what was written into the parts. All ranks must call it."""
+    """Give the network what was written into its shards. All ranks must call it."""
     if engine.zero_optimization_stage() == 3:
-        for part, parameter in zip(parts(engine, dist.get_rank(), 0), trained(engine), strict=True):
-            parameter.ds_tensor.view(-1)[: len(part.values)].copy_(part.values)
+        for shard, parameter in zip(shards(engine, dist.get_rank(), 0), trained(engine), strict=True):
+            parameter.ds_tensor.view(-1)[: len(shard.values)].copy_(shard.values)
     elif hasattr(engine.optimizer, "update_lp_params"):
         engine.optimizer.update_lp_params()
 

@@ -97,7 +97,7 @@ class FullyShard(ShardingStrategy, ModelParallelStrategy):
         return norm
 
 
-def shards(module: nn.Module) -> Iterator[tuple[str, Any]]:
+def resharded(module: nn.Module) -> Iterator[tuple[str, Any]]:
     """Yield every parameter as its shard, also those that an evaluation has left gathered."""
     for part in module.modules():
         if isinstance(part, FSDPModule):

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
     from torch.optim import Optimizer
 
-    from posttrain.blocks.parallel.parts import Part
+    from posttrain.blocks.parallel.shards import ParameterShard
     from posttrain.run import Run
 
 OWNED = {
@@ -37,9 +37,8 @@ OWNED = {
 """Keys of a DeepSpeed configuration -> the key of the recipe that says it; `auto` means the same."""
 
 
-@block("strategy", "auto")
-class Auto:
-    """One device as it is; several with DDP."""
+class BaseStrategy:
+    """What strategies share: the whole model on every rank, unless one says otherwise."""
 
     @property
     def shards_parameters(self) -> bool:
@@ -78,25 +77,32 @@ class Auto:
         run.optimizer.zero_grad()
         return norm
 
-    def parts(self, run: "Run") -> "Iterator[Part]":
+    def shards(self, run: "Run") -> "Iterator[ParameterShard]":
         """Yield what this rank keeps of each trained parameter."""
-        from posttrain.blocks.parallel.parts import Part
+        from posttrain.blocks.parallel.shards import ParameterShard
 
         copies = run.fabric.global_rank, run.fabric.world_size
         for name, parameter in run.model.module.named_parameters():
             if parameter.requires_grad:
-                yield Part(name, tuple(parameter.shape), 0, parameter.detach().view(-1), parameter, copies=copies)
+                yield ParameterShard(
+                    name, tuple(parameter.shape), 0, parameter.detach().view(-1), parameter, copies=copies
+                )
 
     def restored(self, run: "Run") -> None:
-        """Put what was written into the parts to use."""
+        """Put what was written into the shards to use."""
 
-    def whole(self, run: "Run") -> "dict[str, Tensor] | None":
+    def full_parameters(self, run: "Run") -> "dict[str, Tensor] | None":
         """Return all parameters on rank zero, if the ranks hold only parts of them; all ranks must call it."""
         return None
 
 
+@block("strategy", "auto")
+class Auto(BaseStrategy):
+    """One device as it is; several with DDP."""
+
+
 @block("strategy", "ddp")
-class DDP(Auto):
+class DDP(BaseStrategy):
     """The whole model on every rank; gradients are averaged (torch's DistributedDataParallel)."""
 
     find_unused_parameters: bool = False
@@ -115,7 +121,7 @@ class DDP(Auto):
 
 
 @block("strategy", "fsdp")
-class FSDP(Auto):
+class FSDP(BaseStrategy):
     """Parameters, gradients and optimizer state in shards (FSDP2, torch's `fully_shard`), layer by layer.
 
     With precision `bf16-mixed`, parameters are kept in float32, gathered and computed in bfloat16, and gradients are
@@ -146,19 +152,19 @@ class FSDP(Auto):
         wrapped = fabric.setup_module(model)
         return wrapped, fabric.setup_optimizers(optimizer.build(wrapped.module))  # type: ignore[return-value]
 
-    def parts(self, run: "Run") -> "Iterator[Part]":
+    def shards(self, run: "Run") -> "Iterator[ParameterShard]":
         """Yield the rows that this rank keeps."""
-        from posttrain.blocks.parallel.fsdp import shards, start_of
-        from posttrain.blocks.parallel.parts import Part
+        from posttrain.blocks.parallel.fsdp import resharded, start_of
+        from posttrain.blocks.parallel.shards import ParameterShard
 
         mesh = run.fabric.strategy.mesh  # type: ignore[attr-defined]
         copies = (mesh.get_local_rank(0), mesh.size(0)) if mesh.ndim == 2 else (0, 1)
-        for name, parameter in shards(run.model.module):
+        for name, parameter in resharded(run.model.module):
             if parameter.requires_grad:
                 rows = parameter.detach().to_local().view(-1)
-                yield Part(name, tuple(parameter.shape), start_of(parameter), rows, parameter, copies=copies)
+                yield ParameterShard(name, tuple(parameter.shape), start_of(parameter), rows, parameter, copies=copies)
 
-    def whole(self, run: "Run") -> "dict[str, Tensor] | None":
+    def full_parameters(self, run: "Run") -> "dict[str, Tensor] | None":
         """Return all parameters, in the memory of rank zero's host."""
         from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
@@ -169,7 +175,7 @@ class FSDP(Auto):
 
 
 @block("strategy", "deepspeed")
-class DeepSpeed(Auto):
+class DeepSpeed(BaseStrategy):
     """ZeRO, as a DeepSpeed configuration says (extra `deepspeed`)."""
 
     config: dict[str, Any] = attrs.field(factory=dict)
@@ -214,11 +220,11 @@ class DeepSpeed(Auto):
 
         return step(run.model._forward_module, max_grad_norm)
 
-    def parts(self, run: "Run") -> "Iterator[Part]":
+    def shards(self, run: "Run") -> "Iterator[ParameterShard]":
         """Yield the ranges that this rank keeps, in the precision that the optimizer works in."""
-        from posttrain.blocks.parallel.deepspeed import parts
+        from posttrain.blocks.parallel.deepspeed import shards
 
-        return parts(run.model._forward_module, run.fabric.global_rank, run.fabric.world_size)
+        return shards(run.model._forward_module, run.fabric.global_rank, run.fabric.world_size)
 
     def restored(self, run: "Run") -> None:
         """Let the network have what its optimizer was given."""
@@ -226,7 +232,7 @@ class DeepSpeed(Auto):
 
         publish(run.model._forward_module)
 
-    def whole(self, run: "Run") -> "dict[str, Tensor] | None":
+    def full_parameters(self, run: "Run") -> "dict[str, Tensor] | None":
         """Return all parameters on rank zero, if this stage of ZeRO shards them."""
         from posttrain.blocks.parallel.deepspeed import gathered
 
