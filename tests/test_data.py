@@ -637,3 +637,41 @@ def test_files_in_no_split_are_named(tmp_path: Path, caplog: pytest.LogCaptureFi
     folder = folder_of(tmp_path, "train.jsonl", "extra.jsonl")
     assert replies(data(folder).prepare(TOKENIZER).train) == ["train"]
     assert "extra.jsonl: in no split, and not read" in caplog.text
+
+
+# -- the ledger of a stream -----------------------------------------------------------
+
+
+def test_a_stream_counts_what_a_stored_source_counts(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.jsonl", *LONG, {"prompt": "q"}, {"prompt": "q"})
+    for overflow in ("drop", "truncate", "split"):
+        options: dict[str, Any] = {"max_length": 100, "overflow": overflow, "invalid": "drop"}
+        stored = data(path, **options).build(TOKENIZER, 1, 0, 1, 42).ledger["sources"][str(path)]
+        streamed = data(path, source={"stream": True}, window=2, **options).build(TOKENIZER, 1, 0, 1, 42)
+        assert sum(batch["tokens"] for batch in streamed.train.one_pass()) == stored["tokens"]
+        (entry,) = streamed.ledger["sources"].values()
+        counts = {reason: found["count"] for reason, found in entry["dropped"].items()}
+        assert {**entry, "dropped": counts} == stored
+
+
+def test_the_ledger_of_a_stream_is_kept_with_the_run_and_goes_on_after_a_stop(tmp_path: Path, tiny_model: Path) -> None:
+    import posttrain
+
+    rows = [{"prompt": "q", "response": "a" * (300 if n % 5 == 0 else n % 7 + 1)} for n in range(40)]
+    path = write(tmp_path / "a.jsonl", *rows)
+
+    def run(folder: str, **options: Any) -> dict[str, Any]:
+        posttrain.SFTTrainer(
+            model=posttrain.HFModel(name_or_path=str(tiny_model)),
+            data=data(path, max_length=128, overflow="drop", window=8, source={"stream": True}),
+            logger=[posttrain.JSONL()], max_steps=12, output_dir=tmp_path / folder, accelerator="cpu", **options,
+        ).train()  # fmt: skip
+        found: dict[str, Any] = json.loads((tmp_path / folder / "ledger.json").read_text())["sources"]
+        return found
+
+    whole = run("whole")
+    (entry,) = whole.values()
+    assert entry["rows_in"] % 8 == 0 and entry["rows_in"] >= 24
+    assert entry["dropped"]["longer than 128 tokens"]["count"] == -(-entry["rows_in"] // 5)
+    assert run("cut", stop_after=5) != whole
+    assert run("cut") == whole

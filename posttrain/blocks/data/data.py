@@ -193,15 +193,21 @@ class Data:
         return found, {"sources": ledger, "total": totals(ledger)}
 
     def _streaming(self, tokenizer: Any, shape: dict[str, Any]) -> Loaders:
-        encoding = StreamEncoding(self.encoder(tokenizer), self.limits, [source.label for source in self.sources])
+        encoding = StreamEncoding(self.encoder(tokenizer), self.limits, names_of(self.sources))
         train = StreamLoader(
             stream=Stream(self.sources, shape["seed"]), encode=encoding.encode, window=self.window, **shape
         )
-        held_out, ledger = None, {"sources": encoding.ledger}
+        held_out, ledger = None, {"sources": train.ledger}
         if self.eval_sources:
             documents_, ledger["eval"] = self._documents(once(self.eval_sources), tokenizer, 0.0, False)
             held_out = MapLoader(examples=documents_, **shape)
         return Loaders(train=train, eval=held_out, ledger=ledger)
+
+
+def names_of(sources: list[Source]) -> list[str]:
+    """Return what the ledger calls sources, all different."""
+    labels = [source.label for source in sources]
+    return [f"{one} #{n + 1}" if one in labels[:n] else one for n, one in enumerate(labels)]
 
 
 def pad_id(tokenizer: Any) -> int:

@@ -95,7 +95,7 @@ def documents(
         refused = {reason: found["count"] for reason, found in from_table.refused.items()} if not want_held_out else {}
         ledger[name] = {
             **from_table.reading,
-            "rows_in": len(chosen) + sum(refused.values()),
+            "rows_in": len(np.unique(from_table.rows[chosen])) + sum(refused.values()),  # a row may give several
             "tokens_in": int(np.diff(from_table.offsets).reshape(-1, len(from_table.sides))[chosen].sum()),
             "dropped": refused | counts.pop("dropped"),
             **counts,
