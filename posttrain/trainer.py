@@ -10,7 +10,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeAlias, get_args
 
 import attrs
 from attrs.validators import ge, gt, optional
@@ -64,6 +64,14 @@ def _can_skip(trainer: "Trainer", attribute: Any, value: Any) -> None:
         raise ValueError("DeepSpeed's engine makes its updates by itself: only `stop` is possible")
 
 
+Precision: TypeAlias = Literal["32-true", "bf16-mixed", "bf16-true", "16-mixed", "64-true", "bf16", "fp16", "fp32"]
+
+
+def _precision(name: str | None) -> Any:
+    """Return the whole name of a precision."""
+    return {"bf16": "bf16-mixed", "fp16": "16-mixed", "fp32": "32-true"}.get(str(name), name)
+
+
 @attrs.define(kw_only=True, slots=False, eq=False)
 class Trainer:
     """A recipe that can be trained. Its fields are the keys of the YAML file."""
@@ -96,8 +104,8 @@ class Trainer:
     resume: Literal["auto", "never", "force"] = "auto"
     """`auto` goes on from the newest checkpoint of the same recipe and refuses the folder of another;
     `never` starts anew and clears the folder's earlier run; `force` goes on although the recipe differs."""
-    epochs: int = key(1, check=gt(0))
-    """Passes over the data, unless `max_steps` is given."""
+    epochs: float = key(1.0, also=("num_train_epochs", "num_epochs"), check=gt(0))
+    """How often the data are read, unless `max_steps` is given; 0.5 reads half of them."""
     max_steps: int | None = key(None, also=("train_iters",), check=optional(gt(0)))
     """Optimizer steps of the whole run; the learning-rate schedule ends there."""
     stop_after: int | None = key(None, also=("exit_iteration_this_run",), check=optional(gt(0)))
@@ -127,8 +135,11 @@ class Trainer:
     """Devices per node: a number, or what the launcher says."""
     num_nodes: int = key(1, check=gt(0))
     """Machines."""
-    precision: Literal["32-true", "bf16-mixed", "bf16-true", "16-mixed", "64-true"] | None = None
-    """Of the arithmetic; 32-true on CPUs and bf16-mixed on GPUs unless given."""
+    precision: Literal["32-true", "bf16-mixed", "bf16-true", "16-mixed", "64-true", "bf16", "fp16", "fp32"] | None = (
+        key(None, convert=_precision)
+    )
+    """Of the arithmetic; 32-true on CPUs and bf16-mixed on GPUs unless given. `bf16` means bf16-mixed, `fp16` 16-mixed,
+    `fp32` 32-true."""
 
     run: Run = attrs.field(init=False, repr=False)
     updates_per_step: ClassVar[int] = 1
@@ -342,10 +353,13 @@ class Trainer:
         """Return the number of optimizer steps; a last step that is not full is filled from the next pass."""
         if self.max_steps is not None:
             return self.max_steps
-        rows = loader.rows(self.epochs)
+        part, whole = math.modf(self.epochs)
+        rows = loader.rows(int(whole))
         if rows is None:
             raise RecipeError("max_steps: a streaming source has no length, so the number of steps must be given")
-        return math.ceil(rows / rows_per_step)
+        if part:
+            rows += round(part * ((loader.rows(int(whole) + 1) or rows) - rows))
+        return max(1, math.ceil(rows / rows_per_step))
 
     def groups(self) -> Iterator[tuple[list[Batch], Position]]:
         """Yield the micro-batches of each step, on the device, and the position after them; a callback may replace
