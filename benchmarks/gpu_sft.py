@@ -224,8 +224,7 @@ def bare(setting: Setting) -> dict:
     for (batch, _), _ in zip(source.batches(source.start()), range(setting.steps + WARM_UP), strict=False):
         counted = sizes(batch)
         moved = batch.to(torch.device(setting.device))
-        with attention.packed():
-            hidden = model.model(**inputs(moved)).last_hidden_state.flatten(0, 1)[moved["supervised"]]
+        hidden = model.model(**inputs(moved)).last_hidden_state.flatten(0, 1)[moved["supervised"]]
         F.cross_entropy(model.lm_head(hidden).float(), moved["targets"]).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()

@@ -1,8 +1,9 @@
 """What the site is made of besides its pages: parts of the README, source code, examples, and a page per kind of block.
 
-mkdocs calls the functions named `on_...`. A page includes a section of a file with `<!-- include FILE "## Heading" -->`
-and a piece of source with `<!-- source FILE NAME -->`; `hooks` behind it writes beside a line what a callback can wrap.
-`<!-- elsewhere LIBRARY -->` becomes the table of what a library calls things.
+mkdocs calls the functions named `on_...`. A page includes a section of a file with
+`<!-- include FILE "## Heading" -->`, a piece of source with `<!-- source FILE NAME -->` (`hooks` behind it writes
+beside a line what a callback can wrap), the list of all files with `<!-- files -->`, and what another library calls
+things with `<!-- elsewhere LIBRARY -->`.
 """
 
 import ast
@@ -46,7 +47,28 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Files) -> str
     here = page.file.src_uri
     markdown = re.sub(r"<!-- elsewhere (\S+) -->", lambda m: elsewhere.table(m[1]), markdown)
     markdown = re.sub(r'<!-- include (\S+)(?: "(.+?)")? -->', lambda m: section(m[1], m[2], here), markdown)
+    markdown = markdown.replace("<!-- files -->", every_file())
     return re.sub(r"<!-- source (\S+) (\S+)( hooks)? -->", lambda m: source(m[1], m[2], bool(m[3])), markdown)
+
+
+def every_file() -> str:
+    """Return every folder with its files, each with the first sentence that it says of itself."""
+    parts = []
+    for folder in sorted({file.parent for file in (ROOT / "posttrain").rglob("*.py")}):
+        parts.append(f"### {folder.relative_to(ROOT)}/\n\n{about(folder / '__init__.py')}\n")
+        files = sorted(file for file in folder.glob("*.py") if file.name != "__init__.py")
+        parts.append("\n".join(["| file | |", "|---|---|", *(f"| `{f.name}` | {first_sentence(f)} |" for f in files)]))
+    return "\n\n".join(parts)
+
+
+def about(file: Path) -> str:
+    """Return what a module says of itself."""
+    return ast.get_docstring(ast.parse(file.read_text(encoding="utf-8"))) or ""
+
+
+def first_sentence(file: Path) -> str:
+    """Return the beginning of that."""
+    return about(file).partition("\n\n")[0].replace("\n", " ").replace("|", "&#124;")
 
 
 def section(name: str, heading: str | None, here: str) -> str:

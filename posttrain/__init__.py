@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from posttrain.blocks.data.sources import Source
     from posttrain.blocks.joined import JoinedOptimizer
     from posttrain.blocks.loggers.logger import JSONL, Console, TensorBoard
-    from posttrain.blocks.losses.preference import preference_loss
+    from posttrain.blocks.losses.objective import preference_loss
     from posttrain.blocks.models.model import HFModel, LoRA, RewardModel
     from posttrain.blocks.models.speculator.model import SpeculatorModel
     from posttrain.blocks.models.swiftkv.model import SwiftKVModel
@@ -59,7 +59,7 @@ _HOMES = {
     "blocks.loggers.logger": ("Console", "JSONL", "TensorBoard"),
     "blocks.models.model": ("HFModel", "LoRA", "RewardModel"),
     "blocks.optimizer": ("AdamW",),
-    "blocks.losses.preference": ("preference_loss",),
+    "blocks.losses.objective": ("preference_loss",),
     "blocks.scheduler": ("Constant", "Cosine", "Linear", "TwoStage", "WSD"),
     "blocks.parallel.sequence": ("Ulysses",),
     "blocks.data.sources": ("Source",),

@@ -79,7 +79,9 @@ def test_data_that_cannot_be_trained_on_exits_with_1(recipe: Path, capsys: pytes
 
 def test_a_model_that_is_not_there_is_a_message(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["train", str(recipe), "model.name_or_path=/nowhere/model"]) == 2
-    assert "cannot be loaded" in capsys.readouterr().err
+    assert "there is no folder /nowhere/model" in capsys.readouterr().err
+    assert main(["train", str(recipe), "model.name_or_path=nowhere/model"]) == 2
+    assert "(there is no folder 'nowhere/model' here, so it was looked for on the hub)" in capsys.readouterr().err
 
 
 def test_a_tokenizer_without_a_template_says_how_to_give_one(

@@ -54,7 +54,7 @@ def test_recipes_are_valid(page: str, tiny_model: Path) -> None:
 
 
 def test_the_block_trains(tiny_model: Path) -> None:
-    optimizer, _ = code("block.md", "python")
+    optimizer, *_ = code("block.md", "python")
     Path("sgd_again.py").write_text(optimizer.replace('"sgd"', '"sgd-again"'))
     recipe = code("block.md", "yaml")[0].replace("code: sgd.py", "code: sgd_again.py").replace("sgd,", "sgd-again,")
     Path("recipe.yaml").write_text(recipe.replace(MODEL, str(tiny_model)))
@@ -63,7 +63,7 @@ def test_the_block_trains(tiny_model: Path) -> None:
 
 
 def test_the_data_block_reads_tickets(tiny_model: Path) -> None:
-    _, tickets = code("block.md", "python")
+    *_, tickets = code("block.md", "python")
     Path("tickets.py").write_text(tickets)
     Path("tickets.jsonl").write_text(json.dumps({"ticket": "It is broken", "answer": "Turn it off and on"}) + "\n")
     Path("recipe.yaml").write_text(
@@ -79,6 +79,15 @@ def test_the_trainer_with_a_teacher_begins_at_no_distance(tiny_model: Path) -> N
     recipe = RECIPE.replace("MODEL", str(tiny_model)).replace("type: sft", "type: kl-to-teacher\ncode: kl.py")
     Path("recipe.yaml").write_text(recipe + f"teacher: {{name_or_path: {tiny_model}}}\n")
     assert posttrain.load("recipe.yaml").train().last["loss"] == pytest.approx(0, abs=1e-6)
+
+
+def test_the_loss_of_two_terms_trains_and_logs_both(tiny_model: Path) -> None:
+    (text,) = [text for text in code("trainer.md", "python") if "confidence-penalty" in text]
+    Path("penalty.py").write_text(text)
+    recipe = RECIPE.replace("MODEL", str(tiny_model)).replace("type: sft", "type: confidence-penalty\ncode: penalty.py")
+    Path("recipe.yaml").write_text(recipe)
+    last = posttrain.load("recipe.yaml").train().last
+    assert last["loss"] == pytest.approx(last["nll"] + 0.1 * last["negative_entropy"], rel=1e-5)
 
 
 ERRORS = re.findall(r"<!-- error (.*?) -->\n```text\n(.*?)```", PAGES["faq.md"], re.S)
@@ -108,7 +117,8 @@ def test_scripts_of_pages_run(folder: Path) -> None:
     for page in ("block.md", "trainer.md"):
         for number, text in enumerate(code(page, "python")):
             file = folder / f"{page.removesuffix('.md')}{number}.py"
-            file.write_text(re.sub(r'(block\("\w+", ")', r"\1again-", text))
+            again = re.sub(r'(block\("\w+", ")', r"\1again-", text).replace('("reward", ', '("again-reward", ')
+            file.write_text(again.replace('kind("reward")', 'kind("again-reward")'))
             runpy.run_path(str(file))
 
 

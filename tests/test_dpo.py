@@ -14,7 +14,7 @@ from test_ranks import on_two_ranks
 from toy import losses, metrics, network, pair, trainer
 
 from posttrain.blocks.layout import Example, collate_pairs
-from posttrain.blocks.losses.preference import LOSSES, preference_loss
+from posttrain.blocks.losses.objective import LOSSES, preference_loss
 from posttrain.blocks.models.model import HFModel, LoRA
 from posttrain.blocks.optimizer import AdamW
 from posttrain.errors import RecipeError

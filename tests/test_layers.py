@@ -9,14 +9,16 @@ import posttrain
 
 ROOT = Path(posttrain.__file__).parent
 LAYERS = """
-errors words yaml12 interfaces registry values hooks batch
+errors words yaml12 batch interfaces registry values hooks
 runtime
 run
-blocks.layout blocks.optimizer blocks.scheduler blocks.callbacks blocks.losses
+blocks.layout blocks.optimizer blocks.joined blocks.scheduler blocks.losses
 blocks.parallel
 blocks.models
 blocks.data blocks.tokenizers blocks.checkpoints blocks.loggers
+blocks.callbacks
 blocks
+keys
 trainer
 trainers
 recipes
@@ -110,3 +112,10 @@ def test_every_folder_says_what_lives_there():
 def test_no_module_of_posttrain_hides_one_that_others_import():
     """`fabric run posttrain/cli.py` puts the folder first on the path."""
     assert not {path.stem for path in ROOT.iterdir()} & set(sys.stdlib_module_names)
+
+
+def test_the_picture_shows_every_layer():
+    picture = (ROOT.parent / "docs" / "img" / "layers.svg").read_text()
+    for name in ("trainer", "keys", "run", "blocks.layout", "blocks.optimizer", "batch", "cli", *FLOOR):
+        if "." not in name or name.startswith("blocks."):
+            assert name.rpartition(".")[2] in picture, name

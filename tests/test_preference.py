@@ -6,7 +6,8 @@ from typing import Any
 import pytest
 import torch
 
-from posttrain.blocks.losses.preference import LOSSES, Objective, accuracy, preference_loss
+from posttrain.blocks.losses import preference  # noqa: F401 - registers the losses
+from posttrain.blocks.losses.objective import LOSSES, Objective, accuracy, preference_loss
 from posttrain.errors import RegistryError
 
 POLICY = torch.tensor([[-10.0, -14.0], [-7.5, -6.0], [-3.0, -9.0]], dtype=torch.float64)

@@ -414,6 +414,42 @@ def test_overrides_reach_into_lists_texts_and_keys_with_other_names(tmp_path):
     assert data["tokenizer"]["name_or_path"] == "tok"
 
 
+def test_overrides_reach_into_lists_that_the_recipe_does_not_name(tmp_path):
+    file = recipe(tmp_path, GOOD)
+    usual = as_data(load(file))
+    data = as_data(load(file, ["checkpoint.0.every=2", "checkpoint.1.at_end=false", "optimizer.betas.1=0.95"]))
+    assert data["checkpoint"] == [
+        {**usual["checkpoint"][0], "every": 2}, {**usual["checkpoint"][1], "at_end": False},
+    ]  # fmt: skip
+    assert data["optimizer"] == {**usual["optimizer"], "betas": [0.9, 0.95]}
+    (found,) = errors(tmp_path, GOOD + "sed: 1\n", "checkpoint.0.every=2")  # the rest must be right first
+    assert "sed" in found
+
+
+def test_an_evaluation_needs_data(tmp_path):
+    nothing = "there is nothing to evaluate on; give data.eval_split or data.eval_sources"
+    text = GOOD + "eval_every: 5\ncallbacks: [early-stop]\n"
+    assert errors(tmp_path, text) == [
+        f"r.yaml:6: eval_every: {nothing}", f"r.yaml:7: callbacks: early-stop compares evaluations, and {nothing}",
+    ]  # fmt: skip
+    (found,) = errors(tmp_path, text, "data.eval_split=5%", "eval_every=null")
+    assert "early-stop compares evaluations: say with eval_every how often there is one" in found
+    assert load(recipe(tmp_path, text), ["data.eval_split=5%"]).eval_every == 5
+
+
+def test_a_path_of_a_model_that_leads_nowhere_is_noticed_without_a_network(tmp_path, monkeypatch):
+    (tmp_path / "models" / "tiny").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    for name, hint in (("./models/tinny", "; did you mean 'tiny'?"), ("/no/such/model", ""), ("~/no-such-model", "")):
+        text = GOOD.replace("org/model", name) + f"tokenizer: {{name_or_path: {name}}}\n"
+        found = errors(tmp_path, text)
+        assert found == [
+            f"r.yaml:2: model.name_or_path: there is no folder {name}{hint}",
+            f"r.yaml:6: tokenizer.name_or_path: there is no folder {name}{hint}",
+        ]
+    assert load(recipe(tmp_path, GOOD.replace("org/model", "./models/tiny"))).model.name_or_path == "./models/tiny"
+
+
 def test_an_override_replaces_a_wrong_value_and_its_place(tmp_path):
     assert load(recipe(tmp_path, GOOD + "seed: wrong\n"), ["seed=7"]).seed == 7
     assert errors(tmp_path, GOOD + "seed: 1\n", "seed=[1", "a=1", "model=5")[0].startswith(
@@ -432,6 +468,9 @@ def test_an_override_replaces_a_wrong_value_and_its_place(tmp_path):
         ("type.x.y=1", "type: expected the name of a trainer, got a mapping"),
         ("seed.x=1", "seed is 1, which has no keys"),
         ("checkpoint.0.every=5", "checkpoint is not a list here"),
+        ("logger.7.type=jsonl", "logger has 3 entries, counted from 0: there is no 7"),
+        ("optimizer.betas.0=x", "optimizer.betas.0: expected a number, got 'x'"),
+        ("nonsense.0.x=1", "nonsense is not a list here"),
         ("=1", "has the form"),
         (".=1", "has the form"),
         ("a..b=1", "has the form"),

@@ -8,7 +8,8 @@ from attrs.validators import and_, ge, gt, lt, optional
 
 from posttrain.batch import Batch
 from posttrain.blocks.data.data import Data, PreferenceData, unfit
-from posttrain.blocks.losses.preference import NAMED, Objective
+from posttrain.blocks.losses import preference  # noqa: F401 - registers the losses
+from posttrain.blocks.losses.objective import NAMED, Objective
 from posttrain.blocks.models.model import HFModel
 from posttrain.interfaces import DataBlock, ModelBlock
 from posttrain.registry import block, default, key
@@ -53,6 +54,7 @@ class DPOTrainer(Trainer):
 
     def check(self) -> Iterator[tuple[str, str]]:
         """Yield what is wrong with the losses and their options."""
+        yield from super().check()
         yield from unfit(self.data, pairs=True)
         if isinstance(self.loss_type, list) and len(set(self.loss_type)) < len(self.loss_type):
             yield "loss_type", "names a loss twice; give it a weight: {sigmoid: 2}"

@@ -7,7 +7,7 @@ from attrs.validators import ge
 
 from posttrain.batch import Batch
 from posttrain.blocks.data.data import PreferenceData, unfit
-from posttrain.blocks.losses.preference import accuracy, log_sigmoid
+from posttrain.blocks.losses.objective import accuracy, log_sigmoid
 from posttrain.blocks.models.model import RewardModel
 from posttrain.interfaces import DataBlock, ModelBlock
 from posttrain.registry import block, default, key
@@ -31,6 +31,7 @@ class RewardTrainer(Trainer):
 
     def check(self) -> Iterator[tuple[str, str]]:
         """Yield what contradicts the data."""
+        yield from super().check()
         yield from unfit(self.data, pairs=True)
 
     def setup(self) -> "Run":

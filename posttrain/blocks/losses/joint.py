@@ -17,7 +17,7 @@ from posttrain.runtime.launch import all_reduce, gather_rows
 if TYPE_CHECKING:
     from lightning.fabric import Fabric
 
-    from posttrain.blocks.losses.preference import Objective
+    from posttrain.blocks.losses.objective import Objective
 
 
 def with_mean_lengths(batches: Iterable[Batch], fabric: "Fabric") -> Iterator[Batch]:

@@ -3,7 +3,7 @@
 Registered with transformers as `packed`. Documents are told by `cu_seq_lens_q`, which transformers
 hands from the model's call to every attention layer. On GPUs in half precision it is one
 variable-length flash attention (`torch.nn.attention.varlen`); elsewhere one
-`scaled_dot_product_attention` per document. Outside of `packed()`, as in `generate`, it is sdpa.
+`scaled_dot_product_attention` per document. Without these bounds, as in `generate`, it is sdpa.
 
 Documents may branch: `kv_index` names the token of each key, so that a document whose beginning is
 computed in another one sees it there (see `batches.branched`).
@@ -11,8 +11,6 @@ computed in another one sees it there (see `batches.branched`).
 
 import inspect
 import itertools
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -29,24 +27,17 @@ from posttrain.errors import TrainingError
 CACHE = "cache" if "cache" in inspect.signature(create_causal_mask).parameters else "past_key_values"
 """What transformers calls the cache of keys and values, as an argument and in outputs: renamed in 5.24."""
 NAME = "packed"
-_masks = AttentionMaskInterface._global_mapping
 _GQA: dict[str, Any] = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
 """torch 2.11 shares keys and values between heads without being told to."""
 
 
-@contextmanager
-def packed() -> Iterator[None]:
-    """Build no attention masks meanwhile: `cu_seq_lens_q` says what a mask would.
+def no_mask(device: torch.device) -> Tensor:
+    """Return what stands for the mask of a packed pass: `cu_seq_lens_q` says what a mask would.
 
-    transformers looks for packed documents only for attentions that have a mask, and would wait for the device to
-    learn whether there are any, in each forward pass.
+    transformers hands a mask of four dimensions on as it is. Without one it would look for packed documents in the
+    positions, and wait for the device to learn whether there are any, in each forward pass.
     """
-    mask = _masks.pop(NAME, None)
-    try:
-        yield
-    finally:
-        if mask is not None:
-            _masks[NAME] = mask
+    return torch.ones(1, 1, 1, 1, dtype=torch.bool, device=device)
 
 
 def packed_attention(
@@ -72,7 +63,7 @@ def packed_attention(
         module: the attention layer.
         query: [rows, heads, width, size].
         key, value: [rows, key-value heads, width, size].
-        attention_mask: used outside of `packed()` only.
+        attention_mask: used where there are no bounds.
         dropout: probability, of attention weights.
         scaling: of the scores; 1 / sqrt(size) by default.
         sliding_window: how many of the last tokens are seen; all by default.
@@ -90,7 +81,7 @@ def packed_attention(
         TrainingError: the model asks for something this does not compute.
     """
     if cu_seq_lens_q is None:
-        if NAME not in _masks:
+        if attention_mask is not None and attention_mask.shape[1:] == (1, 1, 1) and query.shape[2] > 1:
             _refuse(module, "does not hand `cu_seq_lens_q` to its attention layers")
         return sdpa_attention_forward(  # type: ignore[no-any-return]
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs

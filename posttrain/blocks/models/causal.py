@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from posttrain.batch import Batch, Layout, Term
 from posttrain.blocks.losses.cross_entropy import nll_sum, token_log_probs, top_log_probs, top_of
 from posttrain.blocks.models.activations import Offload
-from posttrain.blocks.models.attention import NAME, packed
+from posttrain.blocks.models.attention import NAME, no_mask
 from posttrain.errors import TrainingError
 from posttrain.registry import suggest
 
@@ -47,7 +47,7 @@ class PackedModel(nn.Module):
     @contextmanager
     def running(self) -> Iterator[None]:
         """For the passes through the decoder."""
-        with packed(), Offload() if self.offload else nullcontext():
+        with Offload() if self.offload else nullcontext():
             yield
 
     @property
@@ -60,6 +60,15 @@ class PackedModel(nn.Module):
         """How many tokens the model knows."""
         return int(self.base.get_input_embeddings().num_embeddings)
 
+    def given(self, layout: Layout) -> dict[str, Any]:
+        """Return the arguments of the transformers model for a layout."""
+        return inputs(layout, masks=self.attention != NAME)
+
+    @property
+    def attention(self) -> str:
+        """The attention of the language model, as transformers calls it."""
+        return str(self.base.config.get_text_config()._attn_implementation)
+
     def layout(self, batch: Batch) -> Layout:
         """Return where the network sees the tokens; what groups begin with is there once, if attention can branch.
 
@@ -71,13 +80,12 @@ class PackedModel(nn.Module):
                 f"the data holds token {batch.max_token}, but the model has a vocabulary of {self.vocabulary}: "
                 "tokenizer and model do not belong together"
             )
-        branches = self.base.config.get_text_config()._attn_implementation == NAME
-        return batch.branch if batch.branch is not None and branches else batch
+        return batch.branch if batch.branch is not None and self.attention == NAME else batch
 
     def hidden_states(self, layout: Layout) -> Tensor:
         """Return the last hidden states, [rows, width, size]."""
         with self.running():
-            output = self.base.get_decoder()(**inputs(layout))
+            output = self.base.get_decoder()(**self.given(layout))
         return output.last_hidden_state  # type: ignore[no-any-return]
 
     def save_pretrained(self, folder: Path, state_dict: dict[str, Tensor] | None = None) -> None:
@@ -154,7 +162,7 @@ class CausalLM(PackedModel):
 
     def logits(self, layout: Layout) -> Tensor:
         """Return the model's own logits at the supervised positions, [n, vocabulary]."""
-        flat = inputs(layout)
+        flat = self.given(layout)
         tokens = [name for name, extra in layout.arguments.items() if extra.per == "token"]
         for name in ("input_ids", "position_ids", *tokens):  # one long row, since one index list serves all rows
             flat[name] = flat[name].flatten(-2).unsqueeze(-2)
@@ -190,11 +198,15 @@ class CausalLM(PackedModel):
             self.train(was_training)
 
 
-def inputs(layout: Layout) -> dict[str, Any]:
+def inputs(layout: Layout, masks: bool = False) -> dict[str, Any]:
     """Return what every transformers model needs to keep packed documents apart, and its further arguments.
 
     Flash attention and ours go by the cumulative lengths. sdpa, eager and flex attention go by
     positions that restart, and only if there is no attention mask and no cache.
+
+    Args:
+        layout: of the documents.
+        masks: whether transformers is to build masks, as those attentions need.
     """
     more = {"kv_index": layout.kv_index, "sequence_group": layout.sequence_group}
     branches = layout.cu_seqlens_k is not None
@@ -202,6 +214,7 @@ def inputs(layout: Layout) -> dict[str, Any]:
         "input_ids": layout.input_ids,
         "position_ids": layout.position_ids,
         "use_cache": False,
+        "attention_mask": None if masks else no_mask(layout.input_ids.device),
         "cu_seq_lens_q": layout.cu_seqlens,
         "cu_seq_lens_k": layout.cu_seqlens_k if branches else layout.cu_seqlens,
         "max_length_q": layout.max_seqlen,

@@ -13,7 +13,7 @@ from attrs.validators import ge, gt, optional
 
 from posttrain.errors import RecipeError
 from posttrain.registry import block, key
-from posttrain.values import Secret, as_data
+from posttrain.values import Secret, as_data, missing_folder
 
 if TYPE_CHECKING:
     from lightning.fabric import Fabric
@@ -95,7 +95,9 @@ class HFModel:
     """Further arguments of `from_pretrained`."""
 
     def check(self) -> Iterator[tuple[str, str]]:
-        """Yield what contradicts itself."""
+        """Yield what contradicts itself, and a path that leads nowhere."""
+        if (problem := missing_folder(self.name_or_path)) and not self.config.get("model_type"):
+            yield "name_or_path", problem
         if self.offload_activations and self.activation_checkpointing is not True:
             yield "offload_activations", "moves what activation_checkpointing keeps: set that to true"
 

@@ -9,8 +9,10 @@ from torch import Tensor
 
 from posttrain.batch import Batch
 from posttrain.blocks.losses.cross_entropy import divergence_sum
-from posttrain.blocks.models.causal import CausalLM, inputs
+from posttrain.blocks.models.causal import CausalLM
 
+FIRST = ("input_ids", "position_ids", "attention_mask", "use_cache")
+"""Arguments that only the first layers take; what they make of them is handed on."""
 log = logging.getLogger("posttrain")
 
 
@@ -43,12 +45,10 @@ class SwiftKV(CausalLM):
             float32 [3]: the summed KL(teacher || student) in nats, the summed mean squared error of hidden states,
             and at how many positions the likeliest token is the same.
         """
-        model, given = self.base.model, inputs(self.layout(batch))
+        model, given = self.base.model, self.given(self.layout(batch))
         with self.running():
             below = model.below(**given)
-            rest = {
-                name: value for name, value in given.items() if name not in ("input_ids", "position_ids", "use_cache")
-            }
+            rest = {name: value for name, value in given.items() if name not in FIRST}
             with torch.no_grad():
                 theirs = [*model.teacher(below, **rest)]
             ours = [*model.student(below, **rest)]
