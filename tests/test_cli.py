@@ -333,3 +333,12 @@ def test_doctor_says_what_is_there_and_what_is_missing_for_what(
     assert re.search(r"torch +1\.2\.3", said)
     assert "gloo" in said
     assert "cache" in said
+
+
+def test_a_warning_of_the_hub_is_printed_once() -> None:
+    code = (
+        "from posttrain.cli import main; main(['blocks', 'model']); from huggingface_hub.utils import logging; "
+        "logging.get_logger('huggingface_hub.here').warning('only once')"
+    )
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert ran.stderr.count("only once") == 1

@@ -205,9 +205,8 @@ class HFModel:
         if self.random_init:
             return None
         if not folder.is_dir():
-            token = self.token.reveal() if self.token else None
             try:
-                commit = AutoConfig.from_pretrained(self.name_or_path, revision=self.revision, token=token)._commit_hash
+                commit = AutoConfig.from_pretrained(self.name_or_path, **self.hub)._commit_hash
             except (OSError, ValueError) as error:
                 raise RecipeError(f"model {self.name_or_path!r} cannot be loaded: {error}") from error
             return f"{said} {commit}" if commit else None
