@@ -179,9 +179,35 @@ class Source:
         return HubStream(dataset, label) if self.stream else ArrowRows(dataset, label)
 
 
-def as_sources(found: list[Any]) -> list[Source]:
-    """Return sources, some of which may be given by their names alone."""
-    return [Source(name_or_path=str(source)) if isinstance(source, str | Path) else source for source in found]
+def as_sources(found: Any) -> list[Source]:
+    """Return sources, some of which may be given by their names alone, or as mappings of their keys.
+
+    Raises:
+        DataError: one of them is rows and no source.
+    """
+    if isinstance(found, str | Path | Source) or not isinstance(found, list | tuple):
+        found = [found]
+    return [_as_source(source) for source in found]
+
+
+def _as_source(found: Any) -> Source:
+    if isinstance(found, Source):
+        return found
+    if isinstance(found, str | Path):
+        return Source(name_or_path=str(found))
+    if isinstance(found, dict) and "name_or_path" in found:
+        known = {field.name for field in attrs.fields(Source)}
+        if unknown := [name for name in found if name not in known]:
+            raise DataError(f"sources: Source has no such key as {unknown[0]!r}{suggest(unknown[0], known)}")
+        return Source(**found)
+    kind = type(found).__name__
+    if isinstance(found, dict):
+        advice = "rows are read from files: write them into a .jsonl file, an object a line, and give its name"
+    elif kind in ("Dataset", "DatasetDict", "IterableDataset"):
+        advice = "a run goes on from its recipe alone: call `dataset.to_parquet('rows.parquet')`, and give that name"
+    else:
+        advice = "write the name of a file, of a folder, or of a dataset on the hub"
+    raise DataError(f"sources: {kind} is no source; {advice}")
 
 
 def _check_columns(values: dict[str, Any], columns: dict[str, str], place: str) -> None:
