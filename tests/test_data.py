@@ -4,6 +4,7 @@ import gzip
 import json
 import multiprocessing
 import os
+import time
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from typing import Any
 import pytest
 from conftest import byte_tokenizer
 
-from posttrain.blocks.data import store
+from posttrain.blocks.data import hashes, store
 from posttrain.blocks.data.data import CausalData, SFTData
 from posttrain.blocks.data.sources import Source
 from posttrain.blocks.data.streams import Stream
@@ -214,6 +215,55 @@ def test_the_cache_is_used_again_and_notices_every_change(tmp_path: Path, monkey
             return super().conversation({**row, "output": row["output"].upper()})
 
     assert replies(Shouting(sources=[Source(name_or_path=str(path))]).prepare(TOKENIZER).train) == ["A", "B"]
+
+
+def aged(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the clock go on, so that a file is old enough for its hash to be remembered."""
+    ahead = max(path.stat().st_ctime, path.stat().st_mtime) + 10
+    monkeypatch.setattr(time, "time", lambda: ahead)
+
+
+def test_a_file_is_hashed_once_until_it_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    hashed: list[Path] = []
+    original = hashes._hashed
+    monkeypatch.setattr(hashes, "_hashed", lambda path: hashed.append(path) or original(path))
+    path = write(tmp_path / "a.jsonl", SCHEMAS["alpaca"])
+    data(path).prepare(TOKENIZER)
+    data(path).prepare(TOKENIZER)
+    assert len(hashed) == 2  # it may have changed within the grain of the clock
+    aged(path, monkeypatch)
+    data(path).prepare(TOKENIZER)
+    data(path).prepare(TOKENIZER)
+    assert len(hashed) == 3
+    stamp = path.stat().st_mtime_ns
+    write(path, {**SCHEMAS["alpaca"], "output": "b"})
+    os.utime(path, ns=(stamp, stamp))  # same size, same date
+    aged(path, monkeypatch)
+    assert replies(data(path).prepare(TOKENIZER).train) == ["b"]
+    assert len(hashed) == 4
+    for note in (tmp_path / "cache" / "hashes").glob("*.json"):
+        note.write_text("[]")
+    assert replies(data(path).prepare(TOKENIZER).train) == ["b"]
+    assert len(hashed) == 5
+
+
+def test_processes_that_start_at_once_hash_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write(tmp_path / "a.jsonl", SCHEMAS["alpaca"])
+    aged(path, monkeypatch)
+    counted: list[int] = []
+    original = hashes._hashed
+    monkeypatch.setattr(hashes, "_hashed", lambda path: counted.append(1) or original(path))
+    fork = multiprocessing.get_context("fork")
+    results = fork.Queue()
+
+    def child() -> None:
+        hashes.sha256(path, tmp_path / "memory")
+        results.put(len(counted))
+
+    children = [fork.Process(target=child) for _ in range(4)]
+    for one in children:
+        one.start()
+    assert sorted(results.get(timeout=60) for _ in children) == [0, 0, 0, 1]
 
 
 def prepare_in_child(path: Path, results: Any) -> None:

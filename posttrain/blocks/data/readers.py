@@ -18,6 +18,7 @@ from typing import IO, TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import attrs
 
+from posttrain.blocks.data.hashes import sha256
 from posttrain.errors import DataError
 
 if TYPE_CHECKING:
@@ -44,8 +45,8 @@ class Reader(Protocol):
     def rows(self, at: Any) -> Iterator[tuple[Values, str, Any]]:
         """Yield (values, place, position after this row)."""
 
-    def fingerprint(self) -> str:
-        """Return a hash that changes with the content."""
+    def fingerprint(self, memory: Path | None = None) -> str:
+        """Return a hash that changes with the content; `memory` is a folder in which hashes of files are kept."""
 
 
 @attrs.frozen
@@ -66,12 +67,11 @@ class LocalFiles:
                 raise DataError(f"{path} cannot be read: {error}") from error
             within = None
 
-    def fingerprint(self) -> str:
+    def fingerprint(self, memory: Path | None = None) -> str:
         """Return the sha256 over names and bytes of all files."""
         whole = hashlib.sha256()
         for path in self.paths:
-            with open(path, "rb") as file:
-                whole.update(f"{path.name}\0{hashlib.file_digest(file, 'sha256').hexdigest()}\n".encode())
+            whole.update(f"{path.name}\0{sha256(path, memory)}\n".encode())
         return whole.hexdigest()
 
 
@@ -93,7 +93,7 @@ class ArrowRows:
                 number += 1
                 yield dict(zip(columns, values, strict=True)), f"{self.label} row {number - 1}", number
 
-    def fingerprint(self) -> str:
+    def fingerprint(self, memory: Path | None = None) -> str:
         """Return the fingerprint that `datasets` keeps of the content."""
         return str(self.dataset._fingerprint)
 
@@ -115,7 +115,7 @@ class HubStream:
             number += 1
             yield dict(values), f"{self.label} row {number - 1}", [number, dataset.state_dict()]
 
-    def fingerprint(self) -> str:
+    def fingerprint(self, memory: Path | None = None) -> str:
         """Refuse: what has not been read cannot be hashed."""
         raise DataError(f"{self.label} is a stream; streams are not cached")
 

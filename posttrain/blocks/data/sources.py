@@ -139,12 +139,12 @@ class Source:
             if number == self.max_rows:
                 return
 
-    def fingerprint(self, reader: Reader) -> str:
+    def fingerprint(self, reader: Reader, memory: Path | None = None) -> str:
         """Return a hash of the content and of how it is read; weights do not matter, they change no token."""
         known = self._known()
         said = [self.name, self.split, self.revision, self.max_rows, sorted(self.columns.items())]
         table = [sorted(known.columns.items()), sorted(known.splits.items()), known.name] if not self.is_local else []
-        return hashlib.sha256(repr([reader.fingerprint(), said, table]).encode()).hexdigest()
+        return hashlib.sha256(repr([reader.fingerprint(memory), said, table]).encode()).hexdigest()
 
     def _known(self) -> Known:
         return KNOWN.get(self.name_or_path, Known())

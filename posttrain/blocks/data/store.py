@@ -106,7 +106,8 @@ def table(source: Source, encoder: Encoder, cache: Path) -> Table:
     from filelock import FileLock
 
     reader = source.open()
-    said = f"{FORMAT} {source.fingerprint(reader)} {encoder.fingerprint()}"
+    content = source.fingerprint(reader, cache / "hashes")
+    said = f"{FORMAT} {content} {encoder.fingerprint()}"
     if encoder.columns:
         said += json.dumps({name: attrs.astuple(column) for name, column in encoder.columns.items()})
     key = hashlib.sha256(said.encode()).hexdigest()[:32]
