@@ -61,7 +61,7 @@ def test_check_says_what_would_be_done(recipe: Path, capsys: pytest.CaptureFixtu
     output = capsys.readouterr().out
     assert "valid" in output
     assert "sft (SFTTrainer)" in output
-    assert "3 steps, each step 1 x 1 rows per device" in output
+    assert "3 steps, each step 1 row per device" in output
 
 
 def test_a_wrong_recipe_exits_with_2_and_no_traceback(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -110,7 +110,7 @@ def test_show_data_marks_what_is_trained(recipe: Path, capsys: pytest.CaptureFix
     output = capsys.readouterr().out
     assert "[0<|im_end|>]" in output
     assert "assistant" in output
-    assert "1 documents, 26 tokens, 2 supervised (7.7%)" in output
+    assert "1 document, 26 tokens, 2 supervised (7.7%)" in output
     assert main(["show", str(recipe), "--data", "2", "--json"]) == 0
     lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert len(lines) == 2

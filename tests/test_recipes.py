@@ -463,12 +463,12 @@ def test_an_override_replaces_a_wrong_value_and_its_place(tmp_path):
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("data.sources.7.split=x", "data.sources has 1 entries, counted from 0: there is no 7"),
+        ("data.sources.7.split=x", "data.sources has 1 value, counted from 0: there is no 7"),
         ("data.sources.split=x", "data.sources is a list: say which entry, such as data.sources.0.split"),
         ("type.x.y=1", "type: expected the name of a trainer, got a mapping"),
         ("seed.x=1", "seed is 1, which has no keys"),
         ("checkpoint.0.every=5", "checkpoint is not a list here"),
-        ("logger.7.type=jsonl", "logger has 3 entries, counted from 0: there is no 7"),
+        ("logger.7.type=jsonl", "logger has 3 values, counted from 0: there is no 7"),
         ("optimizer.betas.0=x", "optimizer.betas.0: expected a number, got 'x'"),
         ("nonsense.0.x=1", "nonsense is not a list here"),
         ("=1", "has the form"),

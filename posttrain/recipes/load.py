@@ -16,6 +16,7 @@ from posttrain.recipes.structure import BARE, Override, structure
 from posttrain.registry import suggest
 from posttrain.trainer import Trainer
 from posttrain.values import as_data
+from posttrain.words import counted
 from posttrain.yaml12 import Document, Key, Place, shortened
 
 MAX_BYTES = 1_000_000
@@ -180,7 +181,7 @@ def _step(data: Any, part: str, key: Key) -> str | int:
     if not part.isdecimal() or len(part) > 9:
         raise RecipeError(f"{here} is a list: say which entry, such as {here}.0.{part}")
     if int(part) >= len(data):
-        raise RecipeError(f"{here} has {len(data)} entries, counted from 0: there is no {part}")
+        raise RecipeError(f"{here} has {counted(len(data), 'value')}, counted from 0: there is no {part}")
     return int(part)
 
 

@@ -37,12 +37,13 @@ def check(arguments: argparse.Namespace) -> int:
     steps, epochs = recipe["max_steps"], recipe["epochs"]
     length = counted(steps, "step") if steps else counted(epochs, "epoch")
     rows, groups = recipe["micro_batch_size"], recipe["gradient_accumulation_steps"]
+    cut = f" ({rows} x {groups})" if groups > 1 else ""
     sources = [_name(source) for source in recipe["data"].get("sources", [])]
     facts = {
         "trainer": f"{recipe['type']} ({type(trainer).__name__})",
         "model": _origin(_name(recipe["model"])),
         "data": ", ".join(sources) or recipe["data"].get("type"),
-        "length": f"{length}, each step {rows} x {groups} rows per device",
+        "length": f"{length}, each step {counted(rows * groups, 'row')}{cut} per device",
         "optimizer": f"{recipe['optimizer'].get('type')}, {recipe['scheduler'].get('type')} schedule",
         "output": recipe["output_dir"],
     }
@@ -147,13 +148,18 @@ def plan(arguments: argparse.Namespace) -> int:
 def convert(arguments: argparse.Namespace) -> None:
     """Write a recipe of ArcticTraining as one of ours."""
     from posttrain.recipes.convert import convert
+    from posttrain.words import counted
 
     text, notes = convert(arguments.recipe)
     if arguments.output is None:
         say(text.rstrip())
     else:
         arguments.output.write_text(text, encoding="utf-8")
-        say("\n".join([f"{arguments.output}: {len(notes)} notes at its head", *(f"  {note}" for note in notes)]))
+        say(
+            "\n".join(
+                [f"{arguments.output}: {counted(len(notes), 'note')} at its head", *(f"  {note}" for note in notes)]
+            )
+        )
 
 
 def accept(arguments: argparse.Namespace) -> None:

@@ -5,6 +5,7 @@ from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING
 
 from posttrain.blocks.loggers.ledger import said
+from posttrain.words import counted
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -36,7 +37,7 @@ def tokens(previews: "Iterable[Preview]", console: "Console") -> None:
         supervised = sum(trained for _, trained, _ in preview.tokens)
         counts.append((len(preview.tokens), supervised))
         name = f"{preview.source} {preview.side}".rstrip()
-        title = Text(f"{name}  {len(preview.tokens)} tokens, {supervised} supervised")
+        title = Text(f"{name}  {counted(len(preview.tokens), 'token')}, {supervised:,} supervised")
         console.print(Rule(title, align="left", characters=line))
         grid = Table.grid(padding=(0, 1))
         grid.add_column(justify="right", width=ROLE_WIDTH, style="cyan", overflow="fold")
@@ -47,7 +48,8 @@ def tokens(previews: "Iterable[Preview]", console: "Console") -> None:
     total, trained = (sum(column) for column in zip(*counts, strict=True)) if counts else (0, 0)
     console.print(Rule(characters=line))
     share = f" ({trained / total:.1%})" if total else ""
-    console.print(Text(f"{len(counts)} documents, {total} tokens, {trained} supervised{share}"))
+    sums = f"{counted(len(counts), 'document')}, {counted(total, 'token')}, {trained:,} supervised{share}"
+    console.print(Text(sums))
 
 
 def _legend(coloured: bool) -> "Text":

@@ -17,6 +17,7 @@ from posttrain.blocks.data.store import note
 from posttrain.blocks.data.views import Limits, pieces
 from posttrain.blocks.layout import Example
 from posttrain.errors import DataError
+from posttrain.words import counted
 
 
 @attrs.frozen
@@ -111,7 +112,7 @@ class StreamEncoding:
             return [example]
         if self.limits.overflow == "error":
             raise DataError(
-                f"{row.place} has {longest:,} tokens, data.max_length is {self.limits.max_length:,}: "
+                f"{row.place} has {counted(longest, 'token')}, data.max_length is {self.limits.max_length:,}: "
                 f"{self.limits.advice}"
             )
         entry["too_long"] += 1
