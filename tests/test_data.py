@@ -103,7 +103,10 @@ BAD_FILES = {
     "not an object": (b"[1, 2]\n", r"a\.jsonl:1: expected an object with columns, found a list"),
     "empty": (b"", r"a\.jsonl holds no rows"),
     "without a reply": (b'{"prompt": "q"}\n', r"1 x no reply: there is 'prompt'.*a\.jsonl:1"),
-    "unknown role": (b'{"messages": [{"role": "bot", "content": "x"}]}\n', r"1 x unknown role 'bot'.*a\.jsonl:1"),
+    "unknown role": (
+        b'{"messages": [{"role": "narrator", "content": "x"}]}\n',
+        r"1 x unknown role 'narrator'.*a\.jsonl:1",
+    ),
     "nested without end": (b'{"prompt": ' + b"[" * 100_000, r"a\.jsonl:1: (nested too deeply|not JSON)"),
 }
 

@@ -73,6 +73,8 @@ class ChatEncoder:
     def __attrs_post_init__(self) -> None:
         tokens = sorted(special_tokens(self.renderer.tokenizer), key=len, reverse=True)
         self.special = re.compile("|".join(map(re.escape, tokens)) or r"(?!)")
+        words = {word for template in self.renderer.templates.values() for word in re.findall(r"\w+", template)}
+        self.reading.keys |= words
 
     def encode(self, rows: list[Values]) -> list[Encoded]:
         """Encode many rows at once; the tokenizer's own threads share the work."""

@@ -91,7 +91,8 @@ class ArrowRows:
             columns = list(batch)
             for values in zip(*batch.values(), strict=True):
                 number += 1
-                yield dict(zip(columns, values, strict=True)), f"{self.label} row {number - 1}", number
+                row = {name: without_nulls(value) for name, value in zip(columns, values, strict=True)}
+                yield row, f"{self.label} row {number - 1}", number
 
     def fingerprint(self, memory: Path | None = None) -> str:
         """Return the fingerprint that `datasets` keeps of the content."""
@@ -113,7 +114,8 @@ class HubStream:
             dataset.load_state_dict(state)
         for values in dataset:
             number += 1
-            yield dict(values), f"{self.label} row {number - 1}", [number, dataset.state_dict()]
+            row = {name: without_nulls(value) for name, value in values.items()}
+            yield row, f"{self.label} row {number - 1}", [number, dataset.state_dict()]
 
     def fingerprint(self, memory: Path | None = None) -> str:
         """Refuse: what has not been read cannot be hashed."""
@@ -287,9 +289,19 @@ def _parquet(path: Path, at: Any) -> Iterator[tuple[Values, int, Any]]:
             for values in chain.from_iterable(batch.to_pylist() for batch in batches):
                 number += 1
                 if number > (at or 0):
-                    yield values, number - 1, number
+                    yield {name: without_nulls(value) for name, value in values.items()}, number - 1, number
     except (pyarrow.ArrowException, ValueError, OverflowError) as error:  # the latter of texts and dates
         raise DataError(f"{path}: not a whole parquet file: {error}") from None
+
+
+def without_nulls(value: Any) -> Any:
+    """Return a value of a table without the keys that hold nothing.
+
+    The objects of a column all have the same keys there: arguments of one tool get those of every other, as nulls.
+    """
+    if isinstance(value, dict):
+        return {key: without_nulls(item) for key, item in value.items() if item is not None}
+    return [without_nulls(item) for item in value] if isinstance(value, list) else value
 
 
 def _kind(value: Any) -> str:

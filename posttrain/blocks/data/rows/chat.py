@@ -13,8 +13,8 @@ from typing import Any
 
 import attrs
 
-from posttrain.blocks.data.rows.markers import END, REASONING, START, Marker, Piece, without_markers
-from posttrain.blocks.data.rows.messages import Ranges, Refused, mark, unmarked, variants
+from posttrain.blocks.data.rows.markers import END, START, Marker, Piece, without_markers
+from posttrain.blocks.data.rows.messages import REASONING, Ranges, Refused, Unrendered, mark, unmarked, variants
 from posttrain.blocks.data.rows.spans import Layout
 from posttrain.errors import DataError
 
@@ -113,6 +113,8 @@ class ChatRenderer:
                 return self._rendered(conversation | {"messages": messages}, trained)
             except Refused as reason:
                 refused.append(reason)
+        if any(each.get("content") is None for each in conversation["messages"]):  # some fail on that alone
+            raise next((reason for reason in refused if not isinstance(reason, Unrendered)), refused[0])
         raise refused[0]
 
     def _trained(self, conversation: dict[str, Any]) -> dict[int, bool | Ranges]:
@@ -143,8 +145,8 @@ class ChatRenderer:
         layout = Layout(
             messages, text, pieces, self.stops, self.prompt, lambda others: self._plain(others, conversation)
         )
-        spans = [span for index, characters in trained.items() for span in layout.spans(index, characters)]
         layout.refuse_left_out(marker.pieces, trained)
+        spans = [span for index, characters in trained.items() for span in layout.spans(index, characters)]
         if conversation.get("tools") and self._plain(messages, conversation, hidden=True) == text:
             raise Refused("the chat template leaves out the tools that the conversation may use")
         if not spans:
@@ -179,7 +181,7 @@ class ChatRenderer:
                 **{**self.tokenizer.special_tokens_map, **self.template_args, **conversation.get("template_args", {})},
             )  # fmt: skip
         except (TemplateError, TypeError, ValueError, LookupError, ArithmeticError) as error:
-            raise Refused(f"the chat template refuses the conversation: {error}") from None
+            raise Unrendered(f"the chat template refuses the conversation: {error}") from None
         return str(rendered)
 
     def _generation_prompt(self) -> str:

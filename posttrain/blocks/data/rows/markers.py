@@ -5,12 +5,10 @@ from typing import Any
 
 import attrs
 
-from posttrain.blocks.data.rows.messages import Refused
+from posttrain.blocks.data.rows.messages import REASONING, Refused
 
 START, END = "\ue000", "\ue001"
 MARK = re.compile("([\ue000\ue001])([\ue100-\ue4ff])([\ue500-\ue8ff])")
-REASONING = ("reasoning_content", "thinking", "reasoning")
-"""Keys that may hold what a reply was thought out with."""
 
 
 @attrs.frozen

@@ -11,7 +11,8 @@ Message = dict[str, Any]
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
 ALIASES = {
-    "human": "user", "prompter": "user", "gpt": "assistant", "chatgpt": "assistant", "model": "assistant",
+    "human": "user", "prompter": "user", "gpt": "assistant", "chatgpt": "assistant", "chatbot": "assistant",
+    "bot": "assistant", "model": "assistant",
     "observation": "tool", "function": "tool", "function_response": "tool", "tool_response": "tool", "ipython": "tool",
     "environment": "tool", "function_call": "assistant", "tool_call": "assistant",
 }  # fmt: skip
@@ -25,11 +26,19 @@ WEIGHTS, FLAGS, DETAILS = (
 )
 MARKS = {*WEIGHTS, *FLAGS, *DETAILS, "loss"}
 """Keys of a message that say whether it is trained (see `mark`); no template gets to see them."""
+REASONING = ("reasoning_content", "thinking", "reasoning")
+"""Keys that may hold what a reply was thought out with."""
+KEYS = {"role", "content", "from", "value", "tool_calls", "function_call", "tool_call_id", *REASONING, *MARKS}
+"""Keys of a message that are read, or that say only to whom a tool answers; templates may know others."""
 Ranges = list[tuple[int, int]]
 
 
 class Refused(Exception):
     """A row that cannot become training data; the message is the reason that the ledger counts."""
+
+
+class Unrendered(Refused):
+    """A row that the chat template itself refuses."""
 
 
 def message(found: Any, roles: Collection[str] = ROLES) -> Message:
@@ -44,16 +53,17 @@ def message(found: Any, roles: Collection[str] = ROLES) -> Message:
     """
     if not isinstance(found, dict):
         raise Refused(f"a message is {type(found).__name__}, not an object with role and content")
-    who, what = ("from", "value") if "from" in found and "role" not in found else ("role", "content")
+    who = "from" if "from" in found and "role" not in found else "role"
+    what = "value" if "value" in found and "content" not in found else "content"
     if who not in found:
         raise Refused(f"a message has the keys {', '.join(map(repr, found)) or '(none)'}, but no role")
     called, content = found[who], found.get(what)
-    role = ALIASES.get(called, called) if isinstance(called, str) else called
+    role = ALIASES.get(called.lower(), called.lower()) if isinstance(called, str) else called
     if not isinstance(role, str) or role not in roles:
         raise Refused(f"unknown role {called!r} (known: {', '.join([*roles, *ALIASES])})")
     rest = {key: value for key, value in found.items() if value is not None and key not in (who, what)}
     if called in CALLS and not rest.get("tool_calls"):
-        rest, content = rest | {"tool_calls": _parsed(content, called)}, None
+        rest, content = rest | {"tool_calls": _parsed(content, str(called))}, None
     if isinstance(legacy := rest.get("function_call"), dict):
         rest = {key: value for key, value in rest.items() if key != "function_call"} | {"tool_calls": [legacy]}
     if calls := rest.get("tool_calls"):
@@ -140,10 +150,15 @@ def _check_content(content: Any, may_be_null: bool, role: str) -> None:
         if not may_be_null:
             raise Refused(f"the content of a message of role {role!r} is null")
     elif isinstance(content, list):
-        if not all(isinstance(part, dict) and isinstance(part.get("text"), str) for part in content):
+        if not all(map(_is_text, content)):
             raise Refused("a message has content parts other than text")
     elif not isinstance(content, str):
         raise Refused(f"the content of a message is {type(content).__name__}, not text")
+
+
+def _is_text(part: Any) -> bool:
+    """Whether a part of a message's content is text and nothing else."""
+    return isinstance(part, dict) and isinstance(part.get("text"), str) and part.get("type", "text").endswith("text")
 
 
 def _parsed(content: Any, role: str) -> list[Any]:

@@ -18,9 +18,10 @@ from posttrain.blocks.data.rows.schemas import (
     Refused,
     Sample,
     Schema,
+    around,
+    beside,
     conversation,
     filled,
-    of_instruction,
     prompt_of,
 )
 from posttrain.errors import DataError
@@ -43,6 +44,7 @@ def pair_schema(row: dict[str, Any]) -> Schema:
         Refused: one side is missing.
         DataError: both are.
     """
+    row = _with_chosen(row)
     found = {side: next((name for name in names if name in row), None) for side, names in SIDES.items()}
     missing = [side for side, name in found.items() if name is None]
     if len(missing) == 2:
@@ -54,8 +56,8 @@ def pair_schema(row: dict[str, Any]) -> Schema:
         raise Refused(f"there is no {missing[0]!r}; if the column is called otherwise, say so with `columns`")
     sides = [str(found[side]) for side in SIDES]
     asked = next((name for name in PROMPTS if row.get(name)), None)
-    more = (asked, *of_instruction(row, asked)) if asked else ()
-    return Schema("/".join(sides), (*more, *sides, *(name for name in (*SHARED, "margin") if name in row)))
+    more = (asked, *around(row, asked)) if asked else ()
+    return Schema("/".join(sides), (*more, *sides, *beside(row), *(["margin"] if "margin" in row else [])))
 
 
 def pair(row: dict[str, Any]) -> Sample:
@@ -70,6 +72,7 @@ def pair(row: dict[str, Any]) -> Sample:
         Refused: the row says too little, or its sides do not answer the same messages.
         DataError: the columns fit no schema.
     """
+    row = _with_chosen(row)
     names = pair_schema(row).name.split("/")
     if isinstance(asked := row.get("input"), dict) and "messages" in asked:  # OpenAI's format for preferences
         row = {key: value for key, value in row.items() if key != "input"} | asked
@@ -87,6 +90,14 @@ def pair(row: dict[str, Any]) -> Sample:
     if any(side["messages"][shared]["role"] != "assistant" for side in sides):
         raise Refused("chosen and rejected differ before a reply: in a message of another role than assistant")
     return Sample([side | {"shared": shared} for side in sides], {"margins": _margin(row)})
+
+
+def _with_chosen(row: dict[str, Any]) -> dict[str, Any]:
+    """Return a row of ms-swift's, whose messages end with the chosen reply, as others write it."""
+    messages = row.get("messages")
+    if "rejected_response" not in row or any(name in row for name in SIDES[CHOSEN]) or not isinstance(messages, list):
+        return row
+    return {**row, "messages": messages[:-1], CHOSEN: messages[-1:]}
 
 
 def _prompt(row: dict[str, Any]) -> list[Message]:

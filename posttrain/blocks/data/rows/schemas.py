@@ -6,12 +6,12 @@ problem/solution. Which of them a row fits, and which columns are read, is decid
 """
 
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Set
 from typing import Any
 
 import attrs
 
-from posttrain.blocks.data.rows.messages import ROLES, Message, Refused, listed, message, text_of, tool
+from posttrain.blocks.data.rows.messages import KEYS, ROLES, Message, Refused, listed, message, text_of, tool
 from posttrain.errors import DataError
 
 __all__ = ["CHATS", "REPLIES", "Message", "Reading", "Refused", "Sample", "Schema", "conversation", "filled", "schema"]
@@ -34,6 +34,8 @@ VERDICTS = ("label", "kto_tag")
 """Columns that say of a reply whether it is a good one (KTO)."""
 SHARED = (*SYSTEM, *TOOLS, "chat_template_kwargs")
 """Columns that are read beside those of any schema."""
+MEDIA = ("images", "image", "videos", "video", "audios", "audio")
+"""Columns of what is no text."""
 
 
 @attrs.frozen
@@ -63,6 +65,8 @@ class Reading:
     read: set[str] = attrs.field(factory=set)
     found: set[str] = attrs.field(factory=set)
     """All that hold anything."""
+    keys: Set[str] = frozenset(KEYS)
+    """Keys of a message that are read, or that a template may read; others are noted as `messages.key`."""
 
     def note(
         self, row: dict[str, Any], schema: Callable[[dict[str, Any]], Schema] | None, kept: Iterable[str] = ()
@@ -77,6 +81,10 @@ class Reading:
         self.schemas[understood.name] += 1
         self.read.update(understood.columns, kept)
         self.found.update(name for name, value in row.items() if filled(value))
+        for name in CHATS:
+            for each in row[name] if name in understood.columns and isinstance(row[name], list) else ():
+                if isinstance(each, dict):
+                    self.found.update(f"{name}.{key}" for key in each.keys() - self.keys if filled(each[key]))
 
     def summary(self) -> dict[str, Any]:
         """Return what the ledger says; nothing if only the data block knows what it reads."""
@@ -98,11 +106,13 @@ def schema(row: dict[str, Any]) -> Schema:
         Refused: the row fits a schema but says too little.
         DataError: the columns fit no schema.
     """
-    chat = next((name for name in CHATS if isinstance(row.get(name), list | str)), None)
-    if chat:
-        return Schema(chat, (chat, *_present(row, (*SHARED, *VERDICTS))))
+    chats = [name for name in CHATS if isinstance(row.get(name), list | str)]
     asked = [name for name in REPLIES if name in row]
     pairs = [(ask, reply) for ask in asked for reply in REPLIES[ask] if row.get(reply) is not None]
+    if said := [name for name in chats if filled(row[name])] or (chats if not pairs else []):
+        return Schema(said[0], (said[0], *beside(row)))
+    if not pairs and {"chosen", "rejected"} <= row.keys():
+        raise DataError("rows have a 'chosen' and a 'rejected' side, and no single reply: that is data for `type: dpo`")
     if not pairs and asked:
         raise Refused(f"no reply: there is {asked[0]!r}, but no {' or '.join(map(repr, REPLIES[asked[0]]))}")
     if not pairs:
@@ -110,9 +120,10 @@ def schema(row: dict[str, Any]) -> Schema:
         raise DataError(
             f"columns {', '.join(map(repr, row)) or '(none)'} fit no known schema ({', '.join(known)}); "
             "say which is which with `columns` on the source, such as {prompt: q, response: a}"
+            + ("; plain text is for `type: causal`" if "text" in row else "")
         )
     ask, reply = pairs[0]
-    return Schema(f"{ask}/{reply}", (ask, *of_instruction(row, ask), reply, *_present(row, (*SHARED, *VERDICTS))))
+    return Schema(f"{ask}/{reply}", (ask, *around(row, ask), reply, *beside(row)))
 
 
 def conversation(row: dict[str, Any], roles: Collection[str] = ROLES) -> dict[str, Any]:
@@ -130,6 +141,8 @@ def conversation(row: dict[str, Any], roles: Collection[str] = ROLES) -> dict[st
         DataError: the columns fit no schema.
     """
     found = schema(row)
+    if media := next((name for name in MEDIA if isinstance(row.get(name), list | dict) and row[name]), None):
+        raise Refused(f"there are {media}, and only text can be trained")
     if bad := next((name for name in VERDICTS if _says_no(row.get(name))), None):
         raise Refused(f"{bad!r} is false: the reply is one to avoid (KTO), not one to learn")
     if found.name in CHATS:
@@ -152,7 +165,7 @@ def conversation(row: dict[str, Any], roles: Collection[str] = ROLES) -> dict[st
 def prompt_of(row: dict[str, Any], ask: str) -> list[Any]:
     """Return the messages in front of a reply: Alpaca's history, and what is asked."""
     asked, before = row[ask], []
-    for name in of_instruction(row, ask):
+    for name in around(row, ask):
         if name == "history":
             before = [
                 each for ours, theirs in row[name] for each in (*_turn(ours, "user"), *_turn(theirs, "assistant"))
@@ -162,18 +175,20 @@ def prompt_of(row: dict[str, Any], ask: str) -> list[Any]:
     return [*before, *_turn(asked, "user")]
 
 
-def of_instruction(row: dict[str, Any], ask: str) -> tuple[str, ...]:
-    """Return the columns that are read with an `instruction` (Alpaca): what it is about, and what was said before."""
-    if ask != "instruction":
-        return ()
-    about = [name for name in CONTEXT if isinstance(row.get(name), str) and row[name].strip()]
+def around(row: dict[str, Any], ask: str) -> tuple[str, ...]:
+    """Return the columns that are read with a prompt: what an `instruction` is about, and what was said before."""
+    contexts = CONTEXT if ask == "instruction" else ()
+    about = [name for name in contexts if isinstance(row.get(name), str) and row[name].strip()]
     history = row.get("history")
     told = isinstance(history, list) and history and all(isinstance(t, list) and len(t) == 2 for t in history)
     return (*about[:1], *(["history"] if told else []))
 
 
-def _present(row: dict[str, Any], names: tuple[str, ...]) -> list[str]:
-    return [name for name in names if name in row]
+def beside(row: dict[str, Any]) -> list[str]:
+    """Return the columns that are read beside those of any schema."""
+    groups = (SYSTEM, TOOLS, ("chat_template_kwargs",), *((name,) for name in VERDICTS))
+    firsts = (next((name for name in names if filled(row.get(name))), None) for names in groups)
+    return [name for name in firsts if name]
 
 
 def _led(row: dict[str, Any], messages: list[Message]) -> list[Message]:

@@ -78,9 +78,10 @@ class Layout:
         there, shown = {id(piece) for piece, _, _ in self.pieces}, {piece.message for piece, _, _ in self.pieces}
         for piece in given:
             role = self.messages[piece.message]["role"]
-            if piece.message not in shown:
+            if piece.message not in shown and piece.kind == "content":
                 raise Refused(f"the chat template leaves out a message of role {role!r}")
-            if id(piece) in there or (role == "assistant" and piece.message not in trained):
+            context = role == "assistant" and piece.message not in trained and piece.message in shown
+            if id(piece) in there or context:
                 continue
             what = {"reasoning": "the reasoning", "call": "a tool call"}.get(piece.kind, "a part of the text")
             later = any(each["role"] == "user" for each in self.messages[piece.message :]) and piece.kind != "call"
@@ -102,7 +103,7 @@ class Layout:
             raise Refused(f"a message of role {role!r} is empty")
         order = [n for n, (piece, _, _) in enumerate(self.pieces) if piece.message == index]
         if not order:
-            raise Refused(f"the chat template leaves out a message of role {role!r}")
+            raise Refused(f"a message of role {role!r} holds nothing but tags of the chat template's own")
         first, last = order[0], order[-1]
         if last - first >= len(order):
             raise Refused("the chat template mixes a trained message with another one")
