@@ -39,6 +39,8 @@ class Layout:
     """int64 [..., rows, width], inside of each document; networks with several axes of positions have more of them."""
     cu_seqlens: "Tensor" = ABSENT
     """int32 [documents + 1], where each begins, counted over rows * width; padding counts as a document."""
+    bounds: list[int] = attrs.field(factory=list)
+    """The same as numbers, on the host."""
     max_seqlen: int = 0
     """Tokens of the longest."""
     supervised: "Tensor" = ABSENT
@@ -165,7 +167,8 @@ class Batch(Layout):
 
         return Batch(
             input_ids=part(self.input_ids), labels=part(self.labels), position_ids=part(self.position_ids),
-            cu_seqlens=self.cu_seqlens, max_seqlen=self.max_seqlen, max_token=self.max_token, sequence_group=group,
+            cu_seqlens=self.cu_seqlens, bounds=self.bounds, max_seqlen=self.max_seqlen, max_token=self.max_token,
+            sequence_group=group,
             supervised=(row * each + column - first)[mine], targets=self.targets[mine], weight=counts,
             supervised_tokens=counts,
             tokens=int((self.row_lengths - first).clamp(0, each).sum()) if self.tokens else 0,

@@ -11,9 +11,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from posttrain.blocks.layout import lay
 from posttrain.blocks.losses import cross_entropy as losses
-from posttrain.blocks.models import attention
 from posttrain.blocks.models.causal import CausalLM
-from posttrain.errors import RecipeError, TrainingError
+from posttrain.blocks.models.probe import find_way
 
 SMALL = {k: v for k, v in LLAMA.items() if k != "model_type"}
 SLIDING = {**SMALL, "sliding_window": 8, "head_dim": 8}
@@ -38,15 +37,17 @@ def model(kind: str, implementation: str) -> CausalLM:
     with torch.no_grad():
         for parameter in hf.parameters():
             parameter.normal_(0, 0.2)
-    return CausalLM(hf)
+    net = CausalLM(hf)
+    net.keep_apart(find_way(config, kind, implementation))
+    return net
 
 
 def rows() -> list[list[Any]]:
     return [[document(1), document(2), document(3)], [document(4)], [document(5), document(6)]]
 
 
-PAIRS = [(kind, how) for kind in MODELS for how in ("packed", "sdpa", "eager") if kind != "gemma2" or how == "eager"]
-"""Soft-capped attention scores exist in eager attention only."""
+PAIRS = [(kind, how) for kind in MODELS for how in ("packed", "sdpa", "eager") if (kind, how) != ("gemma2", "sdpa")]
+"""sdpa knows no soft caps."""
 
 
 @pytest.mark.parametrize(("kind", "implementation"), PAIRS)
@@ -131,24 +132,6 @@ def test_no_supervised_token_gives_a_loss_of_zero_and_gradients() -> None:
     loss.backward()
     assert loss.item() == 0
     assert all(p.grad is not None and not p.grad.any() for p in net.parameters())
-
-
-def test_attention_that_cannot_be_computed_is_refused() -> None:
-    net = model("gemma2", "eager")
-    net.hf.set_attn_implementation(attention.NAME)
-    with pytest.raises(TrainingError, match=r"uses `softcap`.*attn_implementation"):
-        net(lay(rows(), 0))
-
-
-def test_models_with_recurrent_layers_are_refused() -> None:
-    from posttrain.blocks.models.model import HFModel
-
-    block = HFModel(
-        name_or_path="m", random_init=True,
-        config={"model_type": "mamba", "vocab_size": 50, "hidden_size": 16, "num_hidden_layers": 1, "state_size": 4},
-    )  # fmt: skip
-    with pytest.raises(RecipeError, match="recurrent layers"):
-        block.build(None)  # type: ignore[arg-type]
 
 
 def test_generation_is_transformers_own_with_padding_on_the_left() -> None:

@@ -114,6 +114,7 @@ def lay(rows: list[list[Document]], pad_id: int, multiple: int = 1) -> Batch:
         position_ids=torch.from_numpy(positions),
         seqlens=torch.tensor(seqlens, dtype=torch.int32),
         cu_seqlens=torch.from_numpy(cu_seqlens),
+        bounds=cu_seqlens.tolist(),
         max_seqlen=max(seqlens),
         max_token=int(input_ids.max()),
         ends=torch.tensor(ends, dtype=torch.int64),

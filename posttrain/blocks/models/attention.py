@@ -14,9 +14,10 @@ import itertools
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.attention.varlen import varlen_attn
+from torch.nn.attention.varlen import AuxRequest, varlen_attn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import create_causal_mask, sdpa_mask
@@ -40,6 +41,11 @@ def no_mask(device: torch.device) -> Tensor:
     return torch.ones(1, 1, 1, 1, dtype=torch.bool, device=device)
 
 
+def is_no_mask(mask: Any) -> bool:
+    """Whether a mask only stands for there being none."""
+    return isinstance(mask, Tensor) and tuple(mask.shape) == (1, 1, 1, 1)
+
+
 def packed_attention(
     module: nn.Module,
     query: Tensor,
@@ -55,6 +61,8 @@ def packed_attention(
     max_length_k: int | None = None,
     kv_index: Tensor | None = None,
     sequence_group: Any = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Causal attention within each document.
@@ -72,7 +80,9 @@ def packed_attention(
         max_length_q, max_length_k: the longest document.
         kv_index: int64 [keys], the token of each key, counted over rows * width; by default they are all tokens.
         sequence_group: ranks that each hold some columns of the rows; bounds are those of whole rows.
-        kwargs: of which `softcap` and `s_aux` (attention sinks) are refused.
+        softcap: scores are tanh(score / softcap) * softcap, as in Gemma 2.
+        s_aux: [heads], what each head adds to the sum of its exponentials, as in gpt-oss: an attention sink.
+        kwargs: of which `position_bias` is refused.
 
     Returns:
         [rows, width, heads, size], and None for the weights.
@@ -81,41 +91,83 @@ def packed_attention(
         TrainingError: the model asks for something this does not compute.
     """
     if cu_seq_lens_q is None:
-        if attention_mask is not None and attention_mask.shape[1:] == (1, 1, 1) and query.shape[2] > 1:
+        if is_no_mask(attention_mask):
             _refuse(module, "does not hand `cu_seq_lens_q` to its attention layers")
-        return sdpa_attention_forward(  # type: ignore[no-any-return]
-            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
-        )
+        if softcap is None and s_aux is None:
+            return sdpa_attention_forward(  # type: ignore[no-any-return]
+                module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
+            )
+        mask = attention_mask
+        if mask is None:
+            mask = _seen(query.shape[2], key.shape[2], sliding_window, query.device)
+        return _scored(query, key, value, mask, dropout, scaling, softcap, s_aux).transpose(1, 2), None
     if sequence_group is not None:
         key, value = (divisible(x, query.shape[1], sequence_group) for x in (key, value))
         query, key, value = (whole_rows(x, sequence_group) for x in (query, key, value))
+        if s_aux is not None:  # this rank has some of the heads
+            s_aux = s_aux.chunk(dist.get_world_size(sequence_group))[dist.get_rank(sequence_group)]
         whole, _ = packed_attention(
             module, query, key, value, attention_mask, dropout, scaling, sliding_window,
-            cu_seq_lens_q, cu_seq_lens_k, max_length_q, max_length_k, **kwargs,
+            cu_seq_lens_q, cu_seq_lens_k, max_length_q, max_length_k, softcap=softcap, s_aux=s_aux, **kwargs,
         )  # fmt: skip
         return own_columns(whole, sequence_group), None
     assert cu_seq_lens_k is not None
-    for feature in ("softcap", "s_aux", "position_bias"):
-        if kwargs.get(feature) is not None:
-            _refuse(module, f"uses `{feature}`")
-    if query.is_cuda and query.dtype in (torch.float16, torch.bfloat16):
+    if kwargs.get("position_bias") is not None:
+        _refuse(module, "uses `position_bias`")
+    chunk = _chunk_of(module)
+    if query.is_cuda and chunk is None and softcap is None and (low := _low_precision(query)) is not None:
         if dropout:
             _refuse(module, "uses attention dropout")
         assert max_length_q is not None and max_length_k is not None
         window = (-1 if sliding_window is None else sliding_window - 1, 0)
-        q, k, v = (x.transpose(1, 2).flatten(0, 1) for x in (query, key, value))
+        q, k, v = (x.to(low).transpose(1, 2).flatten(0, 1) for x in (query, key, value))
         if kv_index is not None:
             k, v = k.index_select(0, kv_index), v.index_select(0, kv_index)
+        size = v.shape[-1]
+        v = F.pad(v, (0, q.shape[-1] - size))  # the kernels want heads of one size
         out = varlen_attn(
-            q, k, v, cu_seq_lens_q, cu_seq_lens_k, max_length_q, max_length_k,
-            scale=scaling, window_size=window, **(_GQA if query.shape[1] != key.shape[1] else {}),
+            q, k, v, cu_seq_lens_q, cu_seq_lens_k, max_length_q, max_length_k, scale=scaling, window_size=window,
+            return_aux=None if s_aux is None else AuxRequest(lse=True),
+            **(_GQA if query.shape[1] != key.shape[1] else {}),
         )  # fmt: skip
-        return out.view(query.shape[0], query.shape[2], *out.shape[1:]), None  # type: ignore[union-attr]
+        if isinstance(out, tuple):
+            out, lse = out  # [tokens, heads, size], [heads, tokens]
+            assert s_aux is not None
+            out = out * torch.sigmoid(lse.transpose(0, 1) - s_aux.float())[..., None].to(out.dtype)
+        found = out[..., :size]
+        return found.reshape(query.shape[0], query.shape[2], *found.shape[1:]), None
     if kv_index is not None:
         assert query.shape[0] == 1, "documents branch within one long row"
         key, value = key.index_select(2, kv_index), value.index_select(2, kv_index)
     bounds = cu_seq_lens_q.tolist(), cu_seq_lens_k.tolist()
-    return _by_document(query, key, value, *bounds, dropout, scaling, sliding_window), None
+    if chunk is not None:
+        if kv_index is not None:
+            _refuse(module, "attends in chunks, which documents that branch cannot")
+        bounds = _chunked(bounds[0], chunk), _chunked(bounds[1], chunk)
+    return _by_document(query, key, value, *bounds, dropout, scaling, sliding_window, softcap, s_aux), None
+
+
+def _low_precision(query: Tensor) -> torch.dtype | None:
+    """Return the precision in which kernels of variable length can compute: the one of autocast, or the queries' own.
+
+    Rotary embeddings leave queries and keys in float32 while values are in half precision.
+    """
+    dtype = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else query.dtype
+    return dtype if dtype in (torch.float16, torch.bfloat16) else None
+
+
+def _chunk_of(module: nn.Module) -> int | None:
+    """Return how many tokens a chunk has, if a layer attends in chunks, as in Llama 4: only its mask would say so."""
+    config, index = getattr(module, "config", None), getattr(module, "layer_idx", None)
+    kinds = getattr(config, "layer_types", None)
+    if index is None or not kinds or kinds[index] != "chunked_attention":
+        return None
+    return int(config.attention_chunk_size)  # type: ignore[union-attr]
+
+
+def _chunked(bounds: list[int], chunk: int) -> list[int]:
+    """Return the bounds of chunks, counted from where each document begins."""
+    return [at for begin, end in itertools.pairwise(bounds) for at in range(begin, end, chunk)] + [bounds[-1]]
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]
@@ -128,25 +180,50 @@ def _by_document(
     dropout: float,
     scale: float | None,
     window: int | None,
+    softcap: float | None,
+    sinks: Tensor | None,
 ) -> Tensor:
     widths = query.shape[2], key.shape[2]
     rows: list[list[Tensor]] = [[] for _ in range(query.shape[0])]
     for queries, keys in zip(itertools.pairwise(query_bounds), itertools.pairwise(key_bounds), strict=True):
         (row, own), (_, seen) = (_part(*bounds, width) for bounds, width in zip((queries, keys), widths, strict=True))
         mask = _visible(queries[1] - queries[0], keys[1] - keys[0], window, query.device)
+        q, k, v = query[row : row + 1, :, own], key[row : row + 1, :, seen], value[row : row + 1, :, seen]
+        if softcap is not None or sinks is not None:
+            mask = _seen(q.shape[2], k.shape[2], window, query.device)
+            rows[row].append(_scored(q, k, v, mask, dropout, scale, softcap, sinks))
+            continue
+        grouped = query.shape[1] != key.shape[1]
         rows[row].append(
             F.scaled_dot_product_attention(
-                query[row : row + 1, :, own],
-                key[row : row + 1, :, seen],
-                value[row : row + 1, :, seen],
-                attn_mask=mask,
-                dropout_p=dropout,
-                is_causal=mask is None,
-                scale=scale,
-                enable_gqa=query.shape[1] != key.shape[1],
+                q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=mask is None, scale=scale, enable_gqa=grouped
             )
         )
-    return joined([joined(parts, 2) for parts in rows], 0).transpose(1, 2)
+    return joined([joined(parts, 2) for parts in rows], 0).transpose(1, 2).contiguous()
+
+
+def _scored(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    dropout: float,
+    scale: float | None,
+    softcap: float | None,
+    sinks: Tensor | None,
+) -> Tensor:
+    """Attend with the scores written out, where no kernel knows what is done to them: [rows, heads, queries, size]."""
+    times = query.shape[1] // key.shape[1]
+    key, value = (x.repeat_interleave(times, 1) if times > 1 else x for x in (key, value))
+    scores = query @ key.transpose(2, 3) * (query.shape[-1] ** -0.5 if scale is None else scale)
+    if softcap is not None:
+        scores = torch.tanh(scores / softcap) * softcap
+    if mask is not None:
+        scores = scores.masked_fill(~mask, float("-inf")) if mask.dtype == torch.bool else scores + mask
+    if sinks is not None:  # a column that takes its share, and has no value
+        scores = torch.cat([scores, sinks.view(1, -1, 1, 1).expand(*scores.shape[:3], 1).to(scores.dtype)], -1)
+    weights = F.dropout(scores.softmax(-1, dtype=torch.float32).to(value.dtype), dropout)
+    return weights[..., : key.shape[2]] @ value
 
 
 def joined(parts: list[Tensor], dim: int) -> Tensor:
@@ -162,8 +239,11 @@ def _part(begin: int, end: int, width: int) -> tuple[int, slice]:
 
 def _visible(queries: int, keys: int, window: int | None, device: torch.device) -> Tensor | None:
     """Return which keys each query sees, [queries, keys]; None if it is all up to itself in a square."""
-    if queries == keys and (window is None or keys <= window):
-        return None
+    return None if queries == keys and (window is None or keys <= window) else _seen(queries, keys, window, device)
+
+
+def _seen(queries: int, keys: int, window: int | None, device: torch.device) -> Tensor:
+    """Return which keys each query sees, [queries, keys]: those up to itself, or as many of them as a window holds."""
     seen = torch.ones(queries, keys, dtype=torch.bool, device=device).tril(keys - queries)
     return seen if window is None else seen.triu(keys - queries + 1 - window)
 

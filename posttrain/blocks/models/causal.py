@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from posttrain.batch import Batch, Layout, Term
 from posttrain.blocks.losses.cross_entropy import nll_sum, token_log_probs, top_log_probs, top_of
 from posttrain.blocks.models.activations import Offload
+from posttrain.blocks.models.apart import Bounds, ByDocument, Way, by_document, decoder_of, separate
 from posttrain.blocks.models.attention import NAME, no_mask
 from posttrain.errors import TrainingError
 from posttrain.registry import suggest
@@ -36,6 +37,8 @@ class PackedModel(nn.Module):
         self.hf = hf
         self.offload = False
         """Whether what is kept for the backward pass waits in the memory of the host."""
+        self.bounds, self.unfolds = Bounds(), False
+        """Where documents begin, for modules that compute by document; and whether each has a row of its own."""
         self.terms: dict[str, Term] = {}
         """What the passes since the last loss add to it, such as the loss of a router; the loop takes it from here."""
 
@@ -45,10 +48,20 @@ class PackedModel(nn.Module):
         self.terms[name] = term if known is None else attrs.evolve(term, sum=known.sum + term.sum)
 
     @contextmanager
-    def running(self) -> Iterator[None]:
+    def running(self, layout: Layout) -> Iterator[None]:
         """For the passes through the decoder."""
-        with Offload() if self.offload else nullcontext():
-            yield
+        self.bounds.at = layout.bounds
+        try:
+            with Offload() if self.offload else nullcontext():
+                yield
+        finally:
+            if not torch.is_grad_enabled():  # else activations may be computed again
+                self.bounds.at = None
+
+    def keep_apart(self, way: Way) -> None:
+        """Keep the documents of rows apart in this way."""
+        separate(self.base, dict(way.separated), self.bounds)
+        self.unfolds = way.unfolds
 
     @property
     def base(self) -> Any:
@@ -80,13 +93,27 @@ class PackedModel(nn.Module):
                 f"the data holds token {batch.max_token}, but the model has a vocabulary of {self.vocabulary}: "
                 "tokenizer and model do not belong together"
             )
-        return batch.branch if batch.branch is not None and self.attention == NAME else batch
+        branches = self.attention == NAME and not self.separates
+        return batch.branch if batch.branch is not None and branches else batch
+
+    @property
+    def separates(self) -> bool:
+        """Whether some modules compute by document, so that documents cannot branch."""
+        return any(isinstance(module, ByDocument) for module in self.base.modules())
 
     def hidden_states(self, layout: Layout) -> Tensor:
         """Return the last hidden states, [rows, width, size]."""
-        with self.running():
-            output = self.base.get_decoder()(**self.given(layout))
-        return output.last_hidden_state  # type: ignore[no-any-return]
+        decoder = decoder_of(self.base)
+        with self.running(layout):
+            if self.unfolds:
+                return self.unfolded(lambda ids: decoder(input_ids=ids, use_cache=False).last_hidden_state, layout)
+            return decoder(**self.given(layout)).last_hidden_state  # type: ignore[no-any-return]
+
+    def unfolded(self, compute: Any, layout: Layout) -> Tensor:
+        """Compute something with each document in a row of its own, [rows, width, ...]."""
+        self.bounds.at = None  # its modules see documents already
+        found: Tensor = by_document(compute, layout.bounds, False, (layout.input_ids,), {})
+        return found
 
     def save_pretrained(self, folder: Path, state_dict: dict[str, Tensor] | None = None) -> None:
         """Write what `from_pretrained` and vLLM load: safetensors and configuration, or peft's adapters.
@@ -111,7 +138,13 @@ class CausalLM(PackedModel):
 
     def __init__(self, hf: Any) -> None:
         super().__init__(hf)
-        self.plain_head = has_plain_head(hf)
+        self.plain_head = False
+        """Whether logits are known to be a linear layer of the last hidden states: then they need not all be there."""
+
+    def keep_apart(self, way: Way) -> None:
+        """Keep the documents of rows apart in this way."""
+        super().keep_apart(way)
+        self.plain_head = way.plain_head
 
     def forward(
         self,
@@ -162,11 +195,15 @@ class CausalLM(PackedModel):
 
     def logits(self, layout: Layout) -> Tensor:
         """Return the model's own logits at the supervised positions, [n, vocabulary]."""
+        if self.unfolds:
+            with self.running(layout):
+                logits = self.unfolded(lambda ids: self.base(input_ids=ids).logits, layout)
+            return logits.flatten(0, 1).index_select(0, layout.supervised)
         flat = self.given(layout)
         tokens = [name for name, extra in layout.arguments.items() if extra.per == "token"]
         for name in ("input_ids", "position_ids", *tokens):  # one long row, since one index list serves all rows
             flat[name] = flat[name].flatten(-2).unsqueeze(-2)
-        with self.running():
+        with self.running(layout):
             return self.base(**flat, logits_to_keep=layout.supervised).logits[0]  # type: ignore[no-any-return]
 
     @torch.no_grad()
@@ -190,7 +227,7 @@ class CausalLM(PackedModel):
     @torch.no_grad()
     def generate(self, **kwargs: Any) -> Tensor:
         """Generate with transformers, in evaluation mode; arguments and result are transformers' own."""
-        was_training = self.training
+        was_training, self.bounds.at = self.training, None
         self.eval()
         try:
             return self.hf.generate(use_cache=True, **kwargs)  # type: ignore[no-any-return]
@@ -227,15 +264,3 @@ def inputs(layout: Layout, masks: bool = False) -> dict[str, Any]:
 def without_adapters_wrapper(hf: Any) -> Any:
     """Return the transformers model inside peft's wrapper, if there is one."""
     return hf.get_base_model() if hasattr(hf, "get_base_model") else hf
-
-
-def has_plain_head(hf: Any) -> bool:
-    """Whether logits are a linear layer of the last hidden states, and nothing else.
-
-    Some models scale or cap them (Cohere's logit_scale, Granite's logits_scaling, Gemma's soft cap).
-    """
-    base = without_adapters_wrapper(hf)
-    if type(base.get_output_embeddings()) is not nn.Linear:
-        return False
-    suspicious = {k: v for k, v in base.config.get_text_config().to_dict().items() if "logit" in k or "multiplier" in k}
-    return all(value in (None, 1, 1.0, False) or name.startswith("output_") for name, value in suspicious.items())

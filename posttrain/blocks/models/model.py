@@ -2,6 +2,7 @@
 
 import fnmatch
 import hashlib
+import logging
 import sys
 import warnings
 from collections.abc import Iterator
@@ -18,6 +19,10 @@ from posttrain.values import Secret, as_data, missing_folder
 if TYPE_CHECKING:
     from lightning.fabric import Fabric
     from torch import nn
+
+    from posttrain.blocks.models.apart import Way
+
+log = logging.getLogger("posttrain")
 
 
 @attrs.frozen(kw_only=True, slots=False)
@@ -68,8 +73,9 @@ class HFModel:
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Of the weights in memory; with precision `bf16-mixed` keep float32."""
     attn_implementation: str = "auto"
-    """`auto` is `packed` (see attention.py) where the model can use it, else `sdpa`; or `sdpa`, `eager`,
-    `flex_attention`, `flash_attention_2`, or another that transformers knows."""
+    """`auto` takes what keeps packed documents apart best, which is tried on a tiny copy of the model (see probe.py):
+    `packed` (see attention.py) for most. Or `sdpa`, `eager`, `flex_attention`, `flash_attention_2`, or another that
+    transformers knows."""
     trust_remote_code: bool = False
     """Run Python code that comes with the model."""
     revision: str | None = None
@@ -121,7 +127,7 @@ class HFModel:
         from posttrain.blocks.models.activations import checkpoint_activations, tile_mlps
 
         hf = self.load(empty)
-        self.refuse_unpackable(hf)
+        way = self.way(hf)
         if self.liger:
             use_liger(hf)
         if self.lora is not None:
@@ -135,8 +141,23 @@ class HFModel:
             for layer in hf.get_decoder().layers:
                 layer.compile(backend="inductor" if self.compile is True else self.compile)
         network: Any = self.wrap(hf)
+        network.keep_apart(way)
         network.offload = self.offload_activations
         return network  # type: ignore[no-any-return]
+
+    def way(self, hf: Any) -> "Way":
+        """Return how the model keeps the documents of a row apart, with the attention for that set.
+
+        Raises:
+            RecipeError: it cannot.
+        """
+        from posttrain.blocks.models.probe import find_way, set_attention
+
+        asked = None if self.attn_implementation == "auto" else self.attn_implementation
+        way = find_way(hf.config, self.name_or_path, asked, hf.is_remote_code())
+        set_attention(hf, way.attention)
+        log.info("%s: documents of a row are kept apart by %s", self.name_or_path, way)
+        return way
 
     def wrap(self, hf: Any) -> "nn.Module":
         """Return a `CausalLM` around a transformers model (see causal.py)."""
@@ -149,8 +170,6 @@ class HFModel:
         import torch
         import transformers
         from transformers.utils.logging import disable_progress_bar
-
-        from posttrain.blocks.models import attention
 
         if not sys.stderr.isatty():  # a log file is no place for progress bars
             disable_progress_bar()
@@ -167,11 +186,6 @@ class HFModel:
                 hf = auto.from_pretrained(self.name_or_path, config=config, dtype=self.dtype, **self.hub, **self.kwargs)
         except (OSError, ValueError, ImportError) as error:
             raise RecipeError(f"model {self.name_or_path!r} cannot be loaded: {error}") from error
-        fits = (
-            hf._supports_attention_backend and hf._supports_sdpa and not hf.is_remote_code() and not _softcaps(config)
-        )
-        if self.attn_implementation == "auto" and fits:
-            hf.set_attn_implementation(attention.NAME)
         return hf
 
     @property
@@ -215,19 +229,6 @@ class HFModel:
             with file.open("rb") as content:
                 digest.update(file.name.encode() + hashlib.file_digest(content, "sha256").digest())
         return digest.hexdigest()
-
-    def refuse_unpackable(self, hf: Any) -> None:
-        """Refuse models that carry a state along the row, through which documents would leak.
-
-        Raises:
-            RecipeError: the model is one of them.
-        """
-        layers = set(getattr(hf.config.get_text_config(), "layer_types", None) or ())
-        if hf._is_stateful or layers - {"full_attention", "sliding_attention", "chunked_attention"}:
-            raise RecipeError(
-                f"model {self.name_or_path!r} ({type(hf).__name__}) has recurrent layers, whose state would leak "
-                "from one document of a row into the next; posttrain cannot train it yet"
-            )
 
     def freeze_parameters(self, hf: Any) -> None:
         """Freeze the parameters whose names match a pattern.
@@ -283,8 +284,3 @@ def use_liger(hf: Any) -> None:
         known = ", ".join(sorted(MODEL_TYPE_TO_APPLY_LIGER_FN))
         raise RecipeError(f"model.liger: Liger does not know models of type {kind!r} (known: {known})")
     MODEL_TYPE_TO_APPLY_LIGER_FN[kind](model=hf, cross_entropy=False, fused_linear_cross_entropy=False)
-
-
-def _softcaps(config: Any) -> bool:
-    """Whether attention scores are capped, which the packed attention does not compute."""
-    return config.get_text_config().to_dict().get("attn_logit_softcapping") is not None

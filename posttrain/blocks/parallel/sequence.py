@@ -59,6 +59,8 @@ class Ulysses:
                 f"sequence: needs the attention `packed`, but the model uses {config._attn_implementation}; set "
                 "model.attn_implementation to auto"
             )
+        if model.separates:
+            raise RecipeError("sequence: the model has layers that compute by document, which need whole rows")
         if config.num_attention_heads % self.size:
             raise RecipeError(f"sequence.size: the model's {config.num_attention_heads} attention heads cannot be "
                               f"divided by {self.size}")  # fmt: skip

@@ -13,6 +13,8 @@ from posttrain.registry import block, key
 if TYPE_CHECKING:
     from torch import nn
 
+    from posttrain.blocks.models.apart import Way
+
 
 @block("model", "swiftkv")
 class SwiftKVModel(HFModel):
@@ -84,6 +86,15 @@ class SwiftKVModel(HFModel):
         for name, parameter in hf.named_parameters():
             parameter.requires_grad_("_swiftkv" in name)
         return hf
+
+    def way(self, hf: Any) -> "Way":
+        """Return packed attention, or what the recipe asks for: the families are known to keep documents apart."""
+        from posttrain.blocks.models.apart import Way
+        from posttrain.blocks.models.attention import NAME
+
+        attention = NAME if self.attn_implementation == "auto" else self.attn_implementation
+        hf.set_attn_implementation(attention)
+        return Way(attention)
 
     @property
     def is_exported(self) -> bool:

@@ -45,8 +45,9 @@ class SwiftKV(CausalLM):
             float32 [3]: the summed KL(teacher || student) in nats, the summed mean squared error of hidden states,
             and at how many positions the likeliest token is the same.
         """
-        model, given = self.base.model, self.given(self.layout(batch))
-        with self.running():
+        layout = self.layout(batch)
+        model, given = self.base.model, self.given(layout)
+        with self.running(layout):
             below = model.below(**given)
             rest = {name: value for name, value in given.items() if name not in FIRST}
             with torch.no_grad():

@@ -1,0 +1,212 @@
+"""What mixes positions without knowing of documents, computed document by document.
+
+Recurrent layers, convolutions and some attentions carry one document of a row into the next. Such a module is given the
+documents of a row as a batch, padded on the right, where no causal module looks; the rest of the network stays packed.
+No kernel has to know of documents for that.
+"""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import attrs
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+TOLERATED = 0.75
+"""Documents share a batch with one of this share of their own length at least; the rest is padding."""
+SHORT = 16
+"""Tokens; documents this short share a batch whatever their lengths."""
+LAYOUT = ("cu_seq_lens", "max_length", "seq_idx", "kv_index", "cu_seqlens", "max_seqlen")
+"""Beginnings of arguments that describe packed rows: a module that sees documents one by one needs none."""
+
+
+@attrs.frozen
+class Way:
+    """How a network keeps documents apart."""
+
+    attention: str
+    """As transformers calls it."""
+    separated: tuple[tuple[str, bool], ...] = ()
+    """Classes of modules that compute by document, and whether each document is alone there."""
+    unfolds: bool = False
+    """Whether the network sees each document in a row of its own, padded on the right."""
+    plain_head: bool = True
+    """Whether logits are a linear layer of the last hidden states, and nothing else."""
+
+    def __str__(self) -> str:
+        if self.unfolds:
+            return f"{self.attention} attention, each document in a row of its own"
+        return f"{self.attention} attention" + "".join(f", {name} by document" for name, _ in self.separated)
+
+
+@attrs.define(eq=False)
+class Bounds:
+    """Where the documents of the rows begin that a network is computing: [0, ..., rows * width]."""
+
+    at: list[int] | None = None
+    """None while it computes something else, such as a generation. It stays after a pass that has a backward
+    one, in which activations may be computed again."""
+
+
+class ByDocument:
+    """Mixed into the class of a module, whose forward pass then sees each document by itself."""
+
+    _bounds: Bounds
+    _singly: bool
+    _fresh: dict[str, Any]
+    """What the module remembered before it saw any document."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Compute as the module does, for each document."""
+        bounds, forward = self._bounds.at, super().forward  # type: ignore[misc]
+        if bounds is None:
+            return forward(*args, **kwargs)
+
+        def afresh(*args: Any, **kwargs: Any) -> Any:  # rotary embeddings remember the longest that they have seen
+            for name, value in self._fresh.items():
+                setattr(self, name, value.to(getattr(self, name).device) if isinstance(value, Tensor) else value)
+            return forward(*args, **kwargs)
+
+        return by_document(afresh if self._singly else forward, bounds, self._singly, args, kwargs)
+
+
+_classes: dict[type, Any] = {}
+
+
+def by_document_class(cls: type) -> Any:
+    """Return a module's class that computes by document; it keeps its name, which others look for."""
+    if cls not in _classes:
+        _classes[cls] = type(cls.__name__, (ByDocument, cls), {"__module__": cls.__module__})
+    return _classes[cls]
+
+
+def separate(network: nn.Module, classes: dict[str, bool], bounds: Bounds) -> None:
+    """Let every module of some classes compute by document.
+
+    The class of a module is changed, not its attributes, so that copies of it compute with their own weights.
+
+    Args:
+        network: changed in place.
+        classes: name -> whether documents must be alone, for a module that looks at how long the longest is.
+        bounds: of the rows, set before each pass.
+    """
+    for module in network.modules():
+        if type(module).__name__ in classes:
+            if not isinstance(module, ByDocument):
+                module.__class__ = by_document_class(type(module))
+            module._bounds, module._singly = bounds, classes[type(module).__name__]  # type: ignore[assignment]
+            module._fresh = remembered(module) if module._singly else {}  # type: ignore[assignment]
+
+
+def remembered(module: nn.Module) -> dict[str, Any]:
+    """Return the buffers and numbers of a module."""
+    numbers = {n: v for n, v in vars(module).items() if isinstance(v, int | float) and not n.startswith("_")}
+    return {**numbers, **{name: buffer.clone() for name, buffer in module.named_buffers(recurse=False)}}
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def by_document(
+    forward: Callable[..., Any], bounds: list[int], singly: bool, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Any:
+    """Return what a module gives for the documents of packed rows, laid out like the rows again.
+
+    Args:
+        forward: of the module. Tensors of [rows, width, ...] hold something for each token, also with more axes
+            in front, or with one row that stands for all; others are handed on, but for masks and packed layouts.
+        bounds: of the documents, counted over rows * width.
+        singly: whether each document must be alone; else documents of like length make a batch.
+        args, kwargs: of the module.
+    """
+    shape = shape_of_rows((*args, *kwargs.values()), bounds[-1])
+    if shape is None:  # it computes something else than the rows
+        return forward(*args, **kwargs)
+    kwargs = {name: value for name, value in kwargs.items() if not name.startswith(LAYOUT)}
+    kwargs |= {name: None for name in kwargs if name == "attention_mask"}
+    device = next(x for x in flat((*args, *kwargs.values())) if isinstance(x, Tensor)).device
+    found, order = [], []
+    for index, real in groups(bounds, singly):
+        at = torch.from_numpy(index).to(device)
+        given = [changed(x, lambda x, at=at: gathered(x, at, *shape)) for x in args]  # type: ignore[misc]
+        named = {name: changed(x, lambda x, at=at: gathered(x, at, *shape)) for name, x in kwargs.items()}  # type: ignore[misc]
+        found.append((forward(*given, **named), index.shape, torch.from_numpy(real).to(device)))
+        order.append(index[real])
+    back = torch.from_numpy(np.argsort(np.concatenate(order))).to(device)  # from the groups' order to the rows'
+    return together([out for out, *_ in found], [(size, real) for _, size, real in found], back, shape)
+
+
+def shape_of_rows(values: tuple[Any, ...], total: int) -> tuple[int, int] | None:
+    """Return the rows and the width of the tensors that hold something for each token, if there are any."""
+    for x in flat(values):
+        if isinstance(x, Tensor) and x.ndim >= 2 and x.shape[0] * x.shape[1] == total:
+            return x.shape[0], x.shape[1]
+    return None
+
+
+def groups(bounds: list[int], singly: bool) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Yield batches of documents of like length: the flat positions of their tokens, and which are not padding.
+
+    Yields:
+        int64 and bool [documents, longest]; padding repeats a document's last token.
+    """
+    begins, lengths = np.array(bounds[:-1]), np.diff(bounds)
+    waiting = [int(i) for i in np.argsort(-lengths, kind="stable") if lengths[i] > 0]
+    while waiting:
+        longest = int(lengths[waiting[0]])
+        least = longest if singly else 0 if longest <= SHORT else TOLERATED * longest
+        count = 1 if singly else sum(1 for i in waiting if lengths[i] >= least)
+        chosen, waiting = np.array(waiting[:count]), waiting[count:]
+        steps = np.arange(longest)[None]
+        real = steps < lengths[chosen][:, None]
+        yield begins[chosen][:, None] + np.minimum(steps, lengths[chosen][:, None] - 1), real
+
+
+def gathered(x: Tensor, index: Tensor, rows: int, width: int) -> Tensor:
+    """Return what a tensor holds for the tokens of some documents, [documents, longest, ...]; others stay."""
+    if x.ndim >= 2 and x.shape[:2] == (rows, width):
+        return x.flatten(0, 1)[index]
+    if x.ndim >= 2 and x.shape[0] == 1 and x.shape[1] == width:  # one row that stands for all
+        return x[0][index % width]
+    if x.ndim >= 3 and x.shape[-2:] == (rows, width):  # axes of positions in front
+        return x.flatten(-2)[..., index]
+    return x
+
+
+def together(outputs: list[Any], sizes: list[tuple[Any, Tensor]], back: Tensor, shape: tuple[int, int]) -> Any:
+    """Put the outputs of all groups into the order of the rows."""
+    first = outputs[0]
+    if isinstance(first, tuple | list):
+        parts = zip(*outputs, strict=True)
+        return type(first)(together(list(part), sizes, back, shape) for part in parts)
+    laid = isinstance(first, Tensor) and first.ndim >= 2 and tuple(first.shape[:2]) == tuple(sizes[0][0])
+    if not laid:
+        return first
+    tokens = torch.cat([out[real] for out, (_, real) in zip(outputs, sizes, strict=True)])
+    return tokens.index_select(0, back).view(*shape, *tokens.shape[1:])
+
+
+def changed(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    """Return a value with the tensors inside tuples, lists and dicts changed."""
+    if isinstance(value, Tensor):
+        return change(value)
+    if isinstance(value, tuple | list) and type(value) in (tuple, list):
+        return type(value)(changed(item, change) for item in value)
+    if type(value) is dict:
+        return {name: changed(item, change) for name, item in value.items()}
+    return value
+
+
+def flat(values: Any) -> Iterator[Any]:
+    """Yield what is inside tuples and lists."""
+    for value in values:
+        yield from flat(value) if type(value) in (tuple, list) else (value,)
+
+
+def decoder_of(hf: Any) -> Any:
+    """Return what makes hidden states: transformers' `get_decoder`, unless it answers with the model or its head."""
+    from transformers import PreTrainedModel
+
+    for found in (hf.get_decoder(), hf.base_model, getattr(hf, "model", None)):
+        if isinstance(found, PreTrainedModel) and found.get_output_embeddings() is None:
+            return found
+    return hf.base_model

@@ -1,0 +1,206 @@
+"""Packed documents are what each is alone, in every architecture, or the model is refused with the reason.
+
+The reference is transformers' own network, with its own attention, on one document at a time.
+"""
+
+import copy
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from toy import trainer
+from transformers import AutoConfig
+
+from posttrain.blocks.layout import lay
+from posttrain.blocks.models import probe
+from posttrain.blocks.models.apart import ByDocument, Way, by_document, groups
+from posttrain.blocks.models.causal import CausalLM
+from posttrain.blocks.models.model import HFModel
+from posttrain.blocks.models.tiny import tiny
+from posttrain.errors import RecipeError
+
+LONGROPE = {
+    "rope_type": "longrope", "rope_theta": 1e4, "long_factor": [3.0] * 48, "short_factor": [1.0] * 48,
+    "factor": 4.0, "original_max_position_embeddings": 16,
+}  # fmt: skip
+KINDS: dict[str, tuple[dict[str, Any], str]] = {
+    "llama": ({}, "packed attention"),
+    "llama dynamic": (
+        {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}},
+        "RotaryEmbedding",
+    ),
+    "phi3 longrope": ({"rope_parameters": LONGROPE}, "RotaryEmbedding"),
+    "mixtral": ({}, "packed attention"),
+    "gpt_oss": ({}, "packed attention"),  # attention sinks, windows
+    "gemma2": ({}, "packed attention"),  # soft caps
+    "llama4_text": ({}, "packed attention"),  # chunks
+    "deepseek_v3": ({}, "packed attention"),  # latent attention: heads of two sizes
+    "falcon": ({}, "FalconAttention by document"),
+    "bloom": ({}, "row of its own"),
+    "mamba": ({}, "MambaMixer by document"),
+    "mamba2": ({}, "Mamba2Mixer by document"),
+    "jamba": ({}, "JambaMambaMixer by document"),
+    "qwen3_next": ({}, "Qwen3NextGatedDeltaNet by document"),
+    "qwen3_5_text": ({}, "Qwen3_5GatedDeltaNet by document"),
+    "lfm2": ({"layer_types": ["conv", "full_attention"] * 16}, "ShortConv by document"),
+    "granitemoehybrid": ({}, "GraniteMoeHybridMambaLayer by document"),
+    "nemotron_h": ({}, "NemotronHMamba2Mixer by document"),
+    "minimax": ({}, "MiniMaxLightningAttention by document"),
+}
+"""Name -> changes to its configuration, and how its documents are kept apart."""
+
+
+def config_of(kind: str) -> Any:
+    changes, _ = KINDS[kind]
+    return tiny(AutoConfig.for_model(kind.split()[0], **changes), vocabulary=97, window=8)
+
+
+def document(seed: int, length: int) -> Any:
+    random = np.random.default_rng(seed)
+    return random.integers(3, 97, length), random.random(length) < 0.8
+
+
+ROWS = [[document(1, 21), document(2, 3), document(3, 30)], [document(4, 40)], [document(5, 2), document(6, 17)]]
+
+
+def networks(kind: str) -> tuple[CausalLM, Any]:
+    """Return a network of ours, and transformers' own with the same weights."""
+    torch.manual_seed(0)
+    config = config_of(kind)
+    config.get_text_config().initializer_range = 0.06  # the delta rule is badly conditioned with larger weights
+    with torch.random.fork_rng():
+        theirs = probe.auto_of(config).from_config(config, dtype=torch.float32).eval()
+    hf = copy.deepcopy(theirs)
+    way = probe.find_way(config, kind, None)
+    probe.set_attention(hf, way.attention)
+    net = CausalLM(hf)
+    net.keep_apart(way)
+    return net.eval(), theirs
+
+
+def alone(theirs: Any) -> torch.Tensor:
+    """Return the summed loss of each document by itself."""
+    total = torch.zeros(())
+    for ids, mask in (document for row in ROWS for document in row):
+        logits = theirs(input_ids=torch.from_numpy(ids)[None], use_cache=False).logits[0, :-1].float()
+        trained = torch.from_numpy(mask[1:])
+        targets = torch.from_numpy(ids[1:])[trained]
+        total = total + torch.nn.functional.cross_entropy(logits[trained], targets, reduction="sum")
+    return total
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_packed_rows_give_the_loss_and_gradients_of_each_document_alone(kind: str) -> None:
+    net, theirs = networks(kind)
+    assert KINDS[kind][1] in str(probe.find_way(config_of(kind), kind, None))
+    loss, expected = net(lay(ROWS, 0)), alone(theirs)
+    loss.backward()
+    expected.backward()
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
+    ours = {name: p.grad for name, p in net.hf.named_parameters() if p.grad is not None}
+    found = {name: p.grad for name, p in theirs.named_parameters() if p.grad is not None}
+    assert ours.keys() == found.keys()
+    differ, whole = (math.sqrt(sum(float(x.square().sum()) for x in each)) for each in (
+        [ours[name] - found[name] for name in found], found.values()))  # fmt: skip
+    assert differ <= 1e-5 * whole
+
+
+@pytest.mark.parametrize("kind", ["qwen3_next", "jamba"])
+def test_recomputed_activations_see_the_same_documents(kind: str) -> None:
+    from posttrain.blocks.models.activations import checkpoint_activations
+
+    net, _ = networks(kind)
+    plain = net(lay(ROWS, 0))
+    plain.backward()
+    expected = [p.grad.clone() for p in net.parameters() if p.grad is not None]
+    net.zero_grad()
+    net.train()
+    checkpoint_activations(net.hf, selective=False)
+    net(lay(ROWS, 0)).backward()
+    for one, other in zip([p.grad for p in net.parameters() if p.grad is not None], expected, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def test_a_copy_computes_with_its_own_weights() -> None:
+    """References are deep copies: their modules must not call those of the network in training."""
+    net, _ = networks("mamba")
+    before = net(lay(ROWS, 0)).item()
+    twin = copy.deepcopy(net)
+    with torch.no_grad():
+        for parameter in net.parameters():
+            parameter.mul_(1.5)
+    assert twin(lay(ROWS, 0)).item() == before
+    assert net(lay(ROWS, 0)).item() != before
+
+
+def test_generation_knows_of_no_documents() -> None:
+    net, theirs = networks("qwen3_next")
+    net(lay(ROWS, 0))
+    ids = torch.from_numpy(ROWS[0][0][0])[None]
+    call = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "max_new_tokens": 5, "do_sample": False}
+    torch.testing.assert_close(net.generate(**call), theirs.generate(**call))
+
+
+def test_a_leak_would_be_seen() -> None:
+    """Without the way that was found, documents leak: the tests above can fail."""
+    net, theirs = networks("jamba")
+    expected = alone(theirs).item()
+    for module in net.modules():
+        if isinstance(module, ByDocument):
+            module.__class__ = type(module).__mro__[2]
+    assert abs(net(lay(ROWS, 0)).item() - expected) > 1
+
+
+def test_a_model_that_looks_ahead_is_refused() -> None:
+    with pytest.raises(RecipeError, match=r"model 'bert' looks at later tokens"):
+        probe.find_way(AutoConfig.for_model("bert"), "bert", None)
+    probe.find_way(AutoConfig.for_model("bert", is_decoder=True), "bert", None)
+
+
+def test_documents_of_like_length_share_a_batch_and_little_of_it_is_padding() -> None:
+    lengths = [100, 3, 80, 41, 9, 1, 76, 40]
+    bounds = [0, *np.cumsum(lengths).tolist()]
+    found = list(groups(bounds, singly=False))
+    assert sorted(np.concatenate([index[real] for index, real in found]).tolist()) == list(range(sum(lengths)))
+    assert len(found) == 3
+    assert sum(real.size for _, real in found) < 1.3 * sum(lengths)
+    assert all(len(index) == 1 for index, _ in groups(bounds, singly=True))
+
+
+def test_what_a_module_gives_by_document_lies_where_its_tokens_were() -> None:
+    x = torch.arange(24.0).view(2, 12, 1)
+    found, other = by_document(
+        lambda x, positions, flag, attention_mask: ((x.cumsum(1), positions), flag),
+        [0, 5, 12, 13, 24],
+        False,
+        (x,),
+        {"positions": torch.arange(24).view(2, 12), "flag": 7, "attention_mask": torch.ones(2, 12)},
+    )  # type: ignore[misc]
+    cumulated, positions = found
+    assert other == 7
+    expected = torch.cat([part.cumsum(0) for part in x.flatten().split([5, 7, 1, 11])]).view(2, 12, 1)
+    assert torch.equal(cumulated, expected)
+    assert torch.equal(positions, torch.arange(24).view(2, 12))
+
+
+@pytest.mark.parametrize("packing", [True, False])
+def test_a_hybrid_model_trains_and_says_how(tmp_path: Path, packing: bool, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO", "posttrain")
+    config = {"model_type": "jamba", **{k: v for k, v in config_of("jamba").to_dict().items() if k != "model_type"}}
+    made = trainer(tmp_path, packing=packing, max_steps=3)
+    model = HFModel(name_or_path="toy", random_init=True, config=config)
+    import attrs
+
+    run = attrs.evolve(made, model=model).train()
+    assert math.isfinite(run.last["loss"])
+    assert "attention, JambaMambaMixer by document" in caplog.text
+
+
+def test_the_way_is_looked_for_once() -> None:
+    probe._find_way.cache_clear()
+    for _ in range(3):
+        assert probe.find_way(config_of("llama"), "m", None) == Way("packed")
+    assert probe._find_way.cache_info().misses == 1
