@@ -753,3 +753,14 @@ def test_sources_are_names_mappings_or_sources_and_rows_are_refused_with_what_to
     for sources, message in wrong:
         with pytest.raises(DataError, match=message):
             SFTData(sources=sources)
+
+
+def test_roles_that_no_message_has_are_noticed_without_reading_anything() -> None:
+    ((where, message),) = SFTData(sources=["x.jsonl"], train_on=["asistant", "user"]).check()  # type: ignore[list-item]
+    assert (
+        where == "train_on"
+        and "'asistant' is no role of a message" in message
+        and "did you mean 'assistant'" in message
+    )
+    ((where, message),) = SFTData(sources=["x.jsonl"], last_turn_only=True, split_turns=True).check()  # type: ignore[list-item]
+    assert where == "split_turns" and "choose one" in message

@@ -14,7 +14,7 @@ from posttrain.batch import FIELDS, Batch
 from posttrain.blocks.data.encode import ChatEncoder, Encoder, TextEncoder, Token
 from posttrain.blocks.data.loader import MapLoader, StreamLoader
 from posttrain.blocks.data.rows.chat import ChatRenderer
-from posttrain.blocks.data.rows.messages import Refused
+from posttrain.blocks.data.rows.messages import ROLES, Refused
 from posttrain.blocks.data.rows.pairs import CHOSEN, REJECTED, pair, pair_schema
 from posttrain.blocks.data.rows.schemas import Sample, conversation, schema
 from posttrain.blocks.data.sources import Source, as_sources
@@ -24,7 +24,7 @@ from posttrain.blocks.data.views import Documents, Limits, documents, totals
 from posttrain.blocks.layout import Column, Columns, Example, collate, collate_pairs
 from posttrain.errors import DataError
 from posttrain.interfaces import Loaders
-from posttrain.registry import block, key
+from posttrain.registry import block, key, suggest
 
 
 @attrs.frozen
@@ -235,17 +235,24 @@ class SFTData(Data):
     template_args: dict[str, Any] = key(factory=dict, also=("chat_template_kwargs",))
     """More variables for the chat template (`enable_thinking`)."""
 
+    @property
+    def reads_schemas(self) -> bool:
+        """Whether rows are read by schemas.py alone, and not by a method of a subclass."""
+        return type(self).conversation is SFTData.conversation and type(self).sample is SFTData.sample
+
     def check(self) -> Iterator[tuple[str, str]]:
         """Yield what contradicts itself."""
         yield from super().check()
         if self.last_turn_only and self.split_turns:
             yield "split_turns", "trains every turn, and last_turn_only the last one alone; choose one"
+        for role in self.train_on if self.reads_schemas else ():
+            if role not in ROLES:
+                yield "train_on", f"{role!r} is no role of a message (known: {', '.join(ROLES)}){suggest(role, ROLES)}"
 
     def encoder(self, tokenizer: Any) -> Encoder:
         """Return what renders and tokenizes conversations."""
         renderer = ChatRenderer(tokenizer, self.train_on, self.template_args, self.last_turn_only, self.split_turns)
-        ours = type(self).conversation is SFTData.conversation and type(self).sample is SFTData.sample
-        return ChatEncoder(renderer, self.sample, schema if ours else None, columns=self.columns)
+        return ChatEncoder(renderer, self.sample, schema if self.reads_schemas else None, columns=self.columns)
 
     def sample(self, row: dict[str, Any]) -> Sample:
         """Return what a row says: one conversation."""
