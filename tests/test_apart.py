@@ -199,6 +199,31 @@ def test_a_hybrid_model_trains_and_says_how(tmp_path: Path, packing: bool, caplo
     assert "attention, JambaMambaMixer by document" in caplog.text
 
 
+@pytest.mark.parametrize("kind", ["qwen2_5_vl", "gemma3", "llava", "qwen3_5"])
+def test_the_language_part_of_a_model_of_images_and_text_is_trained_and_the_whole_exported(
+    tmp_path: Path, kind: str
+) -> None:
+    import attrs
+    from safetensors.torch import load_file
+    from transformers import AutoModelForImageTextToText
+
+    folder = tmp_path / "model"
+    small = tiny(AutoConfig.for_model(kind), vocabulary=97)
+    with torch.random.fork_rng():
+        probe.auto_of(small).from_config(small).save_pretrained(folder)
+    model = HFModel(name_or_path=str(folder))
+    run = attrs.evolve(trainer(tmp_path / "run", max_steps=2), model=model).train()
+    trained = [name for name, p in run.model.module.hf.named_parameters() if p.requires_grad]
+    assert trained
+    assert not [name for name in trained if "vision" in name or "visual" in name or "projector" in name]
+    before, after = (load_file(f / "model.safetensors") for f in (folder, tmp_path / "run" / "huggingface"))
+    assert before.keys() == after.keys()
+    changed = {name for name in before if not torch.equal(before[name].float(), after[name].float())}
+    assert changed
+    assert not [name for name in changed if "vision" in name or "visual" in name]
+    AutoModelForImageTextToText.from_pretrained(tmp_path / "run" / "huggingface")
+
+
 def test_the_way_is_looked_for_once() -> None:
     probe._find_way.cache_clear()
     for _ in range(3):

@@ -33,6 +33,8 @@ class Way:
     """Whether the network sees each document in a row of its own, padded on the right."""
     plain_head: bool = True
     """Whether logits are a linear layer of the last hidden states, and nothing else."""
+    proven: bool = True
+    """Whether a tiny copy of the network could be tried."""
 
     def __str__(self) -> str:
         if self.unfolds:

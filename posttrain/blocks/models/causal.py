@@ -15,6 +15,7 @@ from posttrain.blocks.losses.cross_entropy import nll_sum, token_log_probs, top_
 from posttrain.blocks.models.activations import Offload
 from posttrain.blocks.models.apart import Bounds, ByDocument, Way, by_document, decoder_of, separate
 from posttrain.blocks.models.attention import NAME, no_mask
+from posttrain.blocks.models.router import balance
 from posttrain.errors import TrainingError
 from posttrain.registry import suggest
 
@@ -39,6 +40,10 @@ class PackedModel(nn.Module):
         """Whether what is kept for the backward pass waits in the memory of the host."""
         self.bounds, self.unfolds = Bounds(), False
         """Where documents begin, for modules that compute by document; and whether each has a row of its own."""
+        self.router_weight = 0.0
+        """Of the loss that balances experts (see router.py)."""
+        self.quiet = False
+        """Whether it adds no terms, as a reference does not."""
         self.terms: dict[str, Term] = {}
         """What the passes since the last loss add to it, such as the loss of a router; the loop takes it from here."""
 
@@ -93,7 +98,7 @@ class PackedModel(nn.Module):
                 f"the data holds token {batch.max_token}, but the model has a vocabulary of {self.vocabulary}: "
                 "tokenizer and model do not belong together"
             )
-        branches = self.attention == NAME and not self.separates
+        branches = self.attention == NAME and not self.separates and not self.routed  # a router counts every token
         return batch.branch if batch.branch is not None and branches else batch
 
     @property
@@ -107,7 +112,21 @@ class PackedModel(nn.Module):
         with self.running(layout):
             if self.unfolds:
                 return self.unfolded(lambda ids: decoder(input_ids=ids, use_cache=False).last_hidden_state, layout)
-            return decoder(**self.given(layout)).last_hidden_state  # type: ignore[no-any-return]
+            output = decoder(**self.given(layout), **self.routed)
+        self.add_router(output, layout)
+        return output.last_hidden_state  # type: ignore[no-any-return]
+
+    @property
+    def routed(self) -> dict[str, bool]:
+        """What makes the network give the logits of its routers, if they are wanted."""
+        return {"output_router_logits": True} if self.router_weight and not self.quiet else {}
+
+    def add_router(self, output: Any, layout: Layout) -> None:
+        """Add the balancing loss of the experts to that of the micro-batch."""
+        if self.routed:
+            top_k = self.base.config.get_text_config().num_experts_per_tok
+            logits = tuple(one for one in output.router_logits if one is not None)
+            self.add("router", balance(logits, layout, top_k, self.router_weight))
 
     def unfolded(self, compute: Any, layout: Layout) -> Tensor:
         """Compute something with each document in a row of its own, [rows, width, ...]."""
@@ -204,7 +223,9 @@ class CausalLM(PackedModel):
         for name in ("input_ids", "position_ids", *tokens):  # one long row, since one index list serves all rows
             flat[name] = flat[name].flatten(-2).unsqueeze(-2)
         with self.running(layout):
-            return self.base(**flat, logits_to_keep=layout.supervised).logits[0]  # type: ignore[no-any-return]
+            output = self.base(**flat, logits_to_keep=layout.supervised, **self.routed)
+        self.add_router(output, layout)
+        return output.logits[0]  # type: ignore[no-any-return]
 
     @torch.no_grad()
     def top_log_probs(

@@ -19,6 +19,8 @@ class Frozen(nn.Module):
     def __init__(self, module: nn.Module, fabric: Fabric) -> None:
         super().__init__()
         module = fabric.strategy.precision.convert_module(module.requires_grad_(False).eval())
+        if isinstance(module, PackedModel):
+            module.quiet = True
         self.module = placed(module, fabric)
         self.fabric = fabric
 
@@ -56,6 +58,7 @@ class WithoutAdapters(nn.Module):
         module = self.module
         training, trained = module.training, [p for p in module.parameters() if p.requires_grad]
         module.eval()
+        module.quiet = True
         try:
             with torch.no_grad(), self.fabric.autocast(), module.hf.disable_adapter():
                 for parameter in trained:  # peft freezes them meanwhile, and FSDP2 would keep that in mind
@@ -63,6 +66,7 @@ class WithoutAdapters(nn.Module):
                 return module(*args, **kwargs)
         finally:
             module.train(training)
+            module.quiet = False
 
 
 def reference_of(module: nn.Module, fabric: Fabric) -> nn.Module:

@@ -86,6 +86,9 @@ class HFModel:
     """Train low-rank adapters instead of the weights."""
     freeze: list[str] = attrs.field(factory=list)
     """Patterns of parameter names that are not trained, such as `*.embed_tokens.*`."""
+    router_aux_loss: float | None = key(None, also=("router_aux_loss_coef",), check=optional(ge(0)))
+    """Weight of the loss that balances the experts of a mixture (see router.py). By default what the model's
+    configuration says: its `router_aux_loss_coef` where `output_router_logits` is set, else 0."""
     activation_checkpointing: bool | Literal["selective"] = key(False, also=("gradient_checkpointing",))
     """Keep one activation per layer and compute the rest again in the backward pass; `selective` also keeps attention
     and every second matrix product."""
@@ -125,9 +128,11 @@ class HFModel:
     def make(self, empty: bool) -> "nn.Module":
         """Return the network, with weights unless it is to be empty."""
         from posttrain.blocks.models.activations import checkpoint_activations, tile_mlps
+        from posttrain.blocks.models.router import router_weight
 
         hf = self.load(empty)
         way = self.way(hf)
+        freeze_towers(hf)
         if self.liger:
             use_liger(hf)
         if self.lora is not None:
@@ -142,7 +147,14 @@ class HFModel:
                 layer.compile(backend="inductor" if self.compile is True else self.compile)
         network: Any = self.wrap(hf)
         network.keep_apart(way)
+        if not way.proven and not empty:
+            from posttrain.blocks.models.probe import confirm
+
+            confirm(network, self.name_or_path)
         network.offload = self.offload_activations
+        network.router_weight = router_weight(hf, self.router_aux_loss)
+        if network.router_weight and way.unfolds:
+            raise RecipeError("model.router_aux_loss: this model has no packed rows, and its routers are not read")
         return network  # type: ignore[no-any-return]
 
     def way(self, hf: Any) -> "Way":
@@ -168,14 +180,13 @@ class HFModel:
     def load(self, empty: bool = False) -> Any:
         """Return the transformers model, with its weights unless it is to be empty."""
         import torch
-        import transformers
         from transformers.utils.logging import disable_progress_bar
 
         if not sys.stderr.isatty():  # a log file is no place for progress bars
             disable_progress_bar()
-        auto = getattr(transformers, self.auto)
         try:
             config = self.configured(self.read_config())
+            auto = self.auto_class(config)
             if self.attn_implementation != "auto":
                 config._attn_implementation = self.attn_implementation
             if self.random_init or empty:
@@ -187,6 +198,14 @@ class HFModel:
         except (OSError, ValueError, ImportError) as error:
             raise RecipeError(f"model {self.name_or_path!r} cannot be loaded: {error}") from error
         return hf
+
+    def auto_class(self, config: Any) -> Any:
+        """Return the class of transformers that loads the model; one of images and text is loaded as a whole."""
+        import transformers
+
+        from posttrain.blocks.models.probe import auto_of
+
+        return auto_of(config) if self.auto == "AutoModelForCausalLM" else getattr(transformers, self.auto)
 
     @property
     def hub(self) -> dict[str, Any]:
@@ -263,6 +282,20 @@ class RewardModel(HFModel):
         from posttrain.blocks.models.reward import Scorer
 
         return Scorer(hf)
+
+
+def freeze_towers(hf: Any) -> None:
+    """Freeze what a model of images and text has besides its language model: text does not reach it."""
+    from posttrain.blocks.models.apart import decoder_of
+
+    if hf.config.get_text_config() is hf.config:
+        return
+    language = {*decoder_of(hf).parameters(), *hf.get_output_embeddings().parameters()}
+    decoder = getattr(decoder_of(hf), "language_model", None)
+    if decoder is not None:  # what has image parts and the language model in it
+        language = {*decoder.parameters(), *hf.get_output_embeddings().parameters()}
+    for parameter in hf.parameters():
+        parameter.requires_grad_(parameter in language)
 
 
 def use_liger(hf: Any) -> None:

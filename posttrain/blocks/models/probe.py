@@ -82,7 +82,7 @@ def _find_way(said: str, held: Held, name: str, attention: str | None, remote: b
         except Exception as error:  # an architecture may want sizes that nobody can know
             log.info("%s: no tiny copy of it could be tried (%s): each document gets a row of its own", name, error)
             native = (attention if attention != NAME else None) or "eager"
-            return Way(native, unfolds=True, plain_head=False)
+            return Way(native, unfolds=True, plain_head=False, proven=False)
         if looks_ahead(hf):
             raise RecipeError(
                 f"model {name!r} looks at later tokens, so it cannot be trained to predict them (no causal model)"
@@ -137,6 +137,34 @@ def twin(config: Any, remote: bool = False) -> tuple[Any, list[Alone]]:
     return hf, found
 
 
+def confirm(network: Any, name: str) -> None:
+    """Try a network itself, if no tiny copy of it could be tried.
+
+    Raises:
+        RecipeError: packed documents do not get what each gets alone.
+    """
+    hf, training = network.base, network.training
+    network.eval()
+    try:
+        with torch.no_grad():
+            alone = []
+            for ids in documents(hf.config):
+                logits = hf(input_ids=ids[None], use_cache=False).logits[0].float()
+                alone.append(logits[:-1].log_softmax(-1).gather(1, ids[1:, None])[:, 0])
+            rows = packed([Alone(ids, x, Calls(hf)) for ids, x in zip(documents(hf.config), alone, strict=True)])
+            found = network(rows, "log_probs").float()
+    except Exception as error:  # what a model wants besides tokens
+        raise RecipeError(
+            f"model {name!r} cannot be trained on tokens alone: {type(error).__name__}: {error}"
+        ) from error
+    finally:
+        network.train(training)
+    exact = hf.dtype == torch.float32
+    expected = torch.cat(alone)
+    if float((found - expected).abs().max()) > (CLOSE if exact else 0.05) * max(1.0, float(expected.abs().max())):
+        raise RecipeError(f"model {name!r} cannot keep the documents of a row apart, not even in rows of their own")
+
+
 def looks_ahead(hf: Any) -> bool:
     """Whether what a network says of a token depends on later ones."""
     ids = documents(hf.config)[0][None]
@@ -150,7 +178,7 @@ def auto_of(config: Any) -> Any:
     import transformers
 
     causal, both = transformers.AutoModelForCausalLM, transformers.AutoModelForImageTextToText
-    return both if type(config) not in causal._model_mapping and type(config) in both._model_mapping else causal
+    return both if type(config) in both._model_mapping else causal
 
 
 def documents(config: Any) -> list[Tensor]:

@@ -33,6 +33,8 @@ STATES = {
 }  # fmt: skip
 DERIVED = ("head_dim", "num_key_value_heads", "num_attention_heads")
 """What a configuration may leave to be derived, and some forget to."""
+OUTPUTS = ("out_hidden_size", "text_hidden_size", "output_dim", "n_embed")
+"""What else is as wide as the language model: what towers of images hand on to it."""
 WINDOWS = ("sliding_window", "attention_chunk_size", "local_attention", "attention_window_size", "window_size")
 """What a short document must be longer than, or a twin would not show it."""
 
@@ -84,10 +86,15 @@ def shrunk(config: Any, way: dict[str, bool], layers: bool, vocabulary: int | No
     """Return a configuration shrunk in one way, made anew of its values so that what is derived from them fits."""
     said = copy.deepcopy(config.to_dict())
     text = text_of(said, config)
+    rope = text.get("rope_parameters")
+    if text is not said and isinstance(rope, dict) and "rope_type" in rope:
+        rope.setdefault("mrope_section", [0, 0, 0])  # which some take for granted
     change(text, way, layers, vocabulary, window)
     for name, part in said.items():
-        if isinstance(part, dict) and name.endswith("_config") and part is not text and "num_hidden_layers" in part:
+        if isinstance(part, dict) and name.endswith("_config") and part is not text:
             change(part, way, layers, None, None)
+            if way["width"]:
+                part.update({n: text["hidden_size"] for n in OUTPUTS if part.get(n) and text.get("hidden_size")})
     for name in ("architectures", "transformers_version", "quantization_config"):
         said.pop(name, None)
     made = type(config).from_dict(said)
@@ -117,8 +124,8 @@ def change(
         small |= kept_layers(said)
     if window is not None:
         small |= {name: min(said[name], window) for name in WINDOWS if isinstance(said.get(name), int) and said[name]}
-        for name in ("rope_parameters", "rope_scaling"):
-            shorten(said.get(name), said, way["width"])
+    for name in ("rope_parameters", "rope_scaling"):
+        fit_rope(said.get(name), said, way["width"], window is not None)
     if vocabulary is not None and said.get("vocab_size"):
         small["vocab_size"] = min(said["vocab_size"], vocabulary)
         small |= {name: 0 for name, at in said.items() if name.endswith("_token_id") and fits_not(at, vocabulary)}
@@ -132,21 +139,25 @@ def change(
             said[name] = value
 
 
-def shorten(rope: Any, said: dict[str, Any], narrow: bool) -> None:
-    """Let rotary embeddings that change behind some length change within a short document."""
+def fit_rope(rope: Any, said: dict[str, Any], narrow: bool, short: bool) -> None:
+    """Let rotary embeddings fit narrow heads; where they change behind some length, they do so soon if asked."""
     if not isinstance(rope, dict):
         return
-    if rope.get("rope_type") == "dynamic":
-        said["max_position_embeddings"] = 16
-    if rope.get("rope_type") == "longrope":
-        rope["original_max_position_embeddings"] = 16
-        pairs = int(WIDTH * rope.get("partial_rotary_factor", said.get("partial_rotary_factor") or 1)) // 2
-        for name in ("long_factor", "short_factor") if narrow else ():
+    pairs = int(WIDTH * rope.get("partial_rotary_factor", said.get("partial_rotary_factor") or 1)) // 2
+    if narrow and (sections := rope.get("mrope_section")):
+        other = (pairs - pairs // 4) // 2
+        rope["mrope_section"] = [pairs - 2 * other, *[other] * (len(sections) - 1)]
+    for name in ("long_factor", "short_factor"):
+        if narrow and name in rope:
             rope[name] = rope[name][:pairs]
+    if short and rope.get("rope_type") == "dynamic":
+        said["max_position_embeddings"] = 16
+    if short and rope.get("rope_type") == "longrope":
+        rope["original_max_position_embeddings"] = 16
         if "original_max_position_embeddings" in said:
             said["original_max_position_embeddings"] = 16
     for part in rope.values():  # one for each kind of layer
-        shorten(part, said, narrow)
+        fit_rope(part, said, narrow, short)
 
 
 def fits_not(token: Any, vocabulary: int) -> bool:
@@ -179,13 +190,14 @@ def widths(said: dict[str, Any]) -> dict[str, Any]:
 
 def kept_layers(said: dict[str, Any]) -> dict[str, Any]:
     """Return how many layers stay, and what lists say of each layer."""
-    names = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "encoder_layers", "decoder_layers")
+    names = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "encoder_layers", "decoder_layers", "depth")
     count = next((said[name] for name in names if said.get(name)), 2)
     kinds = said.get("layer_types") or said.get("layers_block_type") or [""] * count
     every = next((n for n in range(1, len(kinds) + 1) if set(kinds[:n]) == set(kinds)), 2)
     shared = {"num_kv_shared_layers": every} if said.get("num_kv_shared_layers") else {}
     kept = min(count, max(2, every * (2 if shared else 1)))
     lists = {n: v[:kept] for n, v in said.items() if isinstance(v, list) and len(v) == count and count != kept}
+    lists |= {n: [i for i in v if i < kept] or [kept - 1] for n, v in said.items() if n.endswith("_indexes") and v}
     return {**{name: min(said.get(name) or kept, kept) for name in names}, **lists, **shared}
 
 
@@ -204,8 +216,7 @@ def parameters(config: Any) -> int:
     import torch
     import transformers
 
-    auto = transformers.AutoModelForCausalLM
-    if type(config) not in auto._model_mapping:
-        auto = transformers.AutoModelForImageTextToText
+    causal, both = transformers.AutoModelForCausalLM, transformers.AutoModelForImageTextToText
+    auto = both if type(config) in both._model_mapping else causal
     with torch.device("meta"):
         return sum(parameter.numel() for parameter in auto.from_config(config).parameters())

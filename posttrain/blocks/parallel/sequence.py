@@ -59,6 +59,8 @@ class Ulysses:
                 f"sequence: needs the attention `packed`, but the model uses {config._attn_implementation}; set "
                 "model.attn_implementation to auto"
             )
+        if model.router_weight:
+            raise RecipeError("sequence: model.router_aux_loss is a loss of whole documents; set it to 0")
         if model.separates:
             raise RecipeError("sequence: the model has layers that compute by document, which need whole rows")
         if config.num_attention_heads % self.size:

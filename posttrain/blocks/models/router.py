@@ -1,0 +1,58 @@
+"""The loss that balances the experts of a mixture (Fedus et al., arXiv:2101.03961, eq. 4 to 6), document by document.
+
+A product of two means over tokens is no mean over tokens: taken over a micro-batch, it would depend on how a step is
+cut. Taken over each document it is what transformers computes for a document alone, and its mean over all tokens of a
+step is the same under every cut, packing and number of ranks. Padding takes no part.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from posttrain.batch import Layout, Term
+from posttrain.errors import RecipeError
+
+
+def router_weight(hf: Any, asked: float | None) -> float:
+    """Return how much the loss of a model's routers counts: as asked, or as its configuration says.
+
+    Raises:
+        RecipeError: it is asked for, but the model has no routers that give their logits.
+    """
+    config, routed = hf.config.get_text_config(), has_routers(hf)
+    if asked and not routed:
+        raise RecipeError(f"model.router_aux_loss: {type(hf).__name__} has no routers whose logits it gives")
+    if asked is not None or not routed:
+        return asked or 0.0
+    said = config.to_dict()
+    return float(said.get("router_aux_loss_coef") or 0.0) if said.get("output_router_logits") else 0.0
+
+
+def has_routers(hf: Any) -> bool:
+    """Whether a model says in which modules it routes."""
+    return any("router_logits" in (getattr(part, "_can_record_outputs", None) or {}) for part in hf.modules())
+
+
+def balance(logits: tuple[Tensor, ...], layout: Layout, top_k: int, weight: float) -> Term:
+    """Return the balancing loss of the routers as a term, whose count is tokens.
+
+    Args:
+        logits: [rows * width, experts] of each layer.
+        layout: of the documents.
+        top_k: experts of a token.
+        weight: of the term.
+    """
+    seqlens = layout.cu_seqlens.diff().to(logits[0].device)
+    documents, experts = len(seqlens), logits[0].shape[-1]
+    of = torch.repeat_interleave(torch.arange(documents, device=seqlens.device), seqlens, output_size=len(logits[0]))
+    chosen, probability = (torch.zeros(documents, experts, device=of.device) for _ in range(2))
+    for layer in logits:
+        probabilities = layer.float().softmax(-1)
+        picked = torch.zeros_like(probabilities).scatter_(1, probabilities.topk(top_k, -1).indices, 1.0)
+        chosen = chosen.index_add(0, of, picked)
+        probability = probability.index_add(0, of, probabilities)
+    tokens = seqlens.float()
+    real = torch.zeros(documents, device=of.device).index_fill(0, of[layout.ends], 1.0)  # padding ends nowhere
+    shares = (chosen * probability).sum(-1) / (len(logits) * tokens).clamp(min=1) ** 2  # [documents]
+    return Term(experts * (real * tokens * shares).sum(), "tokens", weight)

@@ -1,0 +1,103 @@
+"""The loss that balances experts: transformers' own for a document, and the same however a step is cut."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import attrs
+import pytest
+import torch
+from test_apart import ROWS, tiny
+from test_ranks import on_two_ranks
+from toy import metrics, trainer
+from transformers import AutoConfig
+from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
+
+from posttrain import DPOTrainer, HFModel, LoRA
+from posttrain.blocks.layout import lay
+from posttrain.errors import RecipeError
+
+KINDS = ("mixtral", "qwen3_moe", "gpt_oss", "jamba")
+
+
+def model(kind: str = "mixtral", **keys: Any) -> HFModel:
+    config = tiny(AutoConfig.for_model(kind), vocabulary=97)
+    said = {"model_type": kind, **{k: v for k, v in config.to_dict().items() if k != "model_type"}}
+    return HFModel(**{"name_or_path": "toy", "random_init": True, "config": said, "router_aux_loss": 0.3, **keys})
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_it_is_transformers_loss_of_each_document(kind: str) -> None:
+    torch.manual_seed(0)
+    net: Any = model(kind).build(None)  # type: ignore[arg-type]
+    net.eval()
+    net(lay(ROWS, 0))
+    term, expected, tokens = net.terms["router"], 0.0, 0
+    config = net.base.config
+    experts = (net.terms and getattr(config, "num_local_experts", None)) or config.num_experts
+    for ids, _ in (document for row in ROWS for document in row):
+        with torch.no_grad():
+            found = net.base(input_ids=torch.from_numpy(ids)[None], output_router_logits=True, use_cache=False)
+        logits = tuple(one for one in found.router_logits if one is not None)
+        expected += len(ids) * float(load_balancing_loss_func(logits, experts, config.num_experts_per_tok))
+        tokens += len(ids)
+    assert (term.count, term.weight) == ("tokens", 0.3)
+    assert term.sum.item() == pytest.approx(expected, rel=1e-5)
+    assert expected / tokens >= config.num_experts_per_tok  # 1 for each expert of a token would be balanced
+
+
+def run_of(folder: Path, method: Any = None, block: HFModel | None = None, **keys: Any) -> Any:
+    made = trainer(folder, **({"method": method} if method else {}), eval_rows=5, eval_every=3, max_steps=3, **keys)
+    return attrs.evolve(made, model=block or model()).train()
+
+
+@pytest.mark.parametrize("packing", [True, False])
+def test_it_does_not_depend_on_the_cut(tmp_path: Path, packing: bool) -> None:
+    run = run_of(tmp_path / "whole", packing=packing)
+    run_of(tmp_path / "cut", packing=packing, micro_batch_size=1, gradient_accumulation_steps=4)
+    for one, other in zip(metrics(tmp_path / "whole"), metrics(tmp_path / "cut"), strict=True):
+        assert one == pytest.approx(other, abs=1e-5, rel=1e-4)
+    assert run.last["router"] > 0
+    assert run.last["eval_router"] > 0
+
+
+def test_it_does_not_depend_on_the_ranks(tmp_path: Path) -> None:
+    run_of(tmp_path / "one")
+    on_two_ranks(tmp_path, "test_router", "run_of(folder, devices=2, micro_batch_size=2)")
+    for one, other in zip(metrics(tmp_path / "one"), metrics(tmp_path / "two"), strict=True):
+        assert one == pytest.approx(other, abs=1e-5, rel=1e-4)
+
+
+def test_it_teaches_the_routers_and_recomputing_activations_changes_nothing(tmp_path: Path) -> None:
+    plain = run_of(tmp_path / "plain")
+    again = run_of(tmp_path / "again", block=model(activation_checkpointing=True))
+    without = run_of(tmp_path / "without", block=model(router_aux_loss=0.0))
+    routers = [name for name, _ in plain.model.named_parameters() if "gate.weight" in name or "router" in name]
+    assert routers
+    kept, same, other = (dict(run.model.named_parameters()) for run in (plain, again, without))
+    for name in routers:
+        torch.testing.assert_close(kept[name], same[name])
+        assert not torch.equal(kept[name], other[name])
+    assert "router" not in without.last
+
+
+@pytest.mark.parametrize(
+    "keys", [{}, {"lora": LoRA(r=2, alpha=4, target_modules=["q_proj", "v_proj"])}], ids=["copy", "adapters"]
+)
+def test_a_reference_adds_nothing(tmp_path: Path, keys: dict[str, Any]) -> None:
+    run = run_of(tmp_path, DPOTrainer, model(**keys), beta=0.1)
+    assert run.last["loss"] == pytest.approx(run.last["loss"])
+    first = metrics(tmp_path)[0]
+    assert first["loss"] - 0.3 * first["router"] == pytest.approx(math.log(2), abs=1e-5)
+
+
+def test_the_configuration_says_whether_it_counts() -> None:
+    asked = {"output_router_logits": True, "router_aux_loss_coef": 0.02}
+    said = model(router_aux_loss=None).config
+    assert model(router_aux_loss=None).build(None).router_weight == 0  # type: ignore[arg-type,union-attr]
+    assert model(router_aux_loss=None, config=said | asked).build(None).router_weight == 0.02  # type: ignore[arg-type,union-attr]
+
+
+def test_a_model_without_routers_has_no_such_loss() -> None:
+    with pytest.raises(RecipeError, match=r"router_aux_loss: LlamaForCausalLM has no routers"):
+        model("llama").build(None)  # type: ignore[arg-type]
