@@ -2,7 +2,8 @@
 
 mkdocs calls the functions named `on_...`. A page includes a section of a file with
 `<!-- include FILE "## Heading" -->`, a piece of source with `<!-- source FILE NAME -->` (`hooks` behind it writes
-beside a line what a callback can wrap), and the list of all files with `<!-- files -->`.
+beside a line what a callback can wrap), the list of all files with `<!-- files -->`, and what another library calls
+things with `<!-- elsewhere LIBRARY -->`.
 """
 
 import ast
@@ -14,7 +15,7 @@ from typing import Any
 import attrs
 from mkdocs.structure.files import File, Files
 
-from posttrain.recipes import explain
+from posttrain.recipes import elsewhere, explain
 from posttrain.registry import KINDS, lookup, names
 from posttrain.trainer import Trainer
 from posttrain.trainers.sft import SFTTrainer
@@ -44,6 +45,7 @@ def on_files(files: Files, config: Any) -> Files:
 def on_page_markdown(markdown: str, page: Any, config: Any, files: Files) -> str:
     """Put in what a page includes, and let its links lead to pages."""
     here = page.file.src_uri
+    markdown = re.sub(r"<!-- elsewhere (\S+) -->", lambda m: elsewhere.table(m[1]), markdown)
     markdown = re.sub(r'<!-- include (\S+)(?: "(.+?)")? -->', lambda m: section(m[1], m[2], here), markdown)
     markdown = markdown.replace("<!-- files -->", every_file())
     return re.sub(r"<!-- source (\S+) (\S+)( hooks)? -->", lambda m: source(m[1], m[2], bool(m[3])), markdown)

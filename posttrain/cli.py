@@ -38,6 +38,7 @@ def main(argv: list[str] | None = None) -> int:
     from posttrain.tools import commands
 
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
+    logging.getLogger("huggingface_hub").propagate = False  # it prints by itself, and every line would be there twice
     first_rank = os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0"
     logging.getLogger("posttrain").setLevel(logging.INFO if first_rank else logging.ERROR)
     try:

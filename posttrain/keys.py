@@ -1,12 +1,15 @@
 """The keys that all recipes of trainers have: which blocks a run is made of, how long it is, and where it runs."""
 
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, TypeAlias
 
 import attrs
 from attrs.validators import ge, gt, optional
 
+from posttrain.blocks.callbacks import EarlyStop
 from posttrain.blocks.checkpoints.checkpoint import HuggingFace, Resume
+from posttrain.blocks.data.data import Data
 from posttrain.blocks.loggers.logger import JSONL, Console, TensorBoard
 from posttrain.blocks.optimizer import AdamW
 from posttrain.blocks.parallel.strategy import Auto, DeepSpeed
@@ -35,6 +38,13 @@ def _takes_parts(trainer: "TrainerKeys", attribute: Any, value: Any) -> None:
 def _can_skip(trainer: "TrainerKeys", attribute: Any, value: Any) -> None:
     if value == "skip" and isinstance(trainer.strategy, DeepSpeed):
         raise ValueError("DeepSpeed's engine makes its updates by itself: only `stop` is possible")
+
+
+Precision: TypeAlias = Literal["32-true", "bf16-mixed", "bf16-true", "16-mixed", "64-true", "bf16", "fp16", "fp32"]
+
+
+def _whole_name(precision: str | None) -> Any:
+    return {"bf16": "bf16-mixed", "fp16": "16-mixed", "fp32": "32-true"}.get(str(precision), precision)
 
 
 @attrs.define(kw_only=True, slots=False, eq=False)
@@ -69,8 +79,8 @@ class TrainerKeys:
     resume: Literal["auto", "never", "force"] = "auto"
     """`auto` goes on from the newest checkpoint of the same recipe and refuses the folder of another;
     `never` starts anew and clears the folder's earlier run; `force` goes on although the recipe differs."""
-    epochs: int = key(1, check=gt(0))
-    """Passes over the data, unless `max_steps` is given."""
+    epochs: float = key(1.0, also=("num_train_epochs", "num_epochs"), check=gt(0))
+    """How often the data are read, unless `max_steps` is given; 0.5 reads half of them."""
     max_steps: int | None = key(None, also=("train_iters",), check=optional(gt(0)))
     """Optimizer steps of the whole run; the learning-rate schedule ends there."""
     stop_after: int | None = key(None, also=("exit_iteration_this_run",), check=optional(gt(0)))
@@ -100,10 +110,23 @@ class TrainerKeys:
     """Devices per node: a number, or what the launcher says."""
     num_nodes: int = key(1, check=gt(0))
     """Machines."""
-    precision: Literal["32-true", "bf16-mixed", "bf16-true", "16-mixed", "64-true"] | None = None
-    """Of the arithmetic; 32-true on CPUs and bf16-mixed on GPUs unless given."""
+    precision: Precision | None = key(None, convert=_whole_name)
+    """Of the arithmetic; 32-true on CPUs and bf16-mixed on GPUs unless given. `bf16` means bf16-mixed, `fp16` 16-mixed,
+    `fp32` 32-true."""
 
     updates_per_step: ClassVar[int] = 1
     """Optimizer updates that `step` makes; the schedule goes on at each. A method may make it a property."""
     cuts_rows: ClassVar[bool] = False
     """Whether `loss` is a sum over positions, so that it may be given a part of a row (`sequence`)."""
+
+    def check(self) -> Iterator[tuple[str, str]]:
+        """Yield what contradicts itself. A trainer with a check of its own yields from this one too."""
+        data, stops = self.data, any(isinstance(callback, EarlyStop) for callback in self.callbacks)
+        advice = "there is nothing to evaluate on; give data.eval_split or data.eval_sources"
+        if isinstance(data, Data) and not (data.eval_split or data.eval_sources):
+            if self.eval_every is not None:
+                yield "eval_every", advice
+            if stops:
+                yield "callbacks", f"early-stop compares evaluations, and {advice}"
+        elif stops and self.eval_every is None:
+            yield "callbacks", "early-stop compares evaluations: say with eval_every how often there is one"

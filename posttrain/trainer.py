@@ -252,10 +252,13 @@ class Trainer(TrainerKeys):
         """Return the number of optimizer steps; a last step that is not full is filled from the next pass."""
         if self.max_steps is not None:
             return self.max_steps
-        rows = loader.rows(self.epochs)
+        part, whole = math.modf(self.epochs)
+        rows = loader.rows(int(whole))
         if rows is None:
             raise RecipeError("max_steps: a streaming source has no length, so the number of steps must be given")
-        return math.ceil(rows / rows_per_step)
+        if part:
+            rows += round(part * ((loader.rows(int(whole) + 1) or rows) - rows))
+        return max(1, math.ceil(rows / rows_per_step))
 
     def groups(self) -> Iterator[tuple[list[Batch], Position]]:
         """Yield the micro-batches of each step, on the device, and the position after them; a callback may replace

@@ -9,7 +9,7 @@ import attrs
 
 from posttrain.errors import RecipeError
 from posttrain.interfaces import Checked
-from posttrain.registry import name_of
+from posttrain.registry import name_of, suggest
 
 Key = tuple[str | int, ...]
 
@@ -45,6 +45,18 @@ class Secret:
 
     def __hash__(self) -> int:
         return hash(self.variable)
+
+
+def missing_folder(name: str) -> str | None:
+    """Return what is wrong with the path of a folder that is not there; None for one that is, and for names on the hub.
+
+    A hub name has one slash at most, and does not begin like a path.
+    """
+    path = Path(name).expanduser()
+    if path.exists() or not (name.startswith((".", "/", "~")) or name.count("/") > 1):
+        return None
+    beside = [found.name for found in path.parent.iterdir()] if path.parent.is_dir() else []
+    return f"there is no folder {name}{suggest(path.name, beside)}"
 
 
 def as_data(value: Any) -> Any:

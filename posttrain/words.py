@@ -13,6 +13,18 @@ def human(number: float) -> str:
     return f"{number:.3g}"
 
 
+def counted(number: float, noun: str) -> str:
+    """Write a number with commas and the noun that it counts.
+
+    >>> counted(1, "document"), counted(14_880, "token"), counted(0.5, "epoch"), counted(2, "row of 5")
+    ('1 document', '14,880 tokens', '0.5 epochs', '2 rows of 5')
+    """
+    head, *rest = noun.split(" ", 1)
+    return " ".join(
+        [f"{number:,g}" if number != int(number) else f"{int(number):,}", head + "s" * (number != 1), *rest]
+    )
+
+
 def duration(seconds: float) -> str:
     """Write a time as h:mm:ss, or mm:ss under an hour."""
     minutes, rest = divmod(int(seconds), 60)

@@ -61,7 +61,7 @@ def test_check_says_what_would_be_done(recipe: Path, capsys: pytest.CaptureFixtu
     output = capsys.readouterr().out
     assert "valid" in output
     assert "sft (SFTTrainer)" in output
-    assert "3 steps, each step 1 x 1 rows per device" in output
+    assert "3 steps, each step 1 row per device" in output
 
 
 def test_a_wrong_recipe_exits_with_2_and_no_traceback(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -79,7 +79,9 @@ def test_data_that_cannot_be_trained_on_exits_with_1(recipe: Path, capsys: pytes
 
 def test_a_model_that_is_not_there_is_a_message(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["train", str(recipe), "model.name_or_path=/nowhere/model"]) == 2
-    assert "cannot be loaded" in capsys.readouterr().err
+    assert "there is no folder /nowhere/model" in capsys.readouterr().err
+    assert main(["train", str(recipe), "model.name_or_path=nowhere/model"]) == 2
+    assert "(there is no folder 'nowhere/model' here, so it was looked for on the hub)" in capsys.readouterr().err
 
 
 def test_a_tokenizer_without_a_template_says_how_to_give_one(
@@ -108,7 +110,7 @@ def test_show_data_marks_what_is_trained(recipe: Path, capsys: pytest.CaptureFix
     output = capsys.readouterr().out
     assert "[0<|im_end|>]" in output
     assert "assistant" in output
-    assert "1 documents, 26 tokens, 2 supervised (7.7%)" in output
+    assert "1 document, 26 tokens, 2 supervised (7.7%)" in output
     assert main(["show", str(recipe), "--data", "2", "--json"]) == 0
     lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert len(lines) == 2
@@ -331,3 +333,12 @@ def test_doctor_says_what_is_there_and_what_is_missing_for_what(
     assert re.search(r"torch +1\.2\.3", said)
     assert "gloo" in said
     assert "cache" in said
+
+
+def test_a_warning_of_the_hub_is_printed_once() -> None:
+    code = (
+        "from posttrain.cli import main; main(['blocks', 'model']); from huggingface_hub.utils import logging; "
+        "logging.get_logger('huggingface_hub.here').warning('only once')"
+    )
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert ran.stderr.count("only once") == 1

@@ -72,7 +72,7 @@ def test_a_recipe_means_the_same_run(tmp_path: Path) -> None:
     assert data.eval_split == pytest.approx(0.1)  # type: ignore[attr-defined]
     assert data.packing and data.overflow == "drop" and data.max_length == 32_000  # type: ignore[attr-defined]
     assert (run.optimizer.lr, run.optimizer.weight_decay) == (1e-5, 0.1)  # type: ignore[attr-defined]  # their default
-    assert (run.scheduler.warmup, run.scheduler.decay) == (0.1, 0.5)  # type: ignore[attr-defined]
+    assert (run.scheduler.warmup, run.scheduler.decay) == (100, 0.5)  # type: ignore[attr-defined]
     assert [type(block).__name__ for block in run.checkpoint] == ["Resume", "HuggingFace"]
     assert run.output_dir == Path("resume-here")
     said = "\n".join(notes)
@@ -113,3 +113,41 @@ def test_the_command_writes_a_file_that_check_accepts(tmp_path: Path, capsys: py
     assert main(["check", str(ours)]) == 0
     assert main(["convert", str(theirs)]) == 0
     assert "type: sft" in capsys.readouterr().out
+
+
+def test_a_line_of_the_docs_and_other_short_forms_mean_what_they_say(tmp_path: Path) -> None:
+    text, _ = convert(written(tmp_path, """\
+model: org/model
+data: {sources: org/chats}
+checkpoint: {type: deepspeed, auto_resume: true}
+optimizer: fused_adam
+scheduler: cosine
+tokenizer: org/other
+"""))  # fmt: skip
+    made = yaml12.parse(text, lambda line: (line, "")).data
+    assert [block["type"] for block in made["checkpoint"]] == ["resume"]
+    assert made["data"]["sources"] == [{"name_or_path": "org/chats"}]
+    assert (made["scheduler"]["type"], made["tokenizer"]) == ("cosine", {"name_or_path": "org/other"})
+    text, _ = convert(written(tmp_path, "model: a\ndata: {sources: [a/b]}\ncheckpoint: huggingface\n"))
+    made = yaml12.parse(text, lambda line: (line, "")).data
+    assert [block["type"] for block in made["checkpoint"]] == ["huggingface"]
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("data: {sources: [1]}", "data.sources.0: expected a mapping, got 1"),
+        ("logger: 5", "logger: expected a mapping, got 5"),
+        ("wandb: true", "wandb: expected a mapping, got True"),
+        ("deepspeed: ds.json", "deepspeed: expected a mapping, got 'ds.json'"),
+        ("data: {train_eval_split: 0.9}", "data.train_eval_split: expected two shares, got 0.9"),
+        ("data: {train_eval_split: [a, b]}", "data.train_eval_split: expected a number, got 'a'"),
+        ("scheduler: {type: wds, num_warmup_steps: many}", "scheduler.num_warmup_steps: expected a number, got 'many'"),
+        ("ref_model: 5", "ref_model: expected a mapping, got 5"),
+        ("checkpoint: [[]]", "checkpoint.0: expected a mapping, got []"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_one_of_their_recipes_is_a_message(tmp_path: Path, line: str, message: str) -> None:
+    with pytest.raises(RecipeError) as error:
+        convert(written(tmp_path, f"model: a\n{line}\n"))
+    assert str(error.value).endswith(f"theirs.yml: {message}")

@@ -4,6 +4,7 @@ import gzip
 import json
 import multiprocessing
 import os
+import time
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from typing import Any
 import pytest
 from conftest import byte_tokenizer
 
-from posttrain.blocks.data import store
+from posttrain.blocks.data import hashes, store
 from posttrain.blocks.data.data import CausalData, SFTData
 from posttrain.blocks.data.sources import Source
 from posttrain.blocks.data.streams import Stream
@@ -51,6 +52,11 @@ SCHEMAS = {
     "question and answer": {"question": "q", "answer": "a"},
     "query and response": {"query": "q", "response": "a", "type": "MATH"},
     "problem and solution": {"problem": "q", "solution": "a"},
+    "openai, with parts and null": {"messages": [{"role": "user", "content": [{"type": "text", "text": "q"}]}, {"role": "assistant", "content": "a", "tool_calls": None}]},
+    "role and content in conversations": {"conversations": [{"role": "user", "content": "q"}, {"role": "model", "content": "a"}]},
+    "dolly": {"instruction": "q", "context": "", "response": "a", "category": "open_qa"},
+    "alpaca of LLaMA-Factory": {"instruction": "q", "input": "", "output": "a", "system": "", "history": []},
+    "labelled good": {"prompt": "q", "completion": "a", "label": True},
     "messages as text": {"messages": json.dumps([{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}])},
 }  # fmt: skip
 
@@ -97,7 +103,10 @@ BAD_FILES = {
     "not an object": (b"[1, 2]\n", r"a\.jsonl:1: expected an object with columns, found a list"),
     "empty": (b"", r"a\.jsonl holds no rows"),
     "without a reply": (b'{"prompt": "q"}\n', r"1 x no reply: there is 'prompt'.*a\.jsonl:1"),
-    "unknown role": (b'{"messages": [{"role": "bot", "content": "x"}]}\n', r"1 x unknown role 'bot'.*a\.jsonl:1"),
+    "unknown role": (
+        b'{"messages": [{"role": "narrator", "content": "x"}]}\n',
+        r"1 x unknown role 'narrator'.*a\.jsonl:1",
+    ),
     "nested without end": (b'{"prompt": ' + b"[" * 100_000, r"a\.jsonl:1: (nested too deeply|not JSON)"),
 }
 
@@ -209,6 +218,55 @@ def test_the_cache_is_used_again_and_notices_every_change(tmp_path: Path, monkey
             return super().conversation({**row, "output": row["output"].upper()})
 
     assert replies(Shouting(sources=[Source(name_or_path=str(path))]).prepare(TOKENIZER).train) == ["A", "B"]
+
+
+def aged(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the clock go on, so that a file is old enough for its hash to be remembered."""
+    ahead = max(path.stat().st_ctime, path.stat().st_mtime) + 10
+    monkeypatch.setattr(time, "time", lambda: ahead)
+
+
+def test_a_file_is_hashed_once_until_it_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    hashed: list[Path] = []
+    original = hashes._hashed
+    monkeypatch.setattr(hashes, "_hashed", lambda path: hashed.append(path) or original(path))
+    path = write(tmp_path / "a.jsonl", SCHEMAS["alpaca"])
+    data(path).prepare(TOKENIZER)
+    data(path).prepare(TOKENIZER)
+    assert len(hashed) == 2  # it may have changed within the grain of the clock
+    aged(path, monkeypatch)
+    data(path).prepare(TOKENIZER)
+    data(path).prepare(TOKENIZER)
+    assert len(hashed) == 3
+    stamp = path.stat().st_mtime_ns
+    write(path, {**SCHEMAS["alpaca"], "output": "b"})
+    os.utime(path, ns=(stamp, stamp))  # same size, same date
+    aged(path, monkeypatch)
+    assert replies(data(path).prepare(TOKENIZER).train) == ["b"]
+    assert len(hashed) == 4
+    for note in (tmp_path / "cache" / "hashes").glob("*.json"):
+        note.write_text("[]")
+    assert replies(data(path).prepare(TOKENIZER).train) == ["b"]
+    assert len(hashed) == 5
+
+
+def test_processes_that_start_at_once_hash_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write(tmp_path / "a.jsonl", SCHEMAS["alpaca"])
+    aged(path, monkeypatch)
+    counted: list[int] = []
+    original = hashes._hashed
+    monkeypatch.setattr(hashes, "_hashed", lambda path: counted.append(1) or original(path))
+    fork = multiprocessing.get_context("fork")
+    results = fork.Queue()
+
+    def child() -> None:
+        hashes.sha256(path, tmp_path / "memory")
+        results.put(len(counted))
+
+    children = [fork.Process(target=child) for _ in range(4)]
+    for one in children:
+        one.start()
+    assert sorted(results.get(timeout=60) for _ in children) == [0, 0, 0, 1]
 
 
 def prepare_in_child(path: Path, results: Any) -> None:
@@ -425,3 +483,284 @@ def test_an_error_of_the_schema_names_the_source(tmp_path: Path) -> None:
     path = write(tmp_path / "a.jsonl", {"frage": "q"})
     with pytest.raises(DataError, match=r"a\.jsonl: columns 'frage' fit no known schema"):
         data(path).prepare(TOKENIZER)
+
+
+def test_alpaca_history_and_dolly_context_are_trained_on(tmp_path: Path) -> None:
+    rows = [
+        {"instruction": "q", "input": "about", "output": "a", "history": [["q1", "a1"], ["q2", "a2"]]},
+        {"instruction": "q", "context": "about", "response": "a"},
+    ]
+    found = texts(data(write(tmp_path / "a.jsonl", *rows)).prepare(TOKENIZER).train)
+    assert "".join(found).count("user\nq\n\nabout<|im_end|>") == 2
+    assert found[0].startswith(
+        "<|im_start|>user\nq1<|im_end|>\n<|im_start|>assistant\na1<|im_end|>\n<|im_start|>user\nq2"
+    )
+
+
+def test_tool_calls_of_every_format_are_one() -> None:
+    from posttrain.blocks.data.rows.schemas import conversation
+
+    function = {"name": "add", "description": "d", "parameters": {}}
+    call, text = {"name": "add", "arguments": {"a": 1}}, json.dumps({"a": 1})
+    openai = {
+        "messages": [
+            {"role": "user", "content": "q"},
+            {"role": "assistant", "content": None, "tool_calls": [{"type": "function", "function": call | {"arguments": text}}]},
+            {"role": "tool", "content": "1"},
+        ],
+        "tools": [{"type": "function", "function": function}],
+    }  # fmt: skip
+    legacy = {
+        "messages": [
+            {"role": "user", "content": "q"},
+            {"role": "assistant", "content": None, "function_call": call | {"arguments": text}},
+            {"role": "function", "content": "1"},
+        ],
+        "functions": [function],
+    }
+    factory = {
+        "conversations": [
+            {"from": "human", "value": "q"}, {"from": "function_call", "value": json.dumps(call)}, {"from": "observation", "value": "1"},
+        ],
+        "tools": json.dumps([function]), "system": "",
+    }  # fmt: skip
+    swift = {
+        "messages": [
+            {"role": "user", "content": "q"}, {"role": "tool_call", "content": json.dumps(call)}, {"role": "tool_response", "content": "1"},
+        ],
+        "tools": [json.dumps(function)],
+    }  # fmt: skip
+    expected = conversation(openai)
+    assert expected["messages"][1] == {"role": "assistant", "tool_calls": [{"type": "function", "function": call}]}
+    for row in (legacy, factory, swift):
+        assert conversation(row) == expected
+
+
+REFUSED = {
+    "a reply to avoid": ({"prompt": "q", "completion": "a", "label": False}, "'label' is false: the reply is one to avoid"),
+    "a reply to avoid, as text": ({"messages": SCHEMAS["messages"]["messages"], "kto_tag": "False"}, "'kto_tag' is false"),
+    "two system prompts": (
+        {"system": "Be brief.", "messages": [{"role": "system", "content": "Be long."}, {"role": "user", "content": "q"}]}, "two system prompts",
+    ),
+    "an unknown role": ({"messages": [{"role": "narrator", "content": "x"}]}, r"unknown role 'narrator' \(known: system, developer, user"),
+    "no role": ({"messages": [{"speaker": "me", "text": "x"}]}, "has the keys 'speaker', 'text', but no role"),
+    "a call that is no JSON": ({"conversations": [{"from": "function_call", "value": "add(1)"}]}, "is no JSON"),
+    "an image": ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}]}, "other than text"),
+    "half a weight": (
+        {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a", "weight": 0.5}]}, "weight 0.5: only 0",
+    ),
+    "a system prompt that is no text": ({"system": {"a": 1}, "prompt": "q", "completion": "a"}, "the system prompt is dict"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_rows_that_mean_something_else_are_refused_with_the_reason(tmp_path: Path, name: str) -> None:
+    row, reason = REFUSED[name]
+    with pytest.raises(DataError, match=f"1 x .*{reason}"):
+        data(write(tmp_path / "a.jsonl", row, SCHEMAS["messages"])).prepare(TOKENIZER)
+
+
+def test_kto_rows_train_the_good_replies_and_count_the_others(tmp_path: Path) -> None:
+    rows = [{"prompt": "q", "completion": f"a{n}", "label": n % 2 == 0} for n in range(4)]
+    prepared = data(write(tmp_path / "a.jsonl", *rows), invalid="drop").prepare(TOKENIZER)
+    assert replies(prepared.train) == ["a0", "a2"]
+    ((reason, count),) = prepared.ledger["total"]["dropped"].items()
+    assert "one to avoid" in reason and count == 2
+
+
+def test_a_row_may_bring_variables_for_the_template(tmp_path: Path) -> None:
+    tokenizer = byte_tokenizer(TEMPLATES["chatml"] + "{{ mood }}")
+    row = {"prompt": "q", "completion": "a", "chat_template_kwargs": {"mood": "glad"}}
+    prepared = data(write(tmp_path / "a.jsonl", row)).prepare(tokenizer)
+    assert tokenizer.decode(prepared.train[0].documents[0][0].tolist()).endswith("glad")
+
+
+def test_the_ledger_says_which_columns_were_read_as_what_and_which_were_not(tmp_path: Path) -> None:
+    from posttrain.blocks.loggers.ledger import ledger
+
+    path = write(
+        tmp_path / "a.jsonl", {**SCHEMAS["alpaca"], "id": 7, "mood": None}, {**SCHEMAS["alpaca"], "score": 1.0}
+    )
+    for stream in (False, True):
+        loaders = data(path, source={"stream": stream}).build(TOKENIZER, 1, 0, 1, 42)
+        assert list(loaders.train.one_pass())
+        entry = loaders.ledger["sources"][str(path)]
+        assert (entry["schema"], entry["read"], entry["unused"]) == (
+            "instruction/output", ["instruction", "output"], ["id", "score"],
+        )  # fmt: skip
+        caption = str(ledger(loaders.ledger).caption)
+        assert f"{path}: instruction/output: read instruction, output; not used: id, score" in caption
+
+    class Mine(SFTData):
+        def conversation(self, row: dict[str, Any]) -> dict[str, Any]:
+            return {"messages": [{"role": "assistant", "content": str(row["id"])}]}
+
+    first = write(tmp_path / "b.jsonl", {"id": 7, "x": 1})
+    (entry,) = Mine(sources=[Source(name_or_path=str(first))]).prepare(TOKENIZER).ledger["sources"].values()
+    assert "unused" not in entry  # only the class knows
+
+
+def test_a_conversation_split_into_turns_stays_on_one_side_of_the_evaluation(tmp_path: Path) -> None:
+    turns = [{"role": role, "content": f"{text} {{}}"} for text in ("one", "two") for role in ("user", "assistant")]
+    rows = [{"messages": [m | {"content": m["content"].format(n)} for m in turns]} for n in range(60)]
+    path = write(tmp_path / "a.jsonl", *rows)
+    prepared = data(path, split_turns=True, eval_split=0.2).prepare(TOKENIZER)
+    assert prepared.eval is not None
+    train, held_out = replies(prepared.train), replies(prepared.eval)
+    assert len(train) + len(held_out) == 120
+    assert not {text.split()[1] for text in train} & {text.split()[1] for text in held_out}
+    streamed = data(path, split_turns=True, source={"stream": True}).build(TOKENIZER, 1, 0, 1, 42)
+    stored = data(path, split_turns=True).build(TOKENIZER, 1, 0, 1, 42)
+    count = [sum(batch["supervised_tokens"] for batch in loaders.train.one_pass()) for loaders in (streamed, stored)]
+    assert count[0] == count[1] > 0
+    previews = list(data(path, split_turns=True).preview(TOKENIZER, 1))
+    assert [preview.side for preview in previews] == ["turn 1", "turn 2"]
+    assert previews[0].columns == {"schema": "messages", "read": ["messages"], "unused": []}
+
+
+# -- splits of a folder ---------------------------------------------------------------
+
+
+def folder_of(tmp_path: Path, *names: str, readme: str | None = None) -> Path:
+    """A folder whose files hold one row each, with the file's name as the reply."""
+    import datasets
+
+    for name in names:
+        file = tmp_path / "folder" / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        row = {"prompt": "q", "response": Path(name).name.split(".")[0]}
+        if file.suffix == ".parquet":
+            datasets.Dataset.from_list([row]).to_parquet(file)
+        elif file.suffix == ".csv":
+            file.write_text(f"prompt,response\nq,{row['response']}\n")
+        else:
+            write(file, row)
+    if readme is not None:
+        (tmp_path / "folder" / "README.md").write_text(f"---\n{readme}\n---\n")
+    return tmp_path / "folder"
+
+
+ULTRACHAT = tuple(f"data/{n}-00000-of-00001.parquet" for n in ("train_sft", "train_gen", "test_sft", "test_gen"))
+CONFIGS = """\
+configs:
+- config_name: sft
+  default: true
+  data_files:
+  - {split: train, path: data/train_sft-*}
+  - {split: test, path: data/test_sft-*}
+- config_name: gen
+  data_files: [{split: train, path: data/train_gen-*}]"""
+SPLIT_FOLDERS: dict[str, tuple[tuple[str, ...], str | None, dict[str, Any], list[str]]] = {
+    "names": (("train.jsonl", "test.jsonl"), None, {}, ["train"]),
+    "other names of a split": (("training_1.jsonl", "dev.jsonl"), None, {"split": "validation"}, ["dev"]),
+    "folders": (("train/a.jsonl", "train/b.jsonl", "test/c.jsonl"), None, {}, ["a", "b"]),
+    "no split": (("a.jsonl", "b.jsonl"), None, {}, ["a", "b"]),
+    "a local copy of ultrachat": (ULTRACHAT, None, {"split": "train_sft"}, ["train_sft-00000-of-00001"]),
+    "a README that names configurations": (ULTRACHAT, CONFIGS, {}, ["train_sft-00000-of-00001"]),
+    "another configuration": (ULTRACHAT, CONFIGS, {"name": "gen"}, ["train_gen-00000-of-00001"]),
+    "its test split": (ULTRACHAT, CONFIGS, {"split": "test"}, ["test_sft-00000-of-00001"]),
+}
+
+
+@pytest.mark.parametrize("name", SPLIT_FOLDERS)
+def test_the_files_of_a_folder_belong_to_splits_as_datasets_says(tmp_path: Path, name: str) -> None:
+    names, readme, source, expected = SPLIT_FOLDERS[name]
+    folder = folder_of(tmp_path, *names, readme=readme)
+    assert list(Source(name_or_path=str(folder), **source).check()) == []
+    assert replies(data(folder, source=source).prepare(TOKENIZER).train) == expected
+
+
+WRONG_FOLDERS: dict[str, tuple[tuple[str, ...], str | None, dict[str, Any], str]] = {
+    "no such split": (ULTRACHAT, None, {}, "holds the splits test_gen, test_sft, train_gen, train_sft, not 'train'"),
+    "no such configuration": (ULTRACHAT, CONFIGS, {"name": "nope"}, "'nope' not found. Available: .*sft.*gen"),
+    "several formats": (("a.jsonl", "b.csv", "c.jsonl"), None, {}, r"several formats \(.jsonl, .csv\)"),
+    "nothing to read": (("notes.txt",), None, {}, "holds no file that can be read"),
+    "a README that is no YAML": (("a.jsonl",), "configs: [", {}, "cannot be read as a dataset"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG_FOLDERS)
+def test_a_folder_that_cannot_be_read_is_a_message(tmp_path: Path, name: str) -> None:
+    names, readme, source, message = WRONG_FOLDERS[name]
+    with pytest.raises(DataError, match=message):
+        data(folder_of(tmp_path, *names, readme=readme), source=source).prepare(TOKENIZER)
+
+
+def test_files_in_no_split_are_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    folder = folder_of(tmp_path, "train.jsonl", "extra.jsonl")
+    assert replies(data(folder).prepare(TOKENIZER).train) == ["train"]
+    assert "extra.jsonl: in no split, and not read" in caplog.text
+
+
+# -- the ledger of a stream -----------------------------------------------------------
+
+
+def test_a_stream_counts_what_a_stored_source_counts(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.jsonl", *LONG, {"prompt": "q"}, {"prompt": "q"})
+    for overflow in ("drop", "truncate", "split"):
+        options: dict[str, Any] = {"max_length": 100, "overflow": overflow, "invalid": "drop"}
+        stored = data(path, **options).build(TOKENIZER, 1, 0, 1, 42).ledger["sources"][str(path)]
+        streamed = data(path, source={"stream": True}, window=2, **options).build(TOKENIZER, 1, 0, 1, 42)
+        assert sum(batch["tokens"] for batch in streamed.train.one_pass()) == stored["tokens"]
+        (entry,) = streamed.ledger["sources"].values()
+        counts = {reason: found["count"] for reason, found in entry["dropped"].items()}
+        assert {**entry, "dropped": counts} == stored
+
+
+def test_the_ledger_of_a_stream_is_kept_with_the_run_and_goes_on_after_a_stop(tmp_path: Path, tiny_model: Path) -> None:
+    import posttrain
+
+    rows = [{"prompt": "q", "response": "a" * (300 if n % 5 == 0 else n % 7 + 1)} for n in range(40)]
+    path = write(tmp_path / "a.jsonl", *rows)
+
+    def run(folder: str, **options: Any) -> dict[str, Any]:
+        posttrain.SFTTrainer(
+            model=posttrain.HFModel(name_or_path=str(tiny_model)),
+            data=data(path, max_length=128, overflow="drop", window=8, source={"stream": True}),
+            logger=[posttrain.JSONL()], max_steps=12, output_dir=tmp_path / folder, accelerator="cpu", **options,
+        ).train()  # fmt: skip
+        found: dict[str, Any] = json.loads((tmp_path / folder / "ledger.json").read_text())["sources"]
+        return found
+
+    whole = run("whole")
+    (entry,) = whole.values()
+    assert entry["rows_in"] % 8 == 0 and entry["rows_in"] >= 24
+    assert entry["dropped"]["longer than 128 tokens"]["count"] == -(-entry["rows_in"] // 5)
+    assert run("cut", stop_after=5) != whole
+    assert run("cut") == whole
+
+
+# -- sources from Python --------------------------------------------------------------
+
+
+def test_sources_are_names_mappings_or_sources_and_rows_are_refused_with_what_to_do() -> None:
+    import datasets
+
+    rows = [{"prompt": "q", "response": "a"}]
+    made = SFTData(sources=["a.jsonl", Path("b.jsonl"), {"name_or_path": "c.jsonl", "weight": 2.0}])  # type: ignore[list-item]
+    assert [(source.name_or_path, source.weight) for source in made.sources] == [
+        ("a.jsonl", 1.0), ("b.jsonl", 1.0), ("c.jsonl", 2.0),
+    ]  # fmt: skip
+    assert SFTData(sources="a.jsonl").sources == SFTData(sources=["a.jsonl"]).sources  # type: ignore[arg-type, list-item]
+    dataset = datasets.Dataset.from_list(rows)
+    wrong: list[tuple[Any, str]] = [
+        (rows, "dict is no source; rows are read from files: write them into a .jsonl file"),
+        ([dataset], "Dataset is no source; .* call `dataset.to_parquet"),
+        (dataset, "Dataset is no source; .* call `dataset.to_parquet"),
+        ([5], "int is no source; write the name of a file"),
+        ([{"name_or_path": "a.jsonl", "wieght": 2}], "no such key as 'wieght'; did you mean 'weight'"),
+    ]
+    for sources, message in wrong:
+        with pytest.raises(DataError, match=message):
+            SFTData(sources=sources)
+
+
+def test_roles_that_no_message_has_are_noticed_without_reading_anything() -> None:
+    ((where, message),) = SFTData(sources=["x.jsonl"], train_on=["asistant", "user"]).check()  # type: ignore[list-item]
+    assert (
+        where == "train_on"
+        and "'asistant' is no role of a message" in message
+        and "did you mean 'assistant'" in message
+    )
+    ((where, message),) = SFTData(sources=["x.jsonl"], last_turn_only=True, split_turns=True).check()  # type: ignore[list-item]
+    assert where == "split_turns" and "choose one" in message

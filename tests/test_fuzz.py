@@ -18,14 +18,16 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from toy import trainer
 
+from posttrain import yaml12
 from posttrain.blocks.checkpoints.checkpoint import Resume
 from posttrain.blocks.checkpoints.manifest import checkpoints, verify
-from posttrain.blocks.data.chat import ChatRenderer
 from posttrain.blocks.data.data import PreferenceData, SFTData
-from posttrain.blocks.data.schemas import Refused
+from posttrain.blocks.data.rows.chat import ChatRenderer
+from posttrain.blocks.data.rows.schemas import Refused
 from posttrain.blocks.data.sources import Source
 from posttrain.blocks.tokenizers.templates import TEMPLATES
-from posttrain.errors import DataError, PosttrainError
+from posttrain.errors import DataError, PosttrainError, RecipeError
+from posttrain.recipes.convert import convert
 from posttrain.synth.clients.cortex import CompleteDialect, SQLDialect
 from posttrain.synth.ledger.pricing import usage
 from posttrain.synth.ledger.replies import limits, verdict
@@ -41,7 +43,8 @@ scalars = st.none() | st.booleans() | st.integers() | st.floats() | st.text() | 
 json_values = st.recursive(
     scalars, lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=8), inner, max_size=4), max_leaves=12
 )  # fmt: skip
-names = ["messages", "prompt", "response", "chosen", "rejected", "role", "content", "tool_calls", "tools", "from", "value",
+names = ["weight", "train", "train_detail", "begin_offset", "end_offset", "history", "label", "system", "instruction", "output",
+         "function_call", "gpt", "human", "observation", "images", "messages", "prompt", "response", "chosen", "rejected", "role", "content", "tool_calls", "tools", "from", "value",
          "conversations", "user", "assistant", "system", "score", "type", "text", "function", "arguments"]  # fmt: skip
 chat_like = st.recursive(
     scalars | st.sampled_from(names), lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(names), inner, max_size=4),
@@ -94,6 +97,27 @@ def test_a_damaged_table_is_rows_or_an_error(tmp_path: Path, seed: int, share: f
     file = tmp_path / "data.parquet"
     file.write_bytes(content)
     read(file)
+
+
+theirs = ["type", "model", "name_or_path", "data", "sources", "deepspeed", "zero_optimization", "optimizer", "learning_rate",
+          "scheduler", "name", "num_warmup_steps", "num_decay_steps", "train_iters", "checkpoint", "output_dir", "auto_resume",
+          "save_every_n_steps", "logger", "wandb", "enable", "peft_config", "r", "train_eval_split", "wds", "sft", "huggingface",
+          "epochs", "scheduler_specific_kwargs", "sample_count", "betas", "code"]  # fmt: skip
+arctic = st.recursive(
+    scalars | st.sampled_from(theirs),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(theirs), inner, max_size=5),
+    max_leaves=20,
+)
+
+
+@FUZZ
+@given(recipe=st.dictionaries(st.sampled_from(theirs), arctic, max_size=6))
+def test_any_recipe_of_arctic_training_is_converted_or_an_error(tmp_path: Path, recipe: dict[str, Any]) -> None:
+    file = tmp_path / "theirs.yml"
+    file.write_text(yaml12.write({"model": {"name_or_path": "a"}, **recipe}), errors="replace")
+    with suppress(RecipeError):
+        text, _ = convert(file)
+        yaml12.parse(text, lambda line: (line, ""))
 
 
 PIECES = [

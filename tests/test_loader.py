@@ -22,7 +22,7 @@ def loader(
     if kind == "map":
         return MapLoader(examples=more.get("documents") or InMemory(range(50)), **shape)
     return StreamLoader(
-        stream=Numbers(50), encode=lambda rows: [Example((document(row),)) for row, _ in rows], window=20, **shape
+        stream=Numbers(50), encode=lambda rows, _: [Example((document(row),)) for row, _ in rows], window=20, **shape
     )  # fmt: skip
 
 

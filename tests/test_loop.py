@@ -12,6 +12,7 @@ from posttrain.batch import Batch
 from posttrain.blocks.callbacks import EarlyStop
 from posttrain.blocks.checkpoints.checkpoint import Resume
 from posttrain.blocks.optimizer import AdamW
+from posttrain.blocks.scheduler import Linear
 from posttrain.errors import RecipeError, TrainingError
 from posttrain.trainers.sft import SFTTrainer
 
@@ -214,3 +215,17 @@ def test_two_runs_in_one_process_do_not_touch_each_other(tmp_path: Path) -> None
     made.train()
     assert losses(tmp_path / "a") == first
     assert "loss" not in vars(made)
+
+
+def test_half_an_epoch_takes_half_of_the_steps(tmp_path: Path) -> None:
+    for epochs, steps in ((0.5, 3), (1.0, 5), (1.5, 8), (2.0, 10), (0.01, 1)):
+        made = trainer(tmp_path, max_steps=None, epochs=epochs, packing=False, rows=20)
+        assert made.horizon(made.data.build(None, 4, 0, 1, 42).train, 4) == steps
+
+
+def test_warming_up_is_said_as_a_share_or_in_steps() -> None:
+    share, steps = (Linear(warmup=warmup).factor(200) for warmup in (0.1, 20))
+    assert [share(n) for n in range(200)] == [steps(n) for n in range(200)]
+    assert steps(19) < steps(20) == 1.0
+    with pytest.raises(ValueError, match="a share below 1, or a whole number of steps, got 1.5"):
+        Linear(warmup=1.5)

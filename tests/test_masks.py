@@ -12,9 +12,10 @@ import attrs
 import pytest
 from conftest import SPECIAL, byte_tokenizer
 
-from posttrain.blocks.data.chat import ChatRenderer
 from posttrain.blocks.data.encode import ChatEncoder, supervised
-from posttrain.blocks.data.schemas import Refused, Sample, conversation
+from posttrain.blocks.data.rows.chat import ChatRenderer
+from posttrain.blocks.data.rows.messages import Refused
+from posttrain.blocks.data.rows.schemas import Sample, conversation
 
 Message = dict[str, Any]
 Pieces = list[tuple[str, bool]]
@@ -271,11 +272,7 @@ CONVERSATIONS = {
 
 FITS = {  # conversations that only some templates can show
     "reasoning": ("qwen 3 (history rewritten)", "qwq (the prompt opens the thinking)", "harmony (channels)"),
-    "reasoning in two turns": (
-        "qwen 3 (history rewritten)",
-        "qwq (the prompt opens the thinking)",
-        "harmony (channels)",
-    ),
+    "reasoning in two turns": ("qwq (the prompt opens the thinking)", "harmony (channels)"),
     "tool calls": ("qwen 2.5 (tool calls)",),
     "a tool call without text": ("qwen 2.5 (tool calls)",),
     "parts": ("content parts",),
@@ -382,7 +379,7 @@ def test_random_conversations_give_exact_spans_or_a_refusal(name: str) -> None:
     for _ in range(150):
         messages = chat(*(text() for _ in range(chance.choice([2, 4, 6]))), system=chance.choice([None, text()]))
         if name in FITS["reasoning"]:
-            for message in messages:
+            for message in messages if name in FITS["reasoning in two turns"] else messages[-1:]:
                 if message["role"] == "assistant" and chance.random() < 0.5:
                     message["reasoning_content"] = text()
         try:
@@ -393,7 +390,7 @@ def test_random_conversations_give_exact_spans_or_a_refusal(name: str) -> None:
         if full == "".join(piece for piece, _ in expected):  # the hand-written rendering knows no odd tags
             assert trained == "".join(piece for piece, reply in expected if reply), messages
             exact += 1
-    assert exact > 100
+    assert exact > 90
 
 
 def test_the_edges_of_spans_are_those_that_all_offsets_give() -> None:
@@ -457,3 +454,200 @@ def test_a_template_that_upper_cases_trains_what_it_writes() -> None:
     template = Template(CHATML.replace("m.content", "(m.content | upper)") + ASK, chatml)
     _, trained, _ = pieces_of(encoder(template), chat("Say yes", "yes é"))
     assert trained == "YES É<|im_end|>"
+
+
+# -- what a message says of itself ----------------------------------------------------
+
+
+def trained(messages: list[Message], template: str = "chatml", **options: Any) -> str:
+    return pieces_of(encoder(TEMPLATES[template], **options), messages)[1]
+
+
+NOT_TRAINED = [
+    {"weight": 0}, {"weight": 0.0}, {"train": False}, {"training": False}, {"loss": False}, {"loss_weight": 0},
+    {"train_detail": []}, {"weight": 1, "train": False}, {"train_detail": [{"begin_offset": 0, "end_offset": 0, "train": False}]},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("said", NOT_TRAINED, ids=str)
+def test_a_reply_that_says_so_is_not_trained(said: dict[str, Any]) -> None:
+    messages = chat("a", "first", "b", "second")
+    messages[1] |= said
+    text, found, _ = pieces_of(encoder(TEMPLATES["chatml"]), messages)
+    assert found == "second<|im_end|>"
+    assert "weight" not in text and "train" not in text
+    messages[3] |= said
+    with pytest.raises(Refused, match=r"every reply says that it is not trained \(weight: 0, train: false\)"):
+        trained(messages)
+
+
+def test_weight_one_changes_nothing_and_train_true_trains_any_role() -> None:
+    messages = chat("a", "first", "b", "second", system="s")
+    assert trained([m | {"weight": 1, "loss": True} for m in messages]) == "first<|im_end|>second<|im_end|>"
+    messages[1] |= {"train": True}
+    assert trained(messages) == "a<|im_end|>first<|im_end|>second<|im_end|>"
+
+
+@pytest.mark.parametrize(
+    ("said", "reason"),
+    [
+        ({"weight": 0.5}, "weight 0.5: only 0 .not trained. and 1 are possible"),
+        ({"weight": True}, "weight True: only 0"),
+        ({"train": "no"}, "train 'no', not true or false"),
+        ({"train_detail": [{"begin_offset": 3}]}, "does not hold begin_offset, end_offset and train"),
+        (
+            {"train_detail": [{"begin_offset": 0, "end_offset": 99, "train": True}]},
+            "reaches to character 99 of a text of 5",
+        ),
+        ({"train_detail": 5}, "'train_detail' is not a list"),
+    ],
+)
+def test_a_mark_that_cannot_be_honoured_is_refused(said: dict[str, Any], reason: str) -> None:
+    messages = chat("a", "first")
+    messages[1] |= said
+    with pytest.raises(Refused, match=reason):
+        trained(messages)
+
+
+@pytest.mark.parametrize("template", ["chatml", "llama 3 (headers, trimmed)", "qwen 3 (history rewritten)"])
+def test_train_detail_trains_the_characters_it_names(template: str) -> None:
+    """Ends are included, as Axolotl counts; the end of the turn goes with the last character."""
+    end = "<|eot_id|>" if "llama" in template else "<|im_end|>"
+    thought = "<think>\n\n</think>\n\n" if "qwen" in template else ""
+
+    def with_detail(content: str, *ranges: tuple[int, int]) -> str:
+        detail = [{"begin_offset": b, "end_offset": e, "train": True} for b, e in ranges]
+        reply = {"role": "assistant", "content": content, "train_detail": detail}
+        return trained([*chat("a"), reply], template)
+
+    assert with_detail("one two three", (4, 6)) == "two"
+    assert with_detail("one two three", (0, 2), (8, 12)) == f"{thought}onethree{end}"
+    assert with_detail("one two three", (0, 12)) == f"{thought}one two three{end}"
+    assert with_detail("é😀é two", (1, 1)) == "😀"
+
+
+def test_a_mark_in_a_row_of_sharegpt_counts_too() -> None:
+    row = {"conversations": [
+        {"from": "human", "value": "q"}, {"from": "gpt", "value": "first", "weight": 0},
+        {"from": "human", "value": "q"}, {"from": "gpt", "value": "second"},
+    ]}  # fmt: skip
+    made = encoder(TEMPLATES["chatml"])
+    ((ids, mask),) = made.encode([row])[0].documents  # type: ignore[union-attr]
+    assert made.renderer.tokenizer.decode(ids[mask].tolist()) == "second<|im_end|>"
+
+
+def test_last_turn_only_trains_all_behind_the_last_question() -> None:
+    messages = [*chat("a", "first", "weather?"), {"role": "assistant", "content": "Let me see.", "tool_calls": [CALL]},
+                {"role": "tool", "content": "sunny"}, {"role": "assistant", "content": "Sunny."}]  # fmt: skip
+    found = trained(messages, "qwen 2.5 (tool calls)", last_turn_only=True)
+    assert found.startswith("Let me see.\n<tool_call>") and found.endswith("Sunny.<|im_end|>")
+    assert "first" not in found
+
+
+# -- what a template leaves out -------------------------------------------------------
+
+THOUGHTS = CONVERSATIONS["reasoning in two turns"]
+
+
+def test_thoughts_that_a_template_forgets_are_refused_or_split_into_turns() -> None:
+    template = TEMPLATES["qwen 3 (history rewritten)"]
+    inline = chat("x", "<think>\n2+2\n</think>\n\n4", "y", "<think>\n3+3\n</think>\n\n6")
+    for messages in (THOUGHTS, inline):
+        with pytest.raises(Refused, match=r"leaves out .* of a message of role 'assistant'; data.split_turns=true"):
+            trained(messages, "qwen 3 (history rewritten)")
+        made = encoder(template, split_turns=True)
+        (encoded,) = made.encode([{"messages": messages}])
+        assert not isinstance(encoded, Refused)
+        decode = made.renderer.tokenizer.decode
+        found = [(decode(ids.tolist()), decode(ids[mask].tolist())) for ids, mask in encoded.documents]
+        first = "<|im_start|>user\nx<|im_end|>\n<|im_start|>assistant\n"
+        replies = ["<think>\n2+2\n</think>\n\n4<|im_end|>", "<think>\n3+3\n</think>\n\n6<|im_end|>"]
+        assert found[0] == (f"{first}{replies[0]}\n", replies[0])
+        second = f"{first}4<|im_end|>\n<|im_start|>user\ny<|im_end|>\n<|im_start|>assistant\n"
+        assert found[1] == (f"{second}{replies[1]}\n", replies[1])
+        assert trained(messages, "qwen 3 (history rewritten)", last_turn_only=True) == replies[1]
+
+
+def test_turns_of_which_nothing_is_trained_are_only_context() -> None:
+    messages = chat("a", "first", "b", "second", "c", system="s")
+    messages[2] |= {"weight": 0}
+    made = encoder(TEMPLATES["chatml"], split_turns=True)
+    (encoded,) = made.encode([{"messages": messages}])
+    assert not isinstance(encoded, Refused)
+    ((ids, mask),) = encoded.documents
+    assert made.renderer.tokenizer.decode(ids[mask].tolist()) == "second<|im_end|>"
+    assert "first" in made.renderer.tokenizer.decode(ids.tolist())
+
+
+TOOLS = [{"type": "function", "function": {"name": "weather", "description": "d", "parameters": {}}}]
+SWALLOWED = {
+    "a developer's message": (
+        "{% for m in messages %}{% if m.role != 'developer' %}" + CHATML.removeprefix("{% for m in messages %}").replace(
+            "{% endfor %}", "{% endif %}{% endfor %}") + ASK,
+        {"messages": [{"role": "developer", "content": "Be brief."}, *chat("a", "b")]}, "leaves out a message of role 'developer'",
+    ),
+    "tools": (CHATML + ASK, {"messages": chat("a", "b"), "tools": TOOLS}, "leaves out the tools"),
+    "tool calls": (CHATML + ASK, {"messages": CONVERSATIONS["tool calls"]}, "leaves out a tool call"),
+    "reasoning": (CHATML + ASK, {"messages": CONVERSATIONS["reasoning"]}, "leaves out the reasoning"),
+    "text beside a tool call": (
+        "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' }}{% if m.tool_calls %}{{ m.tool_calls[0].function.name }}"
+        "{% else %}{{ m.content }}{% endif %}{{ '<|im_end|>\n' }}{% endfor %}" + ASK,
+        {"messages": [*chat("a"), {"role": "assistant", "content": "Hm.", "tool_calls": [{"function": {"name": "f"}}]}]},
+        "leaves out a part of the text",
+    ),
+    "a list's own spelling": (
+        "{% for m in messages %}{{ '<|im_start|>' ~ m.role ~ '\n' ~ (m.content | list) ~ '<|im_end|>\n' }}{% endfor %}" + ASK,
+        {"messages": chat("a", "b")}, "leaves out a message|changes or inspects|cuts the text",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SWALLOWED)
+def test_what_a_template_swallows_is_refused(name: str) -> None:
+    jinja, row, reason = SWALLOWED[name]
+    (encoded,) = encoder(Template(jinja, chatml)).encode([row])
+    assert isinstance(encoded, Refused)
+    assert any(word in str(encoded) for word in reason.split("|")), encoded
+
+
+def test_tools_that_a_template_writes_are_fine() -> None:
+    jinja = "{% for t in tools or [] %}{{ t | tojson }}{% endfor %}" + CHATML + ASK
+    (encoded,) = encoder(Template(jinja, chatml)).encode([{"messages": chat("a", "b"), "tools": TOOLS}])
+    assert not isinstance(encoded, Refused)
+
+
+# -- spellings of content -------------------------------------------------------------
+
+
+def test_parts_are_joined_for_a_template_that_wants_text_and_text_is_a_part_where_it_wants_parts() -> None:
+    assert trained(CONVERSATIONS["parts"]) == "cd<|im_end|>"
+    only_parts = "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' }}{% for p in m.content %}{{ p.text }}{% endfor %}{{ '<|im_end|>\n' }}{% endfor %}"
+    assert pieces_of(encoder(Template(only_parts + ASK, chatml)), chat("a", "b"))[1] == "b<|im_end|>"
+
+
+@pytest.mark.parametrize("content", [{}, {"content": None}, {"content": ""}], ids=str)
+@pytest.mark.parametrize(
+    "said",
+    ["{{ m.content }}", "{{ m.content or '' }}", "{% if m.content is none %}{% else %}{{ m.content }}{% endif %}", "{{ m.content + '' }}"],
+)  # fmt: skip
+def test_a_tool_call_without_text_is_trained_whatever_the_template_asks_of_the_content(
+    content: dict[str, Any], said: str
+) -> None:
+    jinja = (
+        "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' }}" + said + "{% for c in m.tool_calls or [] %}"
+        "{{ c.function.name }}{% endfor %}{{ '<|im_end|>\n' }}{% endfor %}" + ASK
+    )
+    messages = [*chat("a"), {"role": "assistant", **content, "tool_calls": [{"function": {"name": "weather"}}]}]
+    assert pieces_of(encoder(Template(jinja, chatml)), messages)[1] == "weather<|im_end|>"
+
+
+def test_a_template_that_calls_tools_only_where_the_content_is_null_gets_null() -> None:
+    call = "{% if m.content is none %}{{ m.tool_calls[0].function.name }}{% else %}{{ m.content }}{% endif %}"
+    jinja = (
+        "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' }}" + call + "{{ '<|im_end|>\n' }}{% endfor %}" + ASK
+    )
+    messages = [*chat("a"), {"role": "assistant", "tool_calls": [CALL | {"function": {"name": "f"}}]}]
+    assert pieces_of(encoder(Template(jinja, chatml)), messages)[1] == "f<|im_end|>"
+    printed = Template(jinja.replace("{{ m.tool", "None{{ m.tool"), chatml)
+    with pytest.raises(Refused):
+        pieces_of(encoder(printed), messages)

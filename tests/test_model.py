@@ -2,16 +2,20 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from conftest import byte_tokenizer
 from safetensors.torch import load_file
 from toy import LLAMA, losses, trainer
 from transformers import AutoModelForCausalLM
 
 from posttrain.blocks.models.model import HFModel, LoRA
+from posttrain.blocks.tokenizers.tokenizer import HFTokenizer
 from posttrain.errors import RecipeError, TrainingError
+from posttrain.values import Secret
 
 
 def built(**keys: Any) -> Any:
@@ -126,3 +130,38 @@ def test_liger_patches_the_model_but_not_its_loss_and_says_where_it_cannot(
     assert calls == [{"model": made.hf, "cross_entropy": False, "fused_linear_cross_entropy": False}]
     with pytest.raises(RecipeError, match="does not know models of type 'qwen2'"):
         build(model_type="qwen2")
+
+
+def test_the_models_own_tokenizer_comes_from_where_the_model_comes_from(monkeypatch: pytest.MonkeyPatch) -> None:
+    import transformers
+
+    asked: list[dict[str, Any]] = []
+
+    def from_pretrained(name: str, **options: Any) -> Any:
+        asked.append({"name": name, **options})
+        return byte_tokenizer()
+
+    monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", from_pretrained)
+    monkeypatch.setenv("A_TOKEN", "hunter2")
+    model = HFModel(name_or_path="a/b", revision="v1", trust_remote_code=True, token=Secret("A_TOKEN"))
+    HFTokenizer().build(model)
+    HFTokenizer(name_or_path="a/b", revision="v2").build(model)
+    HFTokenizer(name_or_path="c/d").build(model)
+    own = {"name": "a/b", "revision": "v1", "token": "hunter2", "trust_remote_code": True}
+    other = {"name": "c/d", "revision": None, "token": None, "trust_remote_code": False}
+    assert asked == [own, {**own, "revision": "v2"}, other]
+
+
+def test_the_commit_of_a_model_is_asked_as_the_model_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    import transformers
+
+    asked: dict[str, Any] = {}
+
+    def from_pretrained(name: str, **options: Any) -> Any:
+        asked.update(options)
+        return SimpleNamespace(_commit_hash="abc")
+
+    monkeypatch.setattr(transformers.AutoConfig, "from_pretrained", from_pretrained)
+    found = HFModel(name_or_path="a/b", revision="v1", trust_remote_code=True).fingerprint()
+    assert asked == {"revision": "v1", "token": None, "trust_remote_code": True}
+    assert found is not None and found.endswith(" abc")

@@ -9,8 +9,8 @@ import torch
 from conftest import byte_tokenizer
 
 from posttrain.blocks.data.data import PreferenceData
-from posttrain.blocks.data.pairs import pair
-from posttrain.blocks.data.schemas import Refused
+from posttrain.blocks.data.rows.pairs import pair
+from posttrain.blocks.data.rows.schemas import Refused
 from posttrain.blocks.data.sources import Source
 from posttrain.blocks.tokenizers.templates import TEMPLATES
 from posttrain.errors import DataError
@@ -38,6 +38,11 @@ SCHEMAS: dict[str, dict[str, Any]] = {
     "a dialogue as text": {
         "chosen": "\n\nHuman: 2+2?\n\nAssistant: 4", "rejected": "\n\nHuman: 2+2?\n\nAssistant: 5",
     },
+    "OpenAI's own": {
+        "input": {"messages": [USER], "tools": [], "parallel_tool_calls": True},
+        "preferred_output": [GOOD], "non_preferred_output": [BAD],
+    },
+    "responses": {"prompt": "2+2?", "chosen_response": "4", "rejected_response": "5"},
     "messages as JSON text": {"conversations": json.dumps([USER]), "chosen": "4", "rejected": "5"},
 }  # fmt: skip
 

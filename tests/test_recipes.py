@@ -5,7 +5,7 @@ import sys
 import textwrap
 import time
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import attrs
 import pytest
@@ -14,9 +14,13 @@ from hypothesis import strategies as st
 
 import posttrain
 from posttrain import registry
+from posttrain.blocks.data.sources import Source
+from posttrain.blocks.models.model import LoRA
 from posttrain.errors import RecipeError, RegistryError
-from posttrain.recipes.explain import explain
+from posttrain.recipes.elsewhere import ELSEWHERE
+from posttrain.recipes.explain import explain, init_fields
 from posttrain.recipes.load import dump, load
+from posttrain.recipes.structure import kind_of
 from posttrain.registry import block, key
 from posttrain.trainers.sft import SFTTrainer
 from posttrain.values import Secret, as_data
@@ -121,10 +125,11 @@ def test_every_mistake_is_reported_in_one_go_with_its_line(tmp_path):
         "(known: constant, cosine, linear, two-stage, wsd)",
         "r.yaml:10: seed: expected a whole number, got true",
         "r.yaml:11: seed: given twice; first at r.yaml:10",
-        "r.yaml:12: epochs: must be > 0, got 0",
+        "r.yaml:12: epochs: must be > 0, got 0.0",
         "r.yaml:13: deepspeed.a: only secrets may come from the environment (${NAME}); write the value itself here",
         "r.yaml:14: checkpoint: needs `type` to say which checkpoint it is (known: huggingface, resume)",
-        "r.yaml:15: precision: expected one of 32-true, bf16-mixed, bf16-true, 16-mixed, 64-true, got 'bf16-mixd'; "
+        "r.yaml:15: precision: expected one of 32-true, bf16-mixed, bf16-true, 16-mixed, 64-true, bf16, fp16, fp32, "
+        "got 'bf16-mixd'; "
         "did you mean 'bf16-mixed'?",
         "r.yaml:16: trian: SFTTrainer has no such key" + found[12].partition("no such key")[2],
         "override optimizer.eps: expected a number, got 'x'",
@@ -296,6 +301,76 @@ def test_values_that_are_right_arrive_as_they_are(tmp_path):
     assert fields(tmp_path, "parts: [a, {name: b}]\n").parts == [Part(name="a"), Part(name="b")]
 
 
+# -- keys of other libraries ----------------------------------------------------------
+
+
+def paths(ours: str) -> list[list[str]]:
+    """The keys that a table's right side names in backticks, cut at the dots."""
+    return [found[1].split(".") for found in re.finditer(r"`([a-z_]+(?:\\.[a-z_]+)*)(?:: [^`]*)?`", ours)]
+
+
+def exists(path: list[str], classes: set[type]) -> bool:
+    """Whether a key leads somewhere from some classes, through the blocks and values that their fields may hold."""
+    fields = [f for cls in classes for f in init_fields(cls) if path[0] in (f.name, "type")]
+    if len(path) == 1 or not fields:
+        return bool(fields)
+    types: set[type] = set()
+    pending: list[Any] = [field.type for field in fields]
+    while pending:
+        type_ = pending.pop()
+        pending += get_args(type_)
+        if (kind := kind_of(type_)) is not None:
+            types |= {registry.lookup(kind, name) for name in registry.names(kind)}
+        elif isinstance(type_, type) and attrs.has(type_):
+            types.add(type_)
+    return path[1] == "type" or exists(path[1:], types)
+
+
+def test_every_key_that_the_tables_name_exists():
+    trainers = {registry.lookup("trainer", name) for name in registry.names("trainer")}
+    inner = {Source, LoRA}
+    words = {"train", "training", "weight", "train_detail", "linear", "constant", "wsd", "dpo", "reward", "causal", "resume",
+             "huggingface", "ddp", "fsdp", "auto", "checkpoint.save", "optimizer.build", "batch.weight"}  # fmt: skip
+    for library, rows in ELSEWHERE.items():
+        for theirs, ours in rows.items():
+            for path in paths(ours):
+                assert ".".join(path) in words or exists(path, trainers) or exists(path, inner), (library, theirs, path)
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("learning_rate: 1e-5", "SFTTrainer has no such key; `learning_rate` of TRL is here: `optimizer.lr`"),
+        ("warmup_ratio: 0.1", "here: `scheduler.warmup`, below 1"),
+        ("report_to: wandb", "`report_to` of TRL is here: `logger`, a list such as"),
+        ("sample_packing: true", "`sample_packing` of Axolotl is here: `data.packing`"),
+        ("bf16: true", "`bf16` of TRL is here: `precision: bf16-mixed`"),
+        ("load_in_4bit: true", "`load_in_4bit` of TRL has no counterpart: a quantized base cannot be trained yet"),
+        ("cutoff_len: 10", "`cutoff_len` of LLaMA-Factory is here: `data.max_length`"),
+        ("overflow: drop", "SFTTrainer has no such key; it belongs to 'data': write `data.overflow`"),
+        ("logger: [wandb]", "there is no logger 'wandb' (known: console, jsonl, tensorboard); what others call 'wandb' is here"),
+        ("optimizer: adamw_torch", "what others call 'adamw_torch' is here: `adamw`"),
+        ("optimizer: {warmup_steps: 5}", "AdamW has no such key; `warmup_steps` of TRL is here: `scheduler.warmup`"),
+    ],
+)  # fmt: skip
+def test_a_key_of_another_library_is_answered_with_ours(tmp_path, line, message):
+    (found,) = errors(tmp_path, GOOD + line + "\n")
+    assert message in found
+
+
+def test_what_users_of_other_libraries_write_is_understood(tmp_path):
+    made = load(
+        recipe(tmp_path, GOOD + "num_train_epochs: 0.5\nprecision: bf16\nscheduler: {warmup_steps: 100}\n"),
+        ["data.chat_template_kwargs={enable_thinking: false}"],
+    )
+    data = as_data(made)
+    assert (made.epochs, data["precision"], data["scheduler"]["warmup"]) == (0.5, "bf16-mixed", 100.0)
+    assert data["data"]["template_args"] == {"enable_thinking": False}
+    (found,) = errors(tmp_path, GOOD + "scheduler: {warmup: 1.5}\n")
+    assert "scheduler.warmup: must be a share below 1, or a whole number of steps, got 1.5" in found
+    assert as_data(posttrain.SFTTrainer(model=made.model, data=made.data, precision="fp16"))["precision"] == "16-mixed"
+
+
 # -- the environment ------------------------------------------------------------------
 
 
@@ -339,6 +414,42 @@ def test_overrides_reach_into_lists_texts_and_keys_with_other_names(tmp_path):
     assert data["tokenizer"]["name_or_path"] == "tok"
 
 
+def test_overrides_reach_into_lists_that_the_recipe_does_not_name(tmp_path):
+    file = recipe(tmp_path, GOOD)
+    usual = as_data(load(file))
+    data = as_data(load(file, ["checkpoint.0.every=2", "checkpoint.1.at_end=false", "optimizer.betas.1=0.95"]))
+    assert data["checkpoint"] == [
+        {**usual["checkpoint"][0], "every": 2}, {**usual["checkpoint"][1], "at_end": False},
+    ]  # fmt: skip
+    assert data["optimizer"] == {**usual["optimizer"], "betas": [0.9, 0.95]}
+    (found,) = errors(tmp_path, GOOD + "sed: 1\n", "checkpoint.0.every=2")  # the rest must be right first
+    assert "sed" in found
+
+
+def test_an_evaluation_needs_data(tmp_path):
+    nothing = "there is nothing to evaluate on; give data.eval_split or data.eval_sources"
+    text = GOOD + "eval_every: 5\ncallbacks: [early-stop]\n"
+    assert errors(tmp_path, text) == [
+        f"r.yaml:6: eval_every: {nothing}", f"r.yaml:7: callbacks: early-stop compares evaluations, and {nothing}",
+    ]  # fmt: skip
+    (found,) = errors(tmp_path, text, "data.eval_split=5%", "eval_every=null")
+    assert "early-stop compares evaluations: say with eval_every how often there is one" in found
+    assert load(recipe(tmp_path, text), ["data.eval_split=5%"]).eval_every == 5
+
+
+def test_a_path_of_a_model_that_leads_nowhere_is_noticed_without_a_network(tmp_path, monkeypatch):
+    (tmp_path / "models" / "tiny").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    for name, hint in (("./models/tinny", "; did you mean 'tiny'?"), ("/no/such/model", ""), ("~/no-such-model", "")):
+        text = GOOD.replace("org/model", name) + f"tokenizer: {{name_or_path: {name}}}\n"
+        found = errors(tmp_path, text)
+        assert found == [
+            f"r.yaml:2: model.name_or_path: there is no folder {name}{hint}",
+            f"r.yaml:6: tokenizer.name_or_path: there is no folder {name}{hint}",
+        ]
+    assert load(recipe(tmp_path, GOOD.replace("org/model", "./models/tiny"))).model.name_or_path == "./models/tiny"
+
+
 def test_an_override_replaces_a_wrong_value_and_its_place(tmp_path):
     assert load(recipe(tmp_path, GOOD + "seed: wrong\n"), ["seed=7"]).seed == 7
     assert errors(tmp_path, GOOD + "seed: 1\n", "seed=[1", "a=1", "model=5")[0].startswith(
@@ -352,11 +463,14 @@ def test_an_override_replaces_a_wrong_value_and_its_place(tmp_path):
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("data.sources.7.split=x", "data.sources has 1 entries, counted from 0: there is no 7"),
+        ("data.sources.7.split=x", "data.sources has 1 value, counted from 0: there is no 7"),
         ("data.sources.split=x", "data.sources is a list: say which entry, such as data.sources.0.split"),
         ("type.x.y=1", "type: expected the name of a trainer, got a mapping"),
         ("seed.x=1", "seed is 1, which has no keys"),
         ("checkpoint.0.every=5", "checkpoint is not a list here"),
+        ("logger.7.type=jsonl", "logger has 3 values, counted from 0: there is no 7"),
+        ("optimizer.betas.0=x", "optimizer.betas.0: expected a number, got 'x'"),
+        ("nonsense.0.x=1", "nonsense is not a list here"),
         ("=1", "has the form"),
         (".=1", "has the form"),
         ("a..b=1", "has the form"),

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from posttrain import cli
-from posttrain.blocks.data.pairs import pair
-from posttrain.blocks.data.schemas import conversation
+from posttrain.blocks.data.rows.pairs import pair
+from posttrain.blocks.data.rows.schemas import conversation
 from posttrain.synth.steps.verify import last_number
 
 EXAMPLE = Path(__file__).parent.parent / "examples" / "synth"

@@ -349,7 +349,7 @@ def test_a_full_disk_is_said_and_costs_nothing_that_was_committed(server: Server
 
 
 def test_rows_are_read_by_the_trainers(server: Server, tmp_path: Path) -> None:
-    from posttrain.blocks.data.schemas import conversation
+    from posttrain.blocks.data.rows.schemas import conversation
     from posttrain.blocks.data.sources import Source
 
     made = client(server, tmp_path / "run")

@@ -471,7 +471,7 @@ def test_pairs_leave_out_ties_missing_scores_equal_texts_and_unequal_lengths() -
 
 
 def test_pairs_are_what_preference_training_reads() -> None:
-    from posttrain.blocks.data.pairs import pair
+    from posttrain.blocks.data.rows.pairs import pair
 
     (made,), _ = through(Pair(), answers(("good", 2), ("bad", 1)))
     sample = pair(made)

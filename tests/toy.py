@@ -111,7 +111,7 @@ class ToyData:
         if self.streaming:
             train: Any = StreamLoader(
                 stream=Numbers(self.rows),
-                encode=lambda rows: [make(row) for row, _ in rows],
+                encode=lambda rows, _: [make(row) for row, _ in rows],
                 window=30,
                 **shape,
             )

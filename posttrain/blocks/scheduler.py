@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from attrs.validators import and_ as both
 from attrs.validators import ge, le
@@ -14,14 +14,21 @@ if TYPE_CHECKING:
     from torch.optim.lr_scheduler import LRScheduler
 
 SHARE = both(ge(0.0), le(1.0))
+WARMUP = ("warmup_ratio", "warmup_steps", "num_warmup_steps")
+"""What others call `warmup`."""
+
+
+def _share_or_steps(block: Any, field: Any, value: float) -> None:
+    if value < 0 or (value > 1 and value != int(value)):
+        raise ValueError(f"must be a share below 1, or a whole number of steps, got {value:g}")
 
 
 @block("scheduler", "constant")
 class Constant:
     """The peak rate throughout, after warming up."""
 
-    warmup: float = key(0.0, also=("warmup_ratio",), check=SHARE)
-    """Share of the steps in which the rate rises linearly."""
+    warmup: float = key(0.0, also=WARMUP, check=_share_or_steps)
+    """Share of the steps in which the rate rises linearly, or from 1 on their number."""
 
     def build(self, optimizer: "Optimizer", max_steps: int) -> "LRScheduler":
         """Return the schedule for a run of `max_steps` optimizer steps."""
@@ -31,7 +38,7 @@ class Constant:
 
     def factor(self, max_steps: int) -> Callable[[int], float]:
         """Return step -> factor, with step 0 the first."""
-        warmup = round(self.warmup * max_steps)
+        warmup = round(self.warmup * max_steps if self.warmup < 1 else self.warmup)
 
         def factor(step: int) -> float:
             if step < warmup:
@@ -61,8 +68,8 @@ class Linear(Constant):
 class Cosine(Linear):
     """Half a cosine from the peak down to `floor` (Loshchilov and Hutter, arXiv:1608.03983), after warming up."""
 
-    warmup: float = key(0.03, also=("warmup_ratio",), check=SHARE)
-    """Share of the steps in which the rate rises linearly."""
+    warmup: float = key(0.03, also=WARMUP, check=_share_or_steps)
+    """Share of the steps in which the rate rises linearly, or from 1 on their number."""
 
     def shape(self, progress: float) -> float:
         """Return the factor at a share of the steps after warming up."""

@@ -39,6 +39,13 @@ DROPPED = {
 """Keys that need no counterpart, and why; an empty reason is not worth a note."""
 
 
+SECTIONS = {
+    "model": "name_or_path", "ref_model": "name_or_path", "tokenizer": "name_or_path", "optimizer": "type",
+    "scheduler": "name", "data": None, "logger": None, "wandb": None, "deepspeed": None,
+}  # fmt: skip
+"""Parts of a recipe that are mappings -> the key that they are short for where they are text."""
+
+
 def convert(path: Path) -> tuple[str, Notes]:
     """Return our recipe as YAML, and what did not carry over: one line for each key.
 
@@ -49,7 +56,10 @@ def convert(path: Path) -> tuple[str, Notes]:
     if not isinstance(document.data, dict) or "model" not in document.data:
         raise RecipeError(f"{path}: is no recipe of ArcticTraining: it has no `model`")
     theirs, notes = _plain(document.data), Notes()
-    made = converted(theirs, notes)
+    try:
+        made = converted(theirs, notes)
+    except RecipeError as error:
+        raise RecipeError(f"{path}: {error}") from None
     _, problems = structure(made)
     for key, message in problems:
         if unknown := "no such key" in message:
@@ -61,7 +71,14 @@ def convert(path: Path) -> tuple[str, Notes]:
 
 
 def converted(theirs: Values, notes: Notes) -> Values:
-    """Return our recipe as plain data; what is left in it of theirs is for `structure` to refuse."""
+    """Return our recipe as plain data; what is left in it of theirs is for `structure` to refuse.
+
+    Raises:
+        RecipeError: a value is of another kind than theirs can be, such as a list in place of a mapping.
+    """
+    for key, short in SECTIONS.items():
+        if key in theirs:
+            theirs[key] = _mapping(theirs[key] if theirs[key] is not None else {}, key, short)
     method = str(theirs.pop("type", "sft"))
     made: Values = {"type": METHODS.get(method, method)}
     code = theirs.pop("code", None)
@@ -74,10 +91,10 @@ def converted(theirs: Values, notes: Notes) -> Values:
     made["model"] = _model(theirs.pop("model"), theirs, notes)
     if "ref_model" in theirs:
         reference = _model(theirs.pop("ref_model"), {}, notes)
-        if reference["name_or_path"] != made["model"]["name_or_path"]:
+        if reference.get("name_or_path") != made["model"].get("name_or_path"):
             made["reference"] = reference  # otherwise it is a copy of the model anyway
     tokenizer = _section(theirs, "tokenizer", notes)
-    if tokenizer.get("name_or_path") and tokenizer["name_or_path"] != made["model"]["name_or_path"]:
+    if tokenizer.get("name_or_path") and tokenizer["name_or_path"] != made["model"].get("name_or_path"):
         made["tokenizer"] = {"name_or_path": tokenizer["name_or_path"]}
     if tokenizer.get("tokenize_kwargs"):
         notes.append("tokenizer.tokenize_kwargs: no counterpart; the chat template writes all special tokens")
@@ -90,8 +107,8 @@ def converted(theirs: Values, notes: Notes) -> Values:
     return made | theirs
 
 
-def _model(theirs: Any, top: Values, notes: Notes) -> Values:
-    made: Values = {"name_or_path": theirs} if isinstance(theirs, str) else dict(theirs)
+def _model(theirs: Values, top: Values, notes: Notes) -> Values:
+    made: Values = dict(theirs)
     _drop(made, "model.", notes)
     kind, dtype = made.pop("type", ""), str(made.pop("dtype", "bf16")).lower()
     made |= {"liger": True} if kind == "liger" else {}
@@ -104,7 +121,7 @@ def _model(theirs: Any, top: Values, notes: Notes) -> Values:
     if "hf_config_kwargs" in made:
         made["config"] = made.pop("hf_config_kwargs")
     if "peft_config" in made:
-        made["lora"] = _lora(made.pop("peft_config"), notes)
+        made["lora"] = _lora(_mapping(made.pop("peft_config"), "model.peft_config"), notes)
     if top.pop("activation_checkpoint_cpu_offload", False):
         made["activation_checkpointing"] = made["offload_activations"] = True
     if top.pop("tiled_mlp_compute", False):
@@ -126,10 +143,13 @@ def _lora(theirs: Values, notes: Notes) -> Values:
 def _data(theirs: Values, method: str, notes: Notes) -> Values:
     made: Values = {}
     for key in ("sources", "eval_sources"):
-        if found := theirs.pop(key, []):
+        if found := _entries(theirs.pop(key, None), f"data.{key}", "name_or_path"):
             made[key] = [_source(source, f"data.{key}.{i}", notes) for i, source in enumerate(found)]
     theirs.pop("type", None)
-    train, evaluate = theirs.pop("train_eval_split", (1.0, 0.0))
+    split = theirs.pop("train_eval_split", [1.0, 0.0])
+    if not isinstance(split, list) or len(split) != 2:
+        raise RecipeError(f"data.train_eval_split: expected two shares, got {split!r}")
+    train, evaluate = (_number(share, "data.train_eval_split") for share in split)
     made |= {"eval_split": evaluate / (train + evaluate)} if evaluate else {}
     made["max_length"] = theirs.pop("max_length", 8192)
     if method != "causal":  # which cuts long documents up and packs them, as ours does
@@ -140,8 +160,7 @@ def _data(theirs: Values, method: str, notes: Notes) -> Values:
     return made | theirs
 
 
-def _source(theirs: Any, key: str, notes: Notes) -> Values:
-    theirs = Values({"name_or_path": theirs} if isinstance(theirs, str) else theirs)
+def _source(theirs: Values, key: str, notes: Notes) -> Values:
     kind = theirs.pop("type", "")
     if kind == "snowflake" or "name_or_path" not in theirs:
         notes.append(f"{key}: a source of type {kind!r}: export its rows to parquet and name the file")
@@ -172,8 +191,7 @@ def _optimizer(theirs: Values, top: Values, notes: Notes) -> Values:
         notes.append("optimizer.type: cpu_adam became adamw; strategy fsdp with `cpu_offload` steps on the host")
     elif kind != "fused_adam":
         notes.append(f"optimizer.type: {kind} became adamw")
-    scheduler = top.get("scheduler")
-    given = scheduler if isinstance(scheduler, dict) else {}
+    given = top.get("scheduler", {})
     late = given.pop("learning_rate", None) or given.pop("lr", None)
     rate = theirs.pop("learning_rate", None) or theirs.pop("lr", None) or late or 5e-4
     made: Values = {"lr": rate, "weight_decay": theirs.pop("weight_decay", 0.1)}
@@ -187,18 +205,19 @@ def _scheduler(theirs: Values, top: Values, notes: Notes) -> Values:
     for unused in ("learning_rate", "lr"):
         theirs.pop(unused, None)
     if kind in ("wds", "wsd") or name == "wsd":
-        warmup, decay = theirs.pop("num_warmup_steps", 0), theirs.pop("num_decay_steps", 0)
-        made = {"type": "wsd", "floor": theirs.pop("min_lr_ratio", 0.0)}
+        warmup = _number(theirs.pop("num_warmup_steps", 0), "scheduler.num_warmup_steps")
+        decay = _number(theirs.pop("num_decay_steps", 0), "scheduler.num_decay_steps")
+        made = {"type": "wsd", "warmup": warmup, "floor": theirs.pop("min_lr_ratio", 0.0)}
         if steps:
-            left = max(1, steps - warmup)
-            return made | {"warmup": round(warmup / steps, 4), "decay": round(min(1.0, decay / left), 4)} | theirs
-        notes.append(f"scheduler: {warmup} steps up and {decay} down: as shares of all steps, in warmup and decay")
+            left = max(1, _number(steps, "train_iters") - warmup)
+            return made | {"decay": round(min(1.0, decay / left), 4)} | theirs
+        notes.append(f"scheduler.num_decay_steps: {decay}: say with decay which share of the steps that is")
         return made | theirs
     known = {"linear": "linear", "cosine": "cosine", "cosine_with_min_lr": "cosine", "constant": "constant",
              "constant_with_warmup": "constant"}  # fmt: skip
     if name not in known:
         notes.append(f"scheduler.name: {name} became cosine")
-    more = theirs.pop("scheduler_specific_kwargs", {})
+    more = _mapping(theirs.pop("scheduler_specific_kwargs", {}), "scheduler.scheduler_specific_kwargs")
     made = {"type": known.get(name, "cosine"), "warmup": theirs.pop("warmup_ratio", 0.1)}
     if "min_lr_rate" in more:
         made["floor"] = more.pop("min_lr_rate")
@@ -239,8 +258,7 @@ def _outputs(theirs: Values, made: Values, notes: Notes) -> None:
     if theirs.pop("wandb", {}).get("enable"):
         notes.append("wandb: no logger block of this kind; a logger block of a few lines can be (docs/block.md)")
     checkpoints = []
-    for theirs_one in theirs.pop("checkpoint", []):
-        one = dict(theirs_one)
+    for one in _entries(theirs.pop("checkpoint", None), "checkpoint", "type"):
         kind, target = one.pop("type", ""), one.pop("output_dir", None)
         if not one.pop("enabled", True):
             continue
@@ -262,10 +280,30 @@ def _outputs(theirs: Values, made: Values, notes: Notes) -> None:
 
 def _section(theirs: Values, name: str, notes: Notes) -> Values:
     """Take a section out, without what needs no counterpart."""
-    found = theirs.pop(name, None) or {}
-    made = {"name_or_path": found} if isinstance(found, str) else dict(found)
+    made: Values = dict(theirs.pop(name, {}))
     _drop(made, f"{name}.", notes)
     return made
+
+
+def _mapping(found: Any, key: str, short: str | None = None) -> Values:
+    """Return a mapping, also where text stands for its most important key."""
+    if isinstance(found, str) and short:
+        return {short: found}
+    if not isinstance(found, dict):
+        raise RecipeError(f"{key}: expected a mapping, got {found!r}")
+    return dict(found)
+
+
+def _entries(found: Any, key: str, short: str) -> list[Values]:
+    """Return the entries of a list, which may be a single one."""
+    entries = [] if found is None else found if isinstance(found, list) else [found]
+    return [_mapping(entry, f"{key}.{number}", short) for number, entry in enumerate(entries)]
+
+
+def _number(found: Any, key: str) -> float:
+    if isinstance(found, bool) or not isinstance(found, int | float):
+        raise RecipeError(f"{key}: expected a number, got {found!r}")
+    return found
 
 
 def _drop(values: Values, prefix: str, notes: Notes) -> None:

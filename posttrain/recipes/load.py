@@ -1,11 +1,13 @@
 """YAML recipe -> trainer. All problems of a recipe are reported at once, each with its line."""
 
+import copy
 import importlib
 import sys
 import traceback
 from collections.abc import Callable, Iterable
+from itertools import pairwise
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeAlias, TypeVar
 
 from posttrain import yaml12
 from posttrain.errors import RecipeError
@@ -14,6 +16,7 @@ from posttrain.recipes.structure import BARE, Override, structure
 from posttrain.registry import suggest
 from posttrain.trainer import Trainer
 from posttrain.values import as_data
+from posttrain.words import counted
 from posttrain.yaml12 import Document, Key, Place, shortened
 
 MAX_BYTES = 1_000_000
@@ -45,15 +48,19 @@ def load_as(
     if not isinstance(document.data, dict):
         what = "is empty" if document.data is None else "does not hold keys and values"
         raise RecipeError(f"{path}:1: {what}; a recipe begins with {begins}")
-    for index, text in enumerate(overrides):
-        _set_override(document, text, AFTER_ALL_LINES + index)
-    made, cause = None, None
+    numbered = [(AFTER_ALL_LINES + index, text) for index, text in enumerate(overrides)]
+    first, later = ([pair for pair in numbered if pair[1].startswith("code") == early] for early in (True, False))
+    for order, text in first:
+        _set_override(document, text, order)
+    made, cause, readable = None, None, True
     try:
         _import_code(document.data, path.parent)
     except RecipeError as error:  # without that code, types would seem unknown: look no further
         document.problems.append((_place(document, ("code",)), ("code",), str(error)))
-        cause = error.__cause__
-    else:
+        cause, readable = error.__cause__, False
+    for order, text in later:
+        _set_override(document, text, order, make if readable else None)
+    if readable:
         made, found = make(document.data)
         known = document.unreadable
         document.problems += [(_place(document, key), key, message) for key, message in found if key not in known]
@@ -96,8 +103,18 @@ def read(path: Path) -> str:
 # -- overrides ------------------------------------------------------------------------
 
 
-def _set_override(document: Document, text: str, order: int) -> None:
-    """Put the value of `key.subkey=value` where it belongs, or take note of why that cannot be done."""
+Make: TypeAlias = Callable[[dict[str, Any]], tuple[Any, list[Problem]]]
+
+
+class _Unknown(Exception):
+    """What a default is cannot be told, because of problems that are reported anyway."""
+
+
+def _set_override(document: Document, text: str, order: int, make: Make | None = None) -> None:
+    """Put the value of `key.subkey=value` where it belongs, or take note of why that cannot be done.
+
+    `make` makes what the recipe describes, to find the default of a list that the override reaches into.
+    """
     dotted, equals, value = text.partition("=")
     place: Place = (order, f"override {dotted}")  # never the value: it may be a secret
     if not equals or not all(dotted.split(".")):
@@ -105,9 +122,11 @@ def _set_override(document: Document, text: str, order: int) -> None:
         return
     try:
         given = yaml12.parse(value, lambda line: place)
-        parent, last, key = _walk(document.data, dotted.split("."))
+        parent, last, key = _walk(document.data, dotted.split("."), lambda key: _default(document.data, key, make))
     except RecipeError as error:
         document.problems.append((place, (), str(error).removeprefix(f"{place[1]}: ")))
+        return
+    except _Unknown:
         return
     document.problems += [(where, key + below, message) for where, below, message in given.problems]
     document.unreadable |= {key + below for below in given.unreadable}
@@ -121,13 +140,26 @@ def _set_override(document: Document, text: str, order: int) -> None:
     parent[last] = given.data
 
 
-def _walk(data: Any, parts: list[str]) -> tuple[Any, Any, Key]:
+def _default(data: dict[str, Any], key: Key, make: Make | None) -> Any:
+    """Return the value that the resolved recipe has at a key, as plain data; None if there is no such key."""
+    made = make(copy.deepcopy(data))[0] if make is not None else None
+    if made is None:
+        raise _Unknown
+    found = as_data(made)
+    for part in key:
+        found = found.get(part) if isinstance(found, dict) else None
+    return found
+
+
+def _walk(data: Any, parts: list[str], default: Callable[[Key], Any]) -> tuple[Any, Any, Key]:
     """Return the mapping or list that holds what a path names, the name in it, and the whole key."""
     key: tuple[str | int, ...] = ()
-    for part in parts[:-1]:
+    for part, following in pairwise(parts):
         step = _step(data, part, key)
         if isinstance(data, dict):
             known = data.get(step)
+            if known is None and following.isdecimal() and isinstance(usual := default((*key, step)), list):
+                data[step] = known = usual  # `checkpoint.0.every=2`, where the recipe names no checkpoint
             if known is None or isinstance(known, str):  # `scheduler: cosine` with `scheduler.warmup=0.1`
                 data[step] = {} if known is None else {BARE: known}
         elif isinstance(data[step], str):
@@ -149,7 +181,7 @@ def _step(data: Any, part: str, key: Key) -> str | int:
     if not part.isdecimal() or len(part) > 9:
         raise RecipeError(f"{here} is a list: say which entry, such as {here}.0.{part}")
     if int(part) >= len(data):
-        raise RecipeError(f"{here} has {len(data)} entries, counted from 0: there is no {part}")
+        raise RecipeError(f"{here} has {counted(len(data), 'value')}, counted from 0: there is no {part}")
     return int(part)
 
 

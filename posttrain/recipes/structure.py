@@ -16,6 +16,7 @@ from cattrs import BaseConverter
 from posttrain import registry
 from posttrain.errors import PosttrainError, RegistryError
 from posttrain.interfaces import Checked
+from posttrain.recipes.elsewhere import NAMES, meant
 from posttrain.recipes.scalars import SCALARS, Problem, Problems, structure_literal, structure_str, wrong
 from posttrain.registry import lookup, name_of, names, suggest
 from posttrain.trainer import Trainer
@@ -114,6 +115,8 @@ def structure_block(data: Any, protocol: Any) -> Any:
         cls = lookup(kind, str(name))
     except RegistryError as error:
         hint = "; a folder or hub name is written as {name_or_path: ...}" if kind == "model" and not key else ""
+        if name in NAMES.get(kind, {}):
+            hint = f"; what others call {name!r} is here: {NAMES[kind][name]}"
         raise Problems((key, f"{error}{hint}")) from None
     except Exception as error:  # a plugin's import may fail in any way
         raise Problems((key, f"the plugin behind {kind} {name!r} cannot be imported: {error!r}")) from error
@@ -180,12 +183,22 @@ def _spellings(
     for key in data:
         name = called.get(key)
         if name is None:
-            found.append(((key,), f"{cls.__name__} has no such key{suggest(key, called)}"))
+            hint = f"; {elsewhere}" if (elsewhere := meant(key) or _below(key, fields)) else suggest(key, called)
+            found.append(((key,), f"{cls.__name__} has no such key{hint}"))
         elif name not in spelled or isinstance(key, Override):
             spelled[name] = key
         elif not isinstance(spelled[name], Override):
             found.append(((key,), f"means the same as {spelled[name]!r}, which is given too; keep one of them"))
     return spelled, found
+
+
+def _below(key: str, fields: "dict[str, attrs.Attribute[Any]]") -> str | None:
+    """Return where a key belongs that stands a level too high: `max_length` is one of `data`."""
+    for name, field in fields.items():
+        block = field.metadata.get("block")
+        if block is not None and key in {own.name for own in attrs.fields(block) if own.init}:
+            return f"it belongs to {name!r}: write `{name}.{key}`, or {name}: {{{key}: ...}}"
+    return None
 
 
 def _structure_field(value: Any, field: "attrs.Attribute[Any]") -> Any:

@@ -86,7 +86,8 @@ def _lines(run: "Run", step: int, error: BaseException) -> Iterator[str]:
     fabric = run.fabric
     yield f"step {step} of {run.max_steps} failed on rank {fabric.global_rank} of {fabric.world_size}"
     yield f"{datetime.now(UTC):%Y-%m-%d %H:%M:%S} UTC; this process began at step {run.first_step}"
-    yield f"data from {json.dumps(run.began.get(step, run.position))} on\n"
+    place = {key: value for key, value in run.began.get(step, run.position).items() if key != "ledger"}
+    yield f"data from {json.dumps(place)} on\n"
     yield "".join(traceback.format_exception(error))
     yield "last metrics"
     yield from (f"  {name} {value:g}" for name, value in run.last.items())

@@ -9,7 +9,7 @@ import shutil
 import socket
 import sys
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
@@ -47,7 +47,12 @@ def claimed(run: "Run", resume: str) -> Iterator[None]:
         problem = _claim(run, resume, stack) if run.fabric.is_global_zero else None
         if problem := run.fabric.broadcast(problem):
             raise CheckpointError(problem)
-        yield
+        try:
+            yield
+        finally:
+            if run.fabric.is_global_zero:
+                with suppress(OSError):  # the run has its own end; what became of a stream's rows is known only now
+                    _write(run.output_dir / "ledger.json", json.dumps(run.loaders.ledger, indent=1))
 
 
 @contextmanager

@@ -91,7 +91,7 @@ def measure(run: Path, prompts: Path, max_new_tokens: int, count: int | None = N
 
 def _prompts(file: Path, tokenizer: Any) -> Any:
     """Yield the prompts of a file as token ids, [1, width]."""
-    from posttrain.blocks.data.schemas import conversation
+    from posttrain.blocks.data.rows.schemas import conversation
 
     source = Source(name_or_path=str(file))
     for row, _ in source.read(source.open()):

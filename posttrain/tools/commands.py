@@ -30,17 +30,20 @@ def train(arguments: argparse.Namespace) -> int:
 def check(arguments: argparse.Namespace) -> int:
     """Validate a recipe and say in short what it describes; with --twin also try it out, exit code 1 if that fails."""
     from posttrain.values import as_data
+    from posttrain.words import counted
 
     trainer = trainer_of(arguments)
     recipe = as_data(trainer)
-    length = f"{recipe['max_steps']:,} steps" if recipe["max_steps"] else f"{recipe['epochs']} epoch(s)"
+    steps, epochs = recipe["max_steps"], recipe["epochs"]
+    length = counted(steps, "step") if steps else counted(epochs, "epoch")
     rows, groups = recipe["micro_batch_size"], recipe["gradient_accumulation_steps"]
+    cut = f" ({rows} x {groups})" if groups > 1 else ""
     sources = [_name(source) for source in recipe["data"].get("sources", [])]
     facts = {
         "trainer": f"{recipe['type']} ({type(trainer).__name__})",
-        "model": _name(recipe["model"]),
+        "model": _origin(_name(recipe["model"])),
         "data": ", ".join(sources) or recipe["data"].get("type"),
-        "length": f"{length}, each step {rows} x {groups} rows per device",
+        "length": f"{length}, each step {counted(rows * groups, 'row')}{cut} per device",
         "optimizer": f"{recipe['optimizer'].get('type')}, {recipe['scheduler'].get('type')} schedule",
         "output": recipe["output_dir"],
     }
@@ -145,13 +148,18 @@ def plan(arguments: argparse.Namespace) -> int:
 def convert(arguments: argparse.Namespace) -> None:
     """Write a recipe of ArcticTraining as one of ours."""
     from posttrain.recipes.convert import convert
+    from posttrain.words import counted
 
     text, notes = convert(arguments.recipe)
     if arguments.output is None:
         say(text.rstrip())
     else:
         arguments.output.write_text(text, encoding="utf-8")
-        say("\n".join([f"{arguments.output}: {len(notes)} notes at its head", *(f"  {note}" for note in notes)]))
+        say(
+            "\n".join(
+                [f"{arguments.output}: {counted(len(notes), 'note')} at its head", *(f"  {note}" for note in notes)]
+            )
+        )
 
 
 def accept(arguments: argparse.Namespace) -> None:
@@ -199,6 +207,17 @@ def say(text: str) -> None:
 def _name(data: Any) -> str:
     """What to call a model or a source in one line."""
     return str(data.get("name_or_path", data.get("type"))) if isinstance(data, dict) else str(data)
+
+
+def _origin(name: str) -> str:
+    """Return the name of a model; of one that is no folder, that it will be looked for on the hub: it may be a typo."""
+    from posttrain.registry import suggest
+
+    path = Path(name).expanduser()
+    if path.exists():
+        return name
+    beside = [str(path.parent / found.name) for found in path.parent.iterdir()] if path.parent.is_dir() else []
+    return f"{name} (from the hub: there is no such folder here{suggest(name, beside)})"
 
 
 def _previews(trainer: "Trainer", count: int) -> Any:

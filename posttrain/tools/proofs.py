@@ -21,10 +21,10 @@ import attrs
 
 from posttrain import hooks
 from posttrain.blocks.checkpoints.checkpoint import HuggingFace
-from posttrain.blocks.data.chat import stop_tokens
 from posttrain.blocks.data.data import SFTData
 from posttrain.blocks.data.encode import ChatEncoder
-from posttrain.blocks.data.schemas import Refused
+from posttrain.blocks.data.rows.chat import stop_tokens
+from posttrain.blocks.data.rows.schemas import Refused
 from posttrain.blocks.models.model import HFModel
 from posttrain.errors import PosttrainError, RecipeError
 from posttrain.tools.twin import LONGEST, NoRows, Row, Step, Twin, quietly
@@ -289,14 +289,15 @@ def _mistakes(twin: Twin, row: Row, stops: set[int] | None) -> Iterator[str]:
         if stops is not None and listed[last] not in stops:
             yield "the reply ends without an end-of-turn token, so that the model would not learn to stop"
     if type(twin.data).encoder is SFTData.encoder and (wanted := _replies(twin.data, row.values)) is not None:  # type: ignore[arg-type]
-        ((ids, mask),) = row.encoded.documents
-        kept = [token for token, trained in zip(ids.tolist(), mask.tolist(), strict=True) if trained]
+        kept = [token for ids, mask in row.encoded.documents for token in ids[mask].tolist()]
         if _squeezed(tokenizer.decode(kept, skip_special_tokens=True)) != _squeezed(wanted):
             yield "what is supervised is not the text of the replies"
 
 
 def _replies(data: SFTData, values: dict[str, Any]) -> str | None:
     """Return the text of the trained messages; None if it is not all plain text."""
+    if data.last_turn_only:
+        return None
     messages = [m for m in data.conversation(values)["messages"] if m["role"] in data.train_on]
     plain = all(isinstance(m.get("content"), str) and set(m) <= {"role", "content"} for m in messages)
     return "".join(m["content"] for m in messages) if plain else None

@@ -4,6 +4,9 @@ import itertools
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING
 
+from posttrain.blocks.loggers.ledger import said
+from posttrain.words import counted
+
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.text import Text
@@ -26,12 +29,15 @@ def tokens(previews: "Iterable[Preview]", console: "Console") -> None:
     coloured = console.is_terminal and not console.no_color
     line = "─" if coloured else "-"
     console.print(_legend(coloured))
-    counts = []
+    counts, told = [], None
     for preview in previews:
+        if (read := said(preview.columns)) not in (None, told):
+            told = read
+            console.print(Text(f"{preview.source.rpartition(':')[0] or preview.source}: {told}"))
         supervised = sum(trained for _, trained, _ in preview.tokens)
         counts.append((len(preview.tokens), supervised))
         name = f"{preview.source} {preview.side}".rstrip()
-        title = Text(f"{name}  {len(preview.tokens)} tokens, {supervised} supervised")
+        title = Text(f"{name}  {counted(len(preview.tokens), 'token')}, {supervised:,} supervised")
         console.print(Rule(title, align="left", characters=line))
         grid = Table.grid(padding=(0, 1))
         grid.add_column(justify="right", width=ROLE_WIDTH, style="cyan", overflow="fold")
@@ -42,7 +48,8 @@ def tokens(previews: "Iterable[Preview]", console: "Console") -> None:
     total, trained = (sum(column) for column in zip(*counts, strict=True)) if counts else (0, 0)
     console.print(Rule(characters=line))
     share = f" ({trained / total:.1%})" if total else ""
-    console.print(Text(f"{len(counts)} documents, {total} tokens, {trained} supervised{share}"))
+    sums = f"{counted(len(counts), 'document')}, {counted(total, 'token')}, {trained:,} supervised{share}"
+    console.print(Text(sums))
 
 
 def _legend(coloured: bool) -> "Text":

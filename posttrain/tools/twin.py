@@ -17,7 +17,7 @@ import attrs
 
 from posttrain.blocks.checkpoints.checkpoint import Resume
 from posttrain.blocks.data.data import Data
-from posttrain.blocks.data.schemas import Refused
+from posttrain.blocks.data.rows.schemas import Refused
 from posttrain.blocks.data.sources import Source
 from posttrain.blocks.layout import Example
 from posttrain.blocks.loggers.logger import JSONL

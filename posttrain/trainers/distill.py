@@ -42,6 +42,7 @@ class DistillTrainer(Trainer):
 
     def check(self) -> Iterator[tuple[str, str]]:
         """Yield what contradicts the data."""
+        yield from super().check()
         yield from unfit(self.data, pairs=False)
         if self.stored and isinstance(self.data, Data) and self.data.streams:
             yield (

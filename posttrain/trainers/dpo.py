@@ -54,6 +54,7 @@ class DPOTrainer(Trainer):
 
     def check(self) -> Iterator[tuple[str, str]]:
         """Yield what is wrong with the losses and their options."""
+        yield from super().check()
         yield from unfit(self.data, pairs=True)
         if isinstance(self.loss_type, list) and len(set(self.loss_type)) < len(self.loss_type):
             yield "loss_type", "names a loss twice; give it a weight: {sigmoid: 2}"

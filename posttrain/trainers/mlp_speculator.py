@@ -41,6 +41,7 @@ class SpeculatorTrainer(Trainer):
 
     def check(self) -> Iterator[tuple[str, str]]:
         """Yield what contradicts the data."""
+        yield from super().check()
         yield from unfit(self.data, pairs=False)
         if self.generate_from is not None and self.gen_server is None and self.strategy.shards_parameters:
             yield (

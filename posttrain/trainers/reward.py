@@ -31,6 +31,7 @@ class RewardTrainer(Trainer):
 
     def check(self) -> Iterator[tuple[str, str]]:
         """Yield what contradicts the data."""
+        yield from super().check()
         yield from unfit(self.data, pairs=True)
 
     def setup(self) -> "Run":

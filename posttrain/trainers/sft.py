@@ -24,6 +24,7 @@ class SFTTrainer(Trainer):
 
     def check(self) -> Iterator[tuple[str, str]]:
         """Yield what contradicts the data."""
+        yield from super().check()
         yield from unfit(self.data, pairs=False)
 
     def loss(self, batch: Batch) -> "Tensor":

@@ -35,6 +35,7 @@ class SwiftKVTrainer(Trainer):
 
     def check(self) -> Iterator[tuple[str, str]]:
         """Yield what contradicts the data."""
+        yield from super().check()
         yield from unfit(self.data, pairs=False)
         if self.arctic_masks and self.sequence:
             yield "arctic_masks", "compares positions of whole rows, but `sequence` divides them"

@@ -11,11 +11,12 @@ from attrs.converters import optional as or_none
 from attrs.validators import and_, ge, gt, lt, min_len
 
 from posttrain.batch import FIELDS, Batch
-from posttrain.blocks.data.chat import ChatRenderer
 from posttrain.blocks.data.encode import ChatEncoder, Encoder, TextEncoder, Token
 from posttrain.blocks.data.loader import MapLoader, StreamLoader
-from posttrain.blocks.data.pairs import CHOSEN, REJECTED, pair
-from posttrain.blocks.data.schemas import Refused, Sample, conversation
+from posttrain.blocks.data.rows.chat import ChatRenderer
+from posttrain.blocks.data.rows.messages import ROLES, Refused
+from posttrain.blocks.data.rows.pairs import CHOSEN, REJECTED, pair, pair_schema
+from posttrain.blocks.data.rows.schemas import Sample, conversation, schema
 from posttrain.blocks.data.sources import Source, as_sources
 from posttrain.blocks.data.store import default_cache, table
 from posttrain.blocks.data.streams import Stream, StreamEncoding
@@ -23,7 +24,7 @@ from posttrain.blocks.data.views import Documents, Limits, documents, totals
 from posttrain.blocks.layout import Column, Columns, Example, collate, collate_pairs
 from posttrain.errors import DataError
 from posttrain.interfaces import Loaders
-from posttrain.registry import block, key
+from posttrain.registry import block, key, suggest
 
 
 @attrs.frozen
@@ -42,7 +43,9 @@ class Preview:
     source: str
     tokens: list[Token]
     side: str = ""
-    """Of a pair: `chosen` or `rejected`."""
+    """Of a pair `chosen` or `rejected`; of a conversation that became several documents `turn 1` and so on."""
+    columns: dict[str, Any] = attrs.field(factory=dict)
+    """What the ledger says of the source's columns so far."""
 
 
 @attrs.frozen(kw_only=True, slots=False)
@@ -168,12 +171,15 @@ class Data:
         Raises:
             DataError: one of them cannot be trained on.
         """
-        encoder = self.encoder(tokenizer)
         for source in self.sources:
+            encoder = self.encoder(tokenizer)
             for row, _ in islice(source.read(source.open()), count):
                 try:
-                    for side, tokens in zip(encoder.sides, encoder.show(row.values), strict=True):
-                        yield Preview(row.place, tokens, side)
+                    shown = encoder.show(row.values)
+                    turns = [f"turn {n}" for n in range(1, len(shown) + 1)] if len(shown) > 1 else [""]
+                    names = encoder.sides if len(encoder.sides) > 1 else turns
+                    for name, tokens in zip(names, shown, strict=True):
+                        yield Preview(row.place, tokens, name, encoder.reading.summary())
                 except Refused as refused:
                     raise DataError(f"{row.place}: {refused}") from None
 
@@ -187,15 +193,21 @@ class Data:
         return found, {"sources": ledger, "total": totals(ledger)}
 
     def _streaming(self, tokenizer: Any, shape: dict[str, Any]) -> Loaders:
-        encoding = StreamEncoding(self.encoder(tokenizer), self.limits, [source.label for source in self.sources])
+        encoding = StreamEncoding(self.encoder(tokenizer), self.limits, names_of(self.sources))
         train = StreamLoader(
             stream=Stream(self.sources, shape["seed"]), encode=encoding.encode, window=self.window, **shape
         )
-        held_out, ledger = None, {"sources": encoding.ledger}
+        held_out, ledger = None, {"sources": train.ledger}
         if self.eval_sources:
             documents_, ledger["eval"] = self._documents(once(self.eval_sources), tokenizer, 0.0, False)
             held_out = MapLoader(examples=documents_, **shape)
         return Loaders(train=train, eval=held_out, ledger=ledger)
+
+
+def names_of(sources: list[Source]) -> list[str]:
+    """Return what the ledger calls sources, all different."""
+    labels = [source.label for source in sources]
+    return [f"{one} #{n + 1}" if one in labels[:n] else one for n, one in enumerate(labels)]
 
 
 def pad_id(tokenizer: Any) -> int:
@@ -213,14 +225,34 @@ class SFTData(Data):
     """Conversations; the replies in them are trained."""
 
     train_on: list[str] = key(factory=lambda: ["assistant"], check=min_len(1))
-    """Roles whose messages are trained, from behind the generation prompt through the end-of-turn token."""
-    template_args: dict[str, Any] = attrs.field(factory=dict)
+    """Roles whose messages are trained, from behind the generation prompt through the end-of-turn token. What a
+    message says of itself goes first: `weight: 0`, `train: false`, `train_detail` (see docs/data.md)."""
+    last_turn_only: bool = key(False, also=("mask_history",))
+    """Train only what stands behind the last message of a user."""
+    split_turns: bool = False
+    """Make a document of each turn: what came before it is context, as the template shows it when the turn is
+    generated. For reasoning models, whose templates leave out the thoughts of earlier turns."""
+    template_args: dict[str, Any] = key(factory=dict, also=("chat_template_kwargs",))
     """More variables for the chat template (`enable_thinking`)."""
+
+    @property
+    def reads_schemas(self) -> bool:
+        """Whether rows are read by schemas.py alone, and not by a method of a subclass."""
+        return type(self).conversation is SFTData.conversation and type(self).sample is SFTData.sample
+
+    def check(self) -> Iterator[tuple[str, str]]:
+        """Yield what contradicts itself."""
+        yield from super().check()
+        if self.last_turn_only and self.split_turns:
+            yield "split_turns", "trains every turn, and last_turn_only the last one alone; choose one"
+        for role in self.train_on if self.reads_schemas else ():
+            if role not in ROLES:
+                yield "train_on", f"{role!r} is no role of a message (known: {', '.join(ROLES)}){suggest(role, ROLES)}"
 
     def encoder(self, tokenizer: Any) -> Encoder:
         """Return what renders and tokenizes conversations."""
-        renderer = ChatRenderer(tokenizer, self.train_on, self.template_args)
-        return ChatEncoder(renderer, self.sample, columns=self.columns)
+        renderer = ChatRenderer(tokenizer, self.train_on, self.template_args, self.last_turn_only, self.split_turns)
+        return ChatEncoder(renderer, self.sample, schema if self.reads_schemas else None, columns=self.columns)
 
     def sample(self, row: dict[str, Any]) -> Sample:
         """Return what a row says: one conversation."""
@@ -246,7 +278,7 @@ class PreferenceData(Data):
     overflow: Literal["error", "drop", "truncate"] = "error"
     """What happens to a pair with a side that is longer: say so and stop, leave the pair out, or keep the beginning of
     its sides."""
-    template_args: dict[str, Any] = attrs.field(factory=dict)
+    template_args: dict[str, Any] = key(factory=dict, also=("chat_template_kwargs",))
     """More variables for the chat template (`enable_thinking`)."""
 
     @property
@@ -271,7 +303,8 @@ class PreferenceData(Data):
     def encoder(self, tokenizer: Any) -> Encoder:
         """Return what renders and tokenizes both sides."""
         renderer = ChatRenderer(tokenizer, template_args=self.template_args)
-        return ChatEncoder(renderer, self.pair, (CHOSEN, REJECTED), columns=self.columns)
+        ours = type(self).pair is PreferenceData.pair
+        return ChatEncoder(renderer, self.pair, pair_schema if ours else None, (CHOSEN, REJECTED), self.columns)
 
     def pair(self, row: dict[str, Any]) -> Sample:
         """Return a row's chosen and rejected conversation; override it for a schema of your own (see pairs.py)."""

@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
 import attrs
 
-from posttrain.blocks.data.chat import ChatRenderer, Rendered, special_tokens
-from posttrain.blocks.data.schemas import Refused, Sample
+from posttrain.blocks.data.rows.chat import ChatRenderer, Rendered, special_tokens
+from posttrain.blocks.data.rows.messages import Refused
+from posttrain.blocks.data.rows.schemas import Reading, Sample, Schema
 from posttrain.blocks.layout import Columns, Document, Example
 
 if TYPE_CHECKING:
@@ -37,8 +38,12 @@ class Encoder(Protocol):
     def columns(self) -> Columns:
         """The values that examples carry beside their tokens."""
 
+    @property
+    def reading(self) -> Reading:
+        """Which columns of the rows were read so far, and which were not."""
+
     def encode(self, rows: list[Values]) -> list[Encoded]:
-        """Encode many rows at once."""
+        """Encode many rows at once; `apart` gives the examples of one that became several."""
 
     def show(self, row: Values) -> list[list[Token]]:
         """Return the tokens of a row's documents for a person to look at; raises Refused as `encode` returns it."""
@@ -54,16 +59,22 @@ class ChatEncoder:
     renderer: ChatRenderer
     sample: Callable[[Values], Sample]
     """Row -> its conversations."""
+    schema: Callable[[Values], Schema] | None = None
+    """Row -> which of its columns `sample` reads, if that is known."""
     sides: tuple[str, ...] = ("",)
-    """What they are called."""
+    """What the documents of an example are called."""
     columns: Columns = attrs.field(factory=dict)
     """What examples carry: what `sample` gives, and otherwise columns of the row."""
+    reading: Reading = attrs.field(factory=Reading)
+    """Of the rows so far."""
     special: re.Pattern[str] = attrs.field(init=False)
     """The tokenizer's control tokens."""
 
     def __attrs_post_init__(self) -> None:
         tokens = sorted(special_tokens(self.renderer.tokenizer), key=len, reverse=True)
         self.special = re.compile("|".join(map(re.escape, tokens)) or r"(?!)")
+        words = {word for template in self.renderer.templates.values() for word in re.findall(r"\w+", template)}
+        self.reading.keys |= words
 
     def encode(self, rows: list[Values]) -> list[Encoded]:
         """Encode many rows at once; the tokenizer's own threads share the work."""
@@ -94,16 +105,21 @@ class ChatEncoder:
     def fingerprint(self) -> str:
         """Return a hash of everything that decides what a row becomes."""
         renderer = self.renderer
-        said = [renderer.templates[True], renderer.templates[False], sorted(renderer.train_on), renderer.template_args]
+        said = [
+            renderer.templates[True], renderer.templates[False], sorted(renderer.train_on), renderer.template_args,
+            renderer.last_turn_only, renderer.split_turns,
+        ]  # fmt: skip
         return _hash(
             tokenizer_text(renderer.tokenizer), json.dumps(said, default=str), *self.sides, code_of(self.sample)
         )
 
     def _rendered(self, row: Values) -> tuple[list[Rendered], Values] | Refused:
+        self.reading.note(row, self.schema, self.columns)
         try:
             sample = self.sample(row)
             values = sample.values | kept(row, self.columns.keys() - sample.values.keys())
-            return [self._render(conversation) for conversation in sample.conversations], values
+            found = [turn for one in sample.conversations for turn in self.renderer.documents(one)]
+            return [self._render(conversation) for conversation in found], values
         except Refused as refused:
             return refused
 
@@ -124,7 +140,7 @@ class ChatEncoder:
             if not mask[1:].any():
                 return Refused("no token of it would be supervised")
             documents.append((np.array(encoding.ids, dtype=np.uint32), mask))
-        if len(documents) > 1 and all(np.array_equal(ids, documents[0][0]) for ids, _ in documents):
+        if len(self.sides) > 1 and all(np.array_equal(ids, documents[0][0]) for ids, _ in documents):
             return Refused(f"{' and '.join(self.sides)} are equal")
         return Example(tuple(documents), values)
 
@@ -140,10 +156,15 @@ class TextEncoder:
     sides: tuple[str, ...] = ("",)
     columns: Columns = attrs.field(factory=dict)
     """Columns of the row that examples carry."""
+    reading: Reading = attrs.field(factory=Reading)
+    """Of the rows so far."""
 
     def encode(self, rows: list[Values]) -> list[Encoded]:
         """Encode many rows at once."""
         import numpy as np
+
+        for row in rows:
+            self.reading.note(row, lambda _: Schema(self.column, (self.column,)), self.columns)
 
         texts = [self._text(row) for row in rows]
         encodings = iter(tokenize(self.tokenizer, [text for text in texts if isinstance(text, str)]))
@@ -203,6 +224,19 @@ def kept(row: Values, names: Iterable[str]) -> Values:
         except (TypeError, ValueError):
             raise Refused(f"the column {name!r} that data.keep names holds more than plain JSON data") from None
     return {name: row[name] for name in names}
+
+
+def apart(example: Example, sides: tuple[str, ...], columns: Columns) -> list[Example]:
+    """Return the examples that a row became: its documents one by one, if they are not the sides of a whole."""
+    if len(sides) > 1 or len(example.documents) == 1:
+        return [example]
+    found = []
+    for n, document in enumerate(example.documents):
+        values = {
+            name: value if columns[name].per == "example" else (value[n],) for name, value in example.values.items()
+        }
+        found.append(Example((document,), values))
+    return found
 
 
 def tokenize(tokenizer: Any, texts: list[str]) -> list[Any]:

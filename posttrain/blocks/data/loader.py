@@ -5,6 +5,7 @@ pass after pass; a micro-batch takes the next `micro_batch_size` rows for each r
 dropped: where a pass does not fill the last step, the next pass goes on in the middle of it.
 """
 
+import copy
 import queue
 import threading
 from collections import deque
@@ -189,12 +190,15 @@ class StreamLoader(RowLoader):
     """
 
     stream: Stream
-    encode: Callable[[list[tuple[Any, int]]], list[Example]]
+    encode: Callable[[list[tuple[Any, int]], dict[str, Any]], list[Example]]
+    """Makes examples of rows, and counts in a ledger what became of them."""
     window: int
+    ledger: dict[str, Any] = attrs.field(factory=dict)
+    """Of all windows that were trained on, the one in hand included."""
 
     def start(self) -> Position:
         """Return the position before the first row."""
-        return {"epoch": 0, "row": 0, "window": 0, "state": None}
+        return {"epoch": 0, "row": 0, "window": 0, "state": None, "ledger": {}}
 
     def rows(self, epochs: int) -> int | None:
         """Return None: only reading it tells how long a stream is."""
@@ -203,14 +207,16 @@ class StreamLoader(RowLoader):
     def sequence(self, position: Position) -> Iterator[tuple[list[Example], Position]]:
         """Yield rows as lists of examples; the next window is made while this one is trained on."""
         for rows, before, after in ahead(self._windows(position)):
+            self._account(after)
             for i in range(before["row"], len(rows)):
                 yield rows[i], {**before, "row": i + 1} if i + 1 < len(rows) else after
 
     def first_pass(self) -> Iterator[list[Example]]:
         """Yield the rows of the first pass."""
-        for rows, before, _ in self._windows(self.start()):
+        for rows, before, after in self._windows(self.start()):
             if before["epoch"] > 0:
                 return
+            self._account(after)
             yield from rows
 
     def batch(self, rows: list[list[Example]]) -> Batch:
@@ -222,13 +228,22 @@ class StreamLoader(RowLoader):
         while found:
             epoch, found = before["epoch"], before["state"] is not None
             for raw in chunks(self.stream.read(epoch, before["state"]), self.window):
-                rows = self._packed(self.encode([(row, source) for row, source, _ in raw]), epoch, before["window"])
-                after = {"epoch": epoch, "row": 0, "window": before["window"] + 1, "state": raw[-1][2]}
+                ledger = copy.deepcopy(before.get("ledger", {}))  # checkpoints of earlier versions have none
+                found_here = self.encode([(row, source) for row, source, _ in raw], ledger)
+                rows = self._packed(found_here, epoch, before["window"])
+                after = {
+                    "epoch": epoch, "row": 0, "window": before["window"] + 1, "state": raw[-1][2], "ledger": ledger,
+                }  # fmt: skip
                 found = found or bool(rows)
                 yield rows, before, after
                 before = after
-            before = {"epoch": epoch + 1, "row": 0, "window": 0, "state": None}
+            before = {**before, "epoch": epoch + 1, "row": 0, "window": 0, "state": None}
         raise DataError("a whole pass over the stream gave no row that can be trained on; see the ledger for reasons")
+
+    def _account(self, after: Position) -> None:
+        """Let the ledger say what became of all rows before a position."""
+        self.ledger.clear()
+        self.ledger.update(after["ledger"])
 
     def _packed(self, examples: list[Example], epoch: int, window: int) -> list[list[Example]]:
         import numpy as np

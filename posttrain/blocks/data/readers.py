@@ -8,8 +8,9 @@ import csv
 import gzip
 import hashlib
 import json
-import re
+import logging
 import sys
+import tempfile
 from collections.abc import Iterator
 from itertools import chain
 from pathlib import Path
@@ -17,14 +18,15 @@ from typing import IO, TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import attrs
 
+from posttrain.blocks.data.hashes import sha256
 from posttrain.errors import DataError
 
 if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset
 
 FORMATS = (".jsonl", ".ndjson", ".json", ".csv", ".parquet")
-SPLITS = {"train", "test", "valid", "validation", "val", "dev", "eval"}
 Values = dict[str, Any]
+log = logging.getLogger("posttrain")
 
 
 class Row(NamedTuple):
@@ -43,8 +45,8 @@ class Reader(Protocol):
     def rows(self, at: Any) -> Iterator[tuple[Values, str, Any]]:
         """Yield (values, place, position after this row)."""
 
-    def fingerprint(self) -> str:
-        """Return a hash that changes with the content."""
+    def fingerprint(self, memory: Path | None = None) -> str:
+        """Return a hash that changes with the content; `memory` is a folder in which hashes of files are kept."""
 
 
 @attrs.frozen
@@ -65,12 +67,11 @@ class LocalFiles:
                 raise DataError(f"{path} cannot be read: {error}") from error
             within = None
 
-    def fingerprint(self) -> str:
+    def fingerprint(self, memory: Path | None = None) -> str:
         """Return the sha256 over names and bytes of all files."""
         whole = hashlib.sha256()
         for path in self.paths:
-            with open(path, "rb") as file:
-                whole.update(f"{path.name}\0{hashlib.file_digest(file, 'sha256').hexdigest()}\n".encode())
+            whole.update(f"{path.name}\0{sha256(path, memory)}\n".encode())
         return whole.hexdigest()
 
 
@@ -90,9 +91,10 @@ class ArrowRows:
             columns = list(batch)
             for values in zip(*batch.values(), strict=True):
                 number += 1
-                yield dict(zip(columns, values, strict=True)), f"{self.label} row {number - 1}", number
+                row = {name: without_nulls(value) for name, value in zip(columns, values, strict=True)}
+                yield row, f"{self.label} row {number - 1}", number
 
-    def fingerprint(self) -> str:
+    def fingerprint(self, memory: Path | None = None) -> str:
         """Return the fingerprint that `datasets` keeps of the content."""
         return str(self.dataset._fingerprint)
 
@@ -112,9 +114,10 @@ class HubStream:
             dataset.load_state_dict(state)
         for values in dataset:
             number += 1
-            yield dict(values), f"{self.label} row {number - 1}", [number, dataset.state_dict()]
+            row = {name: without_nulls(value) for name, value in values.items()}
+            yield row, f"{self.label} row {number - 1}", [number, dataset.state_dict()]
 
-    def fingerprint(self) -> str:
+    def fingerprint(self, memory: Path | None = None) -> str:
         """Refuse: what has not been read cannot be hashed."""
         raise DataError(f"{self.label} is a stream; streams are not cached")
 
@@ -131,8 +134,13 @@ def format_of(path: Path) -> str | None:
     return suffixes[-1] if suffixes and suffixes[-1] in FORMATS else None
 
 
-def local_reader(path: Path, split: str) -> Reader:
+def local_reader(path: Path, split: str, name: str | None = None) -> Reader:
     """Open a file, a folder of files, or a folder that `Dataset.save_to_disk` wrote.
+
+    Args:
+        path: of the file or folder.
+        split: which files of a folder, as `datasets` assigns them: by their names, or by `configs:` in a README.md.
+        name: one of these configurations.
 
     Raises:
         DataError: nothing is there, or nothing in it can be read.
@@ -143,25 +151,40 @@ def local_reader(path: Path, split: str) -> Reader:
         return LocalFiles([path])
     if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
         return _saved_dataset(path, split)
-    files = sorted(f for f in path.rglob("*") if f.is_file() and format_of(f) and not f.name.startswith("."))
-    files = _of_split(path, files, split)
-    if not files:
+    splits = _splits(path, name)
+    files = _chosen(path, splits, split)
+    known = [f for f in files if format_of(f)]
+    if not known:
         raise DataError(f"{path} holds no file that can be read (known: {', '.join(FORMATS)})")
-    if len(formats := sorted({str(format_of(f)) for f in files})) > 1:
-        raise DataError(f"{path} holds files of several formats ({', '.join(formats)}); name one file, or split them")
-    return LocalFiles(files)
+    there = {f for f in path.rglob("*") if f.is_file() and format_of(f)}
+    there = {f for f in there if not any(part.startswith((".", "__")) for part in f.relative_to(path).parts)}
+    left = sorted(str(f.relative_to(path)) for f in there.difference(*splits.values()))
+    if left and not (path / "README.md").is_file():  # whose `configs:` may mean to leave files out
+        if formats := sorted({str(format_of(Path(f))) for f in left} - {str(format_of(f)) for f in known}):
+            also = ", ".join([*sorted({str(format_of(f)) for f in known}), *formats])
+            raise DataError(f"{path} holds files of several formats ({also}); name one file, or split them")
+        log.warning("%s: %s: in no split, and not read", path, ", ".join(left))
+    return LocalFiles(known)
 
 
-def _of_split(folder: Path, files: list[Path], split: str) -> list[Path]:
-    """Leave out files whose names say that they belong to another split (`test.jsonl`)."""
-    named = {f: SPLITS & set(re.split(r"[^a-z]+", str(f.relative_to(folder)).lower())) for f in files}
-    if not any(named.values()):
-        return files
-    chosen = [f for f in files if split in named[f]]
-    if not chosen:
-        found = ", ".join(sorted(set[str]().union(*named.values())))
-        raise DataError(f"{folder} holds the splits {found}, not {split!r}; set `split` on the source")
-    return chosen
+def _splits(folder: Path, name: str | None) -> dict[str, list[Path]]:
+    """Return the files of each split, as `datasets` finds them."""
+    from datasets import load_dataset_builder
+
+    try:
+        with tempfile.TemporaryDirectory() as nowhere:  # it makes a folder for a cache, which is not used
+            found = load_dataset_builder(str(folder), name, cache_dir=nowhere).config.data_files
+    except FileNotFoundError:
+        found = None
+    except Exception as error:  # what a README.md says may be wrong in any way
+        raise DataError(f"{folder} cannot be read as a dataset: {type(error).__name__}: {error}") from error
+    return {str(split): sorted(map(Path, files)) for split, files in (found or {}).items()}
+
+
+def _chosen(folder: Path, splits: dict[str, list[Path]], split: str) -> list[Path]:
+    if splits and split not in splits:
+        raise DataError(f"{folder} holds the splits {', '.join(splits)}, not {split!r}; set `split` on the source")
+    return splits.get(split, [])
 
 
 def _saved_dataset(path: Path, split: str) -> ArrowRows:
@@ -266,9 +289,19 @@ def _parquet(path: Path, at: Any) -> Iterator[tuple[Values, int, Any]]:
             for values in chain.from_iterable(batch.to_pylist() for batch in batches):
                 number += 1
                 if number > (at or 0):
-                    yield values, number - 1, number
+                    yield {name: without_nulls(value) for name, value in values.items()}, number - 1, number
     except (pyarrow.ArrowException, ValueError, OverflowError) as error:  # the latter of texts and dates
         raise DataError(f"{path}: not a whole parquet file: {error}") from None
+
+
+def without_nulls(value: Any) -> Any:
+    """Return a value of a table without the keys that hold nothing.
+
+    The objects of a column all have the same keys there: arguments of one tool get those of every other, as nulls.
+    """
+    if isinstance(value, dict):
+        return {key: without_nulls(item) for key, item in value.items() if item is not None}
+    return [without_nulls(item) for item in value] if isinstance(value, list) else value
 
 
 def _kind(value: Any) -> str:

@@ -62,9 +62,10 @@ class Source:
     """A file (jsonl, json, csv, parquet; all but parquet also as .gz), a folder of such files, a folder written by
     `Dataset.save_to_disk`, or the name of a dataset on the hub."""
     name: str | None = None
-    """Configuration of a hub dataset (`main` of `openai/gsm8k`)."""
+    """Configuration of a hub dataset (`main` of `openai/gsm8k`), or of a folder whose README.md lists `configs:`."""
     split: str | None = None
-    """Split of a hub dataset or folder; `train` unless given."""
+    """Split of a hub dataset or folder; `train` unless given. The files of a folder belong to splits as on the hub: by
+    their names (`train.jsonl`, `data/train_sft-00000-of-00003.parquet`), or as `configs:` in its README.md says."""
     revision: str | None = None
     """Branch, tag or commit of a hub dataset."""
     columns: dict[str, str] = attrs.field(factory=dict)
@@ -88,7 +89,7 @@ class Source:
             yield "name_or_path", f"{self.name_or_path}: unknown format"
         if self.is_local:
             for field, value in (("name", self.name), ("revision", self.revision), ("token", self.token)):
-                if value is not None:
+                if value is not None and not (field == "name" and (self.path / "README.md").is_file()):
                     yield field, f"means nothing for a local file or folder ({self.name_or_path})"
         if self.path.is_file() and self.split not in (None, "train"):
             yield "split", f"a single file has no splits, so {self.split!r} cannot be chosen from it"
@@ -122,7 +123,7 @@ class Source:
             return self._open_hub()
         if not self.path.exists():
             raise DataError(self._missing())
-        return local_reader(self.path, self.split or "train")
+        return local_reader(self.path, self.split or "train", self.name)
 
     def read(self, reader: Reader, state: dict[str, Any] | None = None) -> Iterator[tuple[Row, dict[str, Any]]]:
         """Yield rows with renamed columns, each with the JSON-able state to go on from after it."""
@@ -138,12 +139,12 @@ class Source:
             if number == self.max_rows:
                 return
 
-    def fingerprint(self, reader: Reader) -> str:
+    def fingerprint(self, reader: Reader, memory: Path | None = None) -> str:
         """Return a hash of the content and of how it is read; weights do not matter, they change no token."""
         known = self._known()
         said = [self.name, self.split, self.revision, self.max_rows, sorted(self.columns.items())]
         table = [sorted(known.columns.items()), sorted(known.splits.items()), known.name] if not self.is_local else []
-        return hashlib.sha256(repr([reader.fingerprint(), said, table]).encode()).hexdigest()
+        return hashlib.sha256(repr([reader.fingerprint(memory), said, table]).encode()).hexdigest()
 
     def _known(self) -> Known:
         return KNOWN.get(self.name_or_path, Known())
@@ -178,9 +179,35 @@ class Source:
         return HubStream(dataset, label) if self.stream else ArrowRows(dataset, label)
 
 
-def as_sources(found: list[Any]) -> list[Source]:
-    """Return sources, some of which may be given by their names alone."""
-    return [Source(name_or_path=str(source)) if isinstance(source, str | Path) else source for source in found]
+def as_sources(found: Any) -> list[Source]:
+    """Return sources, some of which may be given by their names alone, or as mappings of their keys.
+
+    Raises:
+        DataError: one of them is rows and no source.
+    """
+    if isinstance(found, str | Path | Source) or not isinstance(found, list | tuple):
+        found = [found]
+    return [_as_source(source) for source in found]
+
+
+def _as_source(found: Any) -> Source:
+    if isinstance(found, Source):
+        return found
+    if isinstance(found, str | Path):
+        return Source(name_or_path=str(found))
+    if isinstance(found, dict) and "name_or_path" in found:
+        known = {field.name for field in attrs.fields(Source)}
+        if unknown := [name for name in found if name not in known]:
+            raise DataError(f"sources: Source has no such key as {unknown[0]!r}{suggest(unknown[0], known)}")
+        return Source(**found)
+    kind = type(found).__name__
+    if isinstance(found, dict):
+        advice = "rows are read from files: write them into a .jsonl file, an object a line, and give its name"
+    elif kind in ("Dataset", "DatasetDict", "IterableDataset"):
+        advice = "a run goes on from its recipe alone: call `dataset.to_parquet('rows.parquet')`, and give that name"
+    else:
+        advice = "write the name of a file, of a folder, or of a dataset on the hub"
+    raise DataError(f"sources: {kind} is no source; {advice}")
 
 
 def _check_columns(values: dict[str, Any], columns: dict[str, str], place: str) -> None:

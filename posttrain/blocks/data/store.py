@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Any
 
 import attrs
 
-from posttrain.blocks.data.encode import Encoder
+from posttrain.blocks.data.encode import Encoder, apart
 from posttrain.blocks.data.packing import chunks
-from posttrain.blocks.data.schemas import Refused
+from posttrain.blocks.data.rows.schemas import Refused
 from posttrain.blocks.data.sources import Source
 from posttrain.blocks.layout import Column, Columns, Example
 from posttrain.errors import DataError
@@ -24,7 +24,7 @@ from posttrain.errors import DataError
 if TYPE_CHECKING:
     import numpy as np
 
-FORMAT = 3
+FORMAT = 4
 BATCH = 512
 EXAMPLES = 3
 ARRAYS = {
@@ -50,6 +50,8 @@ class Table:
     rows_in: int
     refused: dict[str, dict[str, Any]]
     """Reason -> count, and places of the first few."""
+    reading: dict[str, Any]
+    """Which columns of the source were read, as what, and which were not."""
     columns: Columns
     values: dict[str, Any]
     """Of each column: [tokens, ...], [documents, ...] or [examples, ...]; of plain data, what reads them."""
@@ -104,7 +106,8 @@ def table(source: Source, encoder: Encoder, cache: Path) -> Table:
     from filelock import FileLock
 
     reader = source.open()
-    said = f"{FORMAT} {source.fingerprint(reader)} {encoder.fingerprint()}"
+    content = source.fingerprint(reader, cache / "hashes")
+    said = f"{FORMAT} {content} {encoder.fingerprint()}"
     if encoder.columns:
         said += json.dumps({name: attrs.astuple(column) for name, column in encoder.columns.items()})
     key = hashlib.sha256(said.encode()).hexdigest()[:32]
@@ -145,11 +148,12 @@ def build(source: Source, reader: Any, encoder: Encoder, folder: Path) -> None:
                 if isinstance(found, Refused):
                     note(refused, str(found), row.place)
                     continue
-                for ids, mask in found.documents:
-                    total += len(ids)
-                    write(files, {"ids": ids, "mask": mask, "offsets": total, "supervised": mask[1:].sum()})
-                write(files, {"rows": row.number})
-                write_values(files, found, encoder.columns)
+                for one in apart(found, encoder.sides, encoder.columns):
+                    for ids, mask in one.documents:
+                        total += len(ids)
+                        write(files, {"ids": ids, "mask": mask, "offsets": total, "supervised": mask[1:].sum()})
+                    write(files, {"rows": row.number})
+                    write_values(files, one, encoder.columns)
             if rows_in % (100 * BATCH) == 0:
                 log.info("tokenizing %s: %s rows, %s tokens", source.label, f"{rows_in:,}", f"{total:,}")
         for file in files.values():
@@ -170,6 +174,7 @@ def build(source: Source, reader: Any, encoder: Encoder, folder: Path) -> None:
     sizes = {name: (aside / name).stat().st_size for name in kinds}
     manifest = {
         "format": FORMAT, "sides": encoder.sides, "rows_in": rows_in, "refused": refused, "bytes": sizes,
+        "reading": encoder.reading.summary(),
         "columns": {name: attrs.asdict(column) for name, column in encoder.columns.items()},
     }  # fmt: skip
     (aside / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
@@ -243,6 +248,6 @@ def opened(folder: Path, label: str) -> Table:
             -1, *column.shape)  # fmt: skip
 
     arrays: dict[str, Any] = {name: mapped(name) for name in ARRAYS}
-    said = {name: manifest[name] for name in ("rows_in", "refused")}
+    said = {name: manifest[name] for name in ("rows_in", "refused", "reading")}
     held = {name: values(name, column) for name, column in columns.items()}
     return Table(label=label, sides=tuple(manifest["sides"]), columns=columns, values=held, **said, **arrays)

@@ -9,14 +9,15 @@ from typing import Any
 
 import attrs
 
-from posttrain.blocks.data.encode import Encoder
+from posttrain.blocks.data.encode import Encoder, apart
 from posttrain.blocks.data.readers import Row
-from posttrain.blocks.data.schemas import Refused
+from posttrain.blocks.data.rows.schemas import Refused
 from posttrain.blocks.data.sources import Source
 from posttrain.blocks.data.store import note
 from posttrain.blocks.data.views import Limits, pieces
 from posttrain.blocks.layout import Example
 from posttrain.errors import DataError
+from posttrain.words import counted
 
 
 @attrs.frozen
@@ -80,60 +81,65 @@ class Stream:
 
 @attrs.frozen
 class StreamEncoding:
-    """Encodes the rows of a stream, and keeps its ledger as they pass."""
+    """Encodes the rows of a stream."""
 
     encoder: Encoder
     limits: Limits
     labels: list[str]
-    ledger: dict[str, Any] = attrs.field(factory=dict)
 
-    def encode(self, rows: list[tuple[Row, int]]) -> list[Example]:
-        """Return the examples of some rows, cut or left out as the policies say."""
+    def encode(self, rows: list[tuple[Row, int]], ledger: dict[str, Any]) -> list[Example]:
+        """Return the examples of some rows, cut or left out as the policies say; the ledger counts them, per source."""
         found: list[Example] = []
         for (row, number), encoded in zip(rows, self.encoder.encode([row.values for row, _ in rows]), strict=True):
+            entry = self._entry(ledger, number)
+            left: list[Example] = []
             if isinstance(encoded, Refused):
                 if self.limits.invalid == "error":
-                    raise DataError(f"{row.place}: {encoded}; mend it, or leave such rows out with data.invalid=drop")
-                left: list[Example] = []
-                self._drop(number, str(encoded), row.place)
+                    raise DataError(f"{row.place}: {encoded}; fix it, or leave such rows out with data.invalid=drop")
+                note(entry["dropped"], str(encoded), row.place)
             else:
-                left = self._cut(encoded, row, number)
-            self._count(number, left)
+                for one in apart(encoded, self.encoder.sides, self.encoder.columns):
+                    left += self._cut(one, row, entry)
+            self._count(entry, left)
             found += left
         return found
 
-    def _cut(self, example: Example, row: Row, number: int) -> list[Example]:
+    def _cut(self, example: Example, row: Row, entry: dict[str, Any]) -> list[Example]:
         longest = max(len(ids) for ids, _ in example.documents)
+        entry["tokens_in"] += len(example)
+        entry["longest"] = max(entry["longest"], longest)
         if longest <= self.limits.max_length:
             return [example]
         if self.limits.overflow == "error":
             raise DataError(
-                f"{row.place} has {longest:,} tokens, data.max_length is {self.limits.max_length:,}: "
+                f"{row.place} has {counted(longest, 'token')}, data.max_length is {self.limits.max_length:,}: "
                 f"{self.limits.advice}"
             )
+        entry["too_long"] += 1
         if self.limits.overflow == "drop":
-            self._drop(number, self.limits.too_long, row.place)
+            note(entry["dropped"], self.limits.too_long, row.place)
+            entry["tokens_cut"] += len(example)
             return []
         left = []
         for piece in pieces(example, self.limits, self.encoder.sides):
             if piece.useless:
-                self._drop(number, piece.useless, row.place)
+                note(entry["dropped"], piece.useless, row.place)
             else:
                 left.append(example.cut(piece.parts, self.encoder.columns))
+        entry["tokens_cut"] += len(example) - sum(map(len, left))
         return left
 
-    def _entry(self, number: int) -> dict[str, Any]:
-        documents = "documents" if len(self.encoder.sides) == 1 else "pairs"
-        empty = {"rows_in": 0, "dropped": {}, documents: 0, "tokens": 0, "supervised_tokens": 0}
-        entry: dict[str, Any] = self.ledger.setdefault(self.labels[number], empty)
+    def _entry(self, ledger: dict[str, Any], number: int) -> dict[str, Any]:
+        made = "documents" if len(self.encoder.sides) == 1 else "pairs"
+        counts = ("rows_in", "tokens_in", "too_long", "longest", "tokens_cut", made, "tokens", "supervised_tokens")
+        entry: dict[str, Any] = ledger.setdefault(self.labels[number], {"dropped": {}})
+        for name in counts:
+            entry.setdefault(name, 0)
         return entry
 
-    def _drop(self, number: int, reason: str, place: str) -> None:
-        note(self._entry(number)["dropped"], reason, place)
-
-    def _count(self, number: int, examples: list[Example]) -> None:
-        entry = self._entry(number)
+    def _count(self, entry: dict[str, Any], examples: list[Example]) -> None:
         documents = [document for example in examples for document in example.documents]
+        entry |= self.encoder.reading.summary()
         entry["rows_in"] += 1
         entry["documents" if len(self.encoder.sides) == 1 else "pairs"] += len(examples)
         entry["tokens"] += sum(len(ids) for ids, _ in documents)

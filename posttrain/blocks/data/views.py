@@ -9,6 +9,7 @@ import attrs
 from posttrain.blocks.data.store import Table
 from posttrain.blocks.layout import Example
 from posttrain.errors import DataError
+from posttrain.words import counted
 
 if TYPE_CHECKING:
     import numpy as np
@@ -66,7 +67,7 @@ class Limits:
     @property
     def too_long(self) -> str:
         """The reason that the ledger counts."""
-        return f"longer than {self.max_length} tokens"
+        return f"longer than {self.max_length:,} tokens"
 
 
 def documents(
@@ -94,7 +95,8 @@ def documents(
         name = from_table.label if from_table.label not in ledger else f"{from_table.label} #{number + 1}"
         refused = {reason: found["count"] for reason, found in from_table.refused.items()} if not want_held_out else {}
         ledger[name] = {
-            "rows_in": len(chosen) + sum(refused.values()),
+            **from_table.reading,
+            "rows_in": len(np.unique(from_table.rows[chosen])) + sum(refused.values()),  # a row may give several
             "tokens_in": int(np.diff(from_table.offsets).reshape(-1, len(from_table.sides))[chosen].sum()),
             "dropped": refused | counts.pop("dropped"),
             **counts,
@@ -205,14 +207,15 @@ def refuse_invalid(tables: Iterable[Table], limits: Limits) -> None:
         raise DataError(
             "some rows cannot be trained on:\n"
             + "\n".join(lines)
-            + "\nmend them, or leave them out with data.invalid=drop"
+            + "\nfix them, or leave them out with data.invalid=drop"
         )
 
 
 def refuse_overlong(ledger: dict[str, dict[str, Any]], limits: Limits) -> None:
     """Raise if rows are too long and the policy is to say so."""
     lines = [
-        f"  {name}: {found['too_long']:,} of {found['rows_in']:,} rows are longer than {limits.max_length:,} tokens "
+        f"  {name}: {found['too_long']:,} of {counted(found['rows_in'], 'row')} "
+        f"{'is' if found['too_long'] == 1 else 'are'} longer than {counted(limits.max_length, 'token')} "
         f"(the longest has {found['longest']:,})"
         for name, found in ledger.items()
         if found["too_long"]

@@ -36,8 +36,8 @@ class ConsoleLogger:
             TimeRemainingColumn(), TextColumn("left"),
             console=self.console, disable=not self.console.is_terminal,
         )  # fmt: skip
-        if run.loaders.ledger:
-            self.console.print(ledger(run.loaders.ledger))
+        self.told = ""
+        self.tell()
         self.console.print(self.opening(), highlight=False)
         self.progress.start()
         self.task = self.progress.add_task("", total=run.max_steps, completed=run.step, news="")
@@ -65,7 +65,16 @@ class ConsoleLogger:
     def finalize(self, status: str) -> None:
         """Print how the run went, and where everything is."""
         self.progress.stop()
+        self.tell()
         self.console.print(self.closing(status))
+
+    def tell(self) -> None:
+        """Print what became of the rows, unless it was said already: of a stream it is known at the end alone."""
+        found = self.run.loaders.ledger
+        rows = any(part.get("sources") for part in (found, found.get("eval", {})))
+        if rows and (now := json.dumps(found)) != self.told:
+            self.told = now
+            self.console.print(ledger(found))
 
     def opening(self) -> str:
         """Return a line or two on what is about to be trained."""

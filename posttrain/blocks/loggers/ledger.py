@@ -25,7 +25,8 @@ def ledger(found: dict[str, Any]) -> "Table":
         table.add_column(title.replace("_", " "), justify="left" if title == "data" else "right", overflow="fold")
     for name, entry in counted:
         table.add_row(name, *(human(entry.get(column, 0)) for column in columns))
-    reasons = [
+    reasons = [f"{source}: {read}" for source, entry in entries if (read := said(entry))]
+    reasons += [
         f"{source}: {_count(count):,} dropped: {reason}"
         for source, entry in entries
         for reason, count in entry["dropped"].items()
@@ -40,3 +41,11 @@ def ledger(found: dict[str, Any]) -> "Table":
 
 def _count(dropped: int | dict[str, Any]) -> int:
     return dropped if isinstance(dropped, int) else int(dropped["count"])
+
+
+def said(entry: dict[str, Any]) -> str | None:
+    """Return what an entry of the ledger says about columns, as a sentence."""
+    if "schema" not in entry:
+        return None
+    unused = f"; not used: {', '.join(entry['unused'])}" if entry["unused"] else ""
+    return f"{entry['schema']}: read {', '.join(entry['read'])}{unused}"

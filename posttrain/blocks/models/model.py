@@ -14,7 +14,7 @@ from attrs.validators import ge, gt, optional
 
 from posttrain.errors import RecipeError
 from posttrain.registry import block, key
-from posttrain.values import Secret, as_data
+from posttrain.values import Secret, as_data, missing_folder
 
 if TYPE_CHECKING:
     from lightning.fabric import Fabric
@@ -104,7 +104,9 @@ class HFModel:
     """Further arguments of `from_pretrained`."""
 
     def check(self) -> Iterator[tuple[str, str]]:
-        """Yield what contradicts itself."""
+        """Yield what contradicts itself, and a path that leads nowhere."""
+        if (problem := missing_folder(self.name_or_path)) and not self.config.get("model_type"):
+            yield "name_or_path", problem
         if self.offload_activations and self.activation_checkpointing is not True:
             yield "offload_activations", "moves what activation_checkpointing keeps: set that to true"
 
@@ -236,9 +238,8 @@ class HFModel:
         if self.random_init:
             return None
         if not folder.is_dir():
-            token = self.token.reveal() if self.token else None
             try:
-                commit = AutoConfig.from_pretrained(self.name_or_path, revision=self.revision, token=token)._commit_hash
+                commit = AutoConfig.from_pretrained(self.name_or_path, **self.hub)._commit_hash
             except (OSError, ValueError) as error:
                 raise RecipeError(f"model {self.name_or_path!r} cannot be loaded: {error}") from error
             return f"{said} {commit}" if commit else None

@@ -1,12 +1,15 @@
 """Tokenizer blocks."""
 
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
+from posttrain.blocks.models.model import HFModel
 from posttrain.blocks.tokenizers.templates import NEEDED, template_text
 from posttrain.errors import RecipeError
 from posttrain.interfaces import ModelBlock
 from posttrain.registry import block
-from posttrain.values import Secret
+from posttrain.values import Secret, missing_folder
 
 
 @block("tokenizer", "hf")
@@ -21,14 +24,19 @@ class HFTokenizer:
     pad_token: str | None = None
     """A token of the vocabulary to pad with; the tokenizer's own by default, or else its end token."""
     trust_remote_code: bool = False
-    """Run Python code that comes with the tokenizer."""
+    """Run Python code that comes with the tokenizer; as the model says, if it is the model's own."""
     revision: str | None = None
-    """Branch, tag or commit of a hub tokenizer."""
+    """Branch, tag or commit of a hub tokenizer; the model's, if it is the model's own."""
     token: Secret | None = None
-    """For a private hub tokenizer: `${HF_TOKEN}`."""
+    """For a private hub tokenizer: `${HF_TOKEN}`; the model's, if it is the model's own."""
+
+    def check(self) -> Iterator[tuple[str, str]]:
+        """Yield a path that leads nowhere."""
+        if self.name_or_path and (problem := missing_folder(self.name_or_path)):
+            yield "name_or_path", problem
 
     def build(self, model: ModelBlock) -> Any:
-        """Return the tokenizer.
+        """Return the tokenizer. What a recipe says of the model's origin holds for the model's own tokenizer too.
 
         Raises:
             RecipeError: it cannot be loaded, gives no offsets, or lacks the padding token or those of the template.
@@ -36,15 +44,18 @@ class HFTokenizer:
         from transformers import AutoTokenizer
 
         name = self.name_or_path or model.name_or_path
+        revision, token, trusted = self.revision, self.token, self.trust_remote_code
+        if name == model.name_or_path and isinstance(model, HFModel):
+            revision, token = revision or model.revision, token or model.token
+            trusted = trusted or model.trust_remote_code
+        secret = token.reveal() if token else None
         try:
-            tokenizer = AutoTokenizer.from_pretrained(
-                name,
-                trust_remote_code=self.trust_remote_code,
-                revision=self.revision,
-                token=self.token.reveal() if self.token else None,
-            )
+            tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trusted, revision=revision, token=secret)
         except (OSError, ValueError, ImportError, KeyError) as error:
-            raise RecipeError(f"tokenizer {name!r} cannot be loaded: {error}") from error
+            where = (
+                "" if Path(name).is_dir() else f" (there is no folder {name!r} here, so it was looked for on the hub)"
+            )
+            raise RecipeError(f"tokenizer {name!r} cannot be loaded{where}: {error}") from error
         if not tokenizer.is_fast:
             raise RecipeError(
                 f"tokenizer {name!r} is not a fast one: it cannot say which characters a token stands for"

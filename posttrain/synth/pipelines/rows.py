@@ -7,7 +7,7 @@ from typing import Any
 
 import attrs
 
-from posttrain.blocks.data.schemas import Refused, conversation
+from posttrain.blocks.data.rows.schemas import Refused, conversation
 from posttrain.errors import DataError
 from posttrain.registry import suggest
 from posttrain.synth.ledger.keys import CHAT

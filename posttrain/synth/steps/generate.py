@@ -6,7 +6,7 @@ from typing import Any, Literal
 import attrs
 from attrs.validators import ge, gt
 
-from posttrain.blocks.data.schemas import CHATS
+from posttrain.blocks.data.rows.schemas import CHATS
 from posttrain.errors import DataError
 from posttrain.registry import block, key
 from posttrain.synth.ledger.replies import parsed, with_thoughts
