@@ -5,6 +5,7 @@ import hashlib
 import sys
 import warnings
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -191,14 +192,26 @@ class HFModel:
         """Return the configuration to build from; a subclass may make another one of the model's own."""
         return config
 
-    def fingerprint(self) -> str | None:
+    def content(self) -> str | None:
         """Return what identifies the weights without loading them: a hash of the files, or the hub's commit.
 
         None if nothing does: the weights are random, or the hub does not say.
         """
+        found = self._content()
+        return hashlib.sha256(found).hexdigest() if isinstance(found, bytes) else found
+
+    def fingerprint(self) -> str | None:
+        """Return what identifies the network, that is, its weights and how they are used; None if nothing does."""
+        said = repr({k: v for k, v in as_data(self).items() if k not in ("name_or_path", "token")})
+        found = self._content()
+        if isinstance(found, bytes):
+            return hashlib.sha256(said.encode() + found).hexdigest()
+        return f"{said} {found}" if found else None
+
+    def _content(self) -> bytes | str | None:
+        """Return names and hashes of the files of a folder, or the commit of a hub model."""
         from transformers import AutoConfig
 
-        said = repr({k: v for k, v in as_data(self).items() if k not in ("name_or_path", "token")})
         folder = Path(self.name_or_path)
         if self.random_init:
             return None
@@ -208,12 +221,10 @@ class HFModel:
                 commit = AutoConfig.from_pretrained(self.name_or_path, revision=self.revision, token=token)._commit_hash
             except (OSError, ValueError) as error:
                 raise RecipeError(f"model {self.name_or_path!r} cannot be loaded: {error}") from error
-            return f"{said} {commit}" if commit else None
-        digest = hashlib.sha256(said.encode())
-        for file in sorted(file for file in folder.iterdir() if file.suffix in (".json", ".safetensors", ".bin")):
-            with file.open("rb") as content:
-                digest.update(file.name.encode() + hashlib.file_digest(content, "sha256").digest())
-        return digest.hexdigest()
+            return str(commit) if commit else None
+        files = sorted(file for file in folder.iterdir() if file.suffix in (".json", ".safetensors", ".bin"))
+        with ThreadPoolExecutor() as threads:  # hashing lets other threads run
+            return b"".join(threads.map(_named_hash, files))
 
     def refuse_unpackable(self, hf: Any) -> None:
         """Refuse models that carry a state along the row, through which documents would leak.
@@ -282,6 +293,11 @@ def use_liger(hf: Any) -> None:
         known = ", ".join(sorted(MODEL_TYPE_TO_APPLY_LIGER_FN))
         raise RecipeError(f"model.liger: Liger does not know models of type {kind!r} (known: {known})")
     MODEL_TYPE_TO_APPLY_LIGER_FN[kind](model=hf, cross_entropy=False, fused_linear_cross_entropy=False)
+
+
+def _named_hash(file: Path) -> bytes:
+    with file.open("rb") as content:
+        return file.name.encode() + hashlib.file_digest(content, "sha256").digest()
 
 
 def _softcaps(config: Any) -> bool:
