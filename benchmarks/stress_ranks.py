@@ -58,15 +58,15 @@ def recipe(folder: Path) -> Path:
 
 
 def starve() -> None:
-    """Let the threads of libraries run only when nothing else wants to, as on a machine that is loaded far more."""
+    """Let the threads of libraries run late, as on a machine that is loaded far more."""
 
     def look() -> None:
         python = {thread.native_id for thread in threading.enumerate()}
         while True:
-            for task in map(int, os.listdir("/proc/self/task")):
+            for task in (int(path.name) for path in Path("/proc/self/task").iterdir()):
                 if task not in python:
                     with contextlib.suppress(OSError):
-                        os.sched_setscheduler(task, os.SCHED_IDLE, os.sched_param(0))
+                        os.setpriority(os.PRIO_PROCESS, task, 15)
             time.sleep(0.05)
 
     threading.Thread(target=look, daemon=True).start()
@@ -144,7 +144,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--runs", type=int, default=200)
     parser.add_argument("--hogs", type=int, default=4, help="processes that only take processors")
-    parser.add_argument("--starve", action="store_true", help="give threads of libraries what nobody else wants")
+    parser.add_argument("--starve", action="store_true", help="let threads of libraries run late")
     parser.add_argument("--cold", action="store_true", help="start each run by its command")
     parser.add_argument("--keep", type=Path, default=Path("stress"), help="what failed runs wrote")
     options = parser.parse_args()
@@ -205,13 +205,13 @@ def stress(options: argparse.Namespace, folder: Path, helpers: list[int]) -> Non
         if any(code != (128 + signal.SIGTERM if stopped else 0) for code in codes):
             kept = options.keep / f"{number}-{'-'.join(map(str, codes))}.log"
             kept.write_text(log.read_text(errors="replace"))
-            print(f"run {number}: {label}; kept in {kept}", flush=True)  # noqa: T201
+            print(f"run {number}: {label}; kept in {kept}", flush=True)
         shutil.rmtree(out, ignore_errors=True)
         log.unlink(missing_ok=True)
         if number % 50 == 49:
-            print(f"{number + 1} runs in {time.monotonic() - begin:.0f} s: {dict(found)}", flush=True)  # noqa: T201
+            print(f"{number + 1} runs in {time.monotonic() - begin:.0f} s: {dict(found)}", flush=True)
     for label, count in sorted(found.items()):
-        print(f"| {label} | {count} |")  # noqa: T201
+        print(f"| {label} | {count} |")
 
 
 if __name__ == "__main__":

@@ -243,7 +243,9 @@ def test_a_second_signal_ends_at_once(tmp_path: Path, monkeypatch: pytest.Monkey
 
 
 def tree(folder: Path) -> dict[str, str]:
-    return {str(path.relative_to(folder)): path.read_text(errors="replace") for path in folder.rglob("*") if path.is_file()}
+    return {
+        str(path.relative_to(folder)): path.read_text(errors="replace") for path in folder.rglob("*") if path.is_file()
+    }
 
 
 def users_own(folder: Path) -> dict[str, str]:
@@ -347,7 +349,13 @@ def test_a_new_start_removes_nothing_that_no_run_has_written(tmp_path: Path) -> 
     keys["logger"] = [JSONL(), TensorBoard()]
     long(tmp_path, **keys).train()
     mine = users_own(tmp_path)
-    for name in ("tensorboard/of-mine.png", "huggingface/card.md", "huggingface/step-7/x", "refresh/x", "failure-rates"):
+    for name in (
+        "tensorboard/of-mine.png",
+        "huggingface/card.md",
+        "huggingface/step-7/x",
+        "refresh/x",
+        "failure-rates",
+    ):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text("mine")
         mine[name] = "mine"

@@ -120,6 +120,12 @@ def test_a_rank_that_fails_is_quoted(make: Any) -> None:
         proofs.ranks(make(type="not-on-rank-one"))
 
 
+@pytest.mark.slow
+def test_a_rank_that_is_killed_is_named(make: Any) -> None:
+    with pytest.raises(Failed, match="two processes failed: rank 1 was killed by SIGABRT$"):
+        proofs.ranks(make(type="aborts"))
+
+
 def test_what_does_not_apply_is_no_failure(make: Any) -> None:
     twin = make(checkpoint=[])
     for check in (proofs.export, proofs.first_loss):

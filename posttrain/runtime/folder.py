@@ -95,8 +95,8 @@ def _claim(run: "Run", resume: str, stack: ExitStack) -> str | None:
             differs = difference(run.recipe_before, run.recipe)
             if differs and resume == "auto":
                 return f"{folder} holds a run of another recipe:\n  " + "\n  ".join(differs) + f"\n{ADVICE}"
+        _write(folder / VERSIONS, json.dumps(versions(), indent=1))  # first: it tells our recipe from others
         _write(saved, yaml12.write(run.recipe))
-        _write(folder / VERSIONS, json.dumps(versions(), indent=1))
         _write(folder / "ledger.json", json.dumps(run.loaders.ledger, indent=1))
     except OSError as error:
         return f"the run's folder {folder} cannot be written: {error.strerror or error}; give another output_dir"

@@ -4,6 +4,7 @@ A checkpoint is known by its name and by what is in it, an export by a list of i
 """
 
 import json
+import os
 import re
 import shutil
 from collections.abc import Iterable
@@ -15,7 +16,7 @@ LIST = "posttrain-export.json"
 CARD = "README.md"
 CHECKPOINT = re.compile(r"step-\d{8,}")
 UNFINISHED = re.compile(r"step-\d{8,}\.tmp-.+")
-IN_CHECKPOINT = re.compile(r"manifest\.json|rank-\d{5}\.safetensors(\.json(\.part)?)?")
+IN_CHECKPOINT = re.compile(r"manifest\.json|rank-\d{5}\.safetensors(\.json|\.part)?")
 CONFIGURATIONS = ("config.json", "adapter_config.json")
 """Without one of them a folder is no model: they go first and come last, so that half an export does not load."""
 IN_EXPORT = (
@@ -36,8 +37,16 @@ def _of_checkpoint(folder: Path) -> list[str]:
 
 
 def remove_checkpoint(folder: Path) -> None:
-    """Remove the files of a checkpoint, and the folder unless somebody else has put something into it."""
-    _remove(folder, _of_checkpoint(folder))
+    """Remove a checkpoint, or what a crash has left of one; a crash on the way leaves no half-removed `step-N`.
+
+    If somebody else has put something into its folder, only the files of the checkpoint go.
+    """
+    if UNFINISHED.fullmatch(folder.name):  # nobody but us calls a folder so
+        shutil.rmtree(folder)
+    elif {path.name for path in folder.iterdir()} - set(_of_checkpoint(folder)):
+        _remove(folder, sorted(_of_checkpoint(folder)))  # the manifest first: without it, nothing is gone on from
+    else:
+        shutil.rmtree(folder.rename(folder.with_suffix(f".tmp-old-{os.getpid()}")))
 
 
 def remove_run(folder: Path, files: Iterable[str]) -> None:
@@ -53,8 +62,8 @@ def remove_run(folder: Path, files: Iterable[str]) -> None:
     export = folder / "huggingface"
     for place in (*export.glob("step-*"), export):
         _remove(place, exported(place, default=True))
-    for place, pattern in (("tensorboard", "events.out.tfevents.*"), ("refresh", "pass-*.jsonl")):
-        _remove(folder / place, [path.name for path in (folder / place).glob(pattern)])
+    for name, pattern in (("tensorboard", "events.out.tfevents.*"), ("refresh", "pass-*.jsonl")):
+        _remove(folder / name, [path.name for path in (folder / name).glob(pattern)])
     _remove(folder, [path.name for pattern in files for path in folder.glob(pattern)], itself=False)
 
 

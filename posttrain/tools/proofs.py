@@ -128,8 +128,7 @@ def ranks(twin: Twin) -> str:
     from safetensors.torch import load_file
 
     whole = twin.whole  # first: the processes use the model and the sample that it writes
-    two_ranks = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    done = _child(twin, [*two_ranks, "-m", "posttrain.tools.twin", "step"])
+    done = _child(twin, ["-m", "posttrain.tools.twin", "ranks"])
     if done.returncode:
         raise Failed(f"two processes failed: {_last_line(done.stderr)}")
     made = load_file(twin.folder / "two.safetensors")
@@ -332,5 +331,6 @@ def _child(twin: Twin, arguments: list[str]) -> "subprocess.CompletedProcess[str
 
 
 def _last_line(text: str) -> str:
-    lines = [line for line in text.strip().splitlines() if "Error" in line]
-    return lines[-1] if lines else text.strip()[-300:]
+    """Return the line of a process's messages that says why it failed."""
+    lines = [line for line in text.strip().splitlines() if "Error" in line or "was killed" in line]
+    return lines[-1].removeprefix("error: ").partition("; the same command")[0] if lines else text.strip()[-300:]

@@ -29,7 +29,7 @@ from posttrain.errors import DataError
 from posttrain.hooks import after
 from posttrain.interfaces import DataBlock
 from posttrain.recipes import load as recipe
-from posttrain.runtime.launch import silence_libraries
+from posttrain.runtime.launch import relaunch, silence_libraries
 from posttrain.trainer import Trainer
 
 READ = 256
@@ -276,8 +276,13 @@ def quietly() -> Iterator[None]:
 
 
 def main(arguments: list[str]) -> None:
-    """Do one part of a check in a process of its own: `step` on two ranks, or train and be killed (`killed`)."""
+    """Do one part of a check in a process of its own.
+
+    `ranks` starts two, which take a `step`; `killed` trains and is killed.
+    """
     part, path, folder, *overrides = arguments
+    if part == "ranks":
+        sys.exit(relaunch(2, "-m", ["posttrain.tools.twin", "step", *arguments[1:]]))
     twin = Twin(Path(path), overrides, Path(folder))
     if part == "step":
         import torch

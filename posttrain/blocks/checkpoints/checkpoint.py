@@ -122,7 +122,8 @@ class Resume:
         """
         groups = torch_optimizer(run.optimizer).param_groups
         said = {
-            "format": manifest.FORMAT, "recipe": run.recipe, "identity": self.writer.identity, "step": run.step, "epoch": run.epoch, "position": run.position,
+            "format": manifest.FORMAT, "recipe": run.recipe, "identity": self.writer.identity,
+            "step": run.step, "epoch": run.epoch, "position": run.position,
             "memory": run.memory, "rows_per_step": run.rows_per_step, "world_size": run.fabric.world_size,
             "param_groups": [{name: value for name, value in group.items() if name != "params"} for group in groups],
             "scheduler": run.scheduler.state_dict(), "precision": run.fabric.strategy.precision.state_dict(),

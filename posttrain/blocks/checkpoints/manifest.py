@@ -77,16 +77,11 @@ def publish(aside: Path, folder: Path, manifest: dict[str, Any], keep: int) -> N
     write_synced(aside / NAME, sealed.encode())
     sync(aside)
     if folder.exists():
-        remove(folder)  # it is damaged
+        remove_checkpoint(folder)  # it is damaged
     aside.rename(folder)
     sync(folder.parent)
     for old in checkpoints(folder.parent)[keep:]:
-        remove(old)
-
-
-def remove(folder: Path) -> None:
-    """Remove a checkpoint; a crash on the way leaves no half-removed `step-N`."""
-    remove_checkpoint(folder.rename(folder.with_suffix(f".tmp-old-{os.getpid()}")))
+        remove_checkpoint(old)
 
 
 def seal(manifest: dict[str, Any]) -> str:
