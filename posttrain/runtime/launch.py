@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from posttrain.errors import RecipeError
 from posttrain.runtime.failures import report_failures
+from posttrain.runtime.precision import keep_buffers
 
 log = logging.getLogger(__name__)
 
@@ -77,6 +78,7 @@ def make_fabric(
         raise RecipeError(f"accelerator, devices, precision and strategy do not go together: {error}") from error
     if not by_fabric_run:
         fabric.launch()
+    keep_buffers(fabric)
     if fabric.world_size > 1:
         atexit.register(_leave)
         report_failures(fabric.global_rank, fabric.local_rank)

@@ -36,6 +36,9 @@ if TYPE_CHECKING:
 CLOSE = 1e-6
 """Relative difference, in float64, that counts as none: a real mistake makes 1e-3 and more."""
 
+MARKUP = r"(?:</?[\w|]+>|\[/?\w+\])*"
+"""What templates write around replies, such as an empty `<think></think>`; an expression."""
+
 
 class Failed(Exception):
     """A check that failed: what was found, and what to look at."""
@@ -290,15 +293,16 @@ def _mistakes(twin: Twin, row: Row, stops: set[int] | None) -> Iterator[str]:
     if type(twin.data).encoder is SFTData.encoder and (wanted := _replies(twin.data, row.values)) is not None:  # type: ignore[arg-type]
         ((ids, mask),) = row.encoded.documents
         kept = [token for token, trained in zip(ids.tolist(), mask.tolist(), strict=True) if trained]
-        if _squeezed(tokenizer.decode(kept, skip_special_tokens=True)) != _squeezed(wanted):
+        expected = "".join(f"{MARKUP}{re.escape(_squeezed(reply))}" for reply in wanted) + MARKUP
+        if not re.fullmatch(expected, _squeezed(tokenizer.decode(kept, skip_special_tokens=True))):
             yield "what is supervised is not the text of the replies"
 
 
-def _replies(data: SFTData, values: dict[str, Any]) -> str | None:
-    """Return the text of the trained messages; None if it is not all plain text."""
+def _replies(data: SFTData, values: dict[str, Any]) -> list[str] | None:
+    """Return the texts of the trained messages; None if they are not all plain text."""
     messages = [m for m in data.conversation(values)["messages"] if m["role"] in data.train_on]
     plain = all(isinstance(m.get("content"), str) and set(m) <= {"role", "content"} for m in messages)
-    return "".join(m["content"] for m in messages) if plain else None
+    return [m["content"] for m in messages] if plain else None
 
 
 def _squeezed(text: str) -> str:

@@ -87,7 +87,7 @@ def reference_of(module: nn.Module, fabric: Fabric) -> nn.Module:
 
 
 def change_nothing(hf: Any) -> bool:
-    """Whether adapters add zero so far; those that begin with a part of the weights (PiSSA, OLoRA) take it from them."""
+    """Whether adapters add zero so far; PiSSA's and OLoRA's begin with a part of the weights."""
     second = [p for name, p in hf.named_parameters() if "lora_B" in name or "lora_embedding_B" in name]
     return not any(p.is_meta or bool(p.any()) for p in second)
 

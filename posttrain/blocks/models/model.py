@@ -180,13 +180,17 @@ class HFModel:
         return {"trust_remote_code": self.trust_remote_code, "revision": self.revision, "token": token}
 
     def read_config(self) -> Any:
-        """Return the configuration that the recipe names, with its changes."""
-        from transformers import AutoConfig
+        """Return the configuration that the recipe names, with its changes.
+
+        Raises:
+            RecipeError: a change is of a key that this kind of model does not have.
+        """
+        from posttrain.blocks.models.changes import changed, made
 
         changes = {**self.config, **self.fixed}
         if self.random_init and "model_type" in self.config:
-            return AutoConfig.for_model(**changes)
-        return AutoConfig.from_pretrained(self.name_or_path, **changes, **self.hub)
+            return made(changes)
+        return changed(self.name_or_path, changes, self.hub)
 
     def configured(self, config: Any) -> Any:
         """Return the configuration to build from; a subclass may make another one of the model's own."""
