@@ -14,7 +14,7 @@ import attrs
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from toy import losses, metrics, trainer
+from toy import LLAMA, losses, metrics, trainer
 
 import posttrain
 import posttrain.hooks as hooks
@@ -219,6 +219,30 @@ def test_the_export_loads_in_transformers_and_gives_the_same_logits(tmp_path: Pa
     ids = torch.tensor([[5, 6, 7, 8]])
     with torch.no_grad():
         torch.testing.assert_close(loaded(ids).logits, run.model.module.hf.eval()(ids).logits)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize(
+    ("base", "asked"), [("bfloat16", None), ("float32", None), ("float32", "bfloat16"), ("float16", "float32")]
+)
+def test_an_export_has_the_type_of_the_model_that_it_began_from(
+    tmp_path: Path, base: str, asked: Any, tied: bool
+) -> None:
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.for_model(**LLAMA, tie_word_embeddings=tied)
+    AutoModelForCausalLM.from_config(config, dtype=base).save_pretrained(tmp_path / "base")
+    model: dict[str, Any] = {"name_or_path": str(tmp_path / "base"), "random_init": False, "config": {}}
+    checkpoint = [HuggingFace(dtype=asked)]
+    run = trainer(tmp_path / "run", model={**model, "config": {}}, checkpoint=checkpoint, max_steps=2).train()
+    there = tmp_path / "run" / "huggingface"
+    tensors = load_file(there / "model.safetensors")
+    assert {str(tensor.dtype) for tensor in tensors.values()} == {f"torch.{asked or base}"}
+    assert ("lm_head.weight" in tensors) != tied
+    assert json.loads((there / "config.json").read_text())["dtype"] == (asked or base)
+    loaded = AutoModelForCausalLM.from_pretrained(there)
+    for name, value in run.model.module.hf.named_parameters():
+        torch.testing.assert_close(loaded.get_parameter(name), value.to(loaded.dtype), rtol=0, atol=0)
 
 
 def test_an_interrupted_run_exports_nothing(tmp_path: Path) -> None:

@@ -150,7 +150,7 @@ class Twin:
             with torch.random.fork_rng():
                 torch.manual_seed(0)
                 kind = getattr(transformers, block.auto)
-                made = kind.from_config(config, trust_remote_code=block.trust_remote_code)
+                made = kind.from_config(config, dtype=torch.float32, trust_remote_code=block.trust_remote_code)
             draft = folder.with_name(f"{name}.{os.getpid()}")
             made.save_pretrained(draft)
             draft.rename(folder)

@@ -6,7 +6,7 @@ import os
 import shutil
 import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import attrs
 from attrs.converters import optional as or_none
@@ -20,8 +20,11 @@ from posttrain.registry import block, key
 from posttrain.runtime.folder import ADVICE, difference
 from posttrain.runtime.identity import differences
 from posttrain.runtime.ours import UNFINISHED, exported, in_the_way, put_in_place, remove_checkpoint
+from posttrain.runtime.precision import kept_precise
 
 if TYPE_CHECKING:
+    from torch import Tensor, nn
+
     from posttrain.run import Run
 
 log = logging.getLogger("posttrain")
@@ -167,6 +170,9 @@ class HuggingFace:
 
     output_dir: Path | None = key(None, convert=or_none(Path))
     """Defaults to `huggingface` inside the run's folder."""
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    """Of the numbers in the files; by default that of the model's own files, from which training began. Adapters are written
+    as they are trained."""
     every: int | None = key(None, also=("save_every_n_steps",), check=optional(gt(0)))
     """Optimizer steps between exports, each into a folder `step-N` of its own; null for none."""
     every_epochs: int | None = key(None, also=("save_every_n_epochs",), check=optional(gt(0)))
@@ -216,7 +222,12 @@ class HuggingFace:
         aside = folder.with_name(f"{folder.name}.tmp-{os.getpid()}")
         try:
             shutil.rmtree(aside, ignore_errors=True)
+            dtype = self.dtype or getattr(run.model.module, "saved_as", None)  # a network of one's own may not know
+            if dtype is not None:
+                parameters = cast(run.model.module, parameters, dtype)
             run.model.module.save_pretrained(aside, state_dict=parameters)  # type: ignore[operator]
+            if dtype is not None:
+                say_dtype(aside / "config.json", dtype)
             run.tokenizer.save_pretrained(aside)
             put_in_place(aside, folder, exported(folder, self.is_own(run)))
         except FileExistsError as error:
@@ -225,6 +236,36 @@ class HuggingFace:
             shutil.rmtree(aside, ignore_errors=True)
             return f"the model could not be exported to {folder}: {error.strerror or error}"
         return None
+
+
+def cast(module: "nn.Module", parameters: "dict[str, Tensor] | None", dtype: str) -> "dict[str, Tensor]":
+    """Return the parameters and buffers of a network in another type, but for those that must stay in float32.
+
+    Args:
+        module: the network.
+        parameters: its parameters, if a rank has only parts of them.
+        dtype: name of a type of torch's.
+    """
+    import torch
+
+    wanted = getattr(torch, dtype)
+    kept = kept_precise(module, wanted)
+    once = {name for held in (module.named_parameters(), module.named_buffers()) for name, _ in held}
+    given = parameters if parameters is not None else module.state_dict()
+    return {
+        name: value.detach().to("cpu", wanted) if value.is_floating_point() and not kept(name) else value
+        for name, value in given.items() if name in once  # tied parameters by one name
+    }  # fmt: skip
+
+
+def say_dtype(file: Path, dtype: str) -> None:
+    """Let an exported configuration say in which type the weights beside it are."""
+    if not file.exists():
+        return
+    config = json.loads(file.read_text(encoding="utf-8"))
+    for part in (config, *(value for value in config.values() if isinstance(value, dict))):
+        part.update({name: dtype for name in ("dtype", "torch_dtype") if name in part})
+    file.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
 def is_due(block: Resume | HuggingFace, run: "Run", at_end: bool) -> bool:

@@ -31,6 +31,8 @@ class PackedModel(nn.Module):
         self.hf = hf
         self.offload = False
         """Whether what is kept for the backward pass waits in the memory of the host."""
+        self.saved_as: str | None = None
+        """In which type to export what is trained in float32; None for as it is."""
 
     @contextmanager
     def running(self) -> Iterator[None]:

@@ -135,7 +135,15 @@ class HFModel:
                 layer.compile(backend="inductor" if self.compile is True else self.compile)
         network: Any = self.wrap(hf)
         network.offload = self.offload_activations
+        network.saved_as = self.saved_as()
         return network  # type: ignore[no-any-return]
+
+    def saved_as(self) -> str | None:
+        """Return the half-precision type that the model's files are in, for exports; None to write what is trained."""
+        if self.random_init or self.lora is not None or self.dtype != "float32":
+            return None
+        dtype = str(self.read_config().dtype).removeprefix("torch.")
+        return dtype if dtype in ("bfloat16", "float16") else None
 
     def wrap(self, hf: Any) -> "nn.Module":
         """Return a `CausalLM` around a transformers model (see causal.py)."""
