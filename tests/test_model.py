@@ -1,5 +1,6 @@
 """Model blocks: where weights come from, which of them are trained, and what is exported."""
 
+import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -188,6 +189,38 @@ def test_no_strategy_rounds_rotary_angles(tmp_path: Path, strategy: str, precisi
         "angles = made.train().model.module.hf.model.rotary_emb.inv_freq.cpu()",
         "torch.testing.assert_close(angles, built().hf.model.rotary_emb.inv_freq, rtol=0, atol=0)",
     )  # fmt: skip
+
+
+@pytest.mark.filterwarnings("ignore")  # torch.compile warns about its own ways
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_layers_are_compiled_with_and_without_checkpointing(tmp_path: Path, checkpointing: bool) -> None:
+    graphs: list[int] = []
+
+    def counting(graph: Any, inputs: Any) -> Any:
+        graphs.append(sum(node.op == "call_function" for node in graph.graph.nodes))
+        return graph.forward
+
+    torch.compiler.reset()
+    torch._dynamo.register_backend(counting, name=f"counting-{checkpointing}")  # type: ignore[no-untyped-call]
+    keys: dict[str, Any] = {"max_steps": 2, "checkpoint": []}
+    model = {"compile": f"counting-{checkpointing}", "activation_checkpointing": checkpointing}
+    trainer(tmp_path / "compiled", model=model, **keys).train()
+    assert sum(graphs) > 40
+    trainer(tmp_path / "plain", **keys).train()
+    assert losses(tmp_path / "compiled") == losses(tmp_path / "plain")
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_a_copy_of_a_compiled_model_computes_with_its_own_weights(checkpointing: bool) -> None:
+    made = built(compile="eager", activation_checkpointing=checkpointing)
+    copied = copy.deepcopy(made)
+    ids = torch.arange(3, 9)[None]
+    with torch.no_grad():
+        before = copied.hf(ids).logits
+        for parameter in made.hf.model.layers.parameters():
+            parameter.zero_()
+        torch.testing.assert_close(copied.hf(ids).logits, before, rtol=0, atol=0)
 
 
 def test_a_token_that_the_model_does_not_know_is_named(tmp_path: Path) -> None:

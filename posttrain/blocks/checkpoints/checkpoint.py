@@ -171,7 +171,7 @@ class HuggingFace:
     output_dir: Path | None = key(None, convert=or_none(Path))
     """Defaults to `huggingface` inside the run's folder."""
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
-    """Of the numbers in the files; by default that of the model's own files, from which training began. Adapters are written
+    """Of the numbers in the files; by default that of the files that training began from. Adapters are written
     as they are trained."""
     every: int | None = key(None, also=("save_every_n_steps",), check=optional(gt(0)))
     """Optimizer steps between exports, each into a folder `step-N` of its own; null for none."""

@@ -99,6 +99,8 @@ class HFModel:
         """Yield what contradicts itself."""
         if self.offload_activations and self.activation_checkpointing is not True:
             yield "offload_activations", "moves what activation_checkpointing keeps: set that to true"
+        if self.compile and self.activation_checkpointing == "selective":
+            yield "activation_checkpointing", "selective cannot look into compiled layers: say true, or compile: false"
 
     def build(self, fabric: "Fabric") -> "nn.Module":
         """Return the network, ready to train (see `wrap`).
@@ -117,7 +119,7 @@ class HFModel:
 
     def make(self, empty: bool) -> "nn.Module":
         """Return the network, with weights unless it is to be empty."""
-        from posttrain.blocks.models.activations import checkpoint_activations, tile_mlps
+        from posttrain.blocks.models.activations import Compiled, checkpoint_activations, tile_mlps
 
         hf = self.load(empty)
         self.refuse_unpackable(hf)
@@ -128,11 +130,11 @@ class HFModel:
         self.freeze_parameters(hf)
         if self.tiled_mlp:
             tile_mlps(hf, self.tiled_mlp)
+        if self.compile:  # before checkpointing, inside of which torch compiles nothing by itself
+            for layer in hf.get_decoder().layers:
+                layer.forward = Compiled(layer.forward, "inductor" if self.compile is True else self.compile)
         if self.activation_checkpointing:
             checkpoint_activations(hf, selective=self.activation_checkpointing == "selective")
-        if self.compile:
-            for layer in hf.get_decoder().layers:
-                layer.compile(backend="inductor" if self.compile is True else self.compile)
         network: Any = self.wrap(hf)
         network.offload = self.offload_activations
         network.saved_as = self.saved_as()
