@@ -5,7 +5,7 @@ these Protocols alone, so a block needs no base class: a class with the right me
 Nothing heavy is imported: recipes are validated against these names without torch.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, runtime_checkable
 
 import attrs
@@ -53,6 +53,9 @@ class Loaders:
     eval: Loader | None = None
     ledger: dict[str, Any] = attrs.field(factory=dict)
     """Rows and tokens in, dropped, cut and supervised, per source; plain JSON data."""
+    identity: Callable[[], dict[str, Any]] = dict
+    """Returns what tells the rows of each source from others, such as a checksum: plain JSON data, kept in
+    checkpoints so that a run does not go on with other rows. It may take seconds; only rank zero calls it."""
 
 
 class ModelBlock(Protocol):
@@ -189,6 +192,14 @@ class Fingerprinted(Protocol):
     """A model block that can say which weights it stands for, without loading them."""
 
     def fingerprint(self) -> str | None:
+        """Return a text that differs where the weights do; None if it cannot tell."""
+
+
+@runtime_checkable
+class Identified(Protocol):
+    """A model block that can say with which weights training begins, however they are used then."""
+
+    def content(self) -> str | None:
         """Return a text that differs where the weights do; None if it cannot tell."""
 
 

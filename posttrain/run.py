@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -180,6 +180,10 @@ class Run:
     """Sees whether all ranks go on."""
     batches: list[Batch] = attrs.field(factory=list)
     """The micro-batches of the step in hand, as `made` returned them."""
+    identity: Callable[[], dict[str, Any]] = dict
+    """Returns what the run computes from beside its recipe (see runtime/identity.py); it may take a while."""
+    recipe_before: dict[str, Any] | None = None
+    """The recipe that was found in the run's folder, of the process that trained there before."""
     step: int = 0
     """Optimizer steps taken."""
     began: dict[int, Position] = attrs.field(factory=dict)

@@ -30,6 +30,7 @@ from posttrain.interfaces import (
 from posttrain.keys import TrainerKeys
 from posttrain.run import Metrics, Run
 from posttrain.runtime import crash, folder
+from posttrain.runtime.identity import identity
 from posttrain.runtime.launch import all_reduce, make_fabric, reseed
 from posttrain.runtime.signals import Signals
 from posttrain.runtime.watchdog import Watchdog
@@ -157,6 +158,7 @@ class Trainer(TrainerKeys):
             raise RecipeError("\n".join(found))
         with hooks.bound(self, [*self.callbacks, *callbacks]):
             self.run = self.setup()
+            self.run.identity = partial(identity, self)
             with folder.claimed(self.run, self.resume):
                 for checkpoint in self.checkpoint:
                     checkpoint.load(self.run)

@@ -19,6 +19,7 @@ from transformers import DynamicCache
 from posttrain import Batch, HFModel, SFTData, Term, Trainer, block, default
 from posttrain.blocks.data.data import pad_id
 from posttrain.blocks.data.encode import tokenize, tokenizer_text
+from posttrain.blocks.data.rows.schemas import Reading
 from posttrain.blocks.layout import Column, Example, collate, collate_groups
 from posttrain.blocks.models.frozen import reference_of
 from posttrain.interfaces import DataBlock, ModelBlock
@@ -37,6 +38,7 @@ class PromptEncoder:
     """Prompts as tokens, nothing of which is supervised; their rows come along."""
 
     tokenizer: Any
+    reading: Reading = attrs.field(factory=Reading)
     sides = ("",)
     columns = {"row": Column("example", "json")}
 

@@ -1,5 +1,6 @@
 """Code of users who each made one mistake, for `posttrain check --twin` to find."""
 
+import os
 from typing import Any
 
 import attrs
@@ -58,6 +59,16 @@ class NotOnRankOne(SFTTrainer):
     def loss(self, batch: Batch) -> Any:
         if self.run.fabric.global_rank == 1:
             raise ValueError("not on rank one")
+        return super().loss(batch)
+
+
+@block("trainer", "aborts")
+class Aborts(SFTTrainer):
+    """The second rank is killed by its own library."""
+
+    def loss(self, batch: Batch) -> Any:
+        if self.run.fabric.global_rank == 1:
+            os.abort()
         return super().loss(batch)
 
 

@@ -177,6 +177,10 @@ class Letters:
     columns: Any
     sides = ("",)
 
+    @property
+    def reading(self) -> Any:
+        return self.inner.reading
+
     def encode(self, rows: list[Any]) -> list[Any]:
         def with_letters(example: Example) -> Example:
             ((ids, _),) = example.documents

@@ -94,6 +94,26 @@ def test_with_adapters_the_reference_is_the_model_without_them(tmp_path: Path) -
     assert (run.model.module.eval()(batch, "log_probs") - said).abs().max() > 1e-3
 
 
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+@pytest.mark.parametrize("init", ["pissa", "olora", False])
+def test_adapters_that_begin_with_a_part_of_the_weights_have_a_copy_as_reference(tmp_path: Path, init: Any) -> None:
+    pytest.importorskip("peft")
+    lora = {"lora": LoRA(r=4, kwargs={"init_lora_weights": init})}
+    run = dpo(tmp_path, model=lora, optimizer=AdamW(lr=1e-2)).train()
+    assert losses(tmp_path)[0] == pytest.approx(math.log(2), abs=1e-6)
+    assert metrics(tmp_path)[0]["rewards/margin"] == pytest.approx(0, abs=1e-6)
+    assert list(run.frozen["reference"].parameters())
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_asking_the_reference_trains_no_adapter_that_the_recipe_freezes(tmp_path: Path) -> None:
+    pytest.importorskip("peft")
+    model = {"lora": LoRA(r=4), "freeze": ["*lora_A*"]}
+    run = dpo(tmp_path, model=model, optimizer=AdamW(lr=1e-2)).train()
+    trained = {name.split(".")[-3] for name, p in run.model.module.named_parameters() if p.requires_grad}
+    assert trained == {"lora_B"}
+
+
 def test_a_recorded_reference_trains_the_same_and_is_asked_only_once(tmp_path: Path) -> None:
     asked = dpo(tmp_path / "asked", eval_rows=9, eval_every=2).train()
     recorded = dpo(tmp_path / "recorded", eval_rows=9, eval_every=2, precompute_reference=True).train()

@@ -69,7 +69,7 @@ def mortal(kind: str, folder: Path, die_at: int, environment: dict[str, str]) ->
 
         return wrapped
 
-    watched = ((os, "fsync"), (os, "rename"), (Path, "rename"), (shutil, "rmtree"), (state, "save_file"),
+    watched = ((os, "fsync"), (os, "rename"), (Path, "rename"), (shutil, "rmtree"), (Path, "unlink"), (state, "save_file"),
                (manifest, "write_synced"))  # fmt: skip
     for owner, name in watched:
         setattr(owner, name, ticking(getattr(owner, name)))

@@ -1,5 +1,6 @@
 """Model blocks: where weights come from, which of them are trained, and what is exported."""
 
+import copy
 import json
 from pathlib import Path
 from types import SimpleNamespace
@@ -9,12 +10,16 @@ import pytest
 import torch
 from conftest import byte_tokenizer
 from safetensors.torch import load_file
+from test_ranks import on_two_ranks
 from toy import LLAMA, losses, trainer
 from transformers import AutoModelForCausalLM
 
+from posttrain.blocks.models.causal import CausalLM
 from posttrain.blocks.models.model import HFModel, LoRA
 from posttrain.blocks.tokenizers.tokenizer import HFTokenizer
 from posttrain.errors import RecipeError, TrainingError
+from posttrain.runtime.precision import halve
+from posttrain.tools.twin import shrink
 from posttrain.values import Secret
 
 
@@ -47,6 +52,59 @@ def test_random_weights_take_only_the_configuration(tiny_model: Path) -> None:
 def test_options_that_do_not_fit_are_refused(keys: dict[str, Any], message: str) -> None:
     with pytest.raises(RecipeError, match=message):
         built(**keys)
+
+
+@pytest.mark.parametrize(
+    ("config", "found"),
+    [
+        ({"rope_theta": 1e6}, {"rope_theta": 1e6, "rope_type": "default"}),
+        ({"rope_parameters": {"rope_theta": 5.0}}, {"rope_theta": 5.0, "rope_type": "default"}),
+        (
+            {"rope_scaling": {"type": "linear", "factor": 2.0}},
+            {"rope_theta": 10000.0, "rope_type": "linear", "factor": 2.0},
+        ),
+        ({"rope_scaling": None, "rope_theta": 7.0}, {"rope_theta": 7.0, "rope_type": "default"}),
+    ],
+)
+def test_how_positions_are_rotated_can_be_changed(tiny_model: Path, config: Any, found: dict[str, Any]) -> None:
+    made: Any = HFModel(name_or_path=str(tiny_model), config=config).build(None)  # type: ignore[arg-type]
+    assert made.hf.config.rope_parameters == found
+    base = found["rope_theta"] ** -(torch.arange(0, 8, 2) / 8) / found.get("factor", 1)
+    torch.testing.assert_close(made.hf.model.rotary_emb.inv_freq, base)
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"config": {"hiden_size": 8}}, "LlamaConfig has no key 'hiden_size'.* did you mean 'hidden_size'"),
+        ({"config": {"n_embd": 8, "foo": 1}}, "(?s)'n_embd'.*'foo'"),
+        ({"config": {**LLAMA, "foo": 1}, "random_init": True}, "LlamaConfig has no key 'foo'"),
+        (
+            {"config": {"model_type": "gpt2", "rope_theta": 2.0}, "random_init": True, "name_or_path": "toy"},
+            "GPT2Config has no key 'rope_theta'",
+        ),
+        ({"config": {"model_type": "gemma3", "num_hidden_layers": 2}, "random_init": True}, "write text_config: "),
+        (
+            {"config": {"model_type": "gemma3", "text_config": {"hiden": 1}}, "random_init": True},
+            "has no key 'text_config.hiden'",
+        ),
+    ],
+)
+def test_changes_that_would_change_nothing_are_refused(tiny_model: Path, keys: dict[str, Any], message: str) -> None:
+    with pytest.raises(RecipeError, match=message):
+        HFModel(**{"name_or_path": str(tiny_model), **keys}).read_config()
+
+
+def test_layers_that_rotate_in_their_own_ways_are_changed_by_their_names(tmp_path: Path) -> None:
+    from transformers import Gemma3TextConfig
+
+    Gemma3TextConfig().save_pretrained(tmp_path)
+    with pytest.raises(RecipeError, match="write rope_parameters: {full_attention: {rope_theta: "):
+        HFModel(name_or_path=str(tmp_path), config={"rope_theta": 5.0}).read_config()
+    given = {"rope_parameters": {"full_attention": {"rope_theta": 5.0}}}
+    made = HFModel(name_or_path=str(tmp_path), config=given).read_config()
+    assert made.rope_parameters["full_attention"] == {"rope_type": "default", "rope_theta": 5.0}
+    assert made.rope_parameters["sliding_attention"]["rope_theta"] == 10000.0
 
 
 def test_frozen_parts_keep_their_weights_and_are_not_in_checkpoints(tmp_path: Path) -> None:
@@ -97,6 +155,76 @@ def test_half_precision_trains_close_to_single(tmp_path: Path, precision: Any) -
     trainer(tmp_path / "single", max_steps=4).train()
     trainer(tmp_path / "half", max_steps=4, precision=precision).train()
     assert losses(tmp_path / "half") == pytest.approx(losses(tmp_path / "single"), rel=0.02)
+
+
+HALVED = ("llama", "qwen3", "gemma2", "gemma3_text", "mixtral", "phi3", "gpt_oss", "deepseek_v3", "glm4_moe", "cohere2")
+
+
+@pytest.mark.parametrize("kind", HALVED)
+def test_bf16_true_casts_what_transformers_casts(tmp_path: Path, kind: str) -> None:
+    from transformers import CONFIG_MAPPING
+
+    config = CONFIG_MAPPING[kind]()
+    shrink(config)
+    made = AutoModelForCausalLM.from_config(config)
+    made.save_pretrained(tmp_path)
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path, dtype="bfloat16")
+    ours = halve(CausalLM(AutoModelForCausalLM.from_pretrained(tmp_path)), torch.bfloat16).hf
+    kept = {name: tensor.dtype for name, tensor in theirs.named_parameters()}
+    assert {name: tensor.dtype for name, tensor in ours.named_parameters()} == kept
+    angles = {name: tensor for name, tensor in theirs.named_buffers() if "freq" in name or "bias" in name}
+    assert angles
+    for name, tensor in angles.items():
+        torch.testing.assert_close(ours.get_buffer(name), tensor, rtol=0, atol=0)
+    ids, far = torch.arange(3, 35)[None], torch.arange(4000, 4032)[None]
+    with torch.no_grad():
+        logits = [model.eval()(ids, position_ids=far).logits for model in (ours, theirs)]
+    torch.testing.assert_close(*logits, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("strategy", ["Auto", "FSDP", "DeepSpeed"])
+@pytest.mark.parametrize("precision", ["bf16-true", "bf16-mixed"])
+def test_no_strategy_rounds_rotary_angles(tmp_path: Path, strategy: str, precision: str) -> None:
+    if strategy == "DeepSpeed":
+        pytest.importorskip("deepspeed")
+    keys = {"max_steps": 1, "micro_batch_size": 2, "checkpoint": [], "precision": precision, "accelerator": "cpu"}
+    on_two_ranks(
+        tmp_path, "test_model", "import posttrain", f"made = trainer(folder, devices=2, strategy=posttrain.{strategy}(), **{keys})",
+        "angles = made.train().model.module.hf.model.rotary_emb.inv_freq.cpu()",
+        "torch.testing.assert_close(angles, built().hf.model.rotary_emb.inv_freq, rtol=0, atol=0)",
+    )  # fmt: skip
+
+
+@pytest.mark.filterwarnings("ignore")  # torch.compile warns about its own ways
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_layers_are_compiled_with_and_without_checkpointing(tmp_path: Path, checkpointing: bool) -> None:
+    graphs: list[int] = []
+
+    def counting(graph: Any, inputs: Any) -> Any:
+        graphs.append(sum(node.op == "call_function" for node in graph.graph.nodes))
+        return graph.forward
+
+    torch.compiler.reset()
+    torch._dynamo.register_backend(counting, name=f"counting-{checkpointing}")  # type: ignore[no-untyped-call]
+    keys: dict[str, Any] = {"max_steps": 2, "checkpoint": []}
+    model = {"compile": f"counting-{checkpointing}", "activation_checkpointing": checkpointing}
+    trainer(tmp_path / "compiled", model=model, **keys).train()
+    assert sum(graphs) > 40
+    trainer(tmp_path / "plain", **keys).train()
+    assert losses(tmp_path / "compiled") == losses(tmp_path / "plain")
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_a_copy_of_a_compiled_model_computes_with_its_own_weights(checkpointing: bool) -> None:
+    made = built(compile="eager", activation_checkpointing=checkpointing)
+    copied = copy.deepcopy(made)
+    ids = torch.arange(3, 9)[None]
+    with torch.no_grad():
+        before = copied.hf(ids).logits
+        for parameter in made.hf.model.layers.parameters():
+            parameter.zero_()
+        torch.testing.assert_close(copied.hf(ids).logits, before, rtol=0, atol=0)
 
 
 def test_a_token_that_the_model_does_not_know_is_named(tmp_path: Path) -> None:

@@ -114,6 +114,21 @@ def test_what_the_launcher_and_the_recipe_say_must_agree(tmp_path: Path, tiny_mo
     assert "devices: the recipe says 3, but `fabric run` was given --devices=2" in done.stderr
 
 
+@pytest.mark.slow
+def test_a_rank_whose_gloo_threads_are_late_ends_cleanly() -> None:
+    """Without `launch._settle`, two of three such runs end with SIGABRT (see late_thread.py)."""
+    hog = "import os\nos.sched_setaffinity(0, {min(os.sched_getaffinity(0))})\nwhile True: pass"
+    hogs = [subprocess.Popen([sys.executable, "-c", hog]) for _ in range(2)]
+    try:
+        two = [BIN / "torchrun", "--standalone", "--nproc-per-node", "2"]
+        done = launched([*two, ROOT / "tests" / "late_thread.py", "settled"])
+    finally:
+        for process in hogs:
+            process.kill()
+            process.wait()
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_sigterm_ends_a_run_cleanly_and_the_same_command_goes_on(
     tmp_path: Path, tiny_model: Path, sums: Path, ranks: int

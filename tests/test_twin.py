@@ -6,6 +6,7 @@ from tempfile import mkdtemp
 from typing import Any
 
 import pytest
+import torch
 import transformers
 
 from posttrain import yaml12
@@ -20,6 +21,10 @@ CHATML = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content | trim }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
+QWEN3 = CHATML.replace(
+    "\n{{ m.content", "\n{% if loop.last and m.role == 'assistant' %}<think>\n\n</think>\n\n{% endif %}{{ m.content"
+)
+"""As Qwen3's does, for the last reply alone, and not in its generation prompt."""
 CUT = CHATML.replace("trim", "truncate(9)")
 """A part of the content is lost."""
 TWICE = "{{ bos_token }}{{ bos_token }}" + CHATML
@@ -67,6 +72,14 @@ def failing(twin: Twin) -> set[str]:
 @pytest.mark.parametrize("method", ["sft", "sound", "dpo", "reward"])
 def test_what_is_sound_passes(make: Any, method: str) -> None:
     assert failing(make(type=method)) == set()
+
+
+def test_a_template_that_adds_an_empty_thought_passes(make: Any) -> None:
+    """Qwen3's does, to the reply after the last question."""
+    twin = make(tokenizer={"chat_template": QWEN3})
+    ids, mask = twin.sample(1)[0].encoded.documents[0]
+    assert "<think>" in twin.tokenizer.decode(ids[mask])
+    assert failing(twin) == set()
 
 
 def test_methods_with_models_of_their_own_pass(make: Any, tiny_model: Path) -> None:
@@ -120,6 +133,12 @@ def test_a_rank_that_fails_is_quoted(make: Any) -> None:
         proofs.ranks(make(type="not-on-rank-one"))
 
 
+@pytest.mark.slow
+def test_a_rank_that_is_killed_is_named(make: Any) -> None:
+    with pytest.raises(Failed, match="two processes failed: rank 1 was killed by SIGABRT$"):
+        proofs.ranks(make(type="aborts"))
+
+
 def test_what_does_not_apply_is_no_failure(make: Any) -> None:
     twin = make(checkpoint=[])
     for check in (proofs.export, proofs.first_loss):
@@ -155,6 +174,31 @@ def test_a_twin_is_small_and_of_the_same_kind(kind: str) -> None:
     model = AutoModelForCausalLM.from_config(config)
     assert sum(p.numel() for name, p in model.named_parameters() if "embed" not in name and "lm_head" not in name) < 1e6
     assert model.config.model_type == kind
+
+
+@pytest.mark.parametrize("kind", ["deepseek_v3", "deepseek_v2", "minicpm3", "glm4_moe_lite", "longcat_flash"])
+def test_a_twin_with_latent_attention_runs(kind: str) -> None:
+    from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+
+    if kind not in CONFIG_MAPPING:
+        pytest.skip(f"this transformers has no {kind}")
+    config = CONFIG_MAPPING[kind](num_experts_per_tok=6) if kind == "deepseek_v2" else CONFIG_MAPPING[kind]()
+    shrink(config)
+    model = AutoModelForCausalLM.from_config(config)
+    assert model(torch.arange(8)[None]).logits.isfinite().all()
+    assert sum(p.numel() for name, p in model.named_parameters() if "embed" not in name and "lm_head" not in name) < 1e6
+
+
+@pytest.mark.parametrize("kind", ["qwen2_5_vl", "qwen3_vl", "gemma3", "llava", "smolvlm", "idefics3", "mistral3"])
+def test_a_vision_tower_shrinks_with_its_model(kind: str) -> None:
+    from transformers import CONFIG_MAPPING, AutoModelForImageTextToText
+
+    config = CONFIG_MAPPING[kind]()
+    shrink(config)
+    model = AutoModelForImageTextToText.from_config(config)
+    ends = ("embed_tokens.weight", "lm_head.weight")
+    sizes = {name: p.numel() for name, p in model.named_parameters() if not name.endswith(ends)}
+    assert sum(sizes.values()) < 3e6, max(sizes, key=sizes.__getitem__)
 
 
 @pytest.mark.slow

@@ -5,7 +5,6 @@ import json
 import logging
 import os
 import platform
-import shutil
 import socket
 import sys
 from collections.abc import Iterator
@@ -16,6 +15,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 from posttrain import yaml12
 from posttrain.errors import CheckpointError, RecipeError
+from posttrain.runtime.ours import remove_run
 
 if TYPE_CHECKING:
     from posttrain.interfaces import LoggerBlock
@@ -31,8 +31,12 @@ FREE = (
 """Keys that may differ when a run goes on: they change where and how it runs, not what it computes.
 How a step is cut is among them; that its rows stay the same is checked when a checkpoint is loaded."""
 
-OURS = ("metrics.jsonl", "recipe.yaml", "failure.txt", "failure-r*", "skipped-rows*")
+OURS = (
+    "metrics.jsonl", "recipe.yaml", "failure.txt", "failure-rank-*.txt", "failure-rows*.jsonl", "skipped-rows*.jsonl",
+)  # fmt: skip
 """Files that a new start removes."""
+ADVICE = "give another output_dir, go on all the same with resume=force, or start anew with resume=never"
+VERSIONS = "versions.json"
 PACKAGES = ("posttrain", "torch", "lightning", "transformers", "tokenizers", "datasets", "peft", "deepspeed")
 
 
@@ -71,7 +75,8 @@ def logged(run: "Run", blocks: "list[LoggerBlock]") -> Iterator[None]:
 
 
 def difference(old: Any, new: Any, key: str = "") -> list[str]:
-    """Return a line for each key whose value differs."""
+    """Return a line for each key whose value differs, as JSON would tell them apart."""
+    old, new = (old, new) if key else json.loads(json.dumps([old, new]))
     if isinstance(old, dict) and isinstance(new, dict):
         keys = [k for k in {**old, **new} if key or k not in FREE]
         return [line for k in keys for line in difference(old.get(k), new.get(k), f"{key}.{k}" if key else str(k))]
@@ -84,19 +89,19 @@ def _claim(run: "Run", resume: str, stack: ExitStack) -> str | None:
         folder.mkdir(parents=True, exist_ok=True)
         if problem := _locked(folder, stack.enter_context((folder / ".lock").open("a+"))):
             return problem
-        if resume == "never":
-            _clear(run)
         saved = folder / "recipe.yaml"
-        if resume == "auto" and saved.exists():
-            there = yaml12.parse(saved.read_text(encoding="utf-8"), lambda line: (line, f"{saved}:{line}")).data
-            differs = difference(there, json.loads(json.dumps(run.recipe)))
-            if differs:
-                return (
-                    f"{folder} holds a run of another recipe:\n  " + "\n  ".join(differs) + "\n"
-                    "give another output_dir, go on all the same with resume=force, or start anew with resume=never"
-                )
+        if saved.exists() and not (folder / VERSIONS).exists():
+            return f"{saved} was not written by a run, and would be overwritten: give another output_dir"
+        if resume == "never" and saved.exists():
+            remove_run(folder, OURS)
+        if resume != "never" and saved.exists():
+            text = saved.read_text(encoding="utf-8")
+            run.recipe_before = yaml12.parse(text, lambda line: (line, f"{saved}:{line}")).data
+            differs = difference(run.recipe_before, run.recipe)
+            if differs and resume == "auto":
+                return f"{folder} holds a run of another recipe:\n  " + "\n  ".join(differs) + f"\n{ADVICE}"
+        _write(folder / VERSIONS, json.dumps(versions(), indent=1))  # first: it tells our recipe from others
         _write(saved, yaml12.write(run.recipe))
-        _write(folder / "versions.json", json.dumps(versions(), indent=1))
         _write(folder / "ledger.json", json.dumps(run.loaders.ledger, indent=1))
     except OSError as error:
         return f"the run's folder {folder} cannot be written: {error.strerror or error}; give another output_dir"
@@ -133,18 +138,6 @@ def _locked(folder: Path, lock: TextIO) -> str | None:
     lock.write(f"process {os.getpid()} on {socket.gethostname()}")
     lock.flush()
     return None
-
-
-def _clear(run: "Run") -> None:
-    """Remove what an earlier run left here, and nothing else."""
-    folder = run.output_dir
-    if not (folder / "recipe.yaml").exists():
-        return
-    for found in (*folder.glob("step-*"), folder / "tensorboard", folder / "huggingface", folder / "refresh"):
-        shutil.rmtree(found, ignore_errors=True)
-    for pattern in OURS:
-        for file in folder.glob(pattern):
-            file.unlink()
 
 
 def versions() -> dict[str, str]:

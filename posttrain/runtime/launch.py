@@ -11,16 +11,22 @@ import os
 import random
 import signal
 import sys
+import time
+from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from posttrain.errors import RecipeError
 from posttrain.runtime.failures import report_failures
+from posttrain.runtime.precision import keep_buffers
 
 log = logging.getLogger(__name__)
 
 SECONDS_TO_SAVE = 600
 """How long the ranks may take to finish a step and save after a signal, before they are killed."""
+
+GLOO = "Name:\tpt_gloo"
+"""How the kernel's account of a thread begins that does gloo's work."""
 
 if TYPE_CHECKING:
     from lightning.fabric import Fabric
@@ -72,6 +78,7 @@ def make_fabric(
         raise RecipeError(f"accelerator, devices, precision and strategy do not go together: {error}") from error
     if not by_fabric_run:
         fabric.launch()
+    keep_buffers(fabric)
     if fabric.world_size > 1:
         atexit.register(_leave)
         report_failures(fabric.global_rank, fabric.local_rank)
@@ -119,8 +126,8 @@ def ranks_to_start(accelerator: str, devices: int | str, num_nodes: int) -> int:
     return torch.cuda.device_count()
 
 
-def relaunch(ranks: int, script: Path, arguments: list[str]) -> int:
-    """Run a script in so many processes of this machine, and return an exit code when all have ended.
+def relaunch(ranks: int, script: Path | Literal["-m"], arguments: list[str]) -> int:
+    """Run a script, or a module, in so many processes of this machine, and return an exit code when all have ended.
 
     A signal is handed on to the ranks, which finish their step and save; a second one ends them at once.
     """
@@ -152,6 +159,35 @@ def _leave() -> None:
 
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
+    _settle()
+
+
+def _settle(seconds: float = 10.0) -> None:
+    """Wait until gloo's threads are idle, while Python still runs.
+
+    They outlive the group, as DDP does not let go of it. One that is late, on a loaded machine, drops the last tensor
+    of a collective that is long done, for which it needs the interpreter. If that is about to end by then, it ends the
+    thread instead, in the middle of a destructor of C++: `terminate called without an active exception`, SIGABRT.
+    """
+    tasks, end = Path("/proc/self/task"), time.monotonic() + seconds
+    if not tasks.is_dir():  # not Linux
+        return time.sleep(0.2)
+    before: dict[str, str] | None = None
+    while time.monotonic() < end:
+        now = {task.name: _state(task) for task in tasks.iterdir()}
+        now = {task: state for task, state in now.items() if state.startswith(GLOO)}
+        if now == before and all("State:\tS" in state for state in now.values()):
+            return None
+        before = now
+        time.sleep(0.005)  # others can have the interpreter meanwhile
+    return None
+
+
+def _state(task: Path) -> str:
+    """Return what the kernel says of a thread: its name, whether it sleeps, how often it has begun to."""
+    with suppress(OSError):  # it has ended
+        return (task / "status").read_text()
+    return ""
 
 
 def _agree(asked: dict[str, Any], launcher: str, **started: int) -> None:

@@ -36,6 +36,9 @@ if TYPE_CHECKING:
 CLOSE = 1e-6
 """Relative difference, in float64, that counts as none: a real mistake makes 1e-3 and more."""
 
+MARKUP = r"(?:</?[\w|]+>|\[/?\w+\])*"
+"""What templates write around replies, such as an empty `<think></think>`; an expression."""
+
 
 class Failed(Exception):
     """A check that failed: what was found, and what to look at."""
@@ -128,8 +131,7 @@ def ranks(twin: Twin) -> str:
     from safetensors.torch import load_file
 
     whole = twin.whole  # first: the processes use the model and the sample that it writes
-    two_ranks = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    done = _child(twin, [*two_ranks, "-m", "posttrain.tools.twin", "step"])
+    done = _child(twin, ["-m", "posttrain.tools.twin", "ranks"])
     if done.returncode:
         raise Failed(f"two processes failed: {_last_line(done.stderr)}")
     made = load_file(twin.folder / "two.safetensors")
@@ -290,17 +292,18 @@ def _mistakes(twin: Twin, row: Row, stops: set[int] | None) -> Iterator[str]:
             yield "the reply ends without an end-of-turn token, so that the model would not learn to stop"
     if type(twin.data).encoder is SFTData.encoder and (wanted := _replies(twin.data, row.values)) is not None:  # type: ignore[arg-type]
         kept = [token for ids, mask in row.encoded.documents for token in ids[mask].tolist()]
-        if _squeezed(tokenizer.decode(kept, skip_special_tokens=True)) != _squeezed(wanted):
+        expected = "".join(f"{MARKUP}{re.escape(_squeezed(reply))}" for reply in wanted) + MARKUP
+        if not re.fullmatch(expected, _squeezed(tokenizer.decode(kept, skip_special_tokens=True))):
             yield "what is supervised is not the text of the replies"
 
 
-def _replies(data: SFTData, values: dict[str, Any]) -> str | None:
-    """Return the text of the trained messages; None if it is not all plain text."""
+def _replies(data: SFTData, values: dict[str, Any]) -> list[str] | None:
+    """Return the texts of the trained messages; None if they are not all plain text."""
     if data.last_turn_only:
         return None
     messages = [m for m in data.conversation(values)["messages"] if m["role"] in data.train_on]
     plain = all(isinstance(m.get("content"), str) and set(m) <= {"role", "content"} for m in messages)
-    return "".join(m["content"] for m in messages) if plain else None
+    return [m["content"] for m in messages] if plain else None
 
 
 def _squeezed(text: str) -> str:
@@ -333,5 +336,6 @@ def _child(twin: Twin, arguments: list[str]) -> "subprocess.CompletedProcess[str
 
 
 def _last_line(text: str) -> str:
-    lines = [line for line in text.strip().splitlines() if "Error" in line]
-    return lines[-1] if lines else text.strip()[-300:]
+    """Return the line of a process's messages that says why it failed."""
+    lines = [line for line in text.strip().splitlines() if "Error" in line or "was killed" in line]
+    return lines[-1].removeprefix("error: ").partition("; the same command")[0] if lines else text.strip()[-300:]

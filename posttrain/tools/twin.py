@@ -29,7 +29,7 @@ from posttrain.errors import DataError
 from posttrain.hooks import after
 from posttrain.interfaces import DataBlock
 from posttrain.recipes import load as recipe
-from posttrain.runtime.launch import silence_libraries
+from posttrain.runtime.launch import relaunch, silence_libraries
 from posttrain.trainer import Trainer
 
 READ = 256
@@ -150,7 +150,7 @@ class Twin:
             with torch.random.fork_rng():
                 torch.manual_seed(0)
                 kind = getattr(transformers, block.auto)
-                made = kind.from_config(config, trust_remote_code=block.trust_remote_code)
+                made = kind.from_config(config, dtype=torch.float32, trust_remote_code=block.trust_remote_code)
             draft = folder.with_name(f"{name}.{os.getpid()}")
             made.save_pretrained(draft)
             draft.rename(folder)
@@ -227,10 +227,13 @@ def shrink(config: Any, layers: bool = True) -> None:
     """Make a configuration of transformers tiny, and keep its shape: which layers there are, how heads share keys.
 
     Args:
-        config: changed in place.
+        config: changed in place; the networks beside the one for text, such as a vision tower, with it.
         layers: also keep only as many layers as have one of each type (at least two).
     """
     text = config.get_text_config()
+    for name in config.sub_configs:
+        if (other := getattr(config, name)) is not None and other is not text:
+            shrink_tower(other, text)
     heads = getattr(text, "num_attention_heads", HEADS)
     shared = max(1, heads // (getattr(text, "num_key_value_heads", None) or heads))
     groups = max(1, HEADS // min(shared, HEADS))
@@ -238,24 +241,51 @@ def shrink(config: Any, layers: bool = True) -> None:
         "num_attention_heads": groups * min(shared, HEADS), "num_key_value_heads": groups, "head_dim": WIDTH,
         "hidden_size": groups * min(shared, HEADS) * WIDTH, "intermediate_size": 64, "moe_intermediate_size": 32,
         "initializer_range": 0.2, "shared_expert_intermediate_size": 32, "kv_lora_rank": 16, "q_lora_rank": 16,
+        "qk_nope_head_dim": WIDTH, "qk_rope_head_dim": WIDTH, "v_head_dim": WIDTH, "qk_head_dim": 2 * WIDTH,
         "n_group": 1, "topk_group": 1, "first_k_dense_replace": 1,
     }  # fmt: skip
     experts = {"num_experts": 4, "num_local_experts": 4, "n_routed_experts": 4, "num_experts_per_tok": 2}
     small |= {name: min(getattr(text, name, None) or most, most) for name, most in experts.items()}
-    count = getattr(text, "num_hidden_layers", 2)
     if layers:
-        kinds = getattr(text, "layer_types", None) or [""] * count
-        all_kinds = next(n for n in range(1, count + 1) if set(kinds[:n]) == set(kinds))
-        small["num_hidden_layers"] = kept = min(count, max(2, all_kinds))
-        for name, value in vars(text).items():
-            if isinstance(value, list) and len(value) == count and count != kept:
-                small[name] = value[:kept]
-    for name, value in vars(text).items():
-        if "drop" in name and isinstance(value, int | float) and not isinstance(value, bool):
-            small[name] = 0.0
-    for name, new in small.items():
-        if getattr(text, name, None) is not None:
-            setattr(text, name, new)
+        small |= fewer_layers(text)
+    small |= {name: 0.0 for name, value in vars(text).items() if "drop" in name and is_number(value)}
+    change(text, small)
+
+
+def fewer_layers(text: Any) -> dict[str, Any]:
+    """Return what a configuration must say for the first layers alone: one of each type, two at least."""
+    count = getattr(text, "num_hidden_layers", 2)
+    kinds = getattr(text, "layer_types", None) or [""] * count
+    all_kinds = next(n for n in range(1, count + 1) if set(kinds[:n]) == set(kinds))
+    kept = min(count, max(2, all_kinds))
+    lists = {name: value for name, value in vars(text).items() if isinstance(value, list) and len(value) == count}
+    return {"num_hidden_layers": kept, **{name: value[:kept] for name, value in lists.items() if count != kept}}
+
+
+def shrink_tower(config: Any, text: Any) -> None:
+    """Make the configuration of a tower beside the text network tiny; what it hands over is as wide as the text."""
+    width = getattr(text, "hidden_size", None)
+    small = {
+        "num_attention_heads": 2, "num_heads": 2, "hidden_size": 4 * WIDTH, "embed_dim": 4 * WIDTH,
+        "intermediate_size": 64, "num_hidden_layers": 2, "depth": 2, "deepstack_visual_indexes": [0],
+        "fullatt_block_indexes": [1], "initializer_range": 0.2,
+    }  # fmt: skip
+    if getattr(config, "out_hidden_size", None) == width:
+        small["out_hidden_size"] = HEADS * WIDTH
+    small |= {name: 0.0 for name, value in vars(config).items() if "drop" in name and is_number(value)}
+    change(config, small)
+
+
+def change(config: Any, values: dict[str, Any]) -> None:
+    """Set the keys that a configuration has."""
+    for name, new in values.items():
+        if getattr(config, name, None) is not None:
+            setattr(config, name, new)
+
+
+def is_number(value: Any) -> bool:
+    """Whether a value is a number, and not a truth value."""
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 @contextmanager
@@ -276,8 +306,13 @@ def quietly() -> Iterator[None]:
 
 
 def main(arguments: list[str]) -> None:
-    """Do one part of a check in a process of its own: `step` on two ranks, or train and be killed (`killed`)."""
+    """Do one part of a check in a process of its own.
+
+    `ranks` starts two, which take a `step`; `killed` trains and is killed.
+    """
     part, path, folder, *overrides = arguments
+    if part == "ranks":
+        sys.exit(relaunch(2, "-m", ["posttrain.tools.twin", "step", *arguments[1:]]))
     twin = Twin(Path(path), overrides, Path(folder))
     if part == "step":
         import torch

@@ -9,11 +9,11 @@ import hashlib
 import json
 import logging
 import os
-import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from posttrain.runtime.launch import gather_objects
+from posttrain.runtime.ours import is_checkpoint, remove_checkpoint
 
 if TYPE_CHECKING:
     from lightning.fabric import Fabric
@@ -25,7 +25,8 @@ log = logging.getLogger("posttrain")
 
 def checkpoints(folder: Path) -> list[Path]:
     """Return the folders of whole checkpoints, the newest first."""
-    return sorted((path for path in folder.glob("step-*") if not path.suffix), reverse=True)
+    found = filter(is_checkpoint, folder.glob("step-*"))
+    return sorted(found, key=lambda path: int(path.name.removeprefix("step-")), reverse=True)
 
 
 def newest_whole(folder: Path, fabric: "Fabric") -> tuple[Path | None, str | None]:
@@ -76,16 +77,11 @@ def publish(aside: Path, folder: Path, manifest: dict[str, Any], keep: int) -> N
     write_synced(aside / NAME, sealed.encode())
     sync(aside)
     if folder.exists():
-        remove(folder)  # it is damaged
+        remove_checkpoint(folder)  # it is damaged
     aside.rename(folder)
     sync(folder.parent)
     for old in checkpoints(folder.parent)[keep:]:
-        remove(old)
-
-
-def remove(folder: Path) -> None:
-    """Remove a checkpoint; a crash on the way leaves no half-removed `step-N`."""
-    shutil.rmtree(folder.rename(folder.with_suffix(f".tmp-old-{os.getpid()}")))
+        remove_checkpoint(old)
 
 
 def seal(manifest: dict[str, Any]) -> str:

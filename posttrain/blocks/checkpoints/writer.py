@@ -31,6 +31,8 @@ class Writer:
     def __init__(self) -> None:
         self.thread: threading.Thread | None = None
         self.problem: str | None = None
+        self.identity: dict[str, Any] = {}
+        """Of the run, on rank zero (see runtime/identity.py)."""
         self.written, self.abandoned = threading.Event(), threading.Event()
 
     def start(

@@ -12,6 +12,7 @@ from attrs.validators import and_, ge, gt, lt, min_len
 
 from posttrain.batch import FIELDS, Batch
 from posttrain.blocks.data.encode import ChatEncoder, Encoder, TextEncoder, Token
+from posttrain.blocks.data.identity import of_streams, of_tables
 from posttrain.blocks.data.loader import MapLoader, StreamLoader
 from posttrain.blocks.data.rows.chat import ChatRenderer
 from posttrain.blocks.data.rows.messages import ROLES, Refused
@@ -163,7 +164,8 @@ class Data:
         train = MapLoader(examples=prepared.train, **shape)
         prepared.ledger["packing"] = {"rows": len(train.plan(0)), "filled": round(train.fill(), 4)}
         held_out = MapLoader(examples=prepared.eval, **shape) if prepared.eval is not None else None
-        return Loaders(train=train, eval=held_out, ledger=prepared.ledger)
+        identity = partial(of_tables, prepared.train.tables)
+        return Loaders(train=train, eval=held_out, ledger=prepared.ledger, identity=identity)
 
     def preview(self, tokenizer: Any, count: int) -> Iterator[Preview]:
         """Yield the first rows of each source as tokens.
@@ -201,7 +203,7 @@ class Data:
         if self.eval_sources:
             documents_, ledger["eval"] = self._documents(once(self.eval_sources), tokenizer, 0.0, False)
             held_out = MapLoader(examples=documents_, **shape)
-        return Loaders(train=train, eval=held_out, ledger=ledger)
+        return Loaders(train=train, eval=held_out, ledger=ledger, identity=partial(of_streams, self.sources))
 
 
 def names_of(sources: list[Source]) -> list[str]:

@@ -1,5 +1,6 @@
 """What a forward pass keeps for the backward pass, and where: less of it, in tiles, or in the memory of the host."""
 
+import copy
 import functools
 from collections import Counter
 from collections.abc import Callable
@@ -24,6 +25,22 @@ ATTENTION = {
 PRODUCTS = {aten.mm.default, aten.addmm.default}
 LARGE = 2**20
 """Bytes from which on a tensor is worth moving to the host."""
+
+
+class Compiled:
+    """A layer's forward, compiled; a copy of the layer compiles its own, as a reference must not use the policy's."""
+
+    def __init__(self, forward: Callable[..., Any], backend: str) -> None:
+        self.forward, self.backend = forward, backend
+        self.compiled = torch.compile(forward, backend=backend)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Return what forward returns."""
+        return self.compiled(*args, **kwargs)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Compiled":
+        """Return the same of a copied layer."""
+        return Compiled(copy.deepcopy(self.forward, memo), self.backend)
 
 
 def checkpoint_activations(hf: Any, selective: bool) -> None:

@@ -51,6 +51,8 @@ class PackedModel(nn.Module):
         """Let a term take part in the loss of the micro-batch that is being computed; of several passes, the sum."""
         known = self.terms.get(name)
         self.terms[name] = term if known is None else attrs.evolve(term, sum=known.sum + term.sum)
+        self.saved_as: str | None = None
+        """In which type to export what is trained in float32; None for as it is."""
 
     @contextmanager
     def running(self, layout: Layout) -> Iterator[None]:

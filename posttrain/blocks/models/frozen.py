@@ -1,6 +1,7 @@
 """Networks that are asked but not trained: references and teachers."""
 
 import copy
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -11,6 +12,8 @@ from torch import nn
 
 from posttrain.blocks.models.causal import PackedModel
 from posttrain.blocks.parallel.sharding import placed
+
+log = logging.getLogger("posttrain")
 
 
 class Frozen(nn.Module):
@@ -56,27 +59,41 @@ class WithoutAdapters(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Return what the network returns with its adapters switched off."""
         module = self.module
-        training, trained = module.training, [p for p in module.parameters() if p.requires_grad]
+        training, trained = module.training, [(p, p.requires_grad) for p in module.parameters()]
         module.eval()
         module.quiet = True
         try:
             with torch.no_grad(), self.fabric.autocast(), module.hf.disable_adapter():
-                for parameter in trained:  # peft freezes them meanwhile, and FSDP2 would keep that in mind
-                    parameter.requires_grad_(True)
+                restore(trained)  # peft freezes the adapters meanwhile, and FSDP2 would keep that in mind
                 return module(*args, **kwargs)
         finally:
+            restore(trained)  # peft has all adapters trained again, also those that the recipe freezes
             module.train(training)
             module.quiet = False
+
+
+def restore(trained: list[tuple[nn.Parameter, bool]]) -> None:
+    """Have parameters trained, or not, as they were."""
+    for parameter, wanted in trained:
+        parameter.requires_grad_(wanted)
 
 
 def reference_of(module: nn.Module, fabric: Fabric) -> nn.Module:
     """Return what answers as a network does now, while the network itself goes on to be trained.
 
-    It is a frozen copy, unless all that is trained are adapters, which can be switched off.
+    It is a frozen copy, unless all that is trained are adapters that change nothing yet, and can be switched off.
     """
     if isinstance(module, PackedModel) and module.hf is not module.base and not trains_biases(module.hf):
-        return WithoutAdapters(module, fabric)
+        if fabric.broadcast(change_nothing(module.hf)):  # rank zero may be the only one that has the weights
+            return WithoutAdapters(module, fabric)
+        log.info("the adapters begin with a part of the weights: the reference is a copy of the model")
     return Frozen(copy.deepcopy(module), fabric)
+
+
+def change_nothing(hf: Any) -> bool:
+    """Whether adapters add zero so far; PiSSA's and OLoRA's begin with a part of the weights."""
+    second = [p for name, p in hf.named_parameters() if "lora_B" in name or "lora_embedding_B" in name]
+    return not any(p.is_meta or bool(p.any()) for p in second)
 
 
 def trains_biases(hf: Any) -> bool:

@@ -6,6 +6,7 @@ import logging
 import sys
 import warnings
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -109,6 +110,8 @@ class HFModel:
             yield "name_or_path", problem
         if self.offload_activations and self.activation_checkpointing is not True:
             yield "offload_activations", "moves what activation_checkpointing keeps: set that to true"
+        if self.compile and self.activation_checkpointing == "selective":
+            yield "activation_checkpointing", "selective cannot look into compiled layers: say true, or compile: false"
 
     def build(self, fabric: "Fabric") -> "nn.Module":
         """Return the network, ready to train (see `wrap`).
@@ -127,7 +130,7 @@ class HFModel:
 
     def make(self, empty: bool) -> "nn.Module":
         """Return the network, with weights unless it is to be empty."""
-        from posttrain.blocks.models.activations import checkpoint_activations, tile_mlps
+        from posttrain.blocks.models.activations import Compiled, checkpoint_activations, tile_mlps
         from posttrain.blocks.models.router import router_weight
 
         hf = self.load(empty)
@@ -140,11 +143,11 @@ class HFModel:
         self.freeze_parameters(hf)
         if self.tiled_mlp:
             tile_mlps(hf, self.tiled_mlp)
+        if self.compile:  # before checkpointing, inside of which torch compiles nothing by itself
+            for layer in hf.get_decoder().layers:
+                layer.forward = Compiled(layer.forward, "inductor" if self.compile is True else self.compile)
         if self.activation_checkpointing:
             checkpoint_activations(hf, selective=self.activation_checkpointing == "selective")
-        if self.compile:
-            for layer in hf.get_decoder().layers:
-                layer.compile(backend="inductor" if self.compile is True else self.compile)
         network: Any = self.wrap(hf)
         network.keep_apart(way)
         if not way.proven and not empty:
@@ -155,6 +158,7 @@ class HFModel:
         network.router_weight = router_weight(hf, self.router_aux_loss)
         if network.router_weight and way.unfolds:
             raise RecipeError("model.router_aux_loss: this model has no packed rows, and its routers are not read")
+        network.saved_as = self.saved_as()
         return network  # type: ignore[no-any-return]
 
     def way(self, hf: Any) -> "Way":
@@ -170,6 +174,13 @@ class HFModel:
         set_attention(hf, way.attention)
         log.info("%s: documents of a row are kept apart by %s", self.name_or_path, way)
         return way
+
+    def saved_as(self) -> str | None:
+        """Return the half-precision type that the model's files are in, for exports; None to write what is trained."""
+        if self.random_init or self.lora is not None or self.dtype != "float32":
+            return None
+        dtype = str(self.read_config().dtype).removeprefix("torch.")
+        return dtype if dtype in ("bfloat16", "float16") else None
 
     def wrap(self, hf: Any) -> "nn.Module":
         """Return a `CausalLM` around a transformers model (see causal.py)."""
@@ -214,26 +225,42 @@ class HFModel:
         return {"trust_remote_code": self.trust_remote_code, "revision": self.revision, "token": token}
 
     def read_config(self) -> Any:
-        """Return the configuration that the recipe names, with its changes."""
-        from transformers import AutoConfig
+        """Return the configuration that the recipe names, with its changes.
+
+        Raises:
+            RecipeError: a change is of a key that this kind of model does not have.
+        """
+        from posttrain.blocks.models.changes import changed, made
 
         changes = {**self.config, **self.fixed}
         if self.random_init and "model_type" in self.config:
-            return AutoConfig.for_model(**changes)
-        return AutoConfig.from_pretrained(self.name_or_path, **changes, **self.hub)
+            return made(changes)
+        return changed(self.name_or_path, changes, self.hub)
 
     def configured(self, config: Any) -> Any:
         """Return the configuration to build from; a subclass may make another one of the model's own."""
         return config
 
-    def fingerprint(self) -> str | None:
+    def content(self) -> str | None:
         """Return what identifies the weights without loading them: a hash of the files, or the hub's commit.
 
         None if nothing does: the weights are random, or the hub does not say.
         """
+        found = self._content()
+        return hashlib.sha256(found).hexdigest() if isinstance(found, bytes) else found
+
+    def fingerprint(self) -> str | None:
+        """Return what identifies the network, that is, its weights and how they are used; None if nothing does."""
+        said = repr({k: v for k, v in as_data(self).items() if k not in ("name_or_path", "token")})
+        found = self._content()
+        if isinstance(found, bytes):
+            return hashlib.sha256(said.encode() + found).hexdigest()
+        return f"{said} {found}" if found else None
+
+    def _content(self) -> bytes | str | None:
+        """Return names and hashes of the files of a folder, or the commit of a hub model."""
         from transformers import AutoConfig
 
-        said = repr({k: v for k, v in as_data(self).items() if k not in ("name_or_path", "token")})
         folder = Path(self.name_or_path)
         if self.random_init:
             return None
@@ -242,12 +269,10 @@ class HFModel:
                 commit = AutoConfig.from_pretrained(self.name_or_path, **self.hub)._commit_hash
             except (OSError, ValueError) as error:
                 raise RecipeError(f"model {self.name_or_path!r} cannot be loaded: {error}") from error
-            return f"{said} {commit}" if commit else None
-        digest = hashlib.sha256(said.encode())
-        for file in sorted(file for file in folder.iterdir() if file.suffix in (".json", ".safetensors", ".bin")):
-            with file.open("rb") as content:
-                digest.update(file.name.encode() + hashlib.file_digest(content, "sha256").digest())
-        return digest.hexdigest()
+            return str(commit) if commit else None
+        files = sorted(file for file in folder.iterdir() if file.suffix in (".json", ".safetensors", ".bin"))
+        with ThreadPoolExecutor() as threads:  # hashing lets other threads run
+            return b"".join(threads.map(_named_hash, files))
 
     def freeze_parameters(self, hf: Any) -> None:
         """Freeze the parameters whose names match a pattern.
@@ -317,3 +342,8 @@ def use_liger(hf: Any) -> None:
         known = ", ".join(sorted(MODEL_TYPE_TO_APPLY_LIGER_FN))
         raise RecipeError(f"model.liger: Liger does not know models of type {kind!r} (known: {known})")
     MODEL_TYPE_TO_APPLY_LIGER_FN[kind](model=hf, cross_entropy=False, fused_linear_cross_entropy=False)
+
+
+def _named_hash(file: Path) -> bytes:
+    with file.open("rb") as content:
+        return file.name.encode() + hashlib.file_digest(content, "sha256").digest()

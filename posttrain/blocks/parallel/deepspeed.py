@@ -20,6 +20,7 @@ from posttrain.blocks.parallel.sharding import EveryMicroBatchSyncs, ShardingStr
 from posttrain.blocks.parallel.shards import ParameterShard
 from posttrain.errors import CheckpointError
 from posttrain.runtime.launch import silence_libraries
+from posttrain.runtime.precision import keeping_buffers
 
 OURS = {
     "zero_allow_untested_optimizer": True,
@@ -179,13 +180,14 @@ class Engine(ShardingStrategy, DeepSpeedStrategy):
     ) -> tuple[Any, Any, Any]:
         import deepspeed
 
-        engine, optimizer, _, scheduler = deepspeed.initialize(
-            args=argparse.Namespace(device_rank=self.local_rank),
-            config=self.config,
-            model=model,
-            model_parameters=[p for p in model.parameters() if p.requires_grad],
-            optimizer=optimizer,
-            lr_scheduler=scheduler,
-            dist_init_required=False,
-        )
+        with keeping_buffers(model):
+            engine, optimizer, _, scheduler = deepspeed.initialize(
+                args=argparse.Namespace(device_rank=self.local_rank),
+                config=self.config,
+                model=model,
+                model_parameters=[p for p in model.parameters() if p.requires_grad],
+                optimizer=optimizer,
+                lr_scheduler=scheduler,
+                dist_init_required=False,
+            )
         return engine, optimizer, scheduler

@@ -121,10 +121,10 @@ class Refresh:
 def _folder_for(folder: Path, weights: str) -> Path:
     """Return a folder for the answers of some weights; what other weights have answered there is removed."""
     mark = folder / "weights"
-    if not mark.exists() or mark.read_text() != weights:
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir(parents=True)
-        mark.write_text(weights)
+    if mark.exists() and mark.read_text() != weights:
+        shutil.rmtree(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    mark.write_text(weights)
     return folder
 
 
