@@ -128,6 +128,8 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     )
     generating.add_argument("--max-requests", type=int, metavar="N", help="run: refuse to send more")
     generating.add_argument("--retry-failed", action="store_true", help="run: also send what was refused for good")
+    generating.add_argument("--first", type=_count, metavar="N",
+                            help="run: N rows only; show what is asked and answered, and what all cost")  # fmt: skip
     generating.add_argument("--no-wait", action="store_true", help="run: submit batches and return")
     generating.add_argument("--dropped", action="store_true", help="export: what was dropped, with the reasons")
     generating.add_argument("-o", "--output", type=Path, metavar="FILE",

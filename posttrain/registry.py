@@ -36,7 +36,9 @@ KINDS: dict[str, type | None] = {
 """Kind of block -> what it must provide. `kind` adds to them."""
 
 _HOMES = {
-    "synth": tuple(f"posttrain.synth.clients.{name}" for name in ("openai", "vllm", "cortex", "transformers")),
+    "synth": tuple(
+        f"posttrain.synth.clients.{name}" for name in ("openai", "anthropic", "vllm", "cortex", "transformers")
+    ),
     "step": ("posttrain.synth.steps",),
     "callback": ("posttrain.synth.pipelines.refresh",),
 }

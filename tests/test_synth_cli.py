@@ -1,6 +1,7 @@
 """`posttrain synth` and the example, as a user runs them."""
 
 import json
+import re
 import runpy
 import shutil
 import threading
@@ -77,7 +78,7 @@ def test_a_preset_runs_as_written_and_can_be_trained_on(
         assert all(row["score"] >= 4 for row in rows)
         dropped = Path("runs/synth/clean.dropped.jsonl").read_text().splitlines()
         reasons = {json.loads(line)["dropped"]["reason"] for line in dropped}
-        assert "a duplicate of an earlier row" in reasons
+        assert "nearly a duplicate of an earlier row" in reasons
         assert cli.main(["synth", "export", *command[2:], "--dropped", "-o", "dropped.parquet"]) == 0
         assert f"{len(dropped)} rows in dropped.parquet" in capsys.readouterr().out
         assert cli.main(["synth", "view", "runs/synth/clean", "-o", "page.html"]) == 0
@@ -132,3 +133,39 @@ def test_public_names() -> None:
 
     assert all(getattr(posttrain.synth, name) is not None for name in posttrain.synth.__all__)
     assert posttrain.OpenAISynth is posttrain.synth.OpenAISynth
+
+
+def test_the_first_rows_show_what_is_asked_and_answered_and_what_all_will_cost(
+    url: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = [
+        "recipe.yaml",
+        f"client.base_url={url}",
+        "client.mode=batch",
+        "client.prices.toy={input: 100, output: 100}",
+    ]
+    assert cli.main(["synth", "run", *recipe, "--first", "1"]) == 0
+    told = capsys.readouterr().out
+    assert "-- step 1 (generate), request 1 of 1, to toy" in told
+    assert "[system] You are polite." in told
+    assert "[user] Generate greetings to Clara" in told
+    assert len(re.findall(r"^=> Good \w+, Clara!$", told, re.M)) == 2
+    assert "Justin" not in told
+    (tokens, cost) = re.findall(r"1 of 3 rows went through; all are going to use about (\d+) tokens: \$([\d.]+)", told)[
+        0
+    ]
+    assert float(cost) == pytest.approx(int(tokens) * 100 / 2 / 1e6, rel=0.01)  # in batches, at half the price
+    assert not Path("runs/synth/greetings.jsonl").exists()
+    recipe.remove("client.mode=batch")
+    assert cli.main(["synth", "plan", *recipe]) == 0
+    assert "6 requests: 2 cached" in capsys.readouterr().out
+
+
+def test_the_first_rows_of_a_pipeline_with_a_judge(url: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert (
+        cli.main(["synth", "run", "examples/synth/ultrafeedback.yaml", f"client.base_url={url}", "--first", "2"]) == 0
+    )
+    told = capsys.readouterr().out
+    assert "step 2 (judge), request 1 of 32, to judge" in told
+    assert re.search(r'=> \{"rationale": "So it seems.", "score": \d\}', told)
+    assert "at a price that is not known" in told

@@ -7,6 +7,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from posttrain.synth.clients.anthropic import AnthropicSynth
     from posttrain.synth.clients.cortex import CortexSynth
     from posttrain.synth.clients.openai import AzureOpenAISynth, OpenAISynth
     from posttrain.synth.clients.transformers import TransformersSynth
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from posttrain.synth.steps.verify import Verify, verifier
 
 _HOMES = {
+    "clients.anthropic": ("AnthropicSynth",),
     "clients.cortex": ("CortexSynth",),
     "errors": ("IncompleteTask", "TaskStopped"),
     "clients.openai": ("AzureOpenAISynth", "OpenAISynth"),
@@ -54,9 +56,10 @@ _HOMES = {
 _HOME_OF = {name: module for module, found in _HOMES.items() for name in found}
 
 __all__ = [
-    "AzureOpenAISynth", "Chat", "Compare", "CortexSynth", "Decontaminate", "Dedup", "Drop", "FewShot", "Filter",
-    "Generate", "IncompleteTask", "Judge", "OpenAISynth", "Pair", "Pipeline", "Price", "Refresh", "Reply", "Report",
-    "Reward", "Split", "Step", "TaskStopped", "TransformersSynth", "Verify", "VllmSynth", "verifier",
+    "AnthropicSynth", "AzureOpenAISynth", "Chat", "Compare", "CortexSynth", "Decontaminate", "Dedup", "Drop",
+    "FewShot", "Filter", "Generate", "IncompleteTask", "Judge", "OpenAISynth", "Pair", "Pipeline", "Price", "Refresh",
+    "Reply", "Report", "Reward", "Split", "Step", "TaskStopped", "TransformersSynth", "Verify", "VllmSynth",
+    "verifier",
 ]  # fmt: skip
 
 

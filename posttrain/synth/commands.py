@@ -15,6 +15,8 @@ def run(arguments: argparse.Namespace, made: SynthRecipe) -> int:
     """Take the rows through the steps, send what is missing, show how it goes, and write the output."""
     from rich.console import Console
 
+    if arguments.first:
+        return first(arguments, made)
     try:
         with _live() as progress:
             report = made.pipeline.run(
@@ -34,6 +36,25 @@ def run(arguments: argparse.Namespace, made: SynthRecipe) -> int:
     if report.failed:
         raise SynthError("\n".join(stage.trouble for stage in report.stages if stage.trouble))
     return 0
+
+
+def first(arguments: argparse.Namespace, made: SynthRecipe) -> int:
+    """Take the first rows through the steps; show what is asked, what comes back, and what all would cost."""
+    from rich.console import Console
+
+    from posttrain.synth.pipelines.preview import preview
+
+    with _live() as progress:
+        found = preview(
+            made.pipeline, made.source, made.synth, made.task, arguments.first, max_cost=arguments.max_cost,
+            max_requests=arguments.max_requests, retry_failed=arguments.retry_failed, progress=progress, say=say,
+        )  # fmt: skip
+    for line in found.lines():
+        say(line)
+    Console().print(found.report.table())
+    say(f"nothing was exported; to look at it: posttrain synth view {found.report.folder}")
+    say(f"to run it all, these rows at no further cost: posttrain synth run {arguments.recipe}")
+    return 1 if found.report.failed else 0
 
 
 def plan(arguments: argparse.Namespace, made: SynthRecipe) -> None:

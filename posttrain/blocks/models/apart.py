@@ -208,7 +208,8 @@ def decoder_of(hf: Any) -> Any:
     """Return what makes hidden states: transformers' `get_decoder`, unless it answers with the model or its head."""
     from transformers import PreTrainedModel
 
-    for found in (hf.get_decoder(), hf.base_model, getattr(hf, "model", None)):
+    decoder = hf.get_decoder()
+    for found in (decoder, hf.base_model, getattr(hf, "model", None), getattr(decoder, "model", None)):
         if isinstance(found, PreTrainedModel) and found.get_output_embeddings() is None:
             return found
     return hf.base_model

@@ -29,6 +29,9 @@ LENGTHS = (21, 13, 18)
 """Of the documents: longer than the windows of a twin, and none as long as another."""
 WINDOW = 8
 LEAKS = "each document gets other numbers than alone"
+GRADIENTS = "its gradients are not those of each document alone"
+STEEP = 1e-3
+"""Of the whole gradient: some recurrences are badly conditioned in float32."""
 TRIES = 8
 """So many kinds of modules of one network can be told to compute by document."""
 log = logging.getLogger("posttrain")
@@ -43,6 +46,8 @@ class Alone:
     log_probs: Tensor
     """[tokens - 1], of each token but the first."""
     calls: "Calls"
+    slopes: list[Tensor | None]
+    """Of their sum, by each parameter."""
 
 
 def find_way(config: Any, name: str, attention: str | None, remote: bool = False) -> Way:
@@ -133,8 +138,16 @@ def twin(config: Any, remote: bool = False) -> tuple[Any, list[Alone]]:
         with Calls(hf) as calls:
             logits = hf(input_ids=ids[None], use_cache=False).logits[0].float()
         log_probs = logits[:-1].log_softmax(-1).gather(1, ids[1:, None])[:, 0]
-        found.append(Alone(ids, log_probs, calls))
+        with torch.enable_grad():
+            again = hf(input_ids=ids[None], use_cache=False).logits[0, :-1].float().log_softmax(-1)
+            slopes = slopes_of(hf, again.gather(1, ids[1:, None]).sum())
+        found.append(Alone(ids, log_probs, calls, slopes))
     return hf, found
+
+
+def slopes_of(hf: Any, total: Tensor) -> list[Tensor | None]:
+    """Return the gradient of a number by each parameter."""
+    return list(torch.autograd.grad(total, list(hf.parameters()), allow_unused=True))
 
 
 def confirm(network: Any, name: str) -> None:
@@ -151,7 +164,7 @@ def confirm(network: Any, name: str) -> None:
             for ids in documents(hf.config):
                 logits = hf(input_ids=ids[None], use_cache=False).logits[0].float()
                 alone.append(logits[:-1].log_softmax(-1).gather(1, ids[1:, None])[:, 0])
-            rows = packed([Alone(ids, x, Calls(hf)) for ids, x in zip(documents(hf.config), alone, strict=True)])
+            rows = packed([Alone(ids, x, Calls(hf), []) for ids, x in zip(documents(hf.config), alone, strict=True)])
             found = network(rows, "log_probs").float()
     except Exception as error:  # what a model wants besides tokens
         raise RecipeError(
@@ -221,7 +234,7 @@ def tried(hf: Any, alone: list[Alone], attention: str, unfolds: bool) -> Way | s
             with calls:
                 right = agrees(network, alone)
             if right or agrees(network, alone, plain_head=False):
-                return attrs.evolve(way, plain_head=right)
+                return attrs.evolve(way, plain_head=right) if learns_alike(network, alone) else GRADIENTS
             problem, leak = LEAKS, first_leak(hf, calls, alone)
         except Exception as error:  # a module may say itself that it cannot, or not know what it is given
             problem, leak = f"{type(error).__name__}: {str(error)[:200]}", calls.inside()
@@ -251,6 +264,18 @@ def agrees(network: Any, alone: list[Alone], plain_head: bool = True) -> bool:
         if not network.plain_head or hidden.shape[-1] != head.in_features:
             return False
     return close(network(packed(alone), "log_probs"), expected)
+
+
+def learns_alike(network: Any, alone: list[Alone]) -> bool:
+    """Whether packed documents have the gradient that they have together, each alone."""
+    with torch.enable_grad():
+        ours = slopes_of(network.base, network(packed(alone), "log_probs").sum())
+    differ = whole = 0.0
+    for slope, *others in zip(ours, *(one.slopes for one in alone), strict=True):
+        theirs = sum((x for x in others if x is not None), start=torch.zeros(()))
+        differ += float(((0.0 if slope is None else slope) - theirs).square().sum())
+        whole += float(theirs.square().sum())
+    return not differ > STEEP**2 * whole  # where transformers' own is not a number, nothing can be said
 
 
 def close(found: Tensor, expected: Tensor) -> bool:

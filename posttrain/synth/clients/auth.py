@@ -29,7 +29,7 @@ class KeyAuth(httpx.Auth):
     def auth_flow(self, request: httpx.Request) -> Generator[httpx.Request, httpx.Response, None]:
         """Add the header."""
         if self._secret is not None:
-            request.headers[self._header] = self._scheme + self._scrubber.learn(self._secret.reveal())
+            request.headers[self._header] = self._scheme + self._scrubber.key(self._secret)
         yield request
 
 
@@ -69,7 +69,7 @@ class KeyPairAuth(httpx.Auth):
             from cryptography.hazmat.primitives.asymmetric import padding, rsa
         except ImportError:
             raise SynthError("key-pair tokens need the package cryptography: pip install 'posttrain[cortex]'") from None
-        password = self._passphrase.reveal().encode() if self._passphrase else None
+        password = self._scrubber.learn(self._passphrase.reveal().rstrip("\r\n")).encode() if self._passphrase else None
         try:
             key = serialization.load_pem_private_key(self._file.read_bytes(), password)
         except (OSError, ValueError, TypeError) as error:

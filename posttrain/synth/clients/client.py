@@ -17,11 +17,12 @@ from attrs.validators import ge, optional
 
 from posttrain.errors import SynthError
 from posttrain.registry import key
+from posttrain.synth.clients.structured import How, as_asked
 from posttrain.synth.errors import IncompleteTask
 from posttrain.synth.ledger import results
-from posttrain.synth.ledger.keys import CHAT, Scrubber, canonical, content_hash, counted, estimates
+from posttrain.synth.ledger.keys import CHAT, Scrubber, canonical, content_hash, counted, estimates, in_order, scrubbed
 from posttrain.synth.ledger.pricing import Budget, Plan, Price, within
-from posttrain.synth.ledger.results import Response
+from posttrain.synth.ledger.results import Reasoning, Response
 from posttrain.synth.ledger.session import Progress, Session
 from posttrain.synth.ledger.store import Counts, Ledger, extra_of
 from posttrain.synth.sending.batch import BatchRun, with_batches
@@ -52,6 +53,12 @@ class Synth:
     """Folder of the ledger. The same folder later means: go on, and pay for nothing twice."""
     prices: dict[str, Price] = attrs.field(factory=dict)
     """Model -> its price; without one, costs are unknown and `max_cost` cannot be held."""
+    weights: str | None = None
+    """What tells the model that answers from others of its name, such as a revision or the step of a checkpoint: what
+    one has answered is no answer of another. Needed where the weights behind a name change."""
+    structured: Literal["json_schema", "tool", "prompt"] | None = None
+    """How to ask for replies of a form: by `response_format`, by a tool that must be called, or in words. What the
+    server can, unless given; say it for servers that speak OpenAI's protocol without `json_schema`."""
     max_cost: float | None = key(None, check=optional(ge(0)))
     """Dollars that a task may cost in all; checked before anything is sent."""
     max_requests: int | None = key(None, check=optional(ge(0)))
@@ -64,6 +71,16 @@ class Synth:
         """Whose model names are meant; requests of different namespaces are never the same."""
         raise NotImplementedError
 
+    @cached_property
+    def _answers(self) -> str:
+        """What answers: the namespace, and the weights where they were named."""
+        return f"{self.namespace} weights={self.weights}" if self.weights else self.namespace
+
+    @property
+    def _forms(self) -> How:
+        """How its server is asked for a form, unless the user says how."""
+        return "json_schema"
+
     @property
     def batched(self) -> bool:
         """Whether requests go into batches, at the price of batches."""
@@ -73,6 +90,7 @@ class Synth:
         """Return the body of a chat request."""
         if not model:
             raise SynthError(f"{type(self).__name__} needs model=..., the name of what is to answer")
+        messages, given = as_asked(messages, given, self.structured or self._forms)
         return {"model": model, "messages": messages, **given}
 
     def send(self, session: Session) -> None:
@@ -111,12 +129,13 @@ class Synth:
         self, task_name: str, endpoint: str, body: dict[str, Any], keep: Mapping[str, Any] | None = None
     ) -> int:
         """Add a request to any endpoint, such as `/embeddings`, or `/classify` of a reward model."""
-        content = canonical(body)
+        content, given = canonical(in_order(body)), canonical(body)
         adding = self._adding.get(task_name)
         if adding is None:
             adding = self._adding[task_name] = Adding(self.ledger.task(task_name))
         model = str(body.get("model") or "")
-        row = (content_hash(self.namespace, endpoint, content), endpoint, model, content)
+        older = content_hash(self._answers, endpoint, given) if given != content else None
+        row = (content_hash(self._answers, endpoint, content), older, endpoint, model, content)
         adding.rows.append((*row, *estimates(body, len(content)), extra_of(dict(keep) if keep else None)))
         adding.count += 1
         if len(adding.rows) >= FLUSH:
@@ -138,8 +157,19 @@ class Synth:
             total=counts.total, cached=counts.done, waiting=counts.waiting, failed=counts.permanent,
             new=sum(row[1] for row in new), input_tokens=sum(row[2] for row in new),
             output_tokens=sum(row[3] for row in new), cost=None if unpriced else micros / 1e6, spent=counts.cost,
-            unpriced=unpriced,
+            unpriced=unpriced, under_way=self._under_way(task),
         )  # fmt: skip
+
+    def _hold(self, task_name: str, max_cost: float | None, max_requests: int | None) -> None:
+        """Refuse what would pass a bound, or whose cost nothing bounds."""
+        plan = self.plan(task_name)
+        unbounded = 0 if max_cost is None else self.ledger.unbounded(self._task(task_name))
+        within(attrs.evolve(plan, unbounded=unbounded), max_cost, max_requests)
+
+    def _under_way(self, task: int) -> float:
+        budget = Budget(self.prices, self.batched, 0.0, None, None)
+        budget.under_way(self.ledger.waiting(task))
+        return budget.reserved / 1e6
 
     def status(self, task_name: str) -> Counts:
         """Return how a task stands, by the ledger."""
@@ -168,9 +198,9 @@ class Synth:
             self.ledger.forgive(task)
         max_cost = self.max_cost if max_cost is None else max_cost
         max_requests = self.max_requests if max_requests is None else max_requests
-        within(self.plan(task_name), max_cost, max_requests)
+        self._hold(task_name, max_cost, max_requests)
         session = self._session(task, task_name, max_cost, max_requests, progress, wait)
-        with _interruptible(session):
+        with scrubbed(self.scrubber), _interruptible(session):
             self.send(session)
         if session.stopping.is_set():
             counts = self.ledger.counts(task)
@@ -214,14 +244,13 @@ class Synth:
 
     def cancel(self, task_name: str) -> list[str]:
         """Cancel the batches of a task; their finished lines are charged, and taken in by the next run."""
-        session = self._session(self._task(task_name), task_name, None, None, lambda progress: None, True)
-        return list(with_batches(self.batch_service(), session, BatchRun.cancel))
+        return list(self._step(task_name, BatchRun.cancel))
 
     # -- the steps of a batch one by one ----------------------------------------------
 
     def save_batch_task(self, task_name: str) -> None:
         """Write the batch files of what has no result yet."""
-        within(self.plan(task_name), self.max_cost, self.max_requests)
+        self._hold(task_name, self.max_cost, self.max_requests)
         self._step(task_name, BatchRun.plan)
 
     def upload_batch_task(self, task_name: str) -> None:
@@ -262,27 +291,42 @@ class Synth:
         """Return the messages of the replies: `[{"custom_id", "choices": [{"role", "content"}]}]`."""
         return results.extracted(responses)
 
-    def iter_rows(self, task_name: str) -> Iterator[dict[str, Any]]:
-        """Yield conversations to train on, one per choice of each result."""
-        return results.rows(self.ledger, self._task(task_name), task_name)
+    def iter_rows(self, task_name: str, reasoning: Reasoning = "field") -> Iterator[dict[str, Any]]:
+        """Yield conversations to train on, one per choice of each result.
 
-    def to_jsonl(self, task_name: str, path: str | Path) -> int:
-        """Write conversations to train on as JSON lines; return how many."""
-        return results.to_jsonl(self.iter_rows(task_name), Path(path))
+        Args:
+            task_name: whose results.
+            reasoning: what a model thought is `reasoning_content` of its message, as chat templates read it ("field"),
+                stands in `<think>` before the answer ("think"), or is left out ("drop").
+        """
+        return results.rows(self.ledger, self._task(task_name), task_name, reasoning)
 
-    def to_parquet(self, task_name: str, path: str | Path) -> int:
-        """Write conversations to train on as Parquet; return how many."""
-        return results.to_parquet(self.iter_rows(task_name), Path(path))
+    def to_jsonl(self, task_name: str, path: str | Path, reasoning: Reasoning = "field") -> int:
+        """Write conversations to train on as JSON lines; return how many. See `iter_rows`."""
+        return results.to_jsonl(self.iter_rows(task_name, reasoning), Path(path))
 
-    def to_dataset(self, task_name: str) -> "Dataset":
-        """Return conversations to train on as a `datasets.Dataset`."""
+    def to_parquet(self, task_name: str, path: str | Path, reasoning: Reasoning = "field") -> int:
+        """Write conversations to train on as Parquet; return how many. See `iter_rows`."""
+        return results.to_parquet(self.iter_rows(task_name, reasoning), Path(path))
+
+    def to_dataset(self, task_name: str, reasoning: Reasoning = "field") -> "Dataset":
+        """Return conversations to train on as a `datasets.Dataset`. See `iter_rows`."""
+        import pyarrow.parquet
         from datasets import Dataset
 
         path = self.ledger.folder / f"{task_name}.export.parquet"
-        self.to_parquet(task_name, path)
-        dataset: Dataset = Dataset.from_parquet(str(path), keep_in_memory=True)
-        path.unlink()
-        return dataset
+        self.to_parquet(task_name, path, reasoning)
+        try:
+            return Dataset(pyarrow.parquet.read_table(path))
+        finally:
+            path.unlink()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return the fields alone: another process opens the ledger, and looks keys up, by itself."""
+        return {field.name: getattr(self, field.name) for field in attrs.fields(type(self))}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
 
     # -- helpers ----------------------------------------------------------------------
 
@@ -320,11 +364,13 @@ class Synth:
         counts = self.ledger.counts(task)
         progress = Progress(total=counts.total, done=counts.done, first=counts.done, cost=counts.cost)
         budget = Budget(self.prices, self.batched, counts.cost or 0.0, max_cost, max_requests)
+        budget.under_way(self.ledger.waiting(task))
         return Session(self.ledger, task, name, budget, self.scrubber, progress, report, wait)
 
     def _step(self, name: str, work: Callable[[BatchRun], Any]) -> Any:
         session = self._session(self._task(name), name, self.max_cost, self.max_requests, lambda progress: None, True)
-        return with_batches(self.batch_service(), session, work)
+        with scrubbed(self.scrubber):
+            return with_batches(self.batch_service(), session, work)
 
 
 @contextlib.contextmanager

@@ -19,6 +19,7 @@ from posttrain.errors import SynthError
 from posttrain.registry import block, key
 from posttrain.synth.clients.auth import KeyAuth, KeyPairAuth
 from posttrain.synth.clients.client import Synth
+from posttrain.synth.clients.structured import How
 from posttrain.synth.ledger.keys import Request, as_secret
 from posttrain.synth.ledger.replies import choices, parsed
 from posttrain.synth.ledger.session import Session
@@ -100,6 +101,10 @@ class CortexSynth(Synth):
             raise SynthError(f"COMPLETE has no option {unknown[0]!r} (options: {', '.join(OPTIONS)})")
         return super().body(model, messages, rest)
 
+    @property
+    def _forms(self) -> How:
+        return "json_schema" if self.api == "openai" else "json"
+
     def send(self, session: Session) -> None:
         """Send what a session has to send."""
         for name, message in self.check():
@@ -110,7 +115,7 @@ class CortexSynth(Synth):
         """Return where requests go."""
         return Service(
             urls=[self.host + (PATHS["openai"] if self.api == "openai" else "")], auth=self.auth,
-            headers={"User-Agent": "posttrain"}, dialect=self.dialect, concurrency=self.concurrency,
+            dialect=self.dialect, concurrency=self.concurrency,
             attempts=self.attempts, timeout=self.timeout, patience=self.patience, rpm=self.rpm, tpm=self.tpm,
             transport=self.transport,
         )  # fmt: skip

@@ -17,6 +17,7 @@ from attrs.validators import gt
 from posttrain.errors import SynthError
 from posttrain.registry import block, key
 from posttrain.synth.clients.client import Synth
+from posttrain.synth.clients.structured import How, as_asked
 from posttrain.synth.ledger.keys import Request
 from posttrain.synth.ledger.replies import Action, Verdict
 from posttrain.synth.ledger.session import Session, dumped
@@ -37,8 +38,6 @@ class TransformersSynth(Synth):
     """`cpu`, `cuda`, `mps`, or what there is."""
     loaded: Any = attrs.field(default=None, repr=False)
     """From Python: (model, tokenizer) to use instead of `name_or_path`; give `weights` with it."""
-    weights: str | None = None
-    """What tells these weights from others with the same name; replies of one are none of the other."""
 
     def check(self) -> Iterator[tuple[str, str]]:
         """Yield what is missing."""
@@ -57,8 +56,18 @@ class TransformersSynth(Synth):
         said = HFModel(name_or_path=self.name_or_path).fingerprint()
         return f"transformers:{said or self.name_or_path}"
 
+    @property
+    def _forms(self) -> How:
+        return "prompt"
+
+    @cached_property
+    def _answers(self) -> str:
+        """The namespace, which names the weights already; random numbers are made from it, so that it stays."""
+        return self.namespace
+
     def body(self, model: str | None, messages: list[dict[str, Any]], given: dict[str, Any]) -> dict[str, Any]:
         """Return the body of a chat request."""
+        messages, given = as_asked(messages, given, self.structured or self._forms)
         unknown = sorted(given.keys() - SAMPLING)
         if unknown:
             known = ", ".join(sorted(SAMPLING))

@@ -5,6 +5,7 @@ import time
 from collections.abc import Iterator
 from functools import cached_property
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import attrs
@@ -21,6 +22,8 @@ from posttrain.synth.ledger.session import Session, dumped
 from posttrain.synth.sending.online import OpenAIDialect, Service, send_all
 from posttrain.values import Secret
 
+PARAMS_OF_WEIGHTS = ("revision", "quantization", "dtype", "hf_overrides", "load_format", "tokenizer", "chat_template")
+"""Arguments of the engine that make it another model."""
 ENGINE_KEYS = {"model", "messages", "tools", "chat_template_kwargs", "add_generation_prompt", "continue_final_message"}
 """Keys of a body that are no sampling parameters."""
 
@@ -73,8 +76,20 @@ class VllmSynth(Synth):
 
     @property
     def namespace(self) -> str:
-        """A model is the same on every server."""
-        return "vllm"
+        """What answers: the weights if they were named, on whatever servers; otherwise the servers, or the model of the
+        engine with its revision and, of a folder, its weights."""
+        if self.weights:
+            return "vllm"
+        if self.base_url:
+            return "vllm " + " ".join(sorted(url.rstrip("/").removesuffix("/v1") for url in self.base_url))
+        params = self.model_params
+        said = name = str(params.get("model", ""))
+        if Path(name).is_dir():
+            from posttrain.blocks.models.model import HFModel
+
+            said = HFModel(name_or_path=name).fingerprint() or name
+        own = {name: params[name] for name in PARAMS_OF_WEIGHTS if params.get(name) is not None}
+        return f"vllm {said} {json.dumps(own, sort_keys=True, default=str)}"
 
     def body(self, model: str | None, messages: list[dict[str, Any]], given: dict[str, Any]) -> dict[str, Any]:
         """Return the body of a chat request, sampling parameters included."""

@@ -64,7 +64,7 @@ class Ingest:
         if known is None:
             self._fresh[name] = content
             self._pending += self.session.result(request, body, content, said.request_id)
-        elif known != self.session.scrubber.clean(content):
+        elif known != content:
             self._stray("another result for the same request", name, line)
 
     def _request(self, name: str) -> Request | None:
@@ -85,7 +85,7 @@ class Ingest:
         return row[0] if row else None
 
     def _stray(self, why: str, name: object, line: bytes) -> None:
-        values = (self.batch, time.time(), why, str(name), self.session.scrubber.clean(line))
+        values = (self.batch, time.time(), why, str(name), line)
         # The same line again, from a second download, is not a second stray.
         same = "SELECT 1 FROM stray WHERE batch = ?1 AND why = ?3 AND line = ?5"
         self._pending.append((f"INSERT INTO stray SELECT ?1, ?2, ?3, ?4, ?5 WHERE NOT EXISTS ({same})", values))

@@ -3,7 +3,8 @@
 import hashlib
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 from posttrain.errors import SynthError
@@ -14,6 +15,12 @@ BYTES_PER_TOKEN = 4
 """For estimates only; about right for English text in the tokenizers of today."""
 UNBOUNDED_OUTPUT = 1024
 """Tokens reserved for a reply whose body sets no maximum."""
+
+
+LIMITS = ("max_completion_tokens", "max_tokens", "max_output_tokens")
+"""Keys of a body that bound its reply."""
+IMAGE_TOKENS = 1500
+"""About the most that one image costs with today's providers; its bytes say nothing about that."""
 
 
 class Request(NamedTuple):
@@ -54,6 +61,16 @@ def canonical(value: Any) -> bytes:
         raise SynthError(f"a request must be plain JSON data: {error}") from None
 
 
+def in_order(body: dict[str, Any]) -> dict[str, Any]:
+    """Return a body with its own keys in one order, whatever order they were given in; what they hold stays.
+
+    >>> list(in_order({"top_p": 1, "messages": [], "max_tokens": 5, "model": "m"}))
+    ['model', 'messages', 'max_tokens', 'top_p']
+    """
+    first = [name for name in ("model", "messages") if name in body]
+    return {name: body[name] for name in (*first, *sorted(body.keys() - set(first)))}
+
+
 def content_hash(namespace: str, endpoint: str, body: bytes) -> bytes:
     """Return what all samples of one request share; `namespace` says whose model names are meant."""
     return hashlib.sha256(b"\0".join((namespace.encode(), endpoint.encode(), body))).digest()
@@ -66,9 +83,23 @@ def sample_key(content: bytes, sample: int) -> bytes:
 
 def estimates(body: dict[str, Any], size: int) -> tuple[int, int]:
     """Return (estimated prompt tokens, tokens that the replies may have) of a body of so many bytes."""
-    limit = next((body[k] for k in ("max_completion_tokens", "max_tokens", "max_output_tokens") if body.get(k)), None)
+    limit = next((body[k] for k in LIMITS if body.get(k)), None)
     count = body.get("n") or 1
-    return max(1, size // BYTES_PER_TOKEN), int(limit or UNBOUNDED_OUTPUT) * int(count)
+    images, encoded = pictures(body)
+    tokens = max(1, (size - encoded) // BYTES_PER_TOKEN) + images * IMAGE_TOKENS
+    return tokens, int(limit or UNBOUNDED_OUTPUT) * int(count)
+
+
+def pictures(body: dict[str, Any]) -> tuple[int, int]:
+    """Return (how many images a body holds, how many bytes of it are their data)."""
+    count = encoded = 0
+    for message in body.get("messages") or ():
+        content = message.get("content") if isinstance(message, dict) else None
+        for part in content if isinstance(content, list) else ():
+            if isinstance(part, dict) and part.get("type") in ("image_url", "input_image", "image"):
+                count += 1
+                encoded += len(json.dumps(part))
+    return count, encoded
 
 
 class Given(Secret):
@@ -85,11 +116,33 @@ class Given(Secret):
     def __repr__(self) -> str:
         return "Given('...')"
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Leave the key behind: a pickle may end up in a file."""
+        return LeftBehind, ()
+
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Given) and other.reveal() == self.reveal()
 
     def __hash__(self) -> int:
         return hash(self.reveal())
+
+
+class LeftBehind(Secret):
+    """A key given as text that did not come along into another process."""
+
+    def __init__(self) -> None:
+        super().__init__("given from Python in another process")
+
+    def reveal(self) -> str:
+        """Say what to do.
+
+        Raises:
+            SynthError: always.
+        """
+        raise SynthError(
+            "a key that was given as text stays in its process: put it into the environment (OPENAI_API_KEY, ...), "
+            "where other processes find it, and leave api_key out"
+        )
 
 
 def as_secret(value: "str | Secret | None") -> Secret | None:
@@ -98,32 +151,59 @@ def as_secret(value: "str | Secret | None") -> Secret | None:
 
 
 class Scrubber:
-    """Takes secrets out of what is about to be stored or shown; servers do repeat keys in their error messages."""
+    """Takes secrets out of messages; servers do repeat keys in their errors. Replies are data and stay as they are."""
 
     def __init__(self) -> None:
-        self._known: set[bytes] = set()
+        self._known: set[str] = set()
 
     def learn(self, secret: str) -> str:
         """Take note of a secret, and return it."""
         if len(secret) >= 6:  # anything shorter would also hit harmless text
-            self._known.add(secret.encode())
+            self._known.add(secret)
         return secret
 
-    def clean(self, content: bytes) -> bytes:
-        """Return the content without any secret."""
-        for secret in self._known:
-            if secret in content:
-                content = content.replace(secret, b"[secret]")
-        return content
+    def key(self, secret: Secret) -> str:
+        """Return a key as a header can hold it: without the line break that a file or a mounted secret ends with.
+
+        Raises:
+            SynthError: it is empty, or holds what no header can; the message does not show it.
+        """
+        value = self.learn(secret.reveal().strip())
+        if not value:
+            raise SynthError(f"the API key {secret!r} is empty")
+        wrong = next((i for i, letter in enumerate(value) if not "!" <= letter <= "~"), None)
+        if wrong is not None:
+            what = "a blank or a line break" if value[wrong].isspace() else "a character that no HTTP header can hold"
+            raise SynthError(
+                f"the API key {secret!r} has {what} as character {wrong + 1} of {len(value)}: was it copied whole, "
+                "and is it the only thing in its variable or file?"
+            )
+        return value
 
     def text(self, message: str) -> str:
         """Return a message of one line without any secret, shortened to what a person reads."""
-        cleaned = self.clean(message.encode("utf-8", "replace")).decode("utf-8", "replace")
-        flat = re.sub(r"\s+", " ", cleaned).strip()
+        readable = self.lines(message).encode("utf-8", "replace").decode("utf-8")
+        flat = re.sub(r"\s+", " ", readable).strip()
         return flat if len(flat) <= 400 else flat[:397] + "..."
+
+    def lines(self, message: str) -> str:
+        """Return a message of any length without any secret, its lines as they are."""
+        for secret in sorted(self._known, key=len, reverse=True):
+            message = message.replace(secret, "[secret]")
+        return message
 
     def __repr__(self) -> str:
         return f"Scrubber({len(self._known)} secrets)"
+
+
+@contextmanager
+def scrubbed(scrubber: Scrubber) -> Iterator[None]:
+    """Take secrets out of an error's message on its way out."""
+    try:
+        yield
+    except SynthError as error:
+        error.args = tuple(scrubber.lines(part) if isinstance(part, str) else part for part in error.args)
+        raise
 
 
 def counted(words: Iterable[tuple[str, int]]) -> str:

@@ -3,7 +3,7 @@
 posttrain ships no prices: they change, and a stale table is worse than none. Give your provider's.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import attrs
@@ -11,7 +11,7 @@ from attrs.validators import ge
 
 from posttrain.registry import key
 from posttrain.synth.errors import TaskStopped
-from posttrain.synth.ledger.keys import Request
+from posttrain.synth.ledger.keys import BYTES_PER_TOKEN, Request
 
 
 @attrs.frozen(kw_only=True, slots=False)
@@ -65,14 +65,26 @@ class Budget:
         self.prices, self.batch = prices, batch
         self.spent = round(spent * 1e6)
         self.reserved = 0
+        self.in_flight = 0
+        """Requests that were reserved and are not back; what is in batches is reserved, and comes back in no run."""
+        self.lost = 0
+        """Micros that requests without an answer may have cost."""
         self.sent = 0
         self.max_micros = None if max_cost is None else round(max_cost * 1e6)
         self.max_requests = max_requests
 
     def worst(self, request: Request) -> int:
-        """Return what a request may cost, in micros; 0 if its price is not known."""
+        """Return what a request may cost at most, in micros; 0 if its price is not known. One by one, a token for each
+        byte of the prompt; in batches, where all of them are under way at once, as estimated."""
         price = self.prices.get(request.model)
-        return price.micros(request.tokens, request.reserve, batch=self.batch) if price else 0
+        tokens = request.tokens if self.batch else (request.tokens + 1) * BYTES_PER_TOKEN
+        return price.micros(tokens, request.reserve, batch=self.batch) if price else 0
+
+    def full(self, request: Request) -> bool:
+        """Whether a request has to wait until others are back, because all together could pass the bound."""
+        if self.max_micros is None or not self.in_flight:
+            return False
+        return self.spent + self.lost + self.reserved + self.worst(request) > self.max_micros
 
     def reserve(self, request: Request) -> None:
         """Take note that a request is about to be sent.
@@ -86,18 +98,30 @@ class Budget:
                 "Run again to go on, with a larger bound if it is to be finished in one go"
             )
         worst = self.worst(request)
-        if self.max_micros is not None and self.spent + self.reserved + worst > self.max_micros:
+        if self.max_micros is not None and self.spent + self.lost + self.reserved + worst > self.max_micros:
+            lost = f", ${self.lost / 1e6:.4f} may have been charged for answers that did not come" if self.lost else ""
             raise TaskStopped(
-                f"the next request could pass max_cost=${self.max_micros / 1e6:g}: ${self.spent / 1e6:.4f} are spent "
-                f"and ${(self.reserved + worst) / 1e6:.4f} would be reserved. What came is kept; give a larger "
-                "max_cost, or set max_tokens, and run again"
+                f"the next request could pass max_cost=${self.max_micros / 1e6:g}: ${self.spent / 1e6:.4f} are spent"
+                f"{lost}, and it may cost ${(self.reserved + worst) / 1e6:.4f}. What came is kept; give a larger "
+                "max_cost, or a smaller max_tokens, and run again"
             )
         self.sent += 1
+        self.in_flight += 1
         self.reserved += worst
 
     def release(self, request: Request) -> None:
         """Take back the reservation of a request that has come back; what it cost is added where it is recorded."""
+        self.in_flight -= 1
         self.reserved -= self.worst(request)
+
+    def charged(self, request: Request) -> None:
+        """Take note that an answer did not come, or is of no use, which may be charged all the same."""
+        self.lost += self.worst(request)
+
+    def under_way(self, waiting: Iterable[tuple[str, int, int, int]]) -> None:
+        """Reserve what is in batches: (model, requests, prompt tokens, reply tokens) each."""
+        known = [(self.prices[model], given, made) for model, _, given, made in waiting if model in self.prices]
+        self.reserved = sum(price.micros(given, made, batch=self.batch) for price, given, made in known)
 
     def cost(self, model: str, tokens: tuple[int, int, int]) -> int | None:
         """Return micros, or None if the model's price is not known."""
@@ -129,6 +153,10 @@ class Plan:
     """Dollars spent on the results that are there."""
     unpriced: list[str]
     """Models without a price."""
+    under_way: float = 0.0
+    """Dollars that what is in batches may cost."""
+    unbounded: int = 0
+    """Of the new requests, those that set no bound on their reply."""
 
     def __str__(self) -> str:
         cost = (
@@ -161,8 +189,15 @@ def within(plan: Plan, max_cost: float | None, max_requests: int | None) -> None
             f"max_cost cannot be held: there is no price for {', '.join(plan.unpriced)}; nothing was sent. Give "
             "prices={'" + plan.unpriced[0] + "': Price(input=..., output=...)} in dollars per million tokens"
         )
-    if plan.cost + (plan.spent or 0) > max_cost:
+    if plan.unbounded:
         raise TaskStopped(
-            f"the task may cost ${plan.cost + (plan.spent or 0):.4f} (${plan.spent or 0:.4f} of it spent already), "
+            f"max_cost cannot be held: {plan.unbounded:,} requests set no max_tokens, so that nothing bounds what "
+            "their replies cost; nothing was sent. Say `max_tokens` in the body of each step or request"
+        )
+    known = (plan.spent or 0) + plan.under_way
+    if plan.cost + known > max_cost:
+        way = f", ${plan.under_way:.4f} under way" if plan.under_way else ""
+        raise TaskStopped(
+            f"the task may cost ${plan.cost + known:.4f} (${plan.spent or 0:.4f} of it spent already{way}), "
             f"which passes max_cost=${max_cost:g}; nothing was sent. Set max_tokens, or give a larger max_cost"
         )

@@ -16,7 +16,17 @@ STOP = {
     "project_spend_limit_exceeded", "organization_usage_limit_exceeded", "billing_hard_limit_reached",
 }  # fmt: skip
 """Types and codes of a 429 that no waiting heals."""
-STOPPING = {401, 402, 403}
+STOPPING = {401, 402}
+CONFIGURED = {403, 404}
+"""Statuses that are as a rule about the key or the model, but with some providers about one row."""
+TOO_LARGE = re.compile(r"request too large|limit[: ]+([\d,]+)\D+requested[: ]+([\d,]+)", re.IGNORECASE)
+REQUEST_IDS = ("x-request-id", "request-id", "apim-request-id")
+NO_CREDIT = "credit balance is too low"
+"""What Anthropic says in a 400 that concerns the account and no row."""
+HALF = "not_unicode"
+HALF_SAID = "the reply holds half of a character (a lone surrogate), which no file can hold"
+SURROGATE = re.compile("[\ud800-\udfff]")
+TOO_LARGE_CODE = "request_too_large"
 UNITS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0}
 
 
@@ -26,6 +36,8 @@ class Action(Enum):
     RESULT = "result"
     RETRY = "retry"
     WAIT = "wait"
+    PAUSE = "pause"
+    """It is the server that is ill: nobody sends for a while, and nothing counts against the request."""
     REFUSED = "refused"
     STOP = "stop"
 
@@ -51,9 +63,11 @@ def verdict(status: int, headers: Mapping[str, str], reply: Any, chat: bool = Tr
         reply: the body as JSON, or None if it is none.
         chat: whether a result must have `choices`.
     """
-    request_id = headers.get("x-request-id") or headers.get("apim-request-id")
+    request_id = next((headers[name] for name in REQUEST_IDS if headers.get(name)), None)
     code, message, kind = described(reply)
     if 200 <= status < 300:
+        if chat and not whole([c["message"] for c in choices(reply, "message") or []]):
+            return Verdict(Action.RETRY, HALF, HALF_SAID, status, request_id)
         if isinstance(reply, dict) and (choices(reply, "message") is not None if chat else "error" not in reply):
             return Verdict(Action.RESULT, "ok", "", status, request_id)
         what = f"the body is no {'chat completion' if chat else 'JSON result'}: {message or shown(reply)}"
@@ -62,10 +76,14 @@ def verdict(status: int, headers: Mapping[str, str], reply: Any, chat: bool = Tr
         Action.RETRY, code or f"http_{status}", message or shown(reply), status, request_id, waiting(headers)
     )
     should = headers.get("x-should-retry")
-    if status in STOPPING or (status == 429 and {code, kind} & STOP):
+    no_credit = status == 400 and NO_CREDIT in said.message
+    if status in STOPPING or no_credit or (status in (403, 429) and {code, kind} & STOP):
         return said._replace(action=Action.STOP)
     if status == 429:
-        return said._replace(action=Action.WAIT)
+        larger = larger_than_allowed(said.message)
+        return (
+            said._replace(action=Action.REFUSED, code=TOO_LARGE_CODE) if larger else said._replace(action=Action.WAIT)
+        )
     if should in ("true", "false"):
         return said._replace(action=Action.RETRY if should == "true" else Action.REFUSED)
     if status in (408, 409) or status >= 500:
@@ -79,6 +97,62 @@ def choices(reply: Any, part: str) -> list[dict[str, Any]] | None:
     if not isinstance(found, list) or not all(isinstance(c, dict) and isinstance(c.get(part), dict) for c in found):
         return None
     return found
+
+
+def whole(value: Any) -> bool:
+    """Whether all texts inside a value can be written as UTF-8; JSON's escapes also name halves of characters.
+
+    >>> whole({"content": "a"}), whole([chr(0xD83D)])
+    (True, False)
+    """
+    if isinstance(value, str):
+        return value.isascii() or not SURROGATE.search(value)
+    if isinstance(value, dict):
+        return all(whole(name) and whole(item) for name, item in value.items())
+    return not isinstance(value, list) or all(map(whole, value))
+
+
+def larger_than_allowed(message: str) -> bool:
+    """Whether a 429 says that this request alone is more than a minute's worth, so that no waiting helps.
+
+    >>> larger_than_allowed("Rate limit reached. Limit 30000, Used 29000, Requested 1200.")
+    False
+    >>> larger_than_allowed("Request too large for gpt-4o on tokens per min (TPM): Limit 30000, Requested 35016.")
+    True
+    """
+    found = TOO_LARGE.search(message)
+    if found is None or found[1] is None:
+        return found is not None
+    return int(found[2].replace(",", "")) > int(found[1].replace(",", ""))
+
+
+def text_of(message: Mapping[str, Any]) -> str | None:
+    """Return what a message says as text, also if it came in parts; None if that is nothing.
+
+    >>> text_of({"content": [{"type": "thinking", "thinking": "hm"}, {"type": "text", "text": "yes"}]})
+    'yes'
+    """
+    content = message.get("content")
+    if isinstance(content, list):
+        content = "".join(str(p.get("text") or "") for p in content if isinstance(p, dict) and p.get("type") == "text")
+    return content if isinstance(content, str) and content.strip() else None
+
+
+def reasoning_of(message: Mapping[str, Any]) -> str | None:
+    """Return what a model thought before it answered, under the names that servers use: `reasoning_content` (DeepSeek,
+    vLLM, SGLang), `reasoning` (vLLM, OpenRouter), or parts of type `thinking` (Anthropic, Mistral)."""
+    for name in ("reasoning_content", "reasoning"):
+        if isinstance(message.get(name), str) and message[name].strip():
+            return str(message[name])
+    content = message.get("content")
+    parts = [p.get("thinking") for p in content if isinstance(p, dict)] if isinstance(content, list) else []
+    texts = [p if isinstance(p, str) else text_of({"content": p}) for p in parts if p]
+    return "".join(text for text in texts if text) or None
+
+
+def with_thoughts(text: str, reasoning: str | None) -> str:
+    """Return an answer with what was thought before it in `<think>`, as the models of today write it themselves."""
+    return f"<think>\n{reasoning.strip()}\n</think>\n\n{text}" if reasoning else text
 
 
 def described(reply: Any) -> tuple[str, str, str]:
@@ -133,7 +207,7 @@ def limits(headers: Mapping[str, str]) -> tuple[float | None, float | None]:
     """Return (requests, tokens) per minute that an answer's headers allow; what is not positive says nothing."""
     found = []
     for what in ("requests", "tokens"):
-        text = headers.get(f"x-ratelimit-limit-{what}", "")
+        text = headers.get(f"x-ratelimit-limit-{what}") or headers.get(f"anthropic-ratelimit-{what}-limit") or ""
         found.append(float(text) if text.isdecimal() and int(text) > 0 else None)
     return found[0], found[1]
 

@@ -92,7 +92,7 @@ class Session:
             request.id,
             time.time(),
             request_id,
-            self.scrubber.clean(content),
+            content,
             *tokens,
             micros,
             finish(request, reply),

@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from posttrain.errors import SynthError
-from posttrain.synth.ledger.keys import Request, sample_key
+from posttrain.synth.ledger.keys import CHAT, LIMITS, Request, sample_key
+from posttrain.synth.ledger.replies import whole
 
 VERSION = 1
 CHUNK = 512
@@ -77,12 +78,20 @@ class Ledger:
         if read_only and not self.path.exists():
             raise SynthError(f"there is no ledger in {folder}: nothing was run there yet")
         if not read_only:
-            folder.mkdir(parents=True, exist_ok=True)
-            self._claim = claim(folder / "lock")
-        self._db = connect(self.path)
+            try:
+                folder.mkdir(parents=True, exist_ok=True)
+                self._claim = claim(folder / "lock")
+            except OSError as error:
+                raise SynthError(f"the folder {folder} cannot be used: {error.strerror or error}") from None
+        try:
+            with readable(self.path):
+                self._db = connect(self.path)
+                if not read_only:
+                    self._prepare()
+        except BaseException:  # another try of this process must not find the folder taken by itself
+            _release(getattr(self, "_db", None), self._claim)
+            raise
         self._end = weakref.finalize(self, _release, self._db, self._claim)
-        if not read_only:
-            self._prepare()
 
     def _prepare(self) -> None:
         with self.transaction() as db:
@@ -156,23 +165,27 @@ class Ledger:
             db.execute("INSERT OR IGNORE INTO task(name) VALUES (?)", (name,))
         return self.find(name)
 
-    def add(self, task: int, start: int, rows: Iterable[tuple[bytes, str, str, bytes, int, int, bytes | None]]) -> None:
+    def add(self, task: int, start: int, rows: Iterable[tuple[Any, ...]]) -> None:
         """Put requests at the positions of a task from `start` on.
 
         Args:
             task: its number.
             start: the first position; 0 begins the task anew, as far as counting samples goes.
-            rows: (content hash, endpoint, model, body, prompt tokens, reply tokens, what to keep beside the result).
+            rows: (content hash, the one that version 0.1 gave it or None, endpoint, model, body, prompt tokens,
+                reply tokens, what to keep beside the result).
         """
         with self.transaction() as db:
             if start == 0:
                 db.execute("DELETE FROM seen WHERE task = ?", (task,))
-            for pos, (content, endpoint, model, body, tokens, reserve, extra) in enumerate(rows, start):
+            for pos, (content, older, endpoint, model, body, tokens, reserve, extra) in enumerate(rows, start):
                 (n,) = db.execute(
                     "INSERT INTO seen VALUES (?, ?, 1) ON CONFLICT DO UPDATE SET n = n + 1 RETURNING n", (task, content)
                 ).fetchone()
                 key = sample_key(content, n - 1)
-                found = db.execute("SELECT id FROM request WHERE key = ?", (key,)).fetchone()
+                find = "SELECT id FROM request WHERE key = ?"
+                found = db.execute(find, (key,)).fetchone()
+                if found is None and older is not None:
+                    found = db.execute(find, (sample_key(older, n - 1),)).fetchone()
                 request = found[0] if found else db.execute(
                     "INSERT INTO request(key, endpoint, model, body, tokens, reserve) VALUES (?, ?, ?, ?, ?, ?)",
                     (key, endpoint, model, body, tokens, reserve),
@@ -204,12 +217,12 @@ class Ledger:
 
     def one(self, query: str, *values: Any) -> Any:
         """Return the first row of a query, or None."""
-        with self._lock:
+        with self._lock, readable(self.path):
             return self._db.execute(query, values).fetchone()
 
     def all(self, query: str, *values: Any) -> list[Any]:
         """Return all rows of a query; for few rows only."""
-        with self._lock:
+        with self._lock, readable(self.path):
             return self._db.execute(query, values).fetchall()
 
     def pages(self, query: str, task: int) -> Iterator[Any]:
@@ -224,6 +237,14 @@ class Ledger:
         query = f"""SELECT i.pos, {REQUEST} FROM item i JOIN request r ON r.id = i.request
             WHERE i.task = ? AND i.pos > ? AND {OPEN} AND NOT {WAITING}"""
         return (Request(*row[1:]) for row in self.pages(query, task))
+
+    def spread(self, task: int, count: int) -> list[Request]:
+        """Return up to so many requests that have to be sent, evenly spread, the last one included."""
+        (last,) = self.one("SELECT coalesce(max(pos), 0) FROM item WHERE task = ?", task)
+        query = f"""SELECT {REQUEST} FROM item i JOIN request r ON r.id = i.request
+            WHERE i.task = ? AND i.pos <= ? AND {OPEN} AND NOT {WAITING} ORDER BY i.pos DESC LIMIT 1"""
+        found = (self.one(query, task, last * (n + 1) // count) for n in range(count))
+        return list({row[0]: Request(*row) for row in found if row}.values())
 
     def results(self, task: int) -> Iterator[Any]:
         """Yield (pos, endpoint, model, request body, extra, reply, request id, status, code, message, request id of
@@ -256,6 +277,31 @@ class Ledger:
             WHERE i.task = ? AND {OPEN} AND NOT {WAITING} GROUP BY r.model ORDER BY r.model""", task,
         )  # fmt: skip
 
+    def usage(self, task: int) -> list[tuple[str, int, int, int]]:
+        """Return (model, prompt tokens, reply tokens, cached prompt tokens) that the results of a task have used."""
+        return self.all(
+            """SELECT r.model, sum(p.input_tokens), sum(p.output_tokens), sum(p.cached_tokens) FROM item i
+            JOIN request r ON r.id = i.request JOIN response p ON p.request = r.id WHERE i.task = ? GROUP BY r.model""",
+            task,
+        )
+
+    def waiting(self, task: int) -> list[tuple[str, int, int, int]]:
+        """Return (model, requests, prompt tokens, reply tokens at most) of what is in batches, estimated."""
+        return self.all(
+            f"""SELECT r.model, count(*), sum(r.tokens), sum(r.reserve) FROM item i JOIN request r ON r.id = i.request
+            WHERE i.task = ? AND NOT EXISTS (SELECT 1 FROM response p WHERE p.request = i.request) AND {WAITING}
+            GROUP BY r.model""", task,
+        )  # fmt: skip
+
+    def unbounded(self, task: int) -> int:
+        """Return how many of the chats to be sent set no bound on their reply."""
+        no_bound = " AND ".join(f"NOT instr(r.body, CAST('\"{name}\":' AS BLOB))" for name in LIMITS)
+        (count,) = self.one(
+            f"""SELECT count(*) FROM item i JOIN request r ON r.id = i.request WHERE i.task = ? AND {OPEN}
+            AND NOT {WAITING} AND r.endpoint = '{CHAT}' AND {no_bound}""", task,
+        )  # fmt: skip
+        return int(count)
+
     def errors(self, task: int) -> list[tuple[str, str, int, int]]:
         """Return (code, message of one of them, how many, how many of them for good) of what has no result."""
         return self.all(
@@ -265,8 +311,12 @@ class Ledger:
         )  # fmt: skip
 
     def forgive(self, task: int) -> None:
-        """Let the next run send again what was refused for good."""
+        """Let the next run send again what was refused for good, and what version 0.1 kept and nobody can read."""
+        halves = """SELECT p.request, p.body FROM item i JOIN response p ON p.request = i.request
+            WHERE i.task = ? AND (instr(p.body, '\\ud') OR instr(p.body, '\\uD') OR instr(p.body, x'ED'))"""
         with self.transaction() as db:
+            broken = [(request,) for request, body in db.execute(halves, (task,)) if not whole(json.loads(body))]
+            db.executemany("DELETE FROM response WHERE request = ?", broken)
             db.execute(
                 "UPDATE failure SET permanent = 0 WHERE request IN (SELECT request FROM item WHERE task = ?)", (task,)
             )
@@ -277,8 +327,29 @@ _open: "weakref.WeakValueDictionary[Path, Ledger]" = weakref.WeakValueDictionary
 _opening = threading.Lock()
 
 
-def _release(db: sqlite3.Connection, claim: int | None) -> None:
-    db.close()
+@contextmanager
+def readable(path: Path) -> Iterator[None]:
+    """Say which ledger could not be read, and what can be done.
+
+    Raises:
+        SynthError: the file is damaged, or the disk is full or failing.
+    """
+    try:
+        yield
+    except sqlite3.Error as error:
+        damaged = "not a database" in str(error) or "malformed" in str(error)
+        what = (
+            f"it is damaged. `sqlite3 {path} .recover` saves what can be saved; put a copy from a backup in its place, "
+            "or use another work_dir"
+            if damaged
+            else "make room or put the disk right, then run the same again"
+        )
+        raise SynthError(f"{path} cannot be read: {error}; {what}") from error
+
+
+def _release(db: sqlite3.Connection | None, claim: int | None) -> None:
+    if db is not None:
+        db.close()
     if claim is not None:
         os.close(claim)
 
@@ -307,8 +378,12 @@ def claim(path: Path) -> int:
             f"{path.parent} is in use by another process (pid {owner}). Two at once would pay for the same requests "
             "twice: wait for it, end it, or give this one a work_dir of its own"
         ) from None
-    os.ftruncate(handle, 0)
-    os.pwrite(handle, str(os.getpid()).encode(), 0)
+    try:
+        os.ftruncate(handle, 0)
+        os.pwrite(handle, str(os.getpid()).encode(), 0)
+    except OSError:
+        os.close(handle)
+        raise
     return handle
 
 

@@ -4,6 +4,7 @@ Everything is a function of the rows and the ledger. So a pipeline goes on where
 new, and gives the same rows each time. Every row that goes no further keeps the reason.
 """
 
+import json
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,11 +14,11 @@ import attrs
 
 from posttrain.blocks.data.sources import Source
 from posttrain.errors import DataError, SynthError
-from posttrain.interfaces import StepBlock
+from posttrain.interfaces import Checked, StepBlock
 from posttrain.registry import name_of
 from posttrain.synth.clients.client import Synth
 from posttrain.synth.ledger import results
-from posttrain.synth.ledger.keys import CHAT, canonical
+from posttrain.synth.ledger.keys import CHAT, canonical, in_order
 from posttrain.synth.ledger.session import Progress
 from posttrain.synth.pipelines.report import Report, rows_in
 from posttrain.synth.pipelines.rows import Chat, Drop, Reply, Row
@@ -62,34 +63,57 @@ class Pipeline:
             DataError: a row lacks what a step needs.
             SynthError: see `Synth.run`.
         """
-        if found := [f"step {number}: {message}" for number, message in self.problems(client)]:
+        checked = [(n, step.check()) for n, step in enumerate(self.steps, 1) if isinstance(step, Checked)]
+        wrong = [(number, f"{name}: {message}") for number, said in checked for name, message in said]
+        if found := [f"step {number}: {message}" for number, message in [*wrong, *self.problems(client)]]:
             raise SynthError("\n".join(found))
         report = Report(client.work_dir / task, task)
-        incoming = report.begin(_rows_of(rows))
+        try:
+            self._take(
+                report, rows_to_begin_with(rows), client, max_cost=max_cost, max_requests=max_requests, wait=wait,
+                retry_failed=retry_failed, send=send, progress=progress, say=say,
+            )  # fmt: skip
+        except BaseException as error:
+            if report.stages:
+                stage, why = report.stages[-1], str(error) or type(error).__name__
+                report.unfinished = f"step {stage.number} ({stage.name}) was stopped: {why}"
+                report.save()
+            raise
+        report.close()
+        return report
+
+    def _take(
+        self, report: Report, rows: Iterator[Row], client: Synth, *, max_cost: float | None, max_requests: int | None,
+        wait: bool, retry_failed: bool, send: bool, progress: Callable[[Progress], None], say: Callable[[str], None],
+    ) -> None:  # fmt: skip
+        """Take the rows through the steps, as far as it goes."""
+        incoming = report.begin(rows)
         spent, sent = 0.0, 0
         for number, step in enumerate(self.steps, 1):
-            work = Work(step, client_of(step, client), f"{task}.{number}", incoming)
+            work = Work(step, client_of(step, client), f"{report.task}.{number}", incoming)
             stage = report.stage(number, name_of(type(step)) or type(step).__name__.lower())
-            if work.ask():
-                plan = work.client.plan(work.task)
-                say(f"{number} {stage.name:<13} {plan}")
+            while asked := work.ask():
+                task, again = work.tasks[-1], len(work.tasks) > 1
+                plan = work.client.plan(task)
+                say(f"{number} {stage.name:<13} {'asked again: ' if again else ''}{plan}")
                 if not send and plan.new:
                     report.unfinished = f"step {number} ({stage.name}) has {plan.new:,} requests to send first"
                     break
                 if send:
                     bounds = {"max_cost": _left(max_cost, spent), "max_requests": _left(max_requests, sent)}
-                    work.client.run(work.task, **bounds, wait=wait, retry_failed=retry_failed, progress=progress)
-                counts = work.client.status(work.task)
-                stage.count(counts, work.client.failures(work.task) if counts.failed else "")
+                    work.client.run(task, **bounds, wait=wait, retry_failed=retry_failed, progress=progress)
+                counts = work.client.status(task)
+                stage.count(counts, work.client.failures(task) if counts.failed else "")
+                stage.asked_again += asked if again else 0
                 spent, sent = spent + (counts.cost or 0.0), sent + plan.new
                 if missing := counts.total - counts.done - counts.failed:
                     waiting = f"{missing:,} requests have no result yet, {counts.waiting:,} of them are in batches"
                     report.unfinished = f"step {number} ({stage.name}): {waiting}"
                     break
+            if report.unfinished:
+                break
             incoming = report.write(stage, work.made())
             stage.facts = step.facts(row for row, _ in rows_in(incoming))
-        report.close()
-        return report
 
     def problems(self, client: Synth) -> Iterator[tuple[int, str]]:
         """Yield (number of the step, what is wrong): requests that no client could send, before any is paid for."""
@@ -104,7 +128,8 @@ class Pipeline:
         """Yield (client, task) of every step that sends."""
         for number, step in enumerate(self.steps, 1):
             if step.panel:
-                yield client_of(step, client), f"{task}.{number}"
+                for again in range(step.rounds + 1):
+                    yield client_of(step, client), again_name(f"{task}.{number}", again)
 
 
 @attrs.define
@@ -116,19 +141,33 @@ class Work:
     """Where its requests go."""
     task: str
     incoming: Path
-    sends: bool = False
+    tasks: list[str] = attrs.field(factory=list)
+    """In the ledger: of what was asked first, then of what was asked again."""
 
     def ask(self) -> int:
-        """Add what the step asks to its task, and return how many requests that is."""
-        count = 0
-        self.client.begin_batch_task(self.task)
-        for row, place in rows_in(self.incoming):
-            with _about(place):
-                for chat in self.step.chats(row):
-                    self.client.add_request_to_batch_task(self.task, chat.endpoint, self.body(chat))
-                    count += 1
-        self.sends = count > 0
+        """Add what the step asks, or then what it asks again, to a task of its own; return how many requests it is."""
+        if len(self.tasks) > self.step.rounds:
+            return 0
+        name, count = again_name(self.task, len(self.tasks)), 0
+        self.client.begin_batch_task(name)
+        for chat in self.wanted():
+            self.client.add_request_to_batch_task(name, chat.endpoint, self.body(chat))
+            count += 1
+        if count:
+            self.tasks.append(name)
         return count
+
+    def wanted(self) -> Iterator[Chat]:
+        """Yield what is to be asked next."""
+        if not self.tasks:
+            for row, place in rows_in(self.incoming):
+                with _about(place):
+                    yield from self.step.chats(row)
+            return
+        for _, _, pairs in self.answered():
+            for chat, reply in pairs:
+                if (again := self.step.again(chat, reply)) is not None:
+                    yield again
 
     def body(self, chat: Chat) -> dict[str, Any]:
         """Return the body of a request."""
@@ -155,18 +194,26 @@ class Work:
 
     def folded(self) -> Iterator[Row | Drop]:
         """Yield what becomes of each row by itself, given the replies to what was asked about it."""
-        answers = self.answers()
+        for row, place, pairs in self.answered():
+            with _about(place):
+                yield from self.step.fold(row, [reply for _, reply in pairs])
+
+    def answered(self) -> Iterator[tuple[Row, str, list[tuple[Chat, Reply]]]]:
+        """Yield each row, its place, and what was asked about it last with the reply to that."""
+        ledger = self.client.ledger
+        first, *later = [results.answers(ledger, ledger.find(name), name) for name in self.tasks] or [iter(())]
         for row, place in rows_in(self.incoming):
             with _about(place):
-                replies = [self.reply(chat, next(answers, None)) for chat in self.step.chats(row)]
-                yield from self.step.fold(row, replies)
-
-    def answers(self) -> Iterator[Any]:
-        """Yield (endpoint, body, response) of each request of the task."""
-        if not self.sends:
-            return iter(())
-        ledger = self.client.ledger
-        return results.answers(ledger, ledger.find(self.task), self.task)
+                pairs = []
+                for chat in self.step.chats(row):
+                    reply = self.reply(chat, next(first, None))
+                    for answers in later:
+                        again = self.step.again(chat, reply)
+                        if again is None:
+                            break
+                        chat, reply = again, self.reply(again, next(answers, None))
+                    pairs.append((chat, reply))
+            yield row, place, pairs
 
     def reply(self, chat: Chat, answer: Any) -> Reply:
         """Return the reply to a request, which must be the very one that was sent.
@@ -174,13 +221,18 @@ class Work:
         Raises:
             SynthError: it is not: the step's `chats` gave other requests than before.
         """
-        if answer is None or answer[:2] != (chat.endpoint, canonical(self.body(chat))):
+        if answer is None or answer[0] != chat.endpoint or not _same(answer[1], self.body(chat)):
             raise SynthError(
                 f"{type(self.step).__name__}.chats() gave another request than when it was sent. It must be a function "
                 "of the row alone: no clock, no random numbers without a seed, no changing the row"
             )
         response = answer[2]
         return Reply((response["response"] or {}).get("body"), response["error"])
+
+
+def again_name(task: str, number: int) -> str:
+    """Return the name of the task of what is asked for the n-th time again."""
+    return f"{task}+{number}" if number else task
 
 
 def client_of(step: StepBlock, home: Synth) -> Synth:
@@ -193,14 +245,27 @@ def client_of(step: StepBlock, home: Synth) -> Synth:
     return attrs.evolve(own, work_dir=home.work_dir)
 
 
+def _same(sent: bytes, body: dict[str, Any]) -> bool:
+    """Whether a body is the one that was sent, also if version 0.1 sent it with its keys in another order."""
+    wanted = canonical(in_order(body))
+    return sent == wanted or canonical(in_order(json.loads(sent))) == wanted
+
+
 def _left(bound: Any, used: Any) -> Any:
     return None if bound is None else bound - used
 
 
-def _rows_of(rows: Source | Iterable[Row]) -> Iterator[Row]:
-    if isinstance(rows, Source):
-        return (row.values for row, _ in rows.read(rows.open()))
-    return iter(rows)
+def rows_to_begin_with(rows: Source | Iterable[Row]) -> Iterator[Row]:
+    """Yield the rows to begin with, each told from what no file of JSON lines can hold."""
+    read = ((row.values, row.place) for row, _ in rows.read(rows.open())) if isinstance(rows, Source) else (
+        (row, f"row {number}") for number, row in enumerate(rows, 1)
+    )  # fmt: skip
+    for row, place in read:
+        with _about(place):
+            if not isinstance(row, dict):
+                raise DataError(f"a row is an object of columns, not a {type(row).__name__}")
+            results.line(row)
+        yield row
 
 
 @contextmanager

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from rich.console import Group
 
 COUNTS = "report.json"
+CELLS = ("in", "new", "out", "dropped", "requests", "failed", "tokens", "cost")
 
 
 @attrs.define
@@ -31,6 +32,8 @@ class Stage:
     dropped: dict[str, int] = attrs.field(factory=dict)
     """Reason -> rows."""
     requests: int = 0
+    asked_again: int = 0
+    """Of the requests, those that took the place of a reply that was of no use."""
     failed: int = 0
     """Requests without a result."""
     trouble: str = ""
@@ -43,9 +46,13 @@ class Stage:
     """What else the step has to say."""
 
     def count(self, counts: Counts, trouble: str) -> None:
-        """Take in how its task stands."""
-        self.requests, self.failed, self.trouble = counts.total, counts.failed, trouble
-        self.input_tokens, self.output_tokens, self.cost = counts.input_tokens, counts.output_tokens, counts.cost
+        """Take in how one of its tasks stands."""
+        self.requests += counts.total
+        self.failed += counts.failed
+        self.trouble = "\n".join(part for part in (self.trouble, trouble) if part)
+        self.input_tokens += counts.input_tokens
+        self.output_tokens += counts.output_tokens
+        self.cost = None if self.cost is None or counts.cost is None else self.cost + counts.cost
 
     @property
     def file(self) -> str:
@@ -96,8 +103,10 @@ class Report:
         Raises:
             SynthError: there are none.
         """
-        self.folder.mkdir(parents=True, exist_ok=True)
         stage = self.stage(0, "source")
+        self.unfinished = "it is running, or was stopped on the way"
+        self.save()  # what an earlier run has left here is over
+        self.unfinished = ""
         file = self.write(stage, rows)
         stage.rows_in = stage.rows_out
         if not stage.rows_out:
@@ -116,12 +125,12 @@ class Report:
         dropped = self.folder / (stage.dropped_file + ".part")
 
         def passed() -> Iterator[Row]:
-            with open(dropped, "w", encoding="utf-8") as aside:
+            with results.lines_into(dropped) as aside:
                 for row in made:
                     if isinstance(row, Drop):
                         reasons[row.reason] += 1
                         why = {"step": stage.name, "reason": row.reason, "detail": row.detail}
-                        aside.write(json.dumps({**row.row, "dropped": why}, ensure_ascii=False) + "\n")
+                        aside({**row.row, "dropped": why})
                     else:
                         yield row
 
@@ -140,11 +149,16 @@ class Report:
         for file in self.folder.glob("*.jsonl"):
             if file.name not in known:
                 file.unlink()
+        self.save()
+
+    def save(self) -> None:
+        """Write the counts so far."""
         stages = [attrs.asdict(stage) for stage in self.stages]
         for stage in stages:
             stage["facts"] = {k: None if v != v else v for k, v in stage["facts"].items()}
         text = json.dumps({"task": self.task, "unfinished": self.unfinished, "stages": stages}, indent=1)
-        (self.folder / COUNTS).write_text(text, encoding="utf-8")
+        with results.writing(self.folder / COUNTS):
+            (self.folder / COUNTS).write_text(text, encoding="utf-8")
 
     # -- afterwards -------------------------------------------------------------------
 
@@ -189,16 +203,17 @@ class Report:
         from rich.text import Text
 
         made = Table("step", box=box.SIMPLE_HEAD, pad_edge=False)
-        for name in ("in", "out", "dropped", "requests", "failed", "tokens", "cost"):
+        for name in CELLS:
             made.add_column(name, justify="right")
         for stage in self.stages:
             made.add_row(f"{stage.number} {stage.name}", *cells(stage))
         made.add_section()
         tokens = sum(stage.input_tokens + stage.output_tokens for stage in self.stages)
         requests = sum(stage.requests for stage in self.stages)
-        made.add_row("all", "", "", "", f"{requests:,}", f"{self.failed:,}", f"{tokens:,}", dollars(self.cost))
+        made.add_row("all", "", "", "", "", f"{requests:,}", f"{self.failed:,}", f"{tokens:,}", dollars(self.cost))
         lines = []
         for stage in self.stages:
+            lines += [f"{stage.number} {stage.name}: asked again {stage.asked_again:,}"] if stage.asked_again else []
             lines += [f"{stage.number} {stage.name} dropped {n:,}: {reason}" for reason, n in stage.dropped.items()]
             lines += [f"{stage.number} {stage.name}: {name} {plain(value)}" for name, value in stage.facts.items()]
         return Group(made, *(Text(line) for line in lines))
@@ -224,9 +239,12 @@ def dollars(cost: float | None) -> str:
 
 
 def cells(stage: Stage) -> list[str]:
-    """Return the numbers of a step as text: in, out, dropped; and requests, failed, tokens, cost if it sent any."""
+    """Return the numbers of a step as text: in, new, out, dropped (in + new = out + dropped: several answers to a row
+    are new ones, a pair joins two); and requests, failed, tokens, cost if it sent any."""
     dropped = sum(stage.dropped.values())
-    made = ["" if stage.number == 0 else f"{stage.rows_in:,}", f"{stage.rows_out:,}", f"{dropped:,}" if dropped else ""]
+    new = stage.rows_out + dropped - stage.rows_in
+    made = ["", ""] if stage.number == 0 else [f"{stage.rows_in:,}", f"{new:+,}" if new else ""]
+    made += [f"{stage.rows_out:,}", f"{dropped:,}" if dropped else ""]
     if stage.requests:
         tokens = stage.input_tokens + stage.output_tokens
         made += [f"{stage.requests:,}", f"{stage.failed:,}", f"{tokens:,}", dollars(stage.cost)]

@@ -11,6 +11,7 @@ from posttrain.blocks.data.rows.schemas import Refused, conversation
 from posttrain.errors import DataError
 from posttrain.registry import suggest
 from posttrain.synth.ledger.keys import CHAT
+from posttrain.synth.ledger.replies import reasoning_of, text_of
 
 Row = dict[str, Any]
 """Columns of plain JSON data."""
@@ -47,13 +48,37 @@ class Reply:
     @property
     def text(self) -> str | None:
         """What the first choice says, or None."""
-        content = (self.choice.get("message") or {}).get("content")
-        return content if isinstance(content, str) and content.strip() else None
+        return text_of(self.choice.get("message") or {})
+
+    @property
+    def reasoning(self) -> str | None:
+        """What the model thought before it answered, where the server tells the two apart."""
+        return reasoning_of(self.choice.get("message") or {})
 
     @property
     def trouble(self) -> str:
         """Why there is nothing to use, in words that can be counted."""
-        return f"request failed: {self.error.get('code')}" if self.error else "the reply holds no text"
+        if self.error:
+            return f"request failed: {self.error.get('code')}"
+        if self.refusal:
+            return "the model refused"
+        cut = self.choice.get("finish_reason") in ("content_filter", "length")
+        return f"the reply holds no text: {self.choice['finish_reason']}" if cut else "the reply holds no text"
+
+    @property
+    def said(self) -> str | None:
+        """What the reply says where a form was asked for: its text, or the arguments of the one tool that it calls."""
+        calls = (self.choice.get("message") or {}).get("tool_calls") or []
+        if self.text is not None or len(calls) != 1 or not isinstance(calls[0], dict):
+            return self.text
+        arguments = (calls[0].get("function") or {}).get("arguments")
+        return arguments if isinstance(arguments, str) or arguments is None else as_text(arguments)
+
+    @property
+    def refusal(self) -> str | None:
+        """What the model says in place of an answer, where the provider tells the two apart."""
+        said = (self.choice.get("message") or {}).get("refusal")
+        return said if isinstance(said, str) and said else None
 
 
 @attrs.frozen
@@ -109,6 +134,20 @@ def texts(value: Any) -> Iterator[str]:
                 yield from texts(item)
 
 
+def on_wire(messages: list[Message]) -> list[Message]:
+    """Return messages as servers take them: the arguments of tool calls are text; templates want them as objects."""
+    return [
+        {**m, "tool_calls": [_call(call) for call in m["tool_calls"]]} if m.get("tool_calls") else m for m in messages
+    ]
+
+
+def _call(call: Any) -> Any:
+    function = call.get("function") if isinstance(call, dict) else None
+    if not isinstance(function, dict) or isinstance(function.get("arguments"), str):
+        return call
+    return {**call, "function": {**function, "arguments": as_text(function.get("arguments") or {})}}
+
+
 def asked(row: Row) -> list[Message]:
     """Return the messages that a row asks: its `prompt`, or else its conversation up to the last user turn.
 
@@ -126,7 +165,7 @@ def asked(row: Row) -> list[Message]:
         messages.pop()
     if not messages:
         raise DataError("the conversation holds no user turn")
-    return messages
+    return on_wire(messages)
 
 
 def answered(row: Row) -> tuple[list[Message], str]:
@@ -146,8 +185,28 @@ def answered(row: Row) -> tuple[list[Message], str]:
     return messages[:-1], messages[-1]["content"]
 
 
-def transcript(messages: list[Message]) -> str:
-    """Return a conversation as text for a judge; one user turn is its text alone."""
-    if len(messages) == 1 and messages[0]["role"] == "user":
-        return as_text(messages[0].get("content", ""))
-    return "\n\n".join(f"[{m['role']}]\n{as_text(m.get('content', ''))}" for m in messages)
+def reply_text(value: Any) -> str:
+    """Return an answer as text for a judge: text as it is, and of a list of messages what they say."""
+    return transcript(value, "assistant") if isinstance(value, list) and value else as_text(value)
+
+
+def transcript(messages: list[Message], alone: str = "user") -> str:
+    """Return a conversation as text for a judge; one turn of the role `alone` is its text alone."""
+    if len(messages) == 1 and messages[0].get("role") == alone and not messages[0].get("tool_calls"):
+        return content_text(messages[0].get("content"))
+    return "\n\n".join(f"[{m.get('role')}]\n{message_text(m)}" for m in messages)
+
+
+def message_text(message: Message) -> str:
+    """Return what a message says, and the tools that it calls."""
+    calls = [f"calls {as_text(call.get('function', call))}" for call in message.get("tool_calls") or []]
+    return "\n".join([content_text(message.get("content")), *calls] if message.get("content") else calls)
+
+
+def content_text(content: Any) -> str:
+    """Return a message's content as text: of a list of parts, their texts, and the name of what is none."""
+    if not isinstance(content, list):
+        return as_text("" if content is None else content)
+    return "\n".join(
+        str(p.get("text", f"[{p.get('type', 'part')}]")) if isinstance(p, dict) else as_text(p) for p in content
+    )

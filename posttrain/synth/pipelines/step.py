@@ -27,6 +27,15 @@ class Step:
         """Return what to ask about a row. Called more than once: the same row must give the same requests."""
         return []
 
+    @property
+    def rounds(self) -> int:
+        """How often what `again` returns is asked."""
+        return 0
+
+    def again(self, chat: Chat, reply: Reply) -> Chat | None:
+        """Return what to ask in place of a reply that is of no use; None takes the reply."""
+        return None
+
     def fold(self, row: Row, replies: list[Reply]) -> Iterable[Row | Drop]:
         """Return what becomes of a row.
 
@@ -57,6 +66,13 @@ class Step:
     def __or__(self, other: "Step | Pipeline") -> Pipeline:
         """Put another step behind this one."""
         return Pipeline([self]) | other
+
+
+def asked_again(chat: Chat, text: str | None, trouble: str, form: str) -> Chat:
+    """Return a chat that goes on from a reply of no use: what was wrong with it, and the form that is wanted."""
+    said = [{"role": "assistant", "content": text}] if text else []
+    wanted = {"role": "user", "content": f"That cannot be used: {trouble}. Reply with JSON only: {form}"}
+    return attrs.evolve(chat, messages=[*chat.messages, *said, wanted])
 
 
 @attrs.frozen(kw_only=True, slots=False)

@@ -40,6 +40,8 @@ from posttrain.synth.sending.batch_api import (
 log = logging.getLogger("posttrain.synth")
 DOWNLOADS = 5
 ENQUEUED = "token_limit_exceeded"
+ASKED = "cancelled_by_posttrain"
+"""Stands among the errors of a batch that we asked to be cancelled: what is left of it may be sent again."""
 
 
 @attrs.frozen
@@ -61,6 +63,11 @@ class Batch:
     error_file_id: str | None
     errors: str | None
 
+    @property
+    def asked(self) -> bool:
+        """Whether it was this library that asked for it to be cancelled."""
+        return self.errors is not None and ASKED in self.errors
+
 
 COLUMNS = ", ".join(field.name for field in attrs.fields(Batch))
 
@@ -70,7 +77,9 @@ class BatchRun:
 
     def __init__(self, service: BatchService, session: Session) -> None:
         self.service, self.session, self.ledger = service, session, session.ledger
-        self.api = BatchAPI(service, session.scrubber, session.stopping)
+        known = lambda name: self.ledger.one("SELECT 1 FROM batch WHERE batch_id = ?", name) is not None  # noqa: E731
+        kind = service.api or BatchAPI
+        self.api = kind(service, session.scrubber, session.stopping, self.ledger.folder / "batches", known)
         self.max_lines = service.max_lines
         self._held: Request | None = None
         """Read from the ledger, but too much for the file that was being written."""
@@ -241,7 +250,8 @@ class BatchRun:
                     self._set(batch, state="uploaded")
                     return False
                 self._set(batch, state="uploaded")
-                self.api.pause(said.wait if said.wait is not None else self.service.poll_every / 12 * 2**attempt)
+                wait = self.api.patient(said.wait or 0.0, said.message)
+                self.api.pause(max(wait, self.service.poll_every / 12 * 2**attempt))
                 continue
             self._set(batch, state="uploaded")
             self.api.pause(min(30.0, 0.5 * 2**attempt))
@@ -271,10 +281,10 @@ class BatchRun:
             except Missing:
                 self._vanished(batch)
                 continue
-            over = found.status in TERMINAL
+            over, told = found.status in TERMINAL, [*found.errors, *([{"code": ASKED}] if batch.asked else [])]
             self._set(
                 batch, state="terminal" if over else "submitted", status=found.status, completed=found.completed,
-                output_file_id=found.output_file_id, error_file_id=found.error_file_id, errors=json.dumps(found.errors),
+                output_file_id=found.output_file_id, error_file_id=found.error_file_id, errors=json.dumps(told),
             )  # fmt: skip
             self.session.progress.note = f"batch {found.id}: {found.status}, {found.completed} done"
             self.session.report(self.session.progress)
@@ -291,20 +301,22 @@ class BatchRun:
 
     def _vanished(self, batch: Batch) -> None:
         """The server has forgotten a batch that may have been paid: never send it again without being asked to."""
-        said = Verdict(
-            Action.REFUSED, "batch_vanished",
-            f"batch {batch.batch_id} is not known to the server any more; its requests may have been paid",
-        )  # fmt: skip
+        self._left(batch, "batch_vanished", f"batch {batch.batch_id} is not known to the server any more")
+        self._set(batch, state="ingested", status="vanished")
+
+    def _left(self, batch: Batch, code: str, what: str) -> None:
+        """Give up what a batch has brought no answer to; it is sent again only when that is asked for."""
+        said = Verdict(Action.REFUSED, code, f"{what}; retry_failed=True (--retry-failed) sends it again")
         with self.ledger.transaction() as db:
             for request in self._unanswered(batch):
                 for statement, values in self.session.failure(request, said, permanent=True):
                     db.execute(statement, values)
-            db.execute("UPDATE batch SET state = 'ingested', status = 'vanished' WHERE id = ?", (batch.id,))
 
     def _unanswered(self, batch: Batch) -> list[Request]:
         rows = self.ledger.all(
             f"""SELECT {REQUEST} FROM batch_item bi JOIN request r ON r.id = bi.request
-            WHERE bi.batch = ? AND NOT EXISTS (SELECT 1 FROM response p WHERE p.request = r.id)""", batch.id,
+            WHERE bi.batch = ? AND NOT EXISTS (SELECT 1 FROM response p WHERE p.request = r.id)
+                AND NOT EXISTS (SELECT 1 FROM failure f WHERE f.request = r.id AND f.permanent)""", batch.id,
         )  # fmt: skip
         return [Request(*row) for row in rows]
 
@@ -314,26 +326,33 @@ class BatchRun:
             for file_id in (batch.output_file_id, batch.error_file_id):
                 if file_id:
                     self._download(batch, file_id)
+            if batch.status == "cancelled" and not batch.asked:
+                self._left(batch, "batch_cancelled", f"batch {batch.batch_id} was cancelled at the provider")
             self._set(batch, state="ingested")
+            self.session.budget.under_way(self.ledger.waiting(self.session.task))
             self._path(batch.nonce).unlink(missing_ok=True)
             log.info("batch %s: %s", batch.batch_id, batch.status)
             self._after_failure(batch)
 
     def _after_failure(self, batch: Batch) -> None:
         """A batch that the server did not accept: wait where that helps, else say why."""
-        errors: list[dict[str, Any]] = json.loads(batch.errors or "[]") if batch.status == "failed" else []
+        told: list[dict[str, Any]] = json.loads(batch.errors or "[]") if batch.status == "failed" else []
+        errors = [entry for entry in told if entry.get("code") != ASKED]
         codes = {str(entry.get("code")) for entry in errors}
         if ENQUEUED in codes:
             self.max_lines = max(1, batch.lines // 2)
             self.api.pause(self.service.poll_every)
         elif errors:
-            told = "; ".join(
+            answered = "SELECT count(*) FROM batch_item bi JOIN response p ON p.request = bi.request WHERE bi.batch = ?"
+            (paid,) = self.ledger.one(answered, batch.id)
+            why = "; ".join(
                 f"{e.get('code')}" + (f" (line {e['line']})" if e.get("line") else "") + f": {e.get('message')}"
                 for e in errors[:5]
             )
             raise TaskStopped(
-                f"batch {batch.batch_id} of {batch.lines:,} requests was refused: {self.session.scrubber.text(told)}. "
-                "Nothing was run; put it right and run again"
+                f"batch {batch.batch_id} of {batch.lines:,} requests was refused: {self.session.scrubber.text(why)}. "
+                + (f"{paid:,} of its lines were answered and are kept" if paid else "None of its lines was answered")
+                + "; put it right and run again"
             )
 
     def _download(self, batch: Batch, file_id: str) -> None:
@@ -346,6 +365,10 @@ class BatchRun:
                 return
             except (httpx.HTTPError, Missing, Truncated) as error:
                 ingest.commit()
+                if isinstance(error, Missing) and attempt == DOWNLOADS - 1:
+                    what = f"file {file_id} of batch {batch.batch_id} is gone: its answers are paid and lost"
+                    self._left(batch, "output_file_gone", what)
+                    return
                 problem = str(error) or type(error).__name__
                 if attempt < DOWNLOADS - 1:
                     self.api.pause(min(10.0, self.service.poll_every) * (attempt > 0))
@@ -390,6 +413,7 @@ class BatchRun:
             else:
                 self._submitted(batch, found)
         for batch in self.open("submitted"):
+            self._set(batch, errors=json.dumps([{"code": ASKED}]))
             self.api.cancel(str(batch.batch_id))
             asked.append(str(batch.batch_id))
         return asked

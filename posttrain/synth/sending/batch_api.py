@@ -7,16 +7,18 @@ repeated blindly, since no idempotency key goes over the wire.
 import json
 import random
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import attrs
 import httpx
 
+from posttrain.errors import SynthError
 from posttrain.synth.errors import TaskStopped
 from posttrain.synth.ledger.keys import Scrubber
 from posttrain.synth.ledger.replies import Action, Verdict, parsed, verdict
+from posttrain.synth.sending.transport import hopeless, user_agent
 
 TERMINAL = ("completed", "failed", "expired", "cancelled")
 TRIES = 8
@@ -108,16 +110,36 @@ class BatchService:
     timeout: float = 600.0
     patience: float = 600.0
     transport: httpx.BaseTransport | None = None
+    api: "type[BatchAPI] | None" = None
+    """Its calls, if they are not those of OpenAI."""
+
+
+def sendable(request: httpx.Request) -> None:
+    """Refuse a header that cannot be sent, before the error of the HTTP library shows it: it may hold the key.
+
+    Raises:
+        SynthError: a header holds a character that no header can hold.
+    """
+    for name, value in request.headers.raw:
+        if any(byte < 32 or byte == 127 for byte in value):
+            raise SynthError(f"the header {name.decode()} holds a line break or another character that it cannot hold")
 
 
 class BatchAPI:
     """Calls of one run."""
 
-    def __init__(self, service: BatchService, scrubber: Scrubber, stopping: threading.Event) -> None:
+    def __init__(
+        self, service: BatchService, scrubber: Scrubber, stopping: threading.Event, folder: Path = Path(),
+        known: Callable[[str], bool] = lambda batch_id: False,
+    ) -> None:  # fmt: skip
+        """`folder` holds the batch files; `known` says whether a batch of the server is in the ledger."""
+        self.folder, self.known = folder, known
         self.service, self._scrubber, self._stopping = service, scrubber, stopping
         self._client = httpx.Client(
-            base_url=service.url, auth=service.auth, headers=service.headers, params=service.query,
+            base_url=service.url, auth=service.auth, params=service.query,
+            headers={"user-agent": user_agent(), **service.headers},
             timeout=httpx.Timeout(service.timeout, connect=10), transport=service.transport,
+            event_hooks={"request": [sendable]},
         )  # fmt: skip
 
     def close(self) -> None:
@@ -133,6 +155,19 @@ class BatchAPI:
         if self._stopping.wait(seconds):
             raise Interrupted
 
+    def patient(self, seconds: float, problem: str) -> float:
+        """Return for how long to wait.
+
+        Raises:
+            TaskStopped: the server asks for longer than the user wants to wait.
+        """
+        if seconds > self.service.patience:
+            raise TaskStopped(
+                f"the server asks to wait {seconds:,.0f} s, and patience is {self.service.patience:g} s: "
+                f"{self._scrubber.text(problem)}. Everything is kept; run again later, or give more patience"
+            )
+        return seconds
+
     # -- calls that may be repeated ---------------------------------------------------
 
     def upload(self, path: Path) -> str:
@@ -146,6 +181,7 @@ class BatchAPI:
             try:
                 response = self._client.post("files", data=form, files={"file": (path.name, file, "application/jsonl")})
             except httpx.HTTPError as error:
+                self._reachable(error)
                 raise Lost(str(error) or type(error).__name__) from None
         data = parsed(response.content)
         if response.status_code < 300:
@@ -197,9 +233,12 @@ class BatchAPI:
             httpx.HTTPError: the download broke; begin again.
             Missing: there is no such file.
         """
-        with self._client.stream("GET", f"files/{file_id}/content") as response:
+        return self._content(f"files/{file_id}/content")
+
+    def _content(self, path: str) -> Iterator[bytes]:
+        with self._client.stream("GET", path) as response:
             if response.status_code == 404:
-                raise Missing(f"file {file_id}")
+                raise Missing(path)
             if response.status_code >= 300:
                 response.read()
                 said = self._checked(response, parsed(response.content))
@@ -241,6 +280,12 @@ class BatchAPI:
             raise Lost(f"HTTP {said.status} {said.code}: {said.message}")
         raise Refused(said)
 
+    def _reachable(self, error: httpx.HTTPError) -> None:
+        """Stop at once where waiting does not help."""
+        if hopeless(error):
+            what = self._scrubber.text(f"{self.service.url}: {error}")
+            raise TaskStopped(f"no connection to {what}. Is the address right? Everything is kept") from None
+
     # -- helpers ----------------------------------------------------------------------
 
     def _checked(self, response: httpx.Response, data: Any) -> Verdict:
@@ -266,10 +311,11 @@ class BatchAPI:
                 problem = f"HTTP {said.status} {said.code}: {said.message}"
                 wait = said.wait
             except httpx.HTTPError as error:
+                self._reachable(error)
                 problem, wait = str(error) or type(error).__name__, None
             tries += 1
             backoff = min(LONGEST_BACKOFF, FIRST_BACKOFF * 2 ** min(tries - 1, 8)) * random.uniform(0.5, 1)
-            waited += (pause := backoff if wait is None else wait)
+            waited += (pause := max(backoff, self.patient(wait or 0.0, problem)))
             if tries > TRIES and waited > self.service.patience:
                 raise TaskStopped(
                     f"{method} {path} failed {tries} times: {self._scrubber.text(problem)}. Everything is kept; run "
@@ -294,6 +340,9 @@ class BatchAPI:
             entries = [e for e in page.get("data") or [] if isinstance(e, dict)] if isinstance(page, dict) else []
             yield from entries
             last = entries[-1].get("id") if entries else None
-            if not entries or not page.get("has_more") or not last or last == params.get("after"):
+            if not entries or not page.get("has_more") or not last or self._next_page(params, str(last)) == params:
                 return
-            params = {**params, "after": str(last)}
+            params = self._next_page(params, str(last))
+
+    def _next_page(self, params: dict[str, str], last: str) -> dict[str, str]:
+        return {**params, "after": last}

@@ -65,6 +65,11 @@ class Gate:
             self._count(tokens)
         return self._loop.time()
 
+    def give_back(self, tokens: int) -> None:
+        """Return tokens that were reserved for a request and not used."""
+        if self._tokens is not None:
+            self._tokens.take(-tokens)
+
     def leave(self) -> None:
         """A request is back, whatever came of it."""
         self.in_flight -= 1
@@ -86,8 +91,9 @@ class Gate:
             self.storms += 1
             self.allowed = max(1.0, self.allowed * SHRINK)
             backoff = min(LONGEST_WAIT, FIRST_WAIT * 2**self._row) * random.uniform(0.5, 1)
+            # What the server asks for is the least; one that keeps asking for nothing is not asked again at once.
+            self.pause(wait if wait and self._row == 0 else max(backoff, wait or 0))
             self._row = min(self._row + 1, 10)
-            self.pause(backoff if wait is None else wait)
         elif wait is not None:
             self.pause(wait)
 

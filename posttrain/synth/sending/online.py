@@ -6,6 +6,7 @@ again, is what was in flight and nothing more.
 
 import asyncio
 import contextlib
+import logging
 import random
 import ssl
 import time
@@ -15,17 +16,27 @@ from typing import Any, NamedTuple, Protocol
 import attrs
 import httpx
 
+from posttrain.errors import SynthError
 from posttrain.synth.errors import TaskStopped
 from posttrain.synth.ledger.keys import CHAT, Request
-from posttrain.synth.ledger.replies import Action, Verdict, limits, parsed, verdict
+from posttrain.synth.ledger.pricing import usage
+from posttrain.synth.ledger.replies import CONFIGURED, TOO_LARGE_CODE, Action, Verdict, limits, parsed, verdict
 from posttrain.synth.ledger.session import Session, Statement, dumped
 from posttrain.synth.ledger.store import Writer
 from posttrain.synth.sending.limits import Gate
-from posttrain.synth.sending.transport import exchange, lane_transport
+from posttrain.synth.sending.transport import exchange, hopeless, lane_transport, user_agent
 
+log = logging.getLogger("posttrain.synth")
 FIRST_BACKOFF, LONGEST_BACKOFF = 0.5, 30.0
 SAME_FAILURES = 20
-"""So many refusals for the same reason before the first result stop the task: it is not the rows that are wrong."""
+"""After so many refusals for the same reason in a row, requests from all over the task are tried. If they are refused
+alike, it is not the rows that are wrong, and the task stops."""
+PROBES = 3
+WAITS = 20
+"""So often a request may be told to wait while others are answered; then it is the request, and it is given up."""
+OUTAGE = 3
+"""So many requests that meet one of these in a row are an outage of the server; 500 and 504 can be about one row."""
+OUTAGES = {502, 503, 529}
 SHORTEST_EJECTION, LONGEST_EJECTION = 1.0, 30.0
 REPORT_EVERY = 0.2
 
@@ -95,17 +106,42 @@ class Endpoint:
         self.down_until = 0.0
         self.down_since: float | None = None
         self._ejections = 0
+        self.probing = False
+        """A request is on its way to see whether it is back."""
+        self._troubled: set[int] = set()
+        """Requests that met an outage since the last answer."""
 
-    def eject(self, now: float) -> None:
+    def free(self, now: float) -> bool:
+        """Whether a request may go there; after a pause one tries whether it is back, before all do."""
+        return now >= self.down_until and not self.probing
+
+    def begin(self) -> bool:
+        """Count a request that is sent; true if it tries whether the server is back."""
+        self.in_flight += 1
+        self.probing = self.probing or bool(self._ejections)
+        return bool(self._ejections)
+
+    def eject(self, now: float, wait: float = 0.0) -> None:
         """Leave the server alone for a while, longer each time; lanes that find it down together count once."""
         self.down_since = now if self.down_since is None else self.down_since
         if now >= self.down_until:
-            self.down_until = now + min(LONGEST_EJECTION, SHORTEST_EJECTION * 2 ** min(self._ejections, 5))
+            backoff = min(LONGEST_EJECTION, SHORTEST_EJECTION * 2 ** min(self._ejections, 5))
+            self.down_until = now + max(backoff, wait)
             self._ejections += 1
+
+    def outage(self, request: Request, now: float, wait: float) -> bool:
+        """Whether it is the server that is ill and not one request: several have met the same since the last answer.
+        Then it is left alone, and nothing counts against the requests."""
+        self._troubled.add(request.id)
+        if len(self._troubled) < OUTAGE:
+            return False
+        self.eject(now, wait)
+        return True
 
     def answered(self) -> None:
         """It is there."""
         self.down_since, self._ejections, self.down_until = None, 0, 0.0
+        self._troubled.clear()
 
 
 class Sent(NamedTuple):
@@ -114,6 +150,10 @@ class Sent(NamedTuple):
     said: Verdict
     reply: Any
     content: bytes
+
+    def given_up(self, why: str) -> "Sent":
+        """Return it as the last attempt of a request."""
+        return self._replace(said=self.said._replace(action=Action.REFUSED, message=f"{self.said.message} ({why})"))
 
 
 class OnlineRun:
@@ -128,10 +168,17 @@ class OnlineRun:
         self.stopped: TaskStopped | None = None
         self._todo: Iterator[Request] = session.todo()
         self._context: ssl.SSLContext | None = None
-        self._refused: dict[str, list[int]] = {}
-        self._succeeded = False
+        self._refused: list[tuple[str, int]] = []
+        """(code, request) of each refusal since the last result."""
+        self._probes: list[Request] = []
+        self._tried: set[int] = set()
+        """Requests that were sent ahead of their turn."""
+        self._probing = 0
+        """Refusals for the same reason that stop the task, once probes are out; 0: none are."""
+        self._successes = 0
         self._reported = 0.0
         self._end = asyncio.Event()
+        self._agent = user_agent()
 
     async def run(self) -> None:
         """Send everything; return when all is committed.
@@ -172,12 +219,15 @@ class OnlineRun:
         return self.stopped is not None or self.session.stopping.is_set()
 
     def _next(self) -> Request | None:
-        return next(self._todo, None)
+        if self._probes:
+            return self._probes.pop()
+        return next((request for request in self._todo if request.id not in self._tried), None)
 
     async def _serve(self, request: Request, transports: dict[int, httpx.AsyncBaseTransport]) -> None:
         """Bring one request to its end: a result, a failure, or the end of the run."""
-        attempts = 0
+        attempts, waits = 0, 0
         while True:
+            successes = self._successes
             sent_at = await self._enter(request)
             if sent_at is None:
                 return
@@ -185,18 +235,24 @@ class OnlineRun:
                 sent = await self._attempt(request, transports)
                 if sent is None:  # the server is not there: nothing was sent, nothing counts
                     continue
-                attempts += sent.said.action is not Action.WAIT
+                attempts += sent.said.action not in (Action.WAIT, Action.PAUSE)
+                waits += sent.said.action is Action.WAIT and self._successes > successes
+                if waits >= WAITS:
+                    sent = sent.given_up(f"told to wait {waits} times while others were answered")
                 if await self._settled(request, sent, sent_at, attempts):
                     return
             finally:
                 self.gate.leave()
                 self._report()
             if sent.said.action is Action.RETRY:
-                await self._sleep(random.uniform(0, min(LONGEST_BACKOFF, FIRST_BACKOFF * 2 ** (attempts - 1))))
+                backoff = random.uniform(0, min(LONGEST_BACKOFF, FIRST_BACKOFF * 2 ** (attempts - 1)))
+                await self._sleep(max(backoff, sent.said.wait or 0.0))
 
     async def _enter(self, request: Request) -> float | None:
         """Wait for the turn of a request; None if the run is over."""
         sent_at = await self.gate.enter(request.tokens + request.reserve)
+        while not self._over and self.session.budget.full(request):
+            await self._sleep(0.05)
         if not self._over:
             try:
                 self.session.budget.reserve(request)
@@ -211,41 +267,60 @@ class OnlineRun:
         now = self.loop.time()
         index = min(
             range(len(self.endpoints)),
-            key=lambda i: (self.endpoints[i].down_until > now, self.endpoints[i].in_flight, random.random()),
+            key=lambda i: (not self.endpoints[i].free(now), self.endpoints[i].in_flight, random.random()),
         )
         endpoint = self.endpoints[index]
-        if endpoint.down_until > now:
+        if not endpoint.free(now):
             self.session.budget.release(request)
             self.session.budget.sent -= 1
             await self._wait_for_servers(now)
             return None
         if index not in transports:
             transports[index] = self.service.transport or lane_transport(endpoint.base, self._context)
-        endpoint.in_flight += 1
+        probe = endpoint.begin()
         self.session.progress.in_flight += 1
         try:
             async with asyncio.timeout(self.service.timeout):
                 response = await self._exchange(request, endpoint.base, transports[index])
         except httpx.ConnectError as error:
+            if len(self.endpoints) == 1 and hopeless(error) and not self._successes:
+                self._stop(TaskStopped(self.session.stop_message(Verdict(Action.STOP, "no_server", str(error)))))
+            if endpoint.down_since is None:
+                log.warning("no connection to %s; waiting for it", self.session.scrubber.text(str(error)))
             endpoint.eject(self.loop.time())
             self.session.budget.sent -= 1
-            self.session.progress.note = f"waiting for a server: {error}"
+            self.session.progress.note = self.session.scrubber.text(f"waiting for a server: {error}")
             return None
+        except httpx.LocalProtocolError as error:
+            raise SynthError(str(error)) from None
         except TimeoutError:
+            self.session.budget.charged(request)
             return Sent(Verdict(Action.RETRY, "timeout", f"no answer within {self.service.timeout:g} s"), None, b"")
         except (httpx.HTTPError, httpx.StreamError, httpx.InvalidURL) as error:
-            return Sent(Verdict(Action.RETRY, "connection", str(error) or type(error).__name__), None, b"")
+            said = Verdict(Action.RETRY, "connection", str(error) or type(error).__name__)
+            return self._ill(endpoint, request, said) or Sent(said, None, b"")
         finally:
             endpoint.in_flight -= 1
+            endpoint.probing = endpoint.probing and not probe
             self.session.progress.in_flight -= 1
             self.session.budget.release(request)
-        endpoint.answered()
-        self.session.progress.note = ""
         self.gate.heard(*limits(response.headers))
         reply = self.service.dialect.reply(response)
         said = verdict(response.status_code, response.headers, reply, request.endpoint.endswith(CHAT))
+        if response.status_code in OUTAGES and said.action is Action.RETRY:
+            return self._ill(endpoint, request, said) or Sent(said, reply, b"")
+        endpoint.answered()
+        self.session.progress.note = ""
         own = isinstance(self.service.dialect, OpenAIDialect)
         return Sent(said, reply, response.content if own else b"")
+
+    def _ill(self, endpoint: Endpoint, request: Request, said: Verdict) -> Sent | None:
+        """Return what makes a request wait with all others, if it is the server that is ill."""
+        if not endpoint.outage(request, self.loop.time(), said.wait or 0.0):
+            return None
+        what = f"HTTP {said.status} {said.code}" if said.status else said.code
+        self.session.progress.note = self.session.scrubber.text(f"waiting for a server: {what}: {said.message}")
+        return Sent(said._replace(action=Action.PAUSE), None, b"")
 
     async def _exchange(self, request: Request, base: httpx.URL, transport: httpx.AsyncBaseTransport) -> httpx.Response:
         method, url, body = self.service.dialect.request(request, base)
@@ -256,7 +331,10 @@ class OnlineRun:
         return response
 
     def _request(self, method: str, url: httpx.URL, body: bytes) -> httpx.Request:
-        headers = {"accept": "application/json", "content-type": "application/json", **self.service.headers}
+        headers = {
+            "accept": "application/json", "content-type": "application/json", "user-agent": self._agent,
+            **self.service.headers,
+        }  # fmt: skip
         return httpx.Request(method, url, headers=headers, content=body or None)
 
     async def _wait_for_servers(self, now: float) -> None:
@@ -267,7 +345,7 @@ class OnlineRun:
             said = Verdict(Action.STOP, "no_server", f"{note}, for {self.service.patience:g} s")
             self._stop(TaskStopped(self.session.stop_message(said)))
             return
-        await self._sleep(min(0.5, max(0.01, min(e.down_until for e in self.endpoints) - now)))
+        await self._sleep(min(0.5, max(0.05, min(e.down_until for e in self.endpoints) - now)))
 
     # -- what came --------------------------------------------------------------------
 
@@ -275,8 +353,12 @@ class OnlineRun:
         """Record what came of an attempt; true if the request is at its end."""
         said, session = sent.said, self.session
         if said.action is Action.RESULT:
-            self._succeeded = True
+            self._successes += 1
+            self._refused.clear()
+            self._probing = 0
             self.gate.succeeded()
+            if any(used := usage(sent.reply)):
+                self._settle(request, used)
             content = sent.content or dumped(sent.reply)
             await self._commit(session.result(request, sent.reply, content, said.request_id))
             return True
@@ -284,17 +366,34 @@ class OnlineRun:
             await self._commit(session.attempt(request, said))
             self._stop(TaskStopped(session.stop_message(said)))
             return True
+        if said.wait is not None and said.wait > self.service.patience:
+            asked = f"{said.message} (it asks to wait {said.wait:,.0f} s; patience is {self.service.patience:g} s)"
+            self._stop(TaskStopped(session.stop_message(said._replace(message=asked))))
+            await self._commit(session.attempt(request, said))
+            return True
         if said.action is Action.WAIT:
             self._storm(said, sent_at)
             return False
+        if said.action is Action.PAUSE:
+            session.progress.retries += 1
+            await self._commit(session.attempt(request, said))
+            return False
+        if said.action is Action.REFUSED:
+            self._settle(request, (0, 0, 0))
+        if said.action is Action.RETRY and said.status is not None and said.status < 300:
+            session.budget.charged(request)
         if said.action is Action.RETRY and attempts < self.service.attempts:
             session.progress.retries += 1
             await self._commit(session.attempt(request, said))
             return False
         self._count_refusal(request, said)
-        permanent = said.action is Action.REFUSED and self.stopped is None
+        permanent = said.action is Action.REFUSED and self.stopped is None and not waited_in_vain(said)
         await self._commit(session.failure(request, said, permanent))
         return True
+
+    def _settle(self, request: Request, used: tuple[int, int, int]) -> None:
+        """Give back the tokens per minute that a request has reserved and not used, by what its reply says it used."""
+        self.gate.give_back(request.tokens + request.reserve - used[0] - used[1])
 
     def _storm(self, said: Verdict, sent_at: float) -> None:
         self.gate.storm(sent_at, said.wait)
@@ -305,16 +404,29 @@ class OnlineRun:
             self._stop(TaskStopped(self.session.stop_message(said._replace(message=message))))
 
     def _count_refusal(self, request: Request, said: Verdict) -> None:
-        """Stop a task of which everything is refused for one reason, and let a later run send it all again."""
-        if said.action is not Action.REFUSED or self._succeeded:
+        """Stop a task of which everything is refused for one reason. What is as a rule about the key or the model is
+        sent again by the next run; anything else counts against its row, so that rows at the head block no run."""
+        if said.action is not Action.REFUSED or self.stopped is not None or waited_in_vain(said):
             return
-        same = self._refused.setdefault(said.code, [])
-        same.append(request.id)
-        if len(same) >= SAME_FAILURES and self.stopped is None:
+        self._refused.append((said.code, request.id))
+        same = [number for code, number in self._refused if code == said.code]
+        if len(same) < (self._probing or SAME_FAILURES):
+            return
+        if not self._probing:
+            self._probes = [r for r in self.session.ledger.spread(self.session.task, PROBES) if r.id not in same]
+            self._tried |= {r.id for r in self._probes}
+            self._probing = len(same) + len(self._probes)
+            if self._probes:
+                return
+        again = "retry_failed=True sends them again"
+        if said.status in CONFIGURED:
             pardon = "UPDATE failure SET permanent = 0 WHERE request = ?"
             self.writer.put([(pardon, (number,)) for number in same], None)
-            message = f"{said.message} (the first {len(same)} requests were all refused like this)"
-            self._stop(TaskStopped(self.session.stop_message(said._replace(message=message))))
+            again = "the next run sends them again"
+        message = (
+            f"{said.message} ({len(same)} requests in a row, from all over the task, were refused like this; {again})"
+        )
+        self._stop(TaskStopped(self.session.stop_message(said._replace(message=message))))
 
     def _stop(self, stop: TaskStopped) -> None:
         if self.stopped is None:
@@ -356,6 +468,11 @@ class OnlineRun:
         if now - self._reported > REPORT_EVERY:
             self._reported = now
             self.session.report(self.session.progress)
+
+
+def waited_in_vain(said: Verdict) -> bool:
+    """Whether a request was given up because it was told to wait again and again: the next run tries it again."""
+    return said.status == 429 and said.code != TOO_LARGE_CODE
 
 
 def send_all(service: Service, session: Session) -> None:

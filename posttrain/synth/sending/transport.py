@@ -6,6 +6,8 @@ httpx stay usable; h11 reads the protocol.
 """
 
 import asyncio
+import importlib.metadata
+import socket
 import ssl
 import urllib.request
 
@@ -13,7 +15,31 @@ import h11
 import httpx
 
 READ = 65536
+NO_SUCH_HOST = {socket.EAI_NONAME, getattr(socket, "EAI_NODATA", socket.EAI_NONAME)}
 LARGEST_HEADER = 256 * 1024
+
+
+def user_agent() -> str:
+    """Return what servers get to know about who asks."""
+    try:
+        return f"posttrain/{importlib.metadata.version('posttrain')}"
+    except importlib.metadata.PackageNotFoundError:  # run from its source folder
+        return "posttrain"
+
+
+class Hopeless(httpx.ConnectError):
+    """The server cannot be reached as it was named, however long one waits."""
+
+
+def hopeless(error: BaseException | None) -> bool:
+    """Whether a connection failed because the host has no address, or its certificate is not trusted."""
+    while error is not None:
+        if isinstance(error, ssl.SSLCertVerificationError):
+            return True
+        if isinstance(error, socket.gaierror) and error.errno in NO_SUCH_HOST:
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
 class LaneTransport(httpx.AsyncBaseTransport):
@@ -31,6 +57,7 @@ class LaneTransport(httpx.AsyncBaseTransport):
         Raises:
             httpx.ConnectError: nothing was sent.
             httpx.ReadError, httpx.RemoteProtocolError: the connection broke, or the answer is cut short.
+            httpx.LocalProtocolError: the request can never be sent.
         """
         if self._reader is None or self._reader.at_eof() or self._http.our_state is not h11.IDLE:
             await self._connect(request.url)
@@ -40,6 +67,11 @@ class LaneTransport(httpx.AsyncBaseTransport):
         except (OSError, EOFError) as error:
             self._drop()
             raise httpx.ReadError(f"the connection broke: {error or type(error).__name__}") from None
+        except h11.LocalProtocolError:  # its message shows the header, and the header may hold the key
+            self._drop()
+            raise httpx.LocalProtocolError(
+                "a header of the request holds a line break or another character that no header can hold"
+            ) from None
         except h11.RemoteProtocolError as error:
             self._drop()
             raise httpx.RemoteProtocolError(f"the answer is not whole: {error}") from None
@@ -60,7 +92,8 @@ class LaneTransport(httpx.AsyncBaseTransport):
                     url.host, port, ssl=self._context if url.scheme == "https" else None, limit=2**20
                 )
         except (OSError, TimeoutError) as error:  # ssl.SSLError and name resolution are OSErrors
-            raise httpx.ConnectError(f"{url.host}:{port}: {error or 'no answer in time'}") from None
+            kind = Hopeless if hopeless(error) else httpx.ConnectError
+            raise kind(f"{url.host}:{port}: {error or 'no answer in time'}") from None
 
     async def _send(self, request: httpx.Request) -> None:
         assert self._writer is not None

@@ -3,30 +3,32 @@
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from attrs.validators import min_len
+from attrs.validators import ge, min_len
 
 from posttrain.registry import block, key
-from posttrain.synth.pipelines.rows import Chat, Drop, Reply, Row, asked, filled, transcript
-from posttrain.synth.pipelines.step import PanelStep
-from posttrain.synth.steps.judge import SYSTEM, json_in, structured
+from posttrain.synth.pipelines.rows import Chat, Drop, Reply, Row, asked, column, filled, reply_text, transcript
+from posttrain.synth.pipelines.step import PanelStep, asked_again
+from posttrain.synth.steps.judge import SYSTEM
+from posttrain.synth.steps.verdicts import json_in, mark, structured, winner_in
 
 ASK = """\
-[Conversation]
+[Conversation{mark}]
 {conversation}
-[End of the conversation]
+[End of the conversation{mark}]
 
-[Answer A]
+[Answer A{mark}]
 {a}
-[End of answer A]
+[End of answer A{mark}]
 
-[Answer B]
+[Answer B{mark}]
 {b}
-[End of answer B]
+[End of answer B{mark}]
 
 {rubric}
 
 First say in a few sentences why, then name the better answer. Reply with JSON only:
 {{"rationale": "...", "winner": "A" or "B" or "tie"}}"""
+UNREADABLE = "the reply names no winner"
 CHOICES = ("A", "B", "tie")
 
 
@@ -38,6 +40,8 @@ class Compare(PanelStep):
     """What makes an answer the better one. `{column}` stands for a column of the row."""
     swap: bool = True
     """Ask in both orders; who names another answer then has voted for a tie."""
+    asks_again: int = key(1, check=ge(0))
+    """How often a judge whose reply is not readable is asked again."""
 
     @property
     def sent(self) -> dict[str, Any]:
@@ -46,14 +50,27 @@ class Compare(PanelStep):
 
     def chats(self, row: Row) -> list[Chat]:
         """Return one request for each judge and order."""
+        said = {name: reply_text(column(row, name)) for name in ("chosen", "rejected")}
         known = {"conversation": transcript(asked(row)), "rubric": filled(self.rubric, row)}
+        known["mark"] = mark(known["conversation"], *said.values())
         found = []
         for model in self.panel:
             for first, second in _orders(self.swap):
-                text = ASK.format(**known, a=row[first], b=row[second])
+                text = ASK.format(**known, a=said[first], b=said[second])
                 system = {"role": "system", "content": SYSTEM}
                 found.append(Chat([system, {"role": "user", "content": text}], model, self.sent))
         return found
+
+    @property
+    def rounds(self) -> int:
+        """How often an unreadable judge is asked again."""
+        return self.asks_again
+
+    def again(self, chat: Chat, reply: Reply) -> Chat | None:
+        """Return the question once more, if the reply names no winner."""
+        if reply.error or winner_in(reply.said or ""):
+            return None
+        return asked_again(chat, reply.said, UNREADABLE, '{"rationale": "...", "winner": "A" or "B" or "tie"}')
 
     def fold(self, row: Row, replies: list[Reply]) -> Iterable[Row | Drop]:
         """Return the pair with the better answer as `chosen`, and `votes`: of each judge and order."""
@@ -61,7 +78,10 @@ class Compare(PanelStep):
         votes, balance, heard = [], 0, 0
         for start in range(0, len(replies), len(orders)):
             named = [winner(reply, order) for order, reply in zip(orders, replies[start:], strict=False)]
-            votes.append({"model": self.panel[start // len(orders)], "winners": named})
+            why = [
+                json_in(reply.said or "", "winner").get("rationale") for reply in replies[start : start + len(orders)]
+            ]
+            votes.append({"model": self.panel[start // len(orders)], "winners": named, "rationales": why})
             if None in named:
                 continue
             heard += 1
@@ -69,15 +89,21 @@ class Compare(PanelStep):
                 balance += 1 if named[0] == "chosen" else -1
         made = {**row, "votes": votes}
         if not heard:
-            return [Drop(made, next((r.trouble for r in replies if r.text is None), "the reply names no winner"))]
+            return [Drop(made, next((r.trouble for r in replies if r.said is None), UNREADABLE))]
         if balance == 0:
             return [Drop(made, "a tie: the judges, or the two orders, disagree")]
         return [made if balance > 0 else swapped(made)]
 
     def facts(self, rows: Iterable[Row]) -> dict[str, str | float]:
-        """Return how often the judges overruled the order that the rows came in."""
-        found = [bool(row.get("overruled")) for row in rows]
-        return {"pairs turned round": sum(found) / len(found)} if found else {}
+        """Return how often the judges overruled the order that the rows came in, and who named no winner."""
+        found, unheard = [], dict.fromkeys(self.panel, 0)
+        for row in rows:
+            found.append(bool(row.get("overruled")))
+            for vote in row["votes"]:
+                unheard[vote["model"]] += None in vote["winners"]
+        facts: dict[str, str | float] = {"pairs turned round": sum(found) / len(found)} if found else {}
+        silent = {model: n for model, n in unheard.items() if n}
+        return facts | {f"no winner from {m or 'the judge'}": f"{n:,} of {len(found):,}" for m, n in silent.items()}
 
 
 def _orders(swap: bool) -> Iterator[tuple[str, str]]:
@@ -88,15 +114,15 @@ def _orders(swap: bool) -> Iterator[tuple[str, str]]:
 
 def winner(reply: Reply, order: tuple[str, str]) -> str | None:
     """Return whom a reply names: chosen, rejected or tie; None if it names nobody."""
-    named = json_in(reply.text or "").get("winner")
-    return {"A": order[0], "B": order[1], "tie": "tie"}.get(named) if isinstance(named, str) else None
+    named = winner_in(reply.said or "")
+    return None if named is None else {"A": order[0], "B": order[1], "tie": "tie"}[named]
 
 
 def swapped(row: Row) -> Row:
     """Return a pair the other way round; scores go with their answers, and the margin says that they were overruled."""
-    turned = {"chosen": "rejected", "rejected": "chosen", "score_chosen": "score_rejected",
-              "score_rejected": "score_chosen"}  # fmt: skip
-    made = {name: row[turned[name]] if turned.get(name) in row else value for name, value in row.items()}
+    pairs = [(f"{about}chosen", f"{about}rejected") for about in ("", "score_", "model_", "judgements_")]
+    turned = dict(pairs) | {b: a for a, b in pairs}
+    made = {turned.get(name, name): value for name, value in row.items()}
     if isinstance(made.get("margin"), int | float):
         made["margin"] = -made["margin"]
     return {**made, "overruled": True}

@@ -1,6 +1,7 @@
 """Decontaminate: drop rows that share a long run of words with data that a model is to be tested on.
 
-The rule is that of GPT-3 (arXiv:2005.14165, appendix C): 13 words in a row, whatever the case and the punctuation.
+The rule is that of GPT-3 (arXiv:2005.14165, appendix C): 13 words in a row, whatever the case and the punctuation. In
+scripts without blanks between words, a character counts as one.
 """
 
 from collections.abc import Iterable, Iterator

@@ -7,14 +7,17 @@ nothing is dropped that is less similar than the threshold.
 
 import hashlib
 import re
+import unicodedata
 from collections.abc import Iterable, Iterator
 from itertools import islice
 from typing import TYPE_CHECKING, Any, Literal
 
 import attrs
-from attrs.validators import and_, gt, le, min_len
+from attrs.validators import and_, gt, le
 
+from posttrain.blocks.data.schemas import CHATS, REPLIES, SYSTEM
 from posttrain.blocks.data.sources import Source
+from posttrain.errors import DataError
 from posttrain.registry import block, key
 from posttrain.synth.pipelines.rows import Drop, Row, column, texts
 from posttrain.synth.pipelines.step import Step
@@ -22,7 +25,19 @@ from posttrain.synth.pipelines.step import Step
 if TYPE_CHECKING:
     import numpy as np
 
-WORD = re.compile(r"\w+")
+ALONE = (
+    r"\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u31f0-\u31ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"
+    r"\U00020000-\U0003ffff"
+)
+"""Letters of scripts that put no blanks between words: Thai, Lao, Burmese, Khmer, Japanese, Chinese."""
+WORD = re.compile(rf"[{ALONE}]|[^\W{ALONE}]+")
+TOKEN = re.compile(rf"\d+(?:[.,]\d+)+|[^\W{ALONE}]+|[{ALONE}]|[^\w\s]")
+ENDS = re.compile(
+    r"(?:[.,;:?\u2026](?<=\w.)|!(?<=[^\W\d].))[.,;:!?\u2026]*(?=\s|$)|[\u3001\u3002\uff0c\uff01\uff1f\uff1b\uff1a]"
+)
+"""Punctuation that ends a clause. Any other sign can be what a text is about: `C++`, `3-4`, `a<b`, an emoji."""
+SAID = {*CHATS, *REPLIES, *(name for names in REPLIES.values() for name in names), *SYSTEM}
+"""Columns in which the known schemas keep what is asked and answered."""
 CHUNK = 256
 """Rows that are hashed together."""
 
@@ -31,14 +46,16 @@ CHUNK = 256
 class Dedup(Step):
     """Drop rows that say what an earlier one has said."""
 
-    columns: list[str] = key(factory=lambda: ["response"], check=min_len(1))
-    """What is compared, all of it together. Of conversations, the contents of the messages count."""
+    columns: list[str] = attrs.field(factory=list)
+    """What is compared, all of it together; of conversations, the contents of the messages count. Unless given: what
+    a row asks and what it answers (`prompt` and `response`, `messages`, ...), since "4" answers many questions."""
     method: Literal["minhash", "exact"] = "minhash"
-    """`exact`: the same words, whatever the case and the punctuation. `minhash`: nearly the same words, too."""
+    """`exact`: the same words and signs, whatever the case, the white space and the punctuation at the end of clauses.
+    `minhash`: nearly the same, too."""
     threshold: float = key(0.7, check=and_(gt(0), le(1)))
-    """Jaccard similarity of the word n-grams from which on two rows are duplicates."""
+    """Jaccard similarity of the n-grams from which on two rows are duplicates."""
     ngram: int = key(3, check=gt(0))
-    """Words of an n-gram. A text with fewer words is one n-gram."""
+    """Words and signs of an n-gram; in Chinese, Japanese and Thai, characters. A text with fewer is one n-gram."""
     permutations: int = key(128, check=gt(0))
     """Hash functions; more find near duplicates more surely, and take longer."""
     against: list[Source] = attrs.field(factory=list)
@@ -58,8 +75,17 @@ class Dedup(Step):
                 yield Drop(row, f"{what} of an earlier row", found.text[:500])
 
     def text(self, row: Row) -> str:
-        """Return what of a row is compared."""
-        return "\n".join(text for name in self.columns for text in texts(column(row, name)))
+        """Return what of a row is compared.
+
+        Raises:
+            DataError: it lacks a column.
+        """
+        names = self.columns or [name for name in row if name in SAID]
+        if not names:
+            raise DataError(
+                f"dedup knows none of the columns {', '.join(row)} as what a row says: name them, `columns: [...]`"
+            )
+        return "\n\u00b6\n".join(text for name in names for text in texts(column(row, name)))
 
 
 @attrs.frozen
@@ -80,7 +106,7 @@ class Exact:
         """Yield each row with the first text that says the same, if there is one; otherwise remember it."""
         for row in rows:
             text = text_of(row)
-            digest = hashlib.blake2b(" ".join(words(text)).encode(), digest_size=16).digest()
+            digest = hashlib.blake2b(" ".join(tokens(text)).encode(), digest_size=16).digest()
             first = self.texts.get(digest)
             self.texts.setdefault(digest, text)
             yield row, None if first is None else Found(first, 1.0)
@@ -131,7 +157,7 @@ class MinHash:
         """Return the hashes of a text's different n-grams, sorted, [n-grams] uint64."""
         import numpy as np
 
-        found, known = words(text), self.hashes
+        found, known = tokens(text), self.hashes
         for word in found:
             if word not in known:
                 known[word] = int.from_bytes(hashlib.blake2b(word.encode(), digest_size=8).digest(), "big")
@@ -157,8 +183,21 @@ class MinHash:
 
 
 def words(text: str) -> list[str]:
-    """Return the words of a text in lower case, without punctuation."""
+    """Return the words of a text in lower case, without punctuation.
+
+    >>> words("Don't say 你好!")
+    ['don', 't', 'say', '你', '好']
+    """
     return WORD.findall(text.lower())
+
+
+def tokens(text: str) -> list[str]:
+    """Return the words and signs of a text in lower case, without the punctuation that ends clauses.
+
+    >>> tokens("Is C++ so good? x = -3.5, he said.")
+    ['is', 'c', '+', '+', 'so', 'good', 'x', '=', '-', '3.5', 'he', 'said']
+    """
+    return TOKEN.findall(ENDS.sub(" ", unicodedata.normalize("NFC", text)).lower())
 
 
 def jaccard(a: "np.ndarray", b: "np.ndarray") -> float:

@@ -2,27 +2,27 @@
 UltraFeedback, arXiv:2310.01377; expected scores as in G-Eval, arXiv:2303.16634)."""
 
 import itertools
-import json
 import math
 import re
 import statistics
 from collections.abc import Iterable, Iterator
 from typing import Any, Literal
 
-from attrs.validators import min_len
+from attrs.validators import ge, min_len
 
 from posttrain.registry import block, key
 from posttrain.synth.pipelines.rows import Chat, Drop, Reply, Row, answered, filled, transcript
-from posttrain.synth.pipelines.step import PanelStep
+from posttrain.synth.pipelines.step import PanelStep, asked_again
+from posttrain.synth.steps.verdicts import mark, score_in, structured
 
 ASK = """\
-[Conversation]
+[Conversation{mark}]
 {conversation}
-[End of the conversation]
+[End of the conversation{mark}]
 
-[Answer to judge]
+[Answer to judge{mark}]
 {answer}
-[End of the answer]
+[End of the answer{mark}]
 
 {rubric}
 
@@ -51,6 +51,8 @@ class Judge(PanelStep):
     give log-probabilities, and the scale must have one digit."""
     into: str = "score"
     """Column of the score."""
+    asks_again: int = key(1, check=ge(0))
+    """How often a judge whose reply is not readable is asked again."""
 
     def check(self) -> Iterator[tuple[str, str]]:
         """Yield what contradicts."""
@@ -85,6 +87,7 @@ class Judge(PanelStep):
         low, high = self.scale
         prompt, answer = answered(row)
         known = {"conversation": transcript(prompt), "answer": answer, "low": low, "high": high}
+        known["mark"] = mark(transcript(prompt), answer)
         found = []
         for aspect, model in self.seats:
             text = ASK.format(**known, rubric=filled(self.aspects[aspect], row))
@@ -92,6 +95,18 @@ class Judge(PanelStep):
                 Chat([{"role": "system", "content": SYSTEM}, {"role": "user", "content": text}], model, self.sent)
             )
         return found
+
+    @property
+    def rounds(self) -> int:
+        """How often an unreadable judge is asked again."""
+        return self.asks_again
+
+    def again(self, chat: Chat, reply: Reply) -> Chat | None:
+        """Return the question once more, with what was wrong with the reply, if it is not readable."""
+        trouble = None if reply.error else self.judgement(reply).get("trouble")
+        low, high = self.scale
+        form = f'{{"rationale": "...", "score": a whole number from {low} to {high}}}'
+        return None if trouble is None else asked_again(chat, reply.said, trouble, form)
 
     def fold(self, row: Row, replies: list[Reply]) -> Iterable[Row | Drop]:
         """Return the row with its score; a row that lacks the score of an aspect is dropped."""
@@ -111,26 +126,30 @@ class Judge(PanelStep):
 
     def judgement(self, reply: Reply) -> dict[str, Any]:
         """Return `{"score", "rationale"}` of a reply, or a score of None with the `trouble`."""
-        if reply.text is None:
+        if reply.said is None:
             return {"score": None, "rationale": None, "trouble": reply.trouble}
-        found = json_in(reply.text)
-        score, (low, high) = found.get("score"), self.scale
-        rationale = found.get("rationale")
-        if isinstance(score, bool) or not isinstance(score, int | float) or not low <= score <= high:
+        low, high = self.scale
+        score, rationale = score_in(reply.said, low, high)
+        if score is None:
             return {"score": None, "rationale": rationale, "trouble": "the reply gives no score on the scale"}
         if self.expected:
-            score = expectation((reply.choice.get("logprobs") or {}).get("content") or [], low, high)
+            tokens = (reply.choice.get("logprobs") or {}).get("content") or []
+            score = expectation(tokens, low, high, round(score))
             if score is None:
                 return {"score": None, "rationale": rationale, "trouble": "no log-probabilities in the reply"}
-        return {"score": float(score), "rationale": rationale}
+        return {"score": score, "rationale": rationale}
 
     def facts(self, rows: Iterable[Row]) -> dict[str, str | float]:
         """Return the mean score, and how far the judges agree: Krippendorff's alpha for numbers (1: always, 0: as
         often as by chance)."""
         units: dict[str, list[list[float]]] = {aspect: [] for aspect in self.aspects}
+        unheard = {model: [0, 0] for model in self.panel}
         scores = []
         for row in rows:
             scores.append(float(row[self.into]))
+            for judgement in row["judgements"]:
+                unheard[judgement["model"]][0] += judgement["score"] is None
+                unheard[judgement["model"]][1] += 1
             for aspect, found in units.items():
                 found.append(
                     [j["score"] for j in row["judgements"] if j["aspect"] == aspect and j["score"] is not None]
@@ -139,45 +158,23 @@ class Judge(PanelStep):
         if len(self.models) > 1:
             for aspect, found in units.items():
                 facts[f"agreement on {aspect} (alpha)"] = alpha(found)
+        for model, (silent, asked) in unheard.items():
+            if silent:
+                facts[f"no score from {model or 'the judge'}"] = f"{silent:,} of {asked:,}"
         return facts
 
 
-def structured(name: str, **fields: dict[str, Any]) -> dict[str, Any]:
-    """Return the part of a request that asks for JSON: a rationale first, then the fields."""
-    properties = {"rationale": {"type": "string"}, **fields}
-    schema = {
-        "type": "object", "properties": properties, "required": list(properties), "additionalProperties": False,
-    }  # fmt: skip
-    return {"response_format": {"type": "json_schema", "json_schema": {"name": name, "strict": True, "schema": schema}}}
-
-
-def json_in(text: str) -> dict[str, Any]:
-    """Return the last JSON object of a reply; servers that ignore the schema put it into prose or a code block.
-
-    >>> json_in('Well: ```json {"rationale": "good", "score": 4}```')
-    {'rationale': 'good', 'score': 4}
-    """
-    decoder = json.JSONDecoder()
-    for start in reversed([found.start() for found in re.finditer(r"\{", text)]):
-        try:
-            value, end = decoder.raw_decode(text, start)
-        except (ValueError, RecursionError):
-            continue
-        if isinstance(value, dict) and "}" not in text[end:]:
-            return value
-    return {}
-
-
-def expectation(tokens: list[dict[str, Any]], low: int, high: int) -> float | None:
+def expectation(tokens: list[dict[str, Any]], low: int, high: int, said: int | None = None) -> float | None:
     """Return the mean of a score of one digit, over what the model might have said in its place.
 
     Args:
         tokens: `logprobs.content` of a choice: `{"token", "top_logprobs": [{"token", "logprob"}]}`, in order.
         low: worst score.
         high: best score.
+        said: the score that was read; the last one in the text unless given.
     """
     text = "".join(str(token.get("token")) for token in tokens)
-    found = list(re.finditer(r'"score"\s*:\s*"?(\d)', text))
+    found = [m for m in re.finditer(r'"score"\s*:\s*"?(\d)', text) if said in (None, int(m[1]))]
     if not found:
         return None
     at, begin = found[-1].start(1), 0

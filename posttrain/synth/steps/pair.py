@@ -27,7 +27,7 @@ class Pair(Step):
     """Pair better answers with worse ones to the same prompt.
 
     What comes out is what `data: {type: preference}` reads: `prompt`, `chosen`, `rejected`, `score_chosen`,
-    `score_rejected`, `margin`.
+    `score_rejected`, `margin`; and where they are known, `model_chosen`, `model_rejected`, and the judgements.
     """
 
     strategy: Literal["best_worst", "best_random", "all"] = "best_worst"
@@ -103,6 +103,10 @@ class Pair(Step):
         """Return a row of preference data."""
         made = {name: better.row.get(name) for name in self.keep}
         made |= {"prompt": prompt, "chosen": better.text, "rejected": worse.text}
+        for name in ("model", "judgements"):  # who said it, and why it has its score
+            made |= {
+                f"{name}_{side}": a.row[name] for side, a in (("chosen", better), ("rejected", worse)) if name in a.row
+            }
         if not self.score:
             return made
         scores = {"score_chosen": better.score, "score_rejected": worse.score, "margin": _gap(better, worse)}

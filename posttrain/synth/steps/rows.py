@@ -1,7 +1,6 @@
 """Small steps over rows: keep some, split an answer into several rows, put examples beside a row."""
 
 import hashlib
-import json
 import random
 import re
 from collections.abc import Callable, Iterable, Iterator
@@ -9,7 +8,9 @@ from typing import Any
 
 from attrs.validators import gt
 
+from posttrain.errors import DataError
 from posttrain.registry import block, key
+from posttrain.synth.ledger.replies import parsed
 from posttrain.synth.pipelines.rows import Drop, Row, as_text, column
 from posttrain.synth.pipelines.step import Step
 
@@ -45,6 +46,13 @@ class Filter(Step):
             return [row]
         if value is None:
             return [Drop(row, f"there is no {self.column}")]
+        if not isinstance(value, int | float):
+            kind = "text" if isinstance(value, str) else type(value).__name__
+            raise DataError(
+                f"column {self.column!r} holds {kind}, and `least` and `most` compare numbers; use `equals`"
+            )
+        if value != value:
+            return [Drop(row, f"{self.column} is not a number (NaN)")]
         if self.least is not None and value < self.least:
             return [Drop(row, f"{self.column} is below {self.least:g}", as_text(value))]
         if self.most is not None and value > self.most:
@@ -64,7 +72,7 @@ class Split(Step):
     def fold(self, row: Row, replies: list[Any]) -> Iterable[Row | Drop]:
         """Return a row for each item, without what belonged to the list."""
         found = items(as_text(column(row, self.column)))
-        kept = {k: v for k, v in row.items() if k not in (self.column, "prompt", "model", "finish_reason")}
+        kept = {k: v for k, v in row.items() if k not in (self.column, "prompt", "model", "finish_reason", "reasoning")}
         return [{**kept, self.into: item} for item in found] or [Drop(row, "holds no list")]
 
 
@@ -100,13 +108,9 @@ def items(text: str) -> list[str]:
     >>> items('1. Sing.\\n2) Dance\\n  with me.\\n'), items('["a", "b"]')
     (['Sing.', 'Dance with me.'], ['a', 'b'])
     """
-    found = re.search(r"\[.*\]", text, flags=re.DOTALL)
-    if found:
-        try:
-            listed = json.loads(found[0])
-            return [as_text(item).strip() for item in listed if as_text(item).strip()]
-        except ValueError:
-            pass
+    fenced = re.search(r"```(?:json)?\s*(.*?)```", text, flags=re.DOTALL)
+    if (whole := _listed(fenced[1] if fenced else text)) is not None:
+        return whole
     made: list[str] = []
     for line in text.splitlines():
         begun = re.match(r"\s*(?:\d+[.):]|[-*•])\s+(.*)", line)
@@ -114,4 +118,16 @@ def items(text: str) -> list[str]:
             made.append(begun[1].strip())
         elif made and line.strip():
             made[-1] += " " + line.strip()
+    if not any(made):  # a list of JSON inside prose, which `[1]` and `[note]` are not
+        for start in (found.start() for found in re.finditer(r"\[", text)):
+            if (inside := _listed(text[start : text.rfind("]") + 1])) is not None:
+                return inside
     return [item for item in made if item]
+
+
+def _listed(text: str) -> list[str] | None:
+    """Return the items of a JSON list of texts or objects; None if a text is no such list."""
+    listed = parsed(text.encode("utf-8", "surrogatepass"))
+    if not isinstance(listed, list) or all(isinstance(item, int | float) for item in listed):
+        return None
+    return [as_text(item).strip() for item in listed if as_text(item).strip()]

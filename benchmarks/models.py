@@ -1,0 +1,210 @@
+"""Every architecture of transformers, tiny: how posttrain keeps packed documents apart, and how exact that is.
+
+    python benchmarks/models.py [--only llama mamba] [--write docs/models.md]
+
+For each type, a network with random weights computes rows of six documents through posttrain's own path; the reference is
+transformers' own network, with its own attention, on one document at a time. `loss` and `gradient` are differences
+relative to the reference's; `exact` means both are below 1e-5. An export is loaded again and must give the same logits.
+"""
+
+import argparse
+import contextlib
+import copy
+import io
+import math
+import tempfile
+import warnings
+from collections import Counter
+from pathlib import Path
+
+import attrs
+import numpy as np
+import torch
+import transformers
+from transformers import AutoConfig
+from transformers.models.auto import modeling_auto
+
+from posttrain.blocks.layout import lay
+from posttrain.blocks.models import probe
+from posttrain.blocks.models.causal import CausalLM
+from posttrain.blocks.models.router import has_routers
+from posttrain.blocks.models.tiny import tiny
+from posttrain.errors import RecipeError
+
+CAUSAL = sorted(modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
+IMAGES = sorted(set(modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES) - set(CAUSAL))
+DECODER = (
+    "bert", "bert-generation", "big_bird", "camembert", "data2vec-text", "electra", "ernie", "megatron-bert", "rembert",
+    "roberta", "roberta-prelayernorm", "roc_bert", "roformer", "xlm-roberta", "xlm-roberta-xl", "reformer",
+)  # fmt: skip
+CHANGES = {
+    **{kind: {"is_decoder": True} for kind in DECODER},
+    "xmod": {"is_decoder": True, "default_language": "en_XX"},
+    "lfm2": {"layer_types": ["conv", "full_attention"] * 16},
+    "deepseek_v2": {"num_experts_per_tok": 2, "n_routed_experts": 4, "topk_group": 1, "n_group": 1},
+}
+"""What the default configuration of a type lacks to be a causal model."""
+CLOSE = 1e-5
+
+
+@attrs.define
+class Row:
+    """What was found for a type."""
+
+    kind: str
+    way: str = ""
+    loss: float = math.nan
+    gradient: float = math.nan
+    router: bool = False
+    export: str = ""
+    problem: str = ""
+
+    @property
+    def verdict(self) -> str:
+        """What it comes to."""
+        if self.problem:
+            return "refused" if self.problem.startswith("refused") else "no model" if not self.way else "failed"
+        if math.isnan(self.gradient):  # transformers' own is not a number
+            return "unknown"
+        return "exact" if self.loss < CLOSE and self.gradient < CLOSE else "wrong"
+
+
+def document(seed: int, length: int, vocabulary: int):
+    """Return random tokens, most of them supervised."""
+    random = np.random.default_rng(seed)
+    return random.integers(min(3, vocabulary - 1), vocabulary, length), random.random(length) < 0.8
+
+
+def measure(kind: str) -> Row:
+    """Try one type."""
+    row = Row(kind)
+    try:
+        default = AutoConfig.for_model(kind, **CHANGES.get(kind, {}))
+        torch.manual_seed(0)
+        config = tiny(default, vocabulary=97, window=8, works=forwards)
+        config.get_text_config().initializer_range = 0.06
+        theirs = probe.auto_of(config).from_config(config, dtype=torch.float32).eval()
+    except Exception as error:
+        row.problem = f"{type(error).__name__}: {one_line(error)}"
+        return row
+    row.router = has_routers(theirs)
+    try:
+        way = probe.find_way(default, kind, None)
+    except RecipeError as error:
+        row.problem = f"refused: {one_line(error)}"
+        return row
+    row.way = str(way)
+    try:
+        compare(row, way, theirs)
+        row.export = exported(theirs)
+    except Exception as error:
+        row.problem = f"{type(error).__name__}: {one_line(error)}"
+    return row
+
+
+def forwards(config) -> None:
+    """Fail if a network cannot compute tokens alone."""
+    network = probe.auto_of(config).from_config(config, dtype=torch.float32).eval()
+    with torch.no_grad():
+        network(input_ids=torch.arange(3, 12)[None], use_cache=False)
+
+
+def compare(row: Row, way, theirs) -> None:
+    """Compare loss and gradient of packed rows with those of each document alone."""
+    known = theirs.config.get_text_config().vocab_size
+    lengths = [[21, 3, 30], [40], [2, 17]]
+    rows = [[document(7 * i + j, n, known) for j, n in enumerate(each)] for i, each in enumerate(lengths)]
+    hf = copy.deepcopy(theirs)
+    probe.set_attention(hf, way.attention)
+    net = CausalLM(hf)
+    net.keep_apart(way)
+    ours = net.eval()(lay(rows, 0))
+    ours.backward()
+    expected = torch.zeros(())
+    for ids, mask in (one for each in rows for one in each):
+        logits = theirs(input_ids=torch.from_numpy(ids)[None], use_cache=False).logits[0, :-1].float()
+        trained = torch.from_numpy(mask[1:])
+        targets = torch.from_numpy(ids[1:])[trained]
+        expected = expected + torch.nn.functional.cross_entropy(logits[trained], targets, reduction="sum")
+    expected.backward()
+    row.loss = abs(ours.item() - expected.item()) / expected.item()
+    pairs = [(a.grad, b.grad) for a, b in zip(hf.parameters(), theirs.parameters(), strict=True) if b.grad is not None]
+    differ = sum(float(((0 if a is None else a) - b).square().sum()) for a, b in pairs)
+    row.gradient = math.sqrt(differ / sum(float(b.square().sum()) for _, b in pairs))
+
+
+def exported(hf) -> str:
+    """Say whether an export loads again with the same logits."""
+    ids = torch.arange(3, 12)[None]
+    with tempfile.TemporaryDirectory() as folder, torch.no_grad():
+        hf.save_pretrained(folder)
+        again = type(hf).from_pretrained(folder).eval()
+        gap = (again(input_ids=ids, use_cache=False).logits - hf(input_ids=ids, use_cache=False).logits).abs().max()
+    return "same" if gap < 1e-5 else f"differs by {gap:.1e}"
+
+
+def one_line(error: Exception) -> str:
+    """Return the beginning of a message."""
+    return " ".join(str(error).split())[:160]
+
+
+def table(rows: list[Row]) -> str:
+    """Return the rows as Markdown."""
+    lines = [
+        "| type | | documents kept apart by | loss | gradient | router loss | export |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        figures = ["", ""] if math.isnan(row.loss) else [f"{row.loss:.0e}", f"{row.gradient:.0e}"]
+        said = row.problem.removeprefix("refused: ").replace("|", "/") if row.problem else row.way
+        lines.append(
+            f"| `{row.kind}` | {row.verdict} | {said} | {' | '.join(figures)} | {'yes' if row.router else ''} | {row.export} |"
+        )
+    return "\n".join(lines)
+
+
+def summary(rows: list[Row]) -> str:
+    """Say how many of each there are."""
+    count = Counter(row.verdict for row in rows)
+    return ", ".join(f"{count[name]} {name}" for name in ("exact", "refused", "wrong", "failed", "unknown", "no model"))
+
+
+def main() -> None:
+    """Measure, print and write."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", nargs="+", metavar="TYPE")
+    parser.add_argument("--write", type=Path, metavar="FILE")
+    chosen = parser.parse_args()
+    warnings.simplefilter("ignore")
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    parts = []
+    groups = (
+        {"Given": chosen.only}
+        if chosen.only
+        else {"Causal language models": CAUSAL, "Models of images and text, on text": IMAGES}
+    )
+    for title, kinds in groups.items():
+        rows = []
+        for kind in kinds:
+            with contextlib.redirect_stdout(io.StringIO()):
+                rows.append(measure(kind))
+            print(
+                f"{kind:28} {rows[-1].verdict:9} {rows[-1].loss:.0e} {rows[-1].gradient:.0e} {rows[-1].way or rows[-1].problem}",
+                flush=True,
+            )
+        parts.append(f"## {title}\n\n{len(rows)} types: {summary(rows)}.\n\n{table(rows)}\n")
+        print(f"{title}: {summary(rows)}")
+    if chosen.write:
+        head = (
+            "# Models\n\nEvery architecture of transformers was made tiny, with random weights, and its packed rows were "
+            "compared with each\ndocument alone through transformers' own network: `python benchmarks/models.py --write "
+            f"docs/models.md`, transformers\n{transformers.__version__}, torch {torch.__version__}. `loss` and `gradient` are relative differences; "
+            f"exact is below {CLOSE:.0e} in both. What\na model does is tried anew when it is built; this table only shows what to "
+            'expect. "no model" are types whose default\nconfiguration gives no network that computes tokens alone.\n\n'
+        )
+        chosen.write.write_text(head + "\n".join(parts))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,102 @@
+"""The pictures and the style of the page that `view` makes: a funnel, a histogram, the differences of two texts."""
+
+import difflib
+import re
+from html import escape
+
+from posttrain.synth.pipelines.report import Report
+
+WIDTH = 680
+
+STYLE = """
+:root { --paper:#fbfaf7; --ink:#1d1d1b; --soft:#6b6a66; --line:#dfdcd3; --card:#ffffff; --good:#157a4a; --bad:#b3372f;
+  --bar:#3b6ea8; --goodwash:#d8f0e2; --badwash:#f8dedb; }
+@media (prefers-color-scheme: dark) { :root { --paper:#161715; --ink:#e8e6df; --soft:#9c9a92; --line:#33342f;
+  --card:#1f201d; --good:#5cc98f; --bad:#ef8d84; --bar:#6fa3dd; --goodwash:#163a28; --badwash:#47211e; } }
+* { box-sizing:border-box } html { color-scheme:light dark }
+body { margin:0 auto; max-width:1080px; padding:40px 24px 96px; background:var(--paper); color:var(--ink);
+  font:15px/1.55 system-ui,-apple-system,"Segoe UI",Roboto,"Noto Sans",sans-serif }
+h1 { font-size:28px; margin:0 0 4px; letter-spacing:-.01em } h2 { font-size:19px; margin:48px 0 12px }
+p.note { color:var(--soft); margin:0 0 16px } table { border-collapse:collapse; width:100% }
+th, td { text-align:right; padding:6px 10px; border-bottom:1px solid var(--line); font-variant-numeric:tabular-nums }
+th { color:var(--soft); font-weight:500 } th:first-child, td:first-child { text-align:left; padding-left:0 }
+.wide { overflow-x:auto }
+svg { display:block; max-width:100%; height:auto; margin:0 0 18px }
+svg text { fill:var(--ink); font:13px system-ui,sans-serif }
+svg .soft { fill:var(--soft) } svg .kept { fill:var(--bar) } svg .lost { fill:var(--bad); opacity:.55 }
+.card { background:var(--card); border:1px solid var(--line); border-radius:10px; padding:16px 18px; margin:0 0 14px }
+.two { display:grid; grid-template-columns:1fr 1fr; gap:18px }
+@media (max-width:760px) { .two { grid-template-columns:1fr } body { padding:20px 12px 64px; overflow-wrap:anywhere }
+  th, td { padding:6px 6px; white-space:nowrap } h1 { font-size:22px } .card { padding:12px } }
+pre { white-space:pre-wrap; overflow-wrap:anywhere; margin:4px 0 0;
+  font:14px/1.55 ui-monospace,Menlo,Consolas,monospace }
+.label { color:var(--soft); font-size:12px; text-transform:uppercase; letter-spacing:.06em }
+.score { float:right; font-variant-numeric:tabular-nums; color:var(--soft) }
+ins { background:var(--goodwash); color:var(--good); text-decoration:none; border-radius:3px; padding:0 1px }
+del { background:var(--badwash); color:var(--bad); text-decoration:none; border-radius:3px; padding:0 1px }
+.prompt { margin:0 0 12px; padding:0 0 12px; border-bottom:1px dashed var(--line) }
+details { margin:8px 0 } summary { cursor:pointer; color:var(--soft) }
+.bad { color:var(--bad) } .good { color:var(--good) }
+"""
+
+
+def funnel(report: Report) -> str:
+    """Return a picture of how many rows each step passed on (solid) and dropped (pale), to one scale."""
+    most = max((stage.rows_out + sum(stage.dropped.values()) for stage in report.stages), default=0) or 1
+    unit, lines = (WIDTH - 300) / most, []
+    for number, stage in enumerate(report.stages):
+        y, kept, lost = 34 * number, stage.rows_out, sum(stage.dropped.values())
+        width, pale = kept * unit, lost * unit
+        said = f"{kept:,}" + (f" · {lost:,} dropped" if lost else "")
+        lines.append(
+            f'<text x="0" y="{y + 19}">{escape(stage.name)}</text>'
+            f'<rect class="kept" x="130" y="{y + 4}" width="{max(width, 1.5 if kept else 0):.1f}" height="22" rx="3"/>'
+            f'<rect class="lost" x="{130 + width:.1f}" y="{y + 4}" width="{pale:.1f}" height="22" rx="3"/>'
+            f'<text class="soft" x="{138 + width + pale:.1f}" y="{y + 19}">{said}</text>'
+        )
+    height = 34 * len(report.stages)
+    return (
+        f'<svg role="img" aria-label="rows passed on and dropped by each step" width="{WIDTH}" '
+        f'viewBox="0 0 {WIDTH} {height}">{"".join(lines)}</svg>'
+    )
+
+
+def histogram(values: list[float], label: str) -> str:
+    """Return a picture of how often values occur."""
+    low, high = min(values), max(values)
+    count = min(20, max(1, len(set(values))))
+    width = (high - low) / count or 1.0
+    bins = [0] * count
+    for value in values:
+        bins[min(count - 1, int((value - low) / width))] += 1
+    unit, step = 110 / max(bins), min(60.0, (WIDTH - 20) / count)
+    bars = "".join(
+        f'<rect class="kept" x="{i * step + 1:.1f}" y="{120 - n * unit:.1f}" width="{step - 2:.1f}" '
+        f'height="{n * unit:.1f}" rx="2"><title>from {low + i * width:.3g} on: {n:,}</title></rect>'
+        + (
+            f'<text class="soft" x="{(i + 0.5) * step:.1f}" y="{115 - n * unit:.1f}" text-anchor="middle">{n:,}</text>'
+            if n
+            else ""
+        )
+        for i, n in enumerate(bins)
+    )
+    return (
+        f'<svg role="img" aria-label="{escape(label)}" width="{WIDTH}" viewBox="0 -12 {WIDTH} 157">{bars}'
+        f'<text class="soft" x="0" y="140">{low:.3g}</text>'
+        f'<text class="soft" x="{count * step:.0f}" y="140" text-anchor="end">{high:.3g}</text></svg>'
+    )
+
+
+def differences(old: str, new: str) -> tuple[str, str]:
+    """Return both texts as HTML, with the words that only one of them has marked: `<del>` and `<ins>`.
+
+    >>> differences("the sum is 3", "the sum is 4")
+    ('the sum is <del>3</del>', 'the sum is <ins>4</ins>')
+    """
+    a, b = (re.findall(r"\s+|\w+|[^\w\s]", text) for text in (old, new))
+    ours, theirs = [], []
+    for kind, i, j, k, m in difflib.SequenceMatcher(None, a, b, autojunk=len(a) > 2000).get_opcodes():
+        was, now = escape("".join(a[i:j])), escape("".join(b[k:m]))
+        ours.append(was if kind == "equal" or not was else f"<del>{was}</del>")
+        theirs.append(now if kind == "equal" or not now else f"<ins>{now}</ins>")
+    return "".join(ours), "".join(theirs)
