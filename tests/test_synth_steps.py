@@ -12,7 +12,7 @@ import pydantic
 import pytest
 from synth_server import chat, complete, error, expire, raw, reset, short
 
-from posttrain.blocks.data.schemas import conversation
+from posttrain.blocks.data.rows.schemas import conversation
 from posttrain.blocks.data.sources import Source
 from posttrain.errors import DataError, SynthError
 from posttrain.synth import (

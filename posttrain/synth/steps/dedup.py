@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import attrs
 from attrs.validators import and_, gt, le
 
-from posttrain.blocks.data.schemas import CHATS, REPLIES, SYSTEM
+from posttrain.blocks.data.rows.schemas import CHATS, REPLIES, SYSTEM
 from posttrain.blocks.data.sources import Source
 from posttrain.errors import DataError
 from posttrain.registry import block, key
