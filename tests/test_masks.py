@@ -651,3 +651,26 @@ def test_a_template_that_calls_tools_only_where_the_content_is_null_gets_null() 
     printed = Template(jinja.replace("{{ m.tool", "None{{ m.tool"), chatml)
     with pytest.raises(Refused):
         pieces_of(encoder(printed), messages)
+
+
+def test_the_reason_is_that_of_the_spelling_that_the_template_can_read() -> None:
+    only_parts = "{% for m in messages %}{{ m.role }}: {% for p in m.content %}{{ p.text }}{% endfor %}\n{% endfor %}"
+    with pytest.raises(Refused, match="writes no end-of-turn token"):  # and not that it leaves out the user's text
+        pieces_of(encoder(Template(only_parts, chatml)), chat("a", "b"))
+
+
+def test_a_tool_result_that_repeats_the_name_of_the_call_is_no_part_of_the_reply() -> None:
+    """As gpt-oss writes it: the result of a call is a message from the tool, under the tool's name."""
+    jinja = (
+        "{% set ns = namespace(name='') %}{% for m in messages %}{% if m.tool_calls %}{% set ns.name = m.tool_calls[0].function.name %}"
+        "{{ '<|start|>assistant to=' + ns.name + '<|message|>' + (m.tool_calls[0].function.arguments | tojson) + '<|call|>' }}"
+        "{% elif m.role == 'tool' %}{{ '<|start|>' + ns.name + '<|message|>' + m.content + '<|end|>' }}"
+        "{% else %}{{ '<|start|>' + m.role + '<|message|>' + m.content + '<|end|>' }}{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|start|>assistant' }}{% endif %}"
+    )
+    template = Template(jinja, channels, ("<|start|>", "<|message|>", "<|end|>", "<|call|>"), "<|end|>")
+    messages = [*chat("weather?"), {"role": "assistant", "tool_calls": [CALL]}, {"role": "tool", "content": "sunny"},
+                {"role": "assistant", "content": "Sunny."}]  # fmt: skip
+    _, found, _ = pieces_of(encoder(template), messages)
+    arguments = '{"city": "Rome", "days": 2}'
+    assert found == f" to=weather<|message|>{arguments}<|call|><|message|>Sunny.<|end|>"

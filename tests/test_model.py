@@ -19,7 +19,6 @@ from posttrain.blocks.models.model import HFModel, LoRA
 from posttrain.blocks.tokenizers.tokenizer import HFTokenizer
 from posttrain.errors import RecipeError, TrainingError
 from posttrain.runtime.precision import halve
-from posttrain.tools.twin import shrink
 from posttrain.values import Secret
 
 
@@ -164,8 +163,7 @@ HALVED = ("llama", "qwen3", "gemma2", "gemma3_text", "mixtral", "phi3", "gpt_oss
 def test_bf16_true_casts_what_transformers_casts(tmp_path: Path, kind: str) -> None:
     from transformers import CONFIG_MAPPING
 
-    config = CONFIG_MAPPING[kind]()
-    shrink(config)
+    config = tiny(CONFIG_MAPPING[kind]())
     made = AutoModelForCausalLM.from_config(config)
     made.save_pretrained(tmp_path)
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path, dtype="bfloat16")

@@ -10,9 +10,9 @@ from typing import Any
 
 import pydantic
 import pytest
-from posttrain.blocks.data.schemas import conversation
 from synth_server import chat, complete, error, expire, raw, reset, short
 
+from posttrain.blocks.data.rows.schemas import conversation
 from posttrain.blocks.data.sources import Source
 from posttrain.errors import DataError, SynthError
 from posttrain.synth import (

@@ -10,10 +10,11 @@ import torch
 import transformers
 
 from posttrain import yaml12
+from posttrain.blocks.models.tiny import tiny
 from posttrain.cli import main
 from posttrain.tools import proofs
 from posttrain.tools.proofs import Failed, Skipped
-from posttrain.tools.twin import Twin, quietly, shrink
+from posttrain.tools.twin import Twin, quietly
 
 BARE = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}"
 """No end of turn."""
@@ -169,8 +170,7 @@ def test_an_error_names_the_line_of_the_users_code(make: Any) -> None:
 def test_a_twin_is_small_and_of_the_same_kind(kind: str) -> None:
     from transformers import AutoModelForCausalLM
 
-    config = FAMILIES[kind]()
-    shrink(config)
+    config = tiny(FAMILIES[kind]())
     model = AutoModelForCausalLM.from_config(config)
     assert sum(p.numel() for name, p in model.named_parameters() if "embed" not in name and "lm_head" not in name) < 1e6
     assert model.config.model_type == kind
@@ -183,7 +183,7 @@ def test_a_twin_with_latent_attention_runs(kind: str) -> None:
     if kind not in CONFIG_MAPPING:
         pytest.skip(f"this transformers has no {kind}")
     config = CONFIG_MAPPING[kind](num_experts_per_tok=6) if kind == "deepseek_v2" else CONFIG_MAPPING[kind]()
-    shrink(config)
+    config = tiny(config)
     model = AutoModelForCausalLM.from_config(config)
     assert model(torch.arange(8)[None]).logits.isfinite().all()
     assert sum(p.numel() for name, p in model.named_parameters() if "embed" not in name and "lm_head" not in name) < 1e6
@@ -193,8 +193,7 @@ def test_a_twin_with_latent_attention_runs(kind: str) -> None:
 def test_a_vision_tower_shrinks_with_its_model(kind: str) -> None:
     from transformers import CONFIG_MAPPING, AutoModelForImageTextToText
 
-    config = CONFIG_MAPPING[kind]()
-    shrink(config)
+    config = tiny(CONFIG_MAPPING[kind]())
     model = AutoModelForImageTextToText.from_config(config)
     ends = ("embed_tokens.weight", "lm_head.weight")
     sizes = {name: p.numel() for name, p in model.named_parameters() if not name.endswith(ends)}

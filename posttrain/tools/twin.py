@@ -22,6 +22,7 @@ from posttrain.blocks.data.sources import Source
 from posttrain.blocks.layout import Example
 from posttrain.blocks.loggers.logger import JSONL
 from posttrain.blocks.models.model import HFModel
+from posttrain.blocks.models.tiny import tiny
 from posttrain.blocks.parallel.strategy import Auto
 from posttrain.blocks.scheduler import Constant
 from posttrain.blocks.tokenizers.tokenizer import HFTokenizer
@@ -38,7 +39,6 @@ LONGEST = 512
 """Tokens of a document that the twin trains on, at most."""
 SHORT = 128
 """Tokens of a document that is quickly tried, at most; longer ones serve where there are no such."""
-WIDTH, HEADS = 8, 4
 
 
 class NoRows(DataError):
@@ -141,15 +141,13 @@ class Twin:
     def small(self, block: HFModel, name: str) -> HFModel:
         """Return a model block of the same architecture, narrow and with random weights, saved in a folder `name`."""
         import torch
-        import transformers
 
-        config = block.read_config()
-        shrink(config, layers=type(block).configured is HFModel.configured)
+        config = tiny(block.read_config(), layers=type(block).configured is HFModel.configured)
         folder = self.folder / name
         if not folder.exists():
             with torch.random.fork_rng():
                 torch.manual_seed(0)
-                kind = getattr(transformers, block.auto)
+                kind = block.auto_class(config)
                 made = kind.from_config(config, dtype=torch.float32, trust_remote_code=block.trust_remote_code)
             draft = folder.with_name(f"{name}.{os.getpid()}")
             made.save_pretrained(draft)
@@ -221,71 +219,6 @@ class Twin:
             name, data=self.sampled(12), max_steps=6, micro_batch_size=2, gradient_accumulation_steps=1,
             checkpoint=[Resume(every=2)], precision="32-true",
         )  # fmt: skip
-
-
-def shrink(config: Any, layers: bool = True) -> None:
-    """Make a configuration of transformers tiny, and keep its shape: which layers there are, how heads share keys.
-
-    Args:
-        config: changed in place; the networks beside the one for text, such as a vision tower, with it.
-        layers: also keep only as many layers as have one of each type (at least two).
-    """
-    text = config.get_text_config()
-    for name in config.sub_configs:
-        if (other := getattr(config, name)) is not None and other is not text:
-            shrink_tower(other, text)
-    heads = getattr(text, "num_attention_heads", HEADS)
-    shared = max(1, heads // (getattr(text, "num_key_value_heads", None) or heads))
-    groups = max(1, HEADS // min(shared, HEADS))
-    small: dict[str, Any] = {
-        "num_attention_heads": groups * min(shared, HEADS), "num_key_value_heads": groups, "head_dim": WIDTH,
-        "hidden_size": groups * min(shared, HEADS) * WIDTH, "intermediate_size": 64, "moe_intermediate_size": 32,
-        "initializer_range": 0.2, "shared_expert_intermediate_size": 32, "kv_lora_rank": 16, "q_lora_rank": 16,
-        "qk_nope_head_dim": WIDTH, "qk_rope_head_dim": WIDTH, "v_head_dim": WIDTH, "qk_head_dim": 2 * WIDTH,
-        "n_group": 1, "topk_group": 1, "first_k_dense_replace": 1,
-    }  # fmt: skip
-    experts = {"num_experts": 4, "num_local_experts": 4, "n_routed_experts": 4, "num_experts_per_tok": 2}
-    small |= {name: min(getattr(text, name, None) or most, most) for name, most in experts.items()}
-    if layers:
-        small |= fewer_layers(text)
-    small |= {name: 0.0 for name, value in vars(text).items() if "drop" in name and is_number(value)}
-    change(text, small)
-
-
-def fewer_layers(text: Any) -> dict[str, Any]:
-    """Return what a configuration must say for the first layers alone: one of each type, two at least."""
-    count = getattr(text, "num_hidden_layers", 2)
-    kinds = getattr(text, "layer_types", None) or [""] * count
-    all_kinds = next(n for n in range(1, count + 1) if set(kinds[:n]) == set(kinds))
-    kept = min(count, max(2, all_kinds))
-    lists = {name: value for name, value in vars(text).items() if isinstance(value, list) and len(value) == count}
-    return {"num_hidden_layers": kept, **{name: value[:kept] for name, value in lists.items() if count != kept}}
-
-
-def shrink_tower(config: Any, text: Any) -> None:
-    """Make the configuration of a tower beside the text network tiny; what it hands over is as wide as the text."""
-    width = getattr(text, "hidden_size", None)
-    small = {
-        "num_attention_heads": 2, "num_heads": 2, "hidden_size": 4 * WIDTH, "embed_dim": 4 * WIDTH,
-        "intermediate_size": 64, "num_hidden_layers": 2, "depth": 2, "deepstack_visual_indexes": [0],
-        "fullatt_block_indexes": [1], "initializer_range": 0.2,
-    }  # fmt: skip
-    if getattr(config, "out_hidden_size", None) == width:
-        small["out_hidden_size"] = HEADS * WIDTH
-    small |= {name: 0.0 for name, value in vars(config).items() if "drop" in name and is_number(value)}
-    change(config, small)
-
-
-def change(config: Any, values: dict[str, Any]) -> None:
-    """Set the keys that a configuration has."""
-    for name, new in values.items():
-        if getattr(config, name, None) is not None:
-            setattr(config, name, new)
-
-
-def is_number(value: Any) -> bool:
-    """Whether a value is a number, and not a truth value."""
-    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 @contextmanager

@@ -20,6 +20,8 @@ from posttrain.blocks.layout import Columns, Document, Example
 if TYPE_CHECKING:
     import numpy as np
 
+ACCESS = re.compile(r"""(?:\.|\[["']|get\(["'])(\w+)""")
+"""How a template takes a key of a message: `m.name`, `m['name']`, `m.get('name')`."""
 Values: TypeAlias = dict[str, Any]
 Encoded: TypeAlias = Example | Refused
 """What the row became, or why it cannot be trained on."""
@@ -73,7 +75,7 @@ class ChatEncoder:
     def __attrs_post_init__(self) -> None:
         tokens = sorted(special_tokens(self.renderer.tokenizer), key=len, reverse=True)
         self.special = re.compile("|".join(map(re.escape, tokens)) or r"(?!)")
-        words = {word for template in self.renderer.templates.values() for word in re.findall(r"\w+", template)}
+        words = {word for template in self.renderer.templates.values() for word in ACCESS.findall(template)}
         self.reading.keys |= words
 
     def encode(self, rows: list[Values]) -> list[Encoded]:

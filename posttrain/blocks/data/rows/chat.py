@@ -14,7 +14,16 @@ from typing import Any
 import attrs
 
 from posttrain.blocks.data.rows.markers import END, START, Marker, Piece, without_markers
-from posttrain.blocks.data.rows.messages import REASONING, Ranges, Refused, Unrendered, mark, unmarked, variants
+from posttrain.blocks.data.rows.messages import (
+    REASONING,
+    Ranges,
+    Refused,
+    Unplaced,
+    Unrendered,
+    mark,
+    unmarked,
+    variants,
+)
 from posttrain.blocks.data.rows.spans import Layout
 from posttrain.errors import DataError
 
@@ -113,9 +122,11 @@ class ChatRenderer:
                 return self._rendered(conversation | {"messages": messages}, trained)
             except Refused as reason:
                 refused.append(reason)
+        # An unplaced one had all of the text, in its spelling.
+        said: list[Refused] = [reason for reason in refused if isinstance(reason, Unplaced)]
         if any(each.get("content") is None for each in conversation["messages"]):  # some fail on that alone
-            raise next((reason for reason in refused if not isinstance(reason, Unrendered)), refused[0])
-        raise refused[0]
+            said += [reason for reason in refused if not isinstance(reason, Unrendered)]
+        raise (said or refused)[0]
 
     def _trained(self, conversation: dict[str, Any]) -> dict[int, bool | Ranges]:
         """Return the numbers of the messages that are trained, each with True or with the characters that are."""

@@ -41,6 +41,10 @@ class Unrendered(Refused):
     """A row that the chat template itself refuses."""
 
 
+class Unplaced(Refused):
+    """A row that the chat template shows whole, but in which the trained part cannot be told."""
+
+
 def message(found: Any, roles: Collection[str] = ROLES) -> Message:
     """Return a message with the keys that chat templates read, and whatever else it holds.
 

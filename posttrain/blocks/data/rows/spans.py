@@ -8,7 +8,7 @@ from typing import Any
 import attrs
 
 from posttrain.blocks.data.rows.markers import Piece
-from posttrain.blocks.data.rows.messages import Ranges, Refused, text_of
+from posttrain.blocks.data.rows.messages import Ranges, Refused, Unplaced, text_of
 
 
 @attrs.frozen
@@ -100,23 +100,35 @@ class Layout:
         role = message["role"]
         if not text_of(message.get("content")).strip() and not message.get("tool_calls"):
             # Nothing marks where it is, and behind reasoning the first token that ends something is not its end.
-            raise Refused(f"a message of role {role!r} is empty")
-        order = [n for n, (piece, _, _) in enumerate(self.pieces) if piece.message == index]
+            raise Unplaced(f"a message of role {role!r} is empty")
+        order = self._order(index)
         if not order:
-            raise Refused(f"a message of role {role!r} holds nothing but tags of the chat template's own")
+            raise Unplaced(f"a message of role {role!r} holds nothing but tags of the chat template's own")
         first, last = order[0], order[-1]
         if last - first >= len(order):
-            raise Refused("the chat template mixes a trained message with another one")
+            raise Unplaced("the chat template mixes a trained message with another one")
         if len({id(self.pieces[n][0]) for n in order}) < len(order):
-            raise Refused("the chat template writes a trained message more than once")
+            raise Unplaced("the chat template writes a trained message more than once")
         after = self.pieces[last + 1][1] if last + 1 < len(self.pieces) else len(self.text)
         end = self.stops.search(self.text, self.pieces[last][2], after)
         if end is None:
-            raise Refused(
+            raise Unplaced(
                 f"after a message of role {role!r} the chat template writes no end-of-turn token, so the model would "
                 "never learn to stop: add {{ eos_token }} behind its content, with `tokenizer.chat_template`"
             )
         return self._start(first, role), end.end()
+
+    def _order(self, index: int) -> list[int]:
+        """Return the numbers of a message's pieces, without the name of a tool that a result repeats (gpt-oss)."""
+        order = [n for n, (piece, _, _) in enumerate(self.pieces) if piece.message == index]
+        once: dict[int, int] = {}
+        for n in order:
+            once.setdefault(id(self.pieces[n][0]), n)
+        first, again = sorted(once.values()), [n for n in order if n not in once.values()]
+        ends = self.pieces[first[-1]][2] if first else 0
+        found = [self.pieces[n] for n in again]
+        later = [piece.kind == "call" and self.stops.search(self.text, ends, begin) for piece, begin, _ in found]
+        return first if all(later) else order
 
     def _start(self, first: int, role: str) -> int:
         """Return where the trained part of the message that begins with piece `first` starts."""
@@ -124,16 +136,20 @@ class Layout:
         before = self.pieces[first - 1][2] if first else 0
         if role == "assistant" and self.prompt and (found := text.count(self.prompt, before, start)):
             if found > 1:
-                raise Refused("the generation prompt is there more than once before a reply (behind an empty message?)")
+                raise Unplaced(
+                    "the generation prompt is there more than once before a reply (behind an empty message?)"
+                )
             return text.index(self.prompt, before, start) + len(self.prompt)
         if piece.kind != "content" or piece.lead is None:
-            raise Refused(
+            raise Unplaced(
                 f"a message of role {role!r} begins with what the template writes, and the template's generation "
                 "prompt is not in front of it, so where the reply begins cannot be told"
             )
         if not piece.lead or not text.endswith(piece.lead, before, start):
             if piece.lead.strip():
-                raise Refused("the chat template rewrites the beginning of a reply, and has no generation prompt there")
+                raise Unplaced(
+                    "the chat template rewrites the beginning of a reply, and has no generation prompt there"
+                )
             return start
         if piece.lead.strip() or self._keeps_lead(piece):
             return start - len(piece.lead)
