@@ -139,3 +139,31 @@ def test_generation_is_transformers_own_with_padding_on_the_left() -> None:
     ids = torch.tensor([[0, 0, 5, 6, 7], [8, 9, 10, 11, 12]])
     call = {"input_ids": ids, "attention_mask": (ids != 0).long(), "max_new_tokens": 6, "do_sample": False}
     torch.testing.assert_close(ours.generate(**call), theirs.generate(**call))
+
+
+def test_an_evaluation_makes_no_gradients_and_a_backward_pass_holds_one_copy(monkeypatch: pytest.MonkeyPatch) -> None:
+    from posttrain.blocks.losses import cross_entropy
+
+    made: list[str] = []
+    monkeypatch.setattr(cross_entropy, "add_product", lambda *args: made.append("a gradient of the head"))
+    net = model("llama", "packed")
+    with torch.no_grad():
+        net(lay(rows(), 0))
+    assert not made
+    net(lay(rows(), 0))
+    assert made
+
+
+def test_the_gradient_of_the_head_is_not_copied() -> None:
+    from posttrain.blocks.losses.cross_entropy import nll_sum
+
+    hidden, weight = torch.randn(8, 4, requires_grad=True), torch.randn(97, 4, requires_grad=True)
+    loss = nll_sum(hidden, weight, None, torch.arange(8))
+    kept = loss.grad_fn.saved_tensors[1]  # type: ignore[union-attr]
+    (loss * 0.5).backward()
+    assert weight.grad is not None
+    assert weight.grad.data_ptr() == kept.data_ptr()
+    expected = torch.autograd.grad(
+        torch.nn.functional.cross_entropy(hidden @ weight.T, torch.arange(8), reduction="sum") * 0.5, weight
+    )
+    torch.testing.assert_close(weight.grad, expected[0])

@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM
 
 from posttrain.blocks.models.causal import CausalLM
 from posttrain.blocks.models.model import HFModel, LoRA
+from posttrain.blocks.models.tiny import tiny
 from posttrain.blocks.tokenizers.tokenizer import HFTokenizer
 from posttrain.errors import RecipeError, TrainingError
 from posttrain.runtime.precision import halve

@@ -154,3 +154,26 @@ def test_sigterm_ends_a_run_cleanly_and_the_same_command_goes_on(
     assert again.returncode == 0, again.stderr[-2000:]
     assert f"going on after step {reached}" in again.stdout
     assert len(losses(tmp_path / "run")) == reached + 3
+
+
+def test_gradients_are_there_once_also_where_fabric_chose_the_strategy(tmp_path: Path) -> None:
+    on_two_ranks(
+        tmp_path, "toy", "run = trainer(folder, devices=2, micro_batch_size=2, max_steps=1).train()",
+        "assert run.model._forward_module.gradient_as_bucket_view",
+    )  # fmt: skip
+
+
+def test_a_step_that_is_left_out_shows_the_rows_that_ranks_share(tmp_path: Path) -> None:
+    """Each rank has some columns of the rows, and no document as a whole."""
+    on_two_ranks(
+        tmp_path, "toy", "import posttrain, torch",
+        "spoil = posttrain.after('trainer.loss')(lambda trainer, loss: loss * float('nan') if trainer.run.step == 1 else None)",
+        "run = trainer(folder, devices=2, micro_batch_size=4, max_steps=3, on_nonfinite='skip', "
+        "sequence=posttrain.Ulysses(size=2), checkpoint=[]).train(callbacks=[spoil])",
+        "assert run.memory['skipped_steps'] == 1",
+    )  # fmt: skip
+    shown = [
+        json.loads(line) for file in (tmp_path / "two").glob("skipped-rows*") for line in file.read_text().splitlines()
+    ]
+    assert {row["step"] for row in shown} == {2}
+    assert {row["row"] for row in shown} == {0, 1, 2, 3}

@@ -25,7 +25,8 @@ def nll_sum(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor
     Returns:
         A float32 scalar, in nats; 0 if n is 0.
     """
-    return _NLLSum.apply(hidden, weight, bias, targets)  # type: ignore[no-any-return, no-untyped-call]
+    learning = torch.is_grad_enabled()  # it is off inside of the function
+    return _NLLSum.apply(hidden, weight, bias, targets, learning)  # type: ignore[no-any-return, no-untyped-call]
 
 
 def token_log_probs(
@@ -90,8 +91,10 @@ def compute_dtype(tensor: Tensor) -> torch.dtype:
 
 class _NLLSum(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor) -> Tensor:
-        wanted = [x is not None and x.requires_grad for x in (hidden, weight, bias)]
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, learning: bool
+    ) -> Tensor:
+        wanted = [learning and x is not None and x.requires_grad for x in (hidden, weight, bias)]
         device, dtype = hidden.device.type, compute_dtype(hidden)
         head, offset = weight.to(dtype), None if bias is None else bias.to(dtype)
         grads = [
@@ -125,8 +128,8 @@ class _NLLSum(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
         (scale,) = upstream
-        pairs = zip(ctx.saved_tensors, ctx.dtypes, strict=True)
-        return *(None if g is None else (g * scale).to(dtype) for g, dtype in pairs), None
+        pairs = zip(ctx.saved_tensors, ctx.dtypes, strict=True)  # in place: a head's gradient is as large as the head
+        return *(None if g is None else g.mul_(scale).to(dtype) for g, dtype in pairs), None, None
 
 
 def divergence_sum(student: Tensor, teacher: Tensor, head: Tensor, temperature: float) -> tuple[Tensor, Tensor]:

@@ -14,7 +14,8 @@ MOST = 60_000_000
 NARROW = {
     "intermediate_size": 64, "moe_intermediate_size": 32, "shared_expert_intermediate_size": 32, "ffn_dim": 64,
     "d_ff": 64, "n_inner": 64, "encoder_ffn_dim": 64, "decoder_ffn_dim": 64, "intermediate_size_mlp": 64,
-    "mlp_dim": 64, "shared_intermediate_size": 32, "moe_shared_expert_intermediate_size": 32,
+    "mlp_dim": 64, "ffn_hidden_size": 64, "expert_ffn_hidden_size": 32,
+    "shared_intermediate_size": 32, "moe_shared_expert_intermediate_size": 32,
 }  # fmt: skip
 """Widths of the layers between."""
 FEW = {

@@ -55,6 +55,7 @@ class BaseStrategy:
         Raises:
             RecipeError: the launcher chose a strategy that needs the recipe to know of it.
         """
+        from lightning.fabric.strategies.ddp import DDPStrategy
         from lightning.fabric.strategies.strategy import _Sharded
 
         if isinstance(fabric.strategy, _Sharded):
@@ -63,6 +64,8 @@ class BaseStrategy:
                 f"strategy: the launcher chose {name}; leave `--strategy` out and let the recipe say "
                 "`strategy: fsdp` or `strategy: {type: deepspeed, config: ...}`"
             )
+        if isinstance(fabric.strategy, DDPStrategy):  # also the one that Fabric chose: else gradients are there twice
+            fabric.strategy._ddp_kwargs.setdefault("gradient_as_bucket_view", True)
         wrapped: tuple[nn.Module, Optimizer] = fabric.setup(model, optimizer.build(model))
         return wrapped
 
@@ -116,7 +119,6 @@ class DDP(BaseStrategy):
 
         return DDPStrategy(
             process_group_backend=self.process_group_backend, find_unused_parameters=self.find_unused_parameters,
-            gradient_as_bucket_view=True,  # else gradients are there twice
         )  # fmt: skip
 
 
