@@ -122,13 +122,15 @@ class _NLLSum(torch.autograd.Function):
                 if grads[1] is not None:
                     add_product(grads[1], slopes, rows)
         ctx.dtypes = hidden.dtype, weight.dtype, None if bias is None else bias.dtype
-        ctx.save_for_backward(*grads)
+        ctx.grads = grads  # not saved as usual: whoever gets them must be the only one who holds them
         return total
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
-        (scale,) = upstream
-        pairs = zip(ctx.saved_tensors, ctx.dtypes, strict=True)  # in place: a head's gradient is as large as the head
+        (scale,), grads, ctx.grads = upstream, ctx.grads, None
+        if grads is None:
+            raise RuntimeError("the gradients of a cross-entropy are made once: it cannot go backward twice")
+        pairs = zip(grads, ctx.dtypes, strict=True)  # in place: a head's gradient is as large as the head
         return *(None if g is None else g.mul_(scale).to(dtype) for g, dtype in pairs), None, None
 
 
