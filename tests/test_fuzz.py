@@ -32,8 +32,10 @@ from posttrain.synth.clients.cortex import CompleteDialect, SQLDialect
 from posttrain.synth.ledger.pricing import usage
 from posttrain.synth.ledger.replies import limits, verdict
 from posttrain.synth.ledger.session import finish
-from posttrain.synth.pipelines.rows import Reply
+from posttrain.synth.pipelines.rows import Reply, message_text
+from posttrain.synth.sending.messages import MessagesDialect
 from posttrain.synth.sending.online import OpenAIDialect
+from posttrain.synth.steps.form import Form, Unfit
 
 FUZZ = settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 TOKENIZER = byte_tokenizer(TEMPLATES["chatml"])
@@ -210,11 +212,12 @@ REQUEST = SimpleNamespace(endpoint="/chat/completions")
 
 
 def dialects() -> list[Any]:
-    return [OpenAIDialect(), CompleteDialect(), SQLDialect({}, 60.0)]
+    return [OpenAIDialect(), CompleteDialect(), SQLDialect({}, 60.0), MessagesDialect()]
 
 
 reply_names = ["choices", "message", "messages", "content", "finish_reason", "usage", "error", "code", "type", "data", "delta",
-               "prompt_tokens", "completion_tokens", "logprobs", "top_logprobs", "token", "logprob", "reasoning_content"]  # fmt: skip
+               "prompt_tokens", "completion_tokens", "logprobs", "top_logprobs", "token", "logprob", "reasoning_content", "stop_reason",
+               "tool_calls", "function", "name", "arguments", "text", "thinking", "tool_use", "input_tokens", "input"]  # fmt: skip
 reply_like = st.recursive(
     scalars | st.sampled_from(reply_names),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(reply_names), inner, max_size=5), max_leaves=20,
@@ -230,6 +233,18 @@ headers = st.dictionaries(
     body=reply_like.map(json.dumps).map(str.encode) | st.binary(max_size=200), status=st.integers(200, 599),
     said=headers, stream=st.booleans(),
 )  # fmt: skip
+@example(
+    body=b'{"type": "message", "content": [{"type": "text", "text": 3}], "usage": {"input_tokens": []}}',
+    status=200,
+    said={},
+    stream=False,
+)
+@example(
+    body=b'{"choices": [{"message": {"tool_calls": [{"function": 3}], "content": [{"thinking": 3}]}}]}',
+    status=200,
+    said={},
+    stream=False,
+)
 @example(body=b'{"choices": [3]}', status=200, said={}, stream=False)
 @example(body=b'{"choices": [{"message": "x"}]}', status=200, said={}, stream=False)
 @example(body=b'{"data": [{"0": 1}]}', status=200, said={}, stream=False)
@@ -246,11 +261,18 @@ def test_any_reply_is_an_answer_or_an_error(body: bytes, status: int, said: dict
             finish(REQUEST, found)
             reply = Reply(found, None)
             assert isinstance(reply.text, str | None)  # type: ignore[arg-type]
+            assert isinstance(reply.reasoning, str | None)  # type: ignore[arg-type]
+            assert isinstance(reply.said, str | None)  # type: ignore[arg-type]
+            message_text(reply.choice.get("message") or {})
+            with suppress(Unfit):
+                Form({"type": "object", "properties": {"text": {"type": "string"}}}).read(reply)
 
 
 def test_nothing_is_unpickled() -> None:
     """Of our code, nothing can: no pickle, no torch.load, no numpy files with objects."""
     for file in (ROOT / "posttrain").rglob("*.py"):
+        if file.name == "jail.py":  # a process that has locked itself in, to run what a model wrote
+            continue
         text = file.read_text()
         for forbidden in ("import pickle", "torch.load(", "allow_pickle=True", "joblib", "eval(", " exec("):
             assert forbidden not in text.replace(".eval(", ""), f"{file}: {forbidden}"

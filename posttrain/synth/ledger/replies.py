@@ -150,6 +150,13 @@ def reasoning_of(message: Mapping[str, Any]) -> str | None:
     return "".join(text for text in texts if text) or None
 
 
+def calls_of(message: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Return the functions that a message calls, `{"name", "arguments"}` each; what is no such thing is left out."""
+    given = message.get("tool_calls")
+    found = [call.get("function") for call in given if isinstance(call, dict)] if isinstance(given, list) else []
+    return [function for function in found if isinstance(function, dict)]
+
+
 def with_thoughts(text: str, reasoning: str | None) -> str:
     """Return an answer with what was thought before it in `<think>`, as the models of today write it themselves."""
     return f"<think>\n{reasoning.strip()}\n</think>\n\n{text}" if reasoning else text

@@ -11,7 +11,7 @@ from posttrain.blocks.data.rows.schemas import Refused, conversation
 from posttrain.errors import DataError
 from posttrain.registry import suggest
 from posttrain.synth.ledger.keys import CHAT
-from posttrain.synth.ledger.replies import reasoning_of, text_of
+from posttrain.synth.ledger.replies import calls_of, reasoning_of, text_of
 
 Row = dict[str, Any]
 """Columns of plain JSON data."""
@@ -68,10 +68,10 @@ class Reply:
     @property
     def said(self) -> str | None:
         """What the reply says where a form was asked for: its text, or the arguments of the one tool that it calls."""
-        calls = (self.choice.get("message") or {}).get("tool_calls") or []
-        if self.text is not None or len(calls) != 1 or not isinstance(calls[0], dict):
+        calls = calls_of(self.choice.get("message") or {})
+        if self.text is not None or len(calls) != 1:
             return self.text
-        arguments = (calls[0].get("function") or {}).get("arguments")
+        arguments = calls[0].get("arguments")
         return arguments if isinstance(arguments, str) or arguments is None else as_text(arguments)
 
     @property
@@ -199,7 +199,7 @@ def transcript(messages: list[Message], alone: str = "user") -> str:
 
 def message_text(message: Message) -> str:
     """Return what a message says, and the tools that it calls."""
-    calls = [f"calls {as_text(call.get('function', call))}" for call in message.get("tool_calls") or []]
+    calls = [f"calls {as_text(function)}" for function in calls_of(message)]
     return "\n".join([content_text(message.get("content")), *calls] if message.get("content") else calls)
 
 

@@ -65,6 +65,11 @@ class Gate:
             self._count(tokens)
         return self._loop.time()
 
+    @property
+    def counts_tokens(self) -> bool:
+        """Whether tokens per minute are bounded."""
+        return self._tokens is not None
+
     def give_back(self, tokens: int) -> None:
         """Return tokens that were reserved for a request and not used."""
         if self._tokens is not None:

@@ -120,7 +120,7 @@ def from_wire(reply: Any) -> Any:
     message: dict[str, Any] = {"role": "assistant", "content": text or None}
     message |= ({"reasoning_content": thought} if thought else {}) | ({"tool_calls": calls} if calls else {})
     used = _object(reply.get("usage"))
-    counts = {name: used.get(name) or 0 for name in ("input_tokens", "output_tokens", *CACHE)}
+    counts = {name: _count(used.get(name)) for name in ("input_tokens", "output_tokens", *CACHE)}
     given = sum(counts[name] for name in ("input_tokens", *CACHE))
     reason = reply.get("stop_reason")
     return {
@@ -270,6 +270,10 @@ def output_line(line: bytes) -> bytes:
     else:
         error = {"code": f"batch_{kind}", "message": f"the request has {kind} in its batch"}
     return json.dumps({"custom_id": data.get("custom_id"), "response": response, "error": error}).encode()
+
+
+def _count(value: Any) -> int:
+    return int(value) if isinstance(value, int | float) and 0 <= value < 2**40 else 0
 
 
 def _object(value: Any) -> dict[str, Any]:

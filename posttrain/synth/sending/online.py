@@ -178,7 +178,8 @@ class OnlineRun:
         self._successes = 0
         self._reported = 0.0
         self._end = asyncio.Event()
-        self._agent = user_agent()
+        form = {"accept": "application/json", "content-type": "application/json", "user-agent": user_agent()}
+        self._headers = httpx.Headers({**form, **service.headers})
 
     async def run(self) -> None:
         """Send everything; return when all is committed.
@@ -331,11 +332,7 @@ class OnlineRun:
         return response
 
     def _request(self, method: str, url: httpx.URL, body: bytes) -> httpx.Request:
-        headers = {
-            "accept": "application/json", "content-type": "application/json", "user-agent": self._agent,
-            **self.service.headers,
-        }  # fmt: skip
-        return httpx.Request(method, url, headers=headers, content=body or None)
+        return httpx.Request(method, url, headers=self._headers, content=body or None)
 
     async def _wait_for_servers(self, now: float) -> None:
         """Wait until a server may be tried again; give up the task when none has answered for long."""
@@ -357,7 +354,7 @@ class OnlineRun:
             self._refused.clear()
             self._probing = 0
             self.gate.succeeded()
-            if any(used := usage(sent.reply)):
+            if self.gate.counts_tokens and any(used := usage(sent.reply)):
                 self._settle(request, used)
             content = sent.content or dumped(sent.reply)
             await self._commit(session.result(request, sent.reply, content, said.request_id))

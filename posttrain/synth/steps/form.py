@@ -8,6 +8,7 @@ from typing import Any
 
 import attrs
 
+from posttrain.synth.ledger.replies import calls_of
 from posttrain.synth.pipelines.rows import Reply
 from posttrain.synth.steps.verdicts import THOUGHTS
 
@@ -102,9 +103,8 @@ class Form:
 
 def json_text(reply: Reply) -> str | None:
     """Return the JSON of a reply: its text without thoughts and code fences, or the arguments of the tool it calls."""
-    for call in (reply.choice.get("message") or {}).get("tool_calls") or []:
-        function = call.get("function") if isinstance(call, dict) else None
-        if isinstance(function, dict) and function.get("name") == NAME:
+    for function in calls_of(reply.choice.get("message") or {}):
+        if function.get("name") == NAME:
             arguments = function.get("arguments")
             return arguments if isinstance(arguments, str) else json.dumps(arguments)
     if reply.text is None:

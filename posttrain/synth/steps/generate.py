@@ -9,7 +9,7 @@ from attrs.validators import ge, gt
 from posttrain.blocks.data.rows.schemas import CHATS
 from posttrain.errors import DataError
 from posttrain.registry import block, key
-from posttrain.synth.ledger.replies import parsed, with_thoughts
+from posttrain.synth.ledger.replies import calls_of, parsed, with_thoughts
 from posttrain.synth.pipelines.rows import Chat, Drop, Message, Reply, Row, as_text, asked, filled
 from posttrain.synth.pipelines.step import PanelStep, Template, asked_again
 from posttrain.synth.steps.form import Form, Unfit, json_text
@@ -109,7 +109,8 @@ class Generate(PanelStep):
             made: dict[str, Any] = {**kept, "prompt": prompt}
             model = chat.model or (reply.body or {}).get("model")
             about = {"model": model, "finish_reason": reply.choice.get("finish_reason")}
-            calls = (reply.choice.get("message") or {}).get("tool_calls")
+            message = reply.choice.get("message") or {}
+            calls = message["tool_calls"] if calls_of(message) else None
             if self.schema is not None and reply.error is None:
                 yield self.formed(made, reply, about)
                 continue
