@@ -109,13 +109,13 @@ class Resume:
 
         folder = run.output_dir / f"step-{run.step:08d}"
         if is_due(self, run, at_end) and run.step != run.first_step:
-            self.writer.wait(run.fabric)
+            self.writer.wait(run)
             run.flush()  # a loss that is not finite is raised here, and not saved
             there = run.fabric.is_global_zero and folder.exists() and manifest.verify(folder) is None
             if not run.fabric.broadcast(there):
                 self.writer.start(run.fabric, folder, state.snapshot(run), self.said(run), self.keep)
         if at_end or not self.asynchronous:
-            self.writer.wait(run.fabric)
+            self.writer.wait(run)
 
     def said(self, run: "Run") -> dict[str, Any]:
         """Return the manifest, plain JSON data, but for the files.
@@ -214,8 +214,10 @@ class HuggingFace:
         folder = self.folder(run)
         folder = folder if at_end else folder / f"step-{run.step:08d}"
         parameters = run.strategy.whole(run)
-        problem = self._export(run, folder, parameters) if run.fabric.is_global_zero else None
-        if problem := run.fabric.broadcast(problem):
+        with run.watchdog.writing(folder):
+            problem = self._export(run, folder, parameters) if run.fabric.is_global_zero else None
+            problem = run.fabric.broadcast(problem)
+        if problem:
             raise CheckpointError(problem)
 
     def _export(self, run: "Run", folder: Path, parameters: dict[str, Any] | None) -> str | None:
