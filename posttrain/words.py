@@ -13,6 +13,16 @@ def human(number: float) -> str:
     return f"{number:.3g}"
 
 
+def counted(number: int, noun: str) -> str:
+    """Write so many things.
+
+    >>> counted(1, "document"), counted(14_880, "document"), counted(0, "entry")
+    ('1 document', '14,880 documents', '0 entries')
+    """
+    plural = f"{noun[:-1]}ies" if noun.endswith("y") and noun[-2] not in "aeiou" else f"{noun}s"
+    return f"{number:,} {noun if number == 1 else plural}"
+
+
 def duration(seconds: float) -> str:
     """Write a time as h:mm:ss, or mm:ss under an hour."""
     minutes, rest = divmod(int(seconds), 60)

@@ -20,6 +20,11 @@ if TYPE_CHECKING:
     from lightning.fabric import Fabric
     from torch import nn
 
+QUANTIZE = (
+    " there; write model.kwargs: {quantization_config: {quant_method: bitsandbytes, load_in_4bit: true}}, which needs "
+    "bitsandbytes, and model.lora to train"
+)
+
 
 @attrs.frozen(kw_only=True, slots=False)
 class LoRA:
@@ -176,6 +181,11 @@ class HFModel:
                 hf = auto.from_pretrained(self.name_or_path, config=config, dtype=self.dtype, **self.hub, **self.kwargs)
         except (OSError, ValueError, ImportError) as error:
             raise RecipeError(f"model {self.name_or_path!r} cannot be loaded: {error}") from error
+        except TypeError as error:
+            if unknown := [name for name in self.kwargs if f"'{name}'" in str(error)]:
+                hint = QUANTIZE if unknown[0] in ("load_in_4bit", "load_in_8bit") else ""
+                raise RecipeError(f"model.kwargs: transformers does not take {unknown[0]}{hint}") from error
+            raise
         fits = (
             hf._supports_attention_backend and hf._supports_sdpa and not hf.is_remote_code() and not _softcaps(config)
         )
