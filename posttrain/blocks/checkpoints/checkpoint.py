@@ -21,6 +21,7 @@ from posttrain.runtime.folder import ADVICE, difference
 from posttrain.runtime.identity import differences
 from posttrain.runtime.ours import UNFINISHED, exported, in_the_way, put_in_place, remove_checkpoint
 from posttrain.runtime.precision import kept_precise
+from posttrain.words import counted
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -71,7 +72,7 @@ class Resume:
         said = manifest.read(found)
         if said["rows_per_step"] != run.rows_per_step:
             raise CheckpointError(
-                f"{found} was trained with {said['rows_per_step']} rows per step, this run would take "
+                f"{found} was trained with {counted(said['rows_per_step'], 'row')} per step, this run would take "
                 f"{run.rows_per_step}: choose micro_batch_size x gradient_accumulation_steps x devices to match"
             )
         changed = self.changes(run, found, said)
