@@ -99,7 +99,8 @@ def overflow(twin: Twin) -> str:
         raise Skipped(f"{type(twin.real.data).__name__} reads no sources")
     lengths = [row.length for row in twin.rows]
     longer = sum(length > twin.data.max_length for length in lengths)
-    said = f"{longer} of {counted(len(lengths), 'row')} are longer than {twin.data.max_length:,} (longest {max(lengths):,})"
+    rows, most = counted(len(lengths), "row"), twin.data.max_length
+    said = f"{longer} of {rows} are longer than {most:,} (longest {max(lengths):,})"
     if longer and twin.data.overflow == "error":
         raise Failed(f"{said}, and data.overflow is error: say drop or truncate, or give a larger data.max_length")
     return said + (f"; {twin.data.overflow}" if longer else "")
