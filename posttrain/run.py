@@ -192,6 +192,10 @@ class Run:
     """Whether an update whose gradients are not finite is left out, instead of ending the run."""
     epoch: int = 0
     """Passes over the data that are complete."""
+    rows_per_epoch: int | None = None
+    """Of the first pass; None for a stream, of which nobody knows."""
+    doing: str = ""
+    """What the run does just now, if it is not training: for people to see."""
     epoch_ended: bool = False
     """Whether the newest step took the last row of a pass."""
     first_step: int = 0
@@ -280,13 +284,20 @@ class Run:
                     )
         self.began.clear()
 
+    @property
+    def epochs(self) -> float:
+        """Passes over the data so far; of a stream, those that are complete."""
+        part = min(1.0, self.position["row"] / self.rows_per_epoch) if self.rows_per_epoch else 0.0
+        return self.epoch + part
+
     @contextmanager
-    def unmeasured(self) -> Iterator[None]:
+    def unmeasured(self, doing: str = "") -> Iterator[None]:
         """Leave what is done meanwhile (evaluating, saving) out of the throughput."""
-        begin = time.perf_counter()
+        begin, self.doing = time.perf_counter(), doing
         try:
             yield
         finally:
+            self.doing = ""
             self._measured += time.perf_counter() - begin
 
 

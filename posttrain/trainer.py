@@ -41,11 +41,29 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
 
+THEIRS = {
+    "compute_loss": "loss(self, batch)", "training_step": "loss(self, batch)", "prediction_step": "evaluate(self)",
+    "configure_optimizers": "an optimizer block", "create_optimizer": "an optimizer block",
+}  # fmt: skip
+"""Methods that trainers of transformers, TRL and Lightning override -> what does it here."""
+
+
 @attrs.define(kw_only=True, slots=False, eq=False)
 class Trainer(TrainerKeys):
     """A recipe that can be trained. Its fields are the keys of the YAML file."""
 
     run: Run = attrs.field(init=False, repr=False)
+
+    def __init_subclass__(cls) -> None:
+        """Refuse a trainer that is written for another library: what it overrides would never be called.
+
+        Raises:
+            TypeError: it defines a method of theirs, and none of ours.
+        """
+        super().__init_subclass__()
+        for name in THEIRS.keys() & vars(cls).keys():
+            if not {"loss", "step"} & vars(cls).keys():
+                raise TypeError(f"{cls.__name__} defines {name}, which is never called here: define {THEIRS[name]}")
 
     # -- what a trainer overrides ---------------------------------------------------
 
@@ -223,6 +241,7 @@ class Trainer(TrainerKeys):
             fabric=fabric, strategy=self.strategy, output_dir=self.output_dir, model=model, frozen=frozen,
             tokenizer=tokenizer, loaders=loaders, optimizer=optimizer, scheduler=scheduler, max_steps=max_steps,
             rows_per_step=rows_per_step, recipe=as_data(self), position=loaders.train.start(),
+            rows_per_epoch=loaders.train.rows(1),
             skips=self.on_nonfinite == "skip" or fabric.strategy.precision.precision == "16-mixed",
             watchdog=Watchdog(fabric.global_rank, fabric.world_size, self.hang_after, partial(crash.report, self)),
         )  # fmt: skip
@@ -295,9 +314,9 @@ class Trainer(TrainerKeys):
         """
         run = self.run
         run.watchdog.beat()
-        run.log(**rates)
         epoch = position.get("epoch", 0)
         run.position, run.step, run.epoch, run.epoch_ended = position, run.step + 1, epoch, epoch > run.epoch
+        run.log(**rates, epoch=run.epochs)
         sizes = {name: sum(getattr(batch, name) for batch in batches) for name in ("tokens", "supervised_tokens")}
         run.metrics.end_step(run.step, loss=loss, **{name: size for name, size in sizes.items() if size})
 
@@ -315,7 +334,7 @@ class Trainer(TrainerKeys):
             raise RecipeError("eval_every: there is nothing to evaluate on; give data.eval_split or data.eval_sources")
         outer, run.metrics, counts, weights = run.metrics, Metrics(), Counter[str](), dict[str, float]()
         run.model.eval()
-        with torch.no_grad(), run.unmeasured():
+        with torch.no_grad(), run.unmeasured("evaluating"):
             for batch in map(Batch.of, self.together(OnDevice(run, run.loaders.eval))):
                 run.watchdog.beat()
                 counts.update(batch.counts)
@@ -341,7 +360,7 @@ class Trainer(TrainerKeys):
 
     def save(self, at_end: bool) -> None:
         """Let every checkpoint block save if it is time to."""
-        with self.run.unmeasured():
+        with self.run.unmeasured("saving"):
             for checkpoint in self.checkpoint:
                 self.run.watchdog.beat()
                 checkpoint.save(self.run, at_end)

@@ -18,11 +18,13 @@ def counted(number: float, noun: str) -> str:
 
     >>> counted(1, "document"), counted(14_880, "token"), counted(0.5, "epoch"), counted(2, "row of 5")
     ('1 document', '14,880 tokens', '0.5 epochs', '2 rows of 5')
+    >>> counted(0, "entry"), counted(3, "day")
+    ('0 entries', '3 days')
     """
     head, *rest = noun.split(" ", 1)
-    return " ".join(
-        [f"{number:,g}" if number != int(number) else f"{int(number):,}", head + "s" * (number != 1), *rest]
-    )
+    plural = f"{head[:-1]}ies" if head.endswith("y") and head[-2] not in "aeiou" else f"{head}s"
+    written = f"{number:,g}" if number != int(number) else f"{int(number):,}"
+    return " ".join([written, head if number == 1 else plural, *rest])
 
 
 def duration(seconds: float) -> str:

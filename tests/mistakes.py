@@ -5,9 +5,12 @@ from typing import Any
 
 import attrs
 from torch.nn import functional
+from transformers import AttentionInterface, AttentionMaskInterface
 
 from posttrain import Batch, DPOTrainer, SFTTrainer, after, before, block
+from posttrain.blocks.models.frozen import WithoutAdapters
 from posttrain.blocks.models.model import HFModel
+from posttrain.blocks.optimizer import torch_optimizer
 
 
 @block("trainer", "sound")
@@ -96,6 +99,55 @@ class Louder(HFModel):
     def wrap(self, hf: Any) -> Any:
         hf.model.norm.register_forward_hook(lambda module, args, output: output * 2)
         return super().wrap(hf)
+
+
+def all_that_came_before(module: Any, q: Any, k: Any, v: Any, mask: Any, scaling: float, **more: Any) -> Any:
+    """Attention over the whole row; q [rows, heads, width, size]."""
+    k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
+    attended = functional.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling)
+    return attended.transpose(1, 2).contiguous(), None
+
+
+@block("model", "sees-all")
+class SeesAll(HFModel):
+    """Its attention does not know where a document begins."""
+
+    def wrap(self, hf: Any) -> Any:
+        AttentionInterface.register("sees-all", all_that_came_before)
+        AttentionMaskInterface.register("sees-all", lambda *args, **more: None)
+        hf.set_attn_implementation("sees-all")
+        return super().wrap(hf)
+
+
+@block("model", "rounded")
+class Rounded(HFModel):
+    """The angles of positions are rounded, as all of a network is by `module.to(torch.bfloat16)`."""
+
+    def wrap(self, hf: Any) -> Any:
+        angles = hf.model.rotary_emb
+        angles.inv_freq = angles.inv_freq.bfloat16().float()
+        return super().wrap(hf)
+
+
+@block("trainer", "other-beginning")
+class OtherBeginning(DPOTrainer):
+    """Takes the model without its adapters for the reference, though they begin with a part of the weights."""
+
+    def build_frozen(self, fabric: Any, model: Any) -> Any:
+        return {"reference": WithoutAdapters(model, fabric)}
+
+
+@block("callback", "own-rate")
+class OwnRate:
+    """Lowers the learning rate by a count of its own."""
+
+    seen: list[None] = attrs.field(factory=list, init=False)
+
+    @before("trainer.step")
+    def lower(self, trainer: Any, batches: Any) -> None:
+        self.seen.append(None)
+        for group in torch_optimizer(trainer.run.optimizer).param_groups:
+            group["lr"] = 1e-3 / len(self.seen)
 
 
 @block("callback", "forgetful")

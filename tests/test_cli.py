@@ -6,17 +6,25 @@ import os
 import re
 import subprocess
 import sys
+import time
 from pathlib import Path
+from typing import Any
 
 import pytest
+import toy
 from rich.console import Console
 
 from posttrain.blocks.data.data import Preview
+from posttrain.blocks.loggers.console import ConsoleLogger
+from posttrain.blocks.loggers.logger import JSONL
 from posttrain.cli import main
 from posttrain.errors import RecipeError
+from posttrain.hooks import after
+from posttrain.registry import block
 from posttrain.tools.plot import smooth
 from posttrain.tools.show import tokens
 from posttrain.trainer import Trainer
+from posttrain.trainers.sft import SFTTrainer
 
 ROOT = Path(__file__).parent.parent
 
@@ -342,3 +350,59 @@ def test_a_warning_of_the_hub_is_printed_once() -> None:
     )
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert ran.stderr.count("only once") == 1
+
+
+def test_the_line_of_a_step_shows_metrics_of_ones_own_and_is_not_broken(tmp_path: Path) -> None:
+    out = io.StringIO()
+
+    @block("logger", "test-captured")
+    class Captured:
+        def build(self, run: Any) -> Any:
+            return ConsoleLogger(run, Console(file=out, width=60))
+
+    @after("trainer.loss")
+    def confident(trainer: Any, loss: Any) -> None:
+        trainer.run.log(confidence=0.25, certainty_of_the_whole_model=0.5)
+
+    keys: dict[str, Any] = {"logger": [Captured(), JSONL()], "rows": 60, "packing": False, "max_steps": 4}
+    run = toy.trainer(tmp_path, eval_rows=5, eval_every=2, **keys).train(callbacks=[confident])
+    lines = [line for line in out.getvalue().splitlines() if line.startswith("step ")]
+    assert len(lines) == 4
+    assert all("confidence 0.2500  certainty_of_the_whole_model 0.5000" in line for line in lines)
+    assert "eval_loss" in lines[1]
+    assert "epoch 0.13" in lines[1]  # 8 of 60 rows
+    assert re.search(r"epochs\s+0.267", out.getvalue())
+    assert run.epochs == pytest.approx(16 / 60)
+    written = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [line["epoch"] for line in written] == pytest.approx([4 / 60, 8 / 60, 12 / 60, 16 / 60])
+    assert all(0 <= time.time() - line["time"] < 3600 for line in written)
+
+
+def test_the_bar_follows_the_run_between_logs_and_through_an_evaluation(tmp_path: Path) -> None:
+    run = toy.trainer(tmp_path, max_steps=1).train()
+    logger = ConsoleLogger(run, Console(file=io.StringIO(), force_terminal=True))
+    try:
+        run.step = 7
+        with run.unmeasured("evaluating"):
+            logger.progress.get_renderable()
+            (task,) = logger.progress.tasks
+            assert (task.completed, task.fields["doing"]) == (7, "evaluating")
+        logger.progress.get_renderable()
+        assert task.fields["doing"] == ""
+    finally:
+        logger.finalize("finished")
+
+
+def test_a_trainer_written_for_another_library_is_refused() -> None:
+    with pytest.raises(TypeError, match=r"Theirs defines compute_loss, which is never called here: define loss\(self"):
+
+        class Theirs(SFTTrainer):
+            def compute_loss(self, model: Any, inputs: Any) -> Any:
+                """As in TRL."""
+
+    class Ours(SFTTrainer):
+        def loss(self, batch: Any) -> Any:
+            return self.compute_loss(batch)
+
+        def compute_loss(self, batch: Any) -> Any:
+            """A helper of that name is fine."""

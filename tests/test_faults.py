@@ -21,7 +21,7 @@ import pytest
 import torch
 from conftest import faults_named
 from test_launch import TRAIN, free_port
-from test_ranks import launched, recipe
+from test_ranks import launched, on_two_ranks, recipe
 from toy import metrics, trainer
 
 import posttrain
@@ -30,6 +30,7 @@ from posttrain.blocks.checkpoints import manifest, state
 from posttrain.blocks.checkpoints.checkpoint import Resume
 from posttrain.blocks.checkpoints.manifest import checkpoints, verify
 from posttrain.blocks.loggers.logger import JSONL
+from posttrain.blocks.models.causal import PackedModel
 from posttrain.errors import CheckpointError, PosttrainError, RecipeError, TrainingError
 from posttrain.runtime.watchdog import At, diagnosis
 
@@ -297,6 +298,35 @@ def test_a_rank_that_hangs_is_named(tmp_path: Path, tiny_model: Path, sums: Path
                      r"\(hanging.py:9\)", done.stderr), done.stderr[-3000:]  # fmt: skip
     assert re.search(r'File ".*hanging.py", line 9 in hang', done.stderr)  # where it is
     assert "the others wait for rank 1" in (tmp_path / "run" / "failure-rank-1.txt").read_text()
+
+
+@pytest.mark.parametrize("slow", ["a checkpoint", "an export"])
+def test_a_disk_that_is_slow_is_no_hang(tmp_path: Path, slow: str) -> None:
+    """Writing takes four times as long as `hang_after`; the other rank waits."""
+    on_two_ranks(
+        tmp_path, "test_faults", f"slow_disk({slow!r})",
+        "run = trainer(folder, devices=2, micro_batch_size=2, max_steps=2, hang_after=2.0).train()",
+        "assert run.status == 'finished'",
+    )  # fmt: skip
+
+
+def slow_disk(what: str) -> None:
+    """Let the files of rank zero take eight seconds."""
+    owner, name = (state, "write") if what == "a checkpoint" else (PackedModel, "save_pretrained")
+    original = getattr(owner, name)
+
+    def slowly(*args: Any, **kwargs: Any) -> None:
+        folder = args[1].parent if what == "a checkpoint" else args[1]
+        folder.mkdir(exist_ok=True)
+        if os.environ["LOCAL_RANK"] == "0":
+            for _ in range(16):
+                with (folder / "rank-00000.safetensors").open("ab") as file:
+                    file.write(b"0" * 1000)
+                time.sleep(0.5)
+            (folder / "rank-00000.safetensors").unlink()
+        original(*args, **kwargs)
+
+    setattr(owner, name, slowly)
 
 
 def test_who_is_behind() -> None:

@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from test_ranks import BIN, ROOT, launched, recipe
-from toy import losses
+from toy import losses, trainer
 
 from posttrain.errors import RecipeError
 from posttrain.runtime import launch
@@ -233,3 +234,10 @@ def test_one_request_may_arrive_twice_and_a_second_one_ends_at_once(monkeypatch:
 
 def test_the_slurm_script_is_valid_bash() -> None:
     assert subprocess.run(["bash", "-n", ROOT / "examples" / "slurm" / "train.sbatch"]).returncode == 0
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+@pytest.mark.parametrize("accelerator", ["cuda", "mps", "gpu"])
+def test_a_device_that_is_not_there_is_a_message(tmp_path: Path, accelerator: str) -> None:
+    with pytest.raises(RecipeError, match=f"accelerator: {accelerator} was asked for, .*posttrain doctor"):
+        trainer(tmp_path, accelerator=accelerator).train()

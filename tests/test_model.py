@@ -47,11 +47,16 @@ def test_random_weights_take_only_the_configuration(tiny_model: Path) -> None:
         ({"freeze": ["*"]}, "leaves nothing to train"),
         ({"attn_implementation": "flash_attention_9"}, "cannot be loaded"),
         ({"config": {**LLAMA, "model_type": "lama"}}, "cannot be loaded"),
+        (
+            {"kwargs": {"load_in_4bit": True}, "random_init": False, "config": {}},
+            "take load_in_4bit.*quantization_config",
+        ),
+        ({"kwargs": {"foo": True}, "random_init": False, "config": {}}, "model.kwargs: transformers does not take foo"),
     ],
 )
-def test_options_that_do_not_fit_are_refused(keys: dict[str, Any], message: str) -> None:
+def test_options_that_do_not_fit_are_refused(tiny_model: Path, keys: dict[str, Any], message: str) -> None:
     with pytest.raises(RecipeError, match=message):
-        built(**keys)
+        built(**{"name_or_path": str(tiny_model), **keys})
 
 
 @pytest.mark.parametrize(

@@ -51,7 +51,7 @@ def make(tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> A
     Path("pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
 
     def made(**keys: Any) -> Twin:
-        pairs = keys.get("type") in ("dpo", "reward", "other-reference")
+        pairs = keys.get("type") in ("dpo", "reward", "other-reference", "other-beginning")
         recipe = {
             "type": "sft", "code": str(MISTAKES), "model": {"name_or_path": str(tiny_model)},
             "data": {"sources": ["pairs.jsonl" if pairs else "chats.jsonl"], "max_length": 128},
@@ -110,6 +110,30 @@ def test_each_mistake_is_found(make: Any, mistake: dict[str, Any], found: set[st
 def test_documents_that_see_each_other_are_found(make: Any, tiny_model: Path) -> None:
     twin = make(model={"type": "convolved", "name_or_path": str(tiny_model)})
     assert failing(twin) == {"packing", "export"}
+
+
+def test_attention_across_documents_is_found(make: Any, tiny_model: Path) -> None:
+    twin = make(model={"type": "sees-all", "name_or_path": str(tiny_model)})
+    assert failing(twin) == {"packing"}
+
+
+def test_angles_that_are_rounded_are_found(make: Any, tiny_model: Path) -> None:
+    twin = make(model={"type": "rounded", "name_or_path": str(tiny_model)})
+    assert failing(twin) == {"export"}
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_a_reference_that_lacks_what_the_adapters_began_with_is_found(make: Any, tiny_model: Path) -> None:
+    pytest.importorskip("peft")
+    model = {"name_or_path": str(tiny_model), "lora": {"r": 2, "kwargs": {"init_lora_weights": "pissa"}}}
+    with pytest.raises(Failed, match="policy and reference compute different things"):
+        proofs.first_loss(make(type="other-beginning", model=model))
+    assert "margin" in proofs.first_loss(make(type="dpo", model=model))
+
+
+def test_a_learning_rate_that_no_checkpoint_holds_is_found(make: Any) -> None:
+    with pytest.raises(Failed, match="run.memory is kept in checkpoints"):
+        proofs.resume(make(callbacks=[{"type": "own-rate"}]))
 
 
 def test_an_export_that_computes_something_else_is_found(make: Any, tiny_model: Path) -> None:

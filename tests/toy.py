@@ -161,7 +161,7 @@ def trainer(folder: Path, method: type[Trainer] = SFTTrainer, **keys: Any) -> An
 def metrics(folder: Path) -> list[dict[str, float]]:
     """Return the lines of a run's metrics, without what depends on the machine."""
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in line.items() if k not in ("tokens_per_second", "memory_gb")} for line in lines]
+    return [{k: v for k, v in line.items() if k not in ("tokens_per_second", "memory_gb", "time")} for line in lines]
 
 
 def losses(folder: Path) -> list[float]:

@@ -46,6 +46,7 @@ def make_fabric(
     """
     from lightning.fabric import Fabric
     from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
+    from lightning.fabric.utilities.exceptions import MisconfigurationException
 
     asked = {"accelerator": accelerator, "devices": devices, "strategy": strategy, "precision": precision}
     if num_nodes != 1:
@@ -74,8 +75,13 @@ def make_fabric(
     silence_libraries()
     try:
         fabric = Fabric(**asked)
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, MisconfigurationException) as error:
         raise RecipeError(f"accelerator, devices, precision and strategy do not go together: {error}") from error
+    except RuntimeError as error:  # how Fabric says that there is no such device
+        raise RecipeError(
+            f"accelerator: {accelerator} was asked for, but this machine has none that torch can use; "
+            f"`posttrain doctor` says what there is ({str(error).splitlines()[0]})"
+        ) from error
     if not by_fabric_run:
         fabric.launch()
     keep_buffers(fabric)

@@ -12,7 +12,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -31,11 +31,22 @@ class Watchdog:
     def __init__(self, rank: int, world_size: int, seconds: float, report: Callable[[BaseException], Any]) -> None:
         self.rank, self.world_size, self.seconds, self.report = rank, world_size, seconds, report
         self.count = 0
+        self._written: Path | None = None
         self._over = threading.Event()
 
     def beat(self) -> None:
         """Take note that the rank has done something."""
         self.count += 1
+
+    @contextmanager
+    def writing(self, folder: Path) -> Iterator[None]:
+        """Let it count meanwhile that files grow which are written for a folder, aside as `FOLDER.tmp-...`."""
+        self._written = folder
+        try:
+            yield
+        finally:
+            self._written = None
+            self.beat()
 
     @contextmanager
     def watching(self) -> Iterator[None]:
@@ -52,21 +63,31 @@ class Watchdog:
             thread.join()
 
     def _watch(self) -> None:
-        """Publish this rank's count, and end the process when it has not changed for too long."""
+        """Publish this rank's count, and end the process when neither it nor another's has changed for too long."""
         between = min(PUBLISHED, self.seconds / 4)
         keys = [key_of(f"beat/{rank}") for rank in range(self.world_size)]
         shared: Any = store().clone()  # type: ignore[attr-defined]  # this thread has a connection of its own
-        seen, since = -1, time.monotonic()
+        bytes_, seen, others, since = 0, -1, dict[int, At](), time.monotonic()
         while not self._over.wait(between):
+            if self._written is not None and (size := size_aside(self._written)) != bytes_:
+                bytes_ = size
+                self.beat()
             if self.count != seen:
-                seen, since = self.count, time.monotonic()
+                seen, others, since = self.count, {}, time.monotonic()
             try:
                 shared.set(keys[self.rank], json.dumps(attrs.asdict(here(self.count))))
-                if time.monotonic() - since > self.seconds:
-                    there = {
-                        rank: At(**json.loads(shared.get(key))) for rank, key in enumerate(keys) if shared.check([key])
-                    }
-                    self._end(diagnosis(there, self.world_size, self.seconds), between)
+                if (idle := time.monotonic() - since) <= self.seconds / 2:
+                    continue
+                if not all(shared.check([key]) for key in keys):
+                    there = {rank: shared.get(key) for rank, key in enumerate(keys) if shared.check([key])}
+                else:
+                    there = dict(enumerate(shared.multi_get(keys)))  # one request, however many ranks
+                now = {rank: At(**json.loads(said)) for rank, said in there.items()}
+                if others and counts(now) != counts(others):  # this one waits for one that is at work
+                    since = time.monotonic()
+                others = now
+                if idle > self.seconds and time.monotonic() - since > self.seconds:
+                    self._end(diagnosis(now, self.world_size, self.seconds), between)
             except RuntimeError:  # the store went away with the process of rank zero; the launcher knows
                 return
 
@@ -95,6 +116,21 @@ class At:
     """Function and line."""
     waits: bool
     """Whether that is inside torch, as it is for ranks that wait in a collective."""
+
+
+def counts(there: dict[int, At]) -> dict[int, int]:
+    """Return what each rank has done."""
+    return {rank: at.count for rank, at in there.items()}
+
+
+def size_aside(folder: Path) -> int:
+    """Return the bytes that are written so far of what is to become a folder."""
+    total = 0
+    for aside in folder.parent.glob(f"{folder.name}.tmp-*"):
+        for file in aside.rglob("*"):
+            with suppress(OSError):  # it has just got its name
+                total += file.stat().st_size
+    return total
 
 
 def here(count: int) -> At:

@@ -29,6 +29,7 @@ from posttrain.blocks.models.model import HFModel
 from posttrain.errors import PosttrainError, RecipeError
 from posttrain.tools.twin import LONGEST, NoRows, Row, Step, Twin, quietly
 from posttrain.trainers.dpo import DPOTrainer
+from posttrain.words import counted
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -65,7 +66,7 @@ class Result:
 def hooked(twin: Twin) -> str:
     """Every method that a callback wraps is there."""
     with hooks.bound(twin.real, twin.real.callbacks):
-        return f"every method that is wrapped exists; {len(twin.real.callbacks)} callbacks"
+        return f"every method that is wrapped exists; {counted(len(twin.real.callbacks), 'callback')}"
 
 
 def masks(twin: Twin) -> str:
@@ -74,19 +75,21 @@ def masks(twin: Twin) -> str:
         raise Skipped(f"{type(twin.real.data).__name__} reads no sources")
     refused = Counter(str(row.encoded) for row in twin.rows if isinstance(row.encoded, Refused))
     if refused and twin.data.invalid == "error":
-        raise Failed(f"{sum(refused.values())} of {len(twin.rows)} rows cannot be trained on: {_listed(refused)}")
+        raise Failed(
+            f"{sum(refused.values())} of {counted(len(twin.rows), 'row')} cannot be trained on: {_listed(refused)}"
+        )
     chats = isinstance(twin.data.encoder(twin.tokenizer), ChatEncoder)
     stops = set(twin.tokenizer.convert_tokens_to_ids(sorted(stop_tokens(twin.tokenizer)))) if chats else None
     found = Counter(itertools.chain.from_iterable(_mistakes(twin, row, stops) for row in twin.rows))
     if found:
-        raise Failed(f"of {len(twin.rows)} rows: {_listed(found)}; look at `posttrain show RECIPE --data`")
+        raise Failed(f"of {counted(len(twin.rows), 'row')}: {_listed(found)}; look at `posttrain show RECIPE --data`")
     if not twin.sample(1):
         raise NoRows(f"no row can be trained on: {_listed(refused)}")
     tokens, trained = 0, 0
     for row in twin.sample(len(twin.rows)):
         for ids, mask in row.encoded.documents:  # type: ignore[union-attr]
             tokens, trained = tokens + len(ids), trained + int(mask.sum())
-    said = f"{len(twin.rows)} rows, {trained:,} of {tokens:,} tokens supervised"
+    said = f"{counted(len(twin.rows), 'row')}, {trained:,} of {counted(tokens, 'token')} supervised"
     return said + (f", {sum(refused.values())} refused" if refused else "")
 
 
@@ -96,7 +99,8 @@ def overflow(twin: Twin) -> str:
         raise Skipped(f"{type(twin.real.data).__name__} reads no sources")
     lengths = [row.length for row in twin.rows]
     longer = sum(length > twin.data.max_length for length in lengths)
-    said = f"{longer} of {len(lengths)} rows are longer than {twin.data.max_length:,} (longest {max(lengths):,})"
+    rows, most = counted(len(lengths), "row"), twin.data.max_length
+    said = f"{longer} of {rows} are longer than {most:,} (longest {max(lengths):,})"
     if longer and twin.data.overflow == "error":
         raise Failed(f"{said}, and data.overflow is error: say drop or truncate, or give a larger data.max_length")
     return said + (f"; {twin.data.overflow}" if longer else "")
@@ -108,10 +112,10 @@ def packing(twin: Twin) -> str:
         raise Skipped("data.packing is false, or not known of this data block")
     together = sum(row.length for row in twin.sample(4)) + 4
     if together > 4 * LONGEST:
-        raise Skipped(f"the shortest rows are too long for a quick look ({together:,} tokens)")
+        raise Skipped(f"the shortest rows are too long for a quick look ({counted(together, 'token')})")
     rows = twin.sampled(4, max_length=together).build(twin.tokenizer, 1, 0, 1, twin.real.seed).train.rows(1)
     if rows != 1:
-        raise Skipped(f"four documents make {rows} rows")
+        raise Skipped(f"four documents make {counted(rows or 0, 'row')}")
     packed = twin.one_step("packed", rows=1, packing=True, max_length=together)
     hint = "does the model or loss() look across documents, or count rows in place of batch['weight']?"
     same = _same(twin.whole, packed, f"packed differs from alone: {hint}")

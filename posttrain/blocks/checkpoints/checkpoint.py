@@ -21,6 +21,7 @@ from posttrain.runtime.folder import ADVICE, difference
 from posttrain.runtime.identity import differences
 from posttrain.runtime.ours import UNFINISHED, exported, in_the_way, put_in_place, remove_checkpoint
 from posttrain.runtime.precision import kept_precise
+from posttrain.words import counted
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -71,7 +72,7 @@ class Resume:
         said = manifest.read(found)
         if said["rows_per_step"] != run.rows_per_step:
             raise CheckpointError(
-                f"{found} was trained with {said['rows_per_step']} rows per step, this run would take "
+                f"{found} was trained with {counted(said['rows_per_step'], 'row')} per step, this run would take "
                 f"{run.rows_per_step}: choose micro_batch_size x gradient_accumulation_steps x devices to match"
             )
         changed = self.changes(run, found, said)
@@ -109,13 +110,13 @@ class Resume:
 
         folder = run.output_dir / f"step-{run.step:08d}"
         if is_due(self, run, at_end) and run.step != run.first_step:
-            self.writer.wait(run.fabric)
+            self.writer.wait(run)
             run.flush()  # a loss that is not finite is raised here, and not saved
             there = run.fabric.is_global_zero and folder.exists() and manifest.verify(folder) is None
             if not run.fabric.broadcast(there):
                 self.writer.start(run.fabric, folder, state.snapshot(run), self.said(run), self.keep)
         if at_end or not self.asynchronous:
-            self.writer.wait(run.fabric)
+            self.writer.wait(run)
 
     def said(self, run: "Run") -> dict[str, Any]:
         """Return the manifest, plain JSON data, but for the files.
@@ -217,8 +218,10 @@ class HuggingFace:
         folder = self.folder(run)
         folder = folder if at_end else folder / f"step-{run.step:08d}"
         parameters = run.strategy.full_parameters(run)
-        problem = self._export(run, folder, parameters) if run.fabric.is_global_zero else None
-        if problem := run.fabric.broadcast(problem):
+        with run.watchdog.writing(folder):
+            problem = self._export(run, folder, parameters) if run.fabric.is_global_zero else None
+            problem = run.fabric.broadcast(problem)
+        if problem:
             raise CheckpointError(problem)
 
     def _export(self, run: "Run", folder: Path, parameters: dict[str, Any] | None) -> str | None:

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from lightning.fabric import Fabric
 
     from posttrain.blocks.parallel.shards import TensorSlice
+    from posttrain.run import Run
 
 PATIENCE = 60.0
 """Seconds that rank zero waits for the files of others when its own training is over, however it ended."""
@@ -30,6 +31,7 @@ class Writer:
 
     def __init__(self) -> None:
         self.thread: threading.Thread | None = None
+        self.folder: Path | None = None
         self.problem: str | None = None
         self.identity: dict[str, Any] = {}
         """Of the run, on rank zero (see runtime/identity.py)."""
@@ -54,6 +56,7 @@ class Writer:
             except OSError as error:
                 failure = error.strerror
         aside, failure = fabric.broadcast((aside, failure))
+        self.folder = folder
         self.problem = failure and complaint(folder, failure)
         self.written.clear()
         self.abandoned.clear()
@@ -77,21 +80,22 @@ class Writer:
         self.thread = threading.Thread(target=run, name=name_of(folder.parent))
         self.thread.start()
 
-    def wait(self, fabric: "Fabric") -> None:
+    def wait(self, run: "Run") -> None:
         """Return when what was begun is on disk; all ranks must call it.
 
         Raises:
             CheckpointError: some rank could not write; earlier checkpoints are as they were.
         """
-        if self.thread is None:
+        if self.thread is None or self.folder is None:
             return
-        self.written.wait()
-        problems = gather_objects(fabric, self.problem)
-        if any(problems):
-            self.abandoned.set()
-        self.thread.join()
-        self.thread = None
-        problem = next(filter(None, problems), None) or fabric.broadcast(self.problem)
+        with run.watchdog.writing(self.folder):
+            self.written.wait()
+            problems = gather_objects(run.fabric, self.problem)
+            if any(problems):
+                self.abandoned.set()
+            self.thread.join()
+            self.thread = None
+            problem = next(filter(None, problems), None) or run.fabric.broadcast(self.problem)
         if problem:
             raise CheckpointError(problem)
 

@@ -2,24 +2,56 @@
 
 import json
 import math
+import os
 import time
+from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rich import box
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from posttrain.blocks.loggers.ledger import ledger
 from posttrain.errors import TrainingError
-from posttrain.words import duration, human
+from posttrain.words import counted, duration, human
 
 if TYPE_CHECKING:
+    from rich.console import RenderableType
+
     from posttrain.run import Run
 
+WIDE = 160
+"""Columns of tables in a log file, where 80 would break words."""
+OTHERS = (
+    "loss",
+    "lr",
+    "epoch",
+    "grad_norm",
+    "tokens",
+    "supervised_tokens",
+    "tokens_per_second",
+    "memory_gb",
+    "skipped_steps",
+)
+"""Metrics that the line of a step shows in another place, or not; it shows all others, also those of one's own."""
 COLORS = {"finished": "green", "interrupted": "yellow", "failed": "red"}
+
+
+class Live(Progress):
+    """A bar that follows the run by itself: metrics come only every `log_every` steps, and not in an evaluation."""
+
+    def __init__(self, run: "Run", *columns: ProgressColumn, **options: Any) -> None:
+        self.run = run
+        super().__init__(*columns, **options)
+
+    def get_renderables(self) -> "Iterable[RenderableType]":
+        """Return the bar as the run is now."""
+        for task in self.task_ids:
+            self.update(task, completed=self.run.step, doing=self.run.doing)
+        return super().get_renderables()
 
 
 class ConsoleLogger:
@@ -28,19 +60,22 @@ class ConsoleLogger:
     def __init__(self, run: "Run", console: Console | None = None) -> None:
         self.run = run
         self.console = console or Console()
+        if console is None and not self.console.is_terminal and "COLUMNS" not in os.environ:
+            self.console.width = WIDE
         self.began = time.perf_counter()
         self.tokens = 0.0
         self.losses: list[float] = []
-        self.progress = Progress(
+        self.progress = Live(
+            run,
             TextColumn("[bold]step"), MofNCompleteColumn(), BarColumn(bar_width=14), TextColumn("{task.fields[news]}"),
-            TimeRemainingColumn(), TextColumn("left"),
+            TimeRemainingColumn(), TextColumn("left"), TextColumn("[dim]{task.fields[doing]}"),
             console=self.console, disable=not self.console.is_terminal,
         )  # fmt: skip
         self.told = ""
         self.tell()
-        self.console.print(self.opening(), highlight=False)
+        self.say(self.opening())
         self.progress.start()
-        self.task = self.progress.add_task("", total=run.max_steps, completed=run.step, news="")
+        self.task = self.progress.add_task("", total=run.max_steps, completed=run.step, news="", doing="")
 
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
         """Show a step's metrics; those of a batch of steps come with the throughput of its last one."""
@@ -51,16 +86,18 @@ class ConsoleLogger:
         due = "memory_gb" in metrics
         if due and self.console.is_terminal:
             line = {name: value for name, value in metrics.items() if not name.startswith("eval_")}  # printed below
-            self.progress.update(self.task, completed=step, news=self.news(line))
+            self.progress.update(self.task, news=self.news(line))
         elif due:
-            self.console.print(
-                f"step {step}/{self.run.max_steps}  {self.news(metrics)}  {self.left(step)}", highlight=False
-            )
+            self.say(f"step {step:,}/{self.run.max_steps:,}  {self.news(metrics)}  {self.left(step)}")
         found = "  ".join(
             f"{name} {value:.4f}" for name, value in metrics.items() if name.startswith("eval_") and is_headline(name)
         )
         if found and self.console.is_terminal:
-            self.console.print(f"step {step}/{self.run.max_steps}  {found}", highlight=False)
+            self.say(f"step {step:,}/{self.run.max_steps:,}  {found}")
+
+    def say(self, line: str) -> None:
+        """Print a line; where it is too long, the terminal or the reader's editor may break it, not we."""
+        self.console.print(line, highlight=False, soft_wrap=True)
 
     def finalize(self, status: str) -> None:
         """Print how the run went, and where everything is."""
@@ -85,16 +122,18 @@ class ConsoleLogger:
         begin = f", going on after step {run.step}" if run.step else ""
         code = f"\nwith code of {', '.join(map(str, run.recipe['code']))}" if run.recipe.get("code") else ""
         return (
-            f"[bold]{run.recipe['type']}[/]: {human(total)} parameters{share}; {run.max_steps} steps of "
-            f"{run.rows_per_step} rows on {run.fabric.world_size} x {run.fabric.device.type}{begin}{code}"
+            f"[bold]{run.recipe['type']}[/]: {human(total)} parameters{share}; {counted(run.max_steps, 'step')} of "
+            f"{counted(run.rows_per_step, 'row')} on {run.fabric.world_size} x {run.fabric.device.type}{begin}{code}"
         )
 
     def news(self, metrics: dict[str, float]) -> str:
         """Return the metrics that fit into a line."""
         parts = [f"loss {metrics['loss']:.4f}"] if "loss" in metrics else []
         parts += [f"{metrics['skipped_steps']:.0f} left out"] if "skipped_steps" in metrics else []
-        wanted = [name for name in metrics if "/" in name or name.startswith("eval_")]
+        wanted = [name for name in metrics if name not in OTHERS]
         parts += [f"{name.removeprefix('rewards/')} {metrics[name]:.4f}" for name in wanted if is_headline(name)]
+        if "epoch" in metrics:
+            parts.append(f"epoch {metrics['epoch']:.2f}")
         if "lr" in metrics:
             parts.append(f"lr {metrics['lr']:.1e}")
         if "tokens_per_second" in metrics:
@@ -113,11 +152,11 @@ class ConsoleLogger:
         table.add_column(style="dim")
         table.add_column()
         table.add_row("status", f"[{COLORS.get(status, 'white')}]{status}[/]")
-        steps = f"{run.step} of {run.max_steps}"
+        steps = f"{run.step:,} of {run.max_steps:,}"
         table.add_row("steps", f"{steps}  ({run.stop})" if run.stop else steps)
         if skipped := run.memory.get("skipped_steps"):
-            table.add_row("left out", f"{skipped} of them, whose gradients were not finite", style="yellow")
-        table.add_row("passes over the data", f"{run.epoch}")
+            table.add_row("left out", f"{counted(skipped, 'step')}, whose gradients were not finite", style="yellow")
+        table.add_row("epochs", f"{run.epochs:.3g}" if run.rows_per_epoch else f"{run.epoch} (a stream)")
         if self.losses:
             table.add_row("loss", f"{self.losses[0]:.4f} -> {self.losses[-1]:.4f}")
         for name, value in run.last.items():
@@ -156,7 +195,7 @@ class JSONLLogger:
         """
         finite = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
         try:
-            self.file.write(json.dumps({"step": step, **finite}) + "\n")
+            self.file.write(json.dumps({"step": step, "time": round(time.time(), 3), **finite}) + "\n")
             self.file.flush()
         except OSError as error:
             raise TrainingError(f"{self.file.name} cannot be written: {error.strerror or error}") from None

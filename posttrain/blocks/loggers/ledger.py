@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING, Any
 
-from posttrain.words import human
+from posttrain.words import counted, human
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -16,14 +16,14 @@ def ledger(found: dict[str, Any]) -> "Table":
     parts = [("", found), ("held out: ", found.get("eval", {}))]
     entries = [(prefix + source, entry) for prefix, part in parts for source, entry in part.get("sources", {}).items()]
     known = ("rows_in", "dropped", "too_long", "tokens_cut", "documents", "pairs", "tokens", "supervised_tokens")
-    counted = [
+    summed = [
         (name, {**entry, "dropped": sum(_count(n) for n in entry["dropped"].values())}) for name, entry in entries
     ]
-    columns = [column for column in known if any(entry.get(column) for _, entry in counted)]
+    columns = [column for column in known if any(entry.get(column) for _, entry in summed)]
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for title in ("data", *columns):
         table.add_column(title.replace("_", " "), justify="left" if title == "data" else "right", overflow="fold")
-    for name, entry in counted:
+    for name, entry in summed:
         table.add_row(name, *(human(entry.get(column, 0)) for column in columns))
     reasons = [f"{source}: {read}" for source, entry in entries if (read := said(entry))]
     reasons += [
@@ -33,7 +33,7 @@ def ledger(found: dict[str, Any]) -> "Table":
     ]
     packing = found.get("packing")
     if packing:
-        reasons.append(f"{packing['rows']:,} rows per pass, filled to {packing['filled']:.1%}")
+        reasons.append(f"{counted(packing['rows'], 'row')} per epoch, filled to {packing['filled']:.1%}")
     table.caption = "\n".join(reasons) or None
     table.caption_justify = "left"
     return table

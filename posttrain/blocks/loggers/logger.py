@@ -33,7 +33,7 @@ class TensorBoard:
 
 @block("logger", "jsonl")
 class JSONL:
-    """`metrics.jsonl` in the run's folder: one line per optimizer step."""
+    """`metrics.jsonl` in the run's folder: a line per optimizer step, with the `time` it was written (s since 1970)."""
 
     def build(self, run: "Run") -> Logger:
         """Return the logger; lines of steps that will be taken again are removed."""

@@ -24,6 +24,10 @@ if TYPE_CHECKING:
     from posttrain.blocks.models.apart import Way
 
 log = logging.getLogger("posttrain")
+QUANTIZE = (
+    " there; write model.kwargs: {quantization_config: {quant_method: bitsandbytes, load_in_4bit: true}}, which needs "
+    "bitsandbytes, and model.lora to train"
+)
 
 
 @attrs.frozen(kw_only=True, slots=False)
@@ -208,6 +212,11 @@ class HFModel:
                 hf = auto.from_pretrained(self.name_or_path, config=config, dtype=self.dtype, **self.hub, **self.kwargs)
         except (OSError, ValueError, ImportError) as error:
             raise RecipeError(f"model {self.name_or_path!r} cannot be loaded: {error}") from error
+        except TypeError as error:
+            if unknown := [name for name in self.kwargs if f"'{name}'" in str(error)]:
+                hint = QUANTIZE if unknown[0] in ("load_in_4bit", "load_in_8bit") else ""
+                raise RecipeError(f"model.kwargs: transformers does not take {unknown[0]}{hint}") from error
+            raise
         return hf
 
     def auto_class(self, config: Any) -> Any:
