@@ -31,10 +31,10 @@ demo-distill: setup
 	OMP_NUM_THREADS=2 OMP_WAIT_POLICY=PASSIVE $(BIN)/python examples/distill/demo.py
 
 test: setup
-	$(BIN)/python -m pytest -m "not slow and not gpu"
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow and not gpu"
 
-test-all: setup
-	$(BIN)/python -m pytest -m "not gpu"
+test-all: test
+	$(BIN)/python -m pytest -m "slow and not gpu"
 
 test-faults: setup
 	POSTTRAIN_KILLS=40 $(BIN)/python -m pytest -m faults

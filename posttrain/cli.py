@@ -34,7 +34,7 @@ def main(argv: list[str] | None = None) -> int:
     import logging
 
     from posttrain.errors import PosttrainError, RecipeError, RegistryError
-    from posttrain.runtime.failures import is_first
+    from posttrain.runtime.failures import is_first, is_to_speak
     from posttrain.tools import commands
 
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
@@ -47,8 +47,8 @@ def main(argv: list[str] | None = None) -> int:
         if os.environ.get("POSTTRAIN_TRACEBACK") == "1":
             raise
         about_input = isinstance(error, RecipeError | RegistryError)
-        # Every rank reads the same recipe; of other errors, the first is what the rest follows from.
-        if first_rank if about_input else is_first(error):
+        # Of most errors, the first is what the rest follows from; but every rank reads the same recipe.
+        if is_to_speak(first_rank) if about_input else is_first(error):
             lines = str(error).count("\n") + 1
             complain(f"{lines} problems\n{error}" if isinstance(error, RecipeError) and lines > 1 else str(error))
         return 2 if about_input else 1

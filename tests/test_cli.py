@@ -200,12 +200,20 @@ def test_several_problems_are_counted_and_begin_their_lines(recipe: Path, capsys
     assert capsys.readouterr().err.startswith(f"error: 2 problems\n{recipe}:7: sed: ")
 
 
-def test_only_the_first_rank_complains_about_a_recipe(
-    recipe: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize("local_rank", ["0", "1"])
+def test_a_rank_leaves_the_word_about_a_recipe_to_the_first(
+    recipe: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], local_rank: str
 ) -> None:
+    from posttrain.runtime import failures
+
+    waited: list[float] = []
+    monkeypatch.setattr(failures.time, "sleep", waited.append)
     monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("LOCAL_RANK", local_rank)
     assert main(["train", str(recipe), "seed=x"]) == 2
-    assert capsys.readouterr().err == ""
+    assert waited == [failures.PATIENCE], "a launcher ends all ranks when one has ended"
+    said = "seed" in capsys.readouterr().err
+    assert said == (local_rank == "0"), "a machine that is left to itself says what is wrong there"
 
 
 def test_the_traceback_is_there_for_those_who_ask(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -28,6 +28,7 @@ def test_no_question_is_in_the_test_and_the_recipes_are_valid(example: dict[str,
     assert not any(question in line for question, _ in example["test"]() for line in asked)
     assert synth_recipe.load(EXAMPLE / "synth.yaml", []).pipeline.steps
     Path("runs/circle/data/pairs.jsonl").write_text("{}\n")
+    Path("runs/circle/sft/huggingface").mkdir(parents=True)  # what the steps before leave
     for name in ("dpo.yaml", "online.yaml"):
         assert recipe.load(EXAMPLE / name)
 

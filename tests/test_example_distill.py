@@ -45,7 +45,8 @@ def test_the_script_and_the_recipe_are_the_same_run(name: str, tmp_path: Path, m
     from posttrain.values import as_data
 
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "runs" / "distill" / "data").mkdir(parents=True)
+    for left in ("data", "base/huggingface"):  # what the steps before leave
+        (tmp_path / "runs" / "distill" / left).mkdir(parents=True)
     for part in ("train", "test"):
         (tmp_path / "runs" / "distill" / "data" / f"{part}.jsonl").touch()
     assert as_data(load(EXAMPLES / name / "train.py").trainer) == as_data(

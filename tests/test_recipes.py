@@ -348,7 +348,7 @@ def test_every_key_that_the_tables_name_exists():
         ("load_in_4bit: true", "`load_in_4bit` of TRL has no counterpart: a quantized base cannot be trained yet"),
         ("cutoff_len: 10", "`cutoff_len` of LLaMA-Factory is here: `data.max_length`"),
         ("overflow: drop", "SFTTrainer has no such key; it belongs to 'data': write `data.overflow`"),
-        ("logger: [wandb]", "there is no logger 'wandb' (known: console, jsonl, tensorboard); what others call 'wandb' is here"),
+        ("logger: [wandb]", "what others call 'wandb' is here: nothing that ships"),
         ("optimizer: adamw_torch", "what others call 'adamw_torch' is here: `adamw`"),
         ("optimizer: {warmup_steps: 5}", "AdamW has no such key; `warmup_steps` of TRL is here: `scheduler.warmup`"),
     ],

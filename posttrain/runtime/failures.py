@@ -17,8 +17,9 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from torch.distributed.distributed_c10d import Store
 
-PATIENCE = 10
-"""Seconds for which a rank that failed because of another waits for the launcher, which looks ten times a second."""
+PATIENCE = 30
+"""Seconds for which a rank that another speaks for waits for the launcher, which looks ten times a second and ends all
+ranks once one has ended: the one that speaks must not be ended before it has."""
 
 _store: "Store | None" = None
 _rank = _local_rank = 0
@@ -69,6 +70,17 @@ def is_first(error: BaseException) -> bool:
     if "TORCHELASTIC_RUN_ID" in os.environ:
         time.sleep(PATIENCE)
     return False
+
+
+def is_to_speak(first_rank: bool) -> bool:
+    """Return whether this rank prints an error that every rank finds, after the first rank had the time to.
+
+    A machine whose ranks are still there then has an error of its own, such as a file that it alone lacks.
+    """
+    if first_rank:
+        return True
+    time.sleep(PATIENCE)
+    return os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0")) == "0"
 
 
 def lost_connection(error: BaseException) -> bool:
