@@ -17,7 +17,7 @@ EXAMPLE = Path(__file__).parent.parent / "examples" / "circle"
 @pytest.fixture
 def example(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("CIRCLE_KEY", "no key needed")
+    monkeypatch.setenv("CIRCLE_KEY", "not-needed")
     return runpy.run_path(str(EXAMPLE / "run.py"))
 
 
