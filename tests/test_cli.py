@@ -51,6 +51,7 @@ def test_training_leaves_a_folder_that_says_everything(
     names = {path.name for path in run.iterdir()}
     assert {"recipe.yaml", "versions.json", "ledger.json", "metrics.jsonl", "tensorboard", "huggingface"} <= names
     assert json.loads((run / "ledger.json").read_text())["total"]["rows_in"] == 24
+    assert json.loads((run / "versions.json").read_text())["documents kept apart by"] == "packed attention"
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert {"loss", "lr", "grad_norm", "tokens_per_second", "supervised_tokens", "memory_gb"} <= lines[-1].keys()
     assert main(["plot", str(run), "-o", str(tmp_path / "curves.png")]) == 0

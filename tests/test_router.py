@@ -46,6 +46,17 @@ def test_it_is_transformers_loss_of_each_document(kind: str) -> None:
     assert expected / tokens >= config.num_experts_per_tok  # 1 for each expert of a token would be balanced
 
 
+def test_a_term_does_not_change_in_which_type_a_model_is_exported(tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    config = tiny(AutoConfig.for_model("mixtral"), vocabulary=97)
+    AutoModelForCausalLM.from_config(config).to(torch.bfloat16).save_pretrained(tmp_path)
+    net: Any = HFModel(name_or_path=str(tmp_path), router_aux_loss=0.3).build(None)  # type: ignore[arg-type]
+    net(lay(ROWS, 0))
+    assert net.terms["router"].weight == 0.3
+    assert net.saved_as == "bfloat16"
+
+
 def run_of(folder: Path, method: Any = None, block: HFModel | None = None, **keys: Any) -> Any:
     made = trainer(folder, **({"method": method} if method else {}), eval_rows=5, eval_every=3, max_steps=3, **keys)
     return attrs.evolve(made, model=block or model()).train()

@@ -100,7 +100,9 @@ def _claim(run: "Run", resume: str, stack: ExitStack) -> str | None:
             differs = difference(run.recipe_before, run.recipe)
             if differs and resume == "auto":
                 return f"{folder} holds a run of another recipe:\n  " + "\n  ".join(differs) + f"\n{ADVICE}"
-        _write(folder / VERSIONS, json.dumps(versions(), indent=1))  # first: it tells our recipe from others
+        apart = getattr(run.model.module, "apart", None)  # which a network of one's own need not know
+        found = {**versions(), **({"documents kept apart by": apart} if apart else {})}
+        _write(folder / VERSIONS, json.dumps(found, indent=1))  # first: it tells our recipe from others
         _write(saved, yaml12.write(run.recipe))
         _write(folder / "ledger.json", json.dumps(run.loaders.ledger, indent=1))
     except OSError as error:

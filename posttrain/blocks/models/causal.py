@@ -46,13 +46,15 @@ class PackedModel(nn.Module):
         """Whether it adds no terms, as a reference does not."""
         self.terms: dict[str, Term] = {}
         """What the passes since the last loss add to it, such as the loss of a router; the loop takes it from here."""
+        self.saved_as: str | None = None
+        """In which type to export what is trained in float32; None for as it is."""
+        self.apart = ""
+        """How the documents of rows are kept apart, in words."""
 
     def add(self, name: str, term: Term) -> None:
         """Let a term take part in the loss of the micro-batch that is being computed; of several passes, the sum."""
         known = self.terms.get(name)
         self.terms[name] = term if known is None else attrs.evolve(term, sum=known.sum + term.sum)
-        self.saved_as: str | None = None
-        """In which type to export what is trained in float32; None for as it is."""
 
     @contextmanager
     def running(self, layout: Layout) -> Iterator[None]:
@@ -69,6 +71,7 @@ class PackedModel(nn.Module):
         """Keep the documents of rows apart in this way."""
         separate(self.base, dict(way.separated), self.bounds)
         self.unfolds = way.unfolds
+        self.apart = str(way)
 
     @property
     def base(self) -> Any:
