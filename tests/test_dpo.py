@@ -5,6 +5,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+import attrs
 import numpy as np
 import pytest
 import torch
@@ -173,6 +174,23 @@ def test_cutting_a_step_changes_neither_loss_nor_metrics(tmp_path: Path, loss: A
     cut = dpo(tmp_path / "cut", micro_batch_size=1, gradient_accumulation_steps=4, **keys).train()
     assert_same_run(whole, cut)
     assert_same_metrics(tmp_path / "whole", tmp_path / "cut")
+
+
+@pytest.mark.parametrize("loss", MIXES, ids=str)
+def test_a_rank_that_has_run_out_of_pairs_changes_no_evaluation(tmp_path: Path, loss: Any) -> None:
+    run = (method := dpo(tmp_path, loss_type=loss, eval_rows=7, max_steps=2)).train()
+    expected, loader = method.evaluate(), run.loaders.eval
+    assert loader is not None
+
+    class Idle:
+        """Has one batch more, which counts nothing, as the loader of a rank with fewer rows does."""
+
+        def one_pass(self) -> Any:
+            batches = list(loader.one_pass())
+            return iter([*batches, batches[0].idle()])
+
+    run.loaders = attrs.evolve(run.loaders, eval=Idle())
+    assert method.evaluate() == pytest.approx(expected, rel=1e-6)
 
 
 @pytest.mark.parametrize("attention", ["packed", "sdpa", "eager"])

@@ -241,3 +241,20 @@ def test_the_slurm_script_is_valid_bash() -> None:
 def test_a_device_that_is_not_there_is_a_message(tmp_path: Path, accelerator: str) -> None:
     with pytest.raises(RecipeError, match=f"accelerator: {accelerator} was asked for, .*posttrain doctor"):
         trainer(tmp_path, accelerator=accelerator).train()
+
+
+def test_the_rank_that_was_killed_is_named_and_not_one_that_the_launcher_ended(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import torch.distributed.run
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
+
+    def fail(arguments: Any) -> None:
+        failures = {rank: ProcessFailure(rank, 1, code, "/nowhere") for rank, code in enumerate((-15, -6))}
+        for failure in failures.values():
+            failure.timestamp = 5  # whole seconds
+        raise ChildFailedError("train", failures)
+
+    monkeypatch.setattr(torch.distributed.run, "run", fail)
+    assert launch.relaunch(2, "-m", ["posttrain.cli"]) == 128 + 6
+    assert "rank 1 was killed by SIGABRT" in capsys.readouterr().err

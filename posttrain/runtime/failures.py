@@ -17,9 +17,9 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from torch.distributed.distributed_c10d import Store
 
-PATIENCE = 30
-"""Seconds for which a rank that another speaks for waits for the launcher, which looks ten times a second and ends all
-ranks once one has ended: the one that speaks must not be ended before it has."""
+PATIENCE = 10
+"""Seconds for which a rank that failed because of another waits for the launcher, which looks ten times a second and
+ends all ranks once one has ended: the one that speaks must not be ended before it has."""
 
 _store: "Store | None" = None
 _rank = _local_rank = 0

@@ -147,10 +147,11 @@ def relaunch(ranks: int, script: Path | Literal["-m"], arguments: list[str]) -> 
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # ranks report failures themselves
     try:
         run.run(run.parse_args(["--standalone", f"--nproc-per-node={ranks}", str(script), *arguments]))
-    except SignalException as ended:
-        return 128 + int(ended.sigval)
+    except SignalException as caught:
+        return 128 + int(caught.sigval)
     except ChildFailedError as failed:
-        rank, first = failed.get_first_failure()
+        ended = -signal.SIGTERM  # how the launcher ends the others, often in the same second
+        rank, first = min(failed.failures.items(), key=lambda item: (item[1].exitcode == ended, item[1].timestamp))
         if first.exitcode < 0:
             why = f"rank {rank} was killed by {signal.Signals(-first.exitcode).name}"
             print(f"error: {why}; the same command goes on from the last checkpoint", file=sys.stderr)  # noqa: T201

@@ -111,7 +111,7 @@ class DPOTrainer(Trainer):
             reference = self.run.frozen["reference"](batch, "log_probs")
         policy = self.run.model(batch, "log_probs")
         reference = policy.detach() if reference is None else reference
-        both = (x.new_zeros(2 * batch["pairs"]).index_add(0, batch["side"], x) for x in (policy, reference))
+        both = (x.new_zeros(batch["lengths"].numel()).index_add(0, batch["side"], x) for x in (policy, reference))
         ours, theirs = (sums.view(-1, 2) for sums in both)
         return ours, theirs
 

@@ -25,7 +25,7 @@ def with_mean_lengths(batches: Iterable[Batch], fabric: "Fabric") -> Iterator[Ba
     sums = torch.zeros(3, device=fabric.device)
     for batch in counting(batches):
         sums[:2] += batch["lengths"].sum(0)
-        sums[2] += batch["pairs"]
+        sums[2] += len(batch["lengths"])
     all_reduce(fabric, sums)
     for batch in batches:
         yield batch | {"mean_lengths": sums[:2] / sums[2]}
@@ -61,8 +61,9 @@ def with_joint_losses(
         (slopes,) = torch.autograd.grad(losses.sum(), policy)
     at = sum(len(rows) for rows in ranks[: fabric.global_rank])
     for batch in batches:
-        part = slice(at, at + batch["pairs"]) if batch.weight else slice(0, batch["pairs"])
-        at += batch["pairs"] if batch.weight else 0
+        pairs = len(batch["lengths"])  # also of a batch that counts nothing
+        part = slice(at, at + pairs) if batch.weight else slice(0, pairs)
+        at += pairs if batch.weight else 0
         yield batch | {"joint": (losses.detach()[part], slopes[part])}
 
 
