@@ -263,8 +263,12 @@ class BatchAPI:
             "input_file_id": file_id, "endpoint": self.service.line_prefix + endpoint, "completion_window": "24h",
             "metadata": {"posttrain": nonce},
         }  # fmt: skip
+        return self._made(remote, "batches", json=body)
+
+    def _made(self, read: Callable[[Any], Remote], path: str, **content: Any) -> Remote:
+        """Send what makes a batch, once, and return what it says; see `create`."""
         try:
-            response = self._client.post("batches", json=body)
+            response = self._client.post(path, **content)
         except (httpx.ConnectError, httpx.ConnectTimeout):
             raise
         except httpx.HTTPError as error:
@@ -272,7 +276,7 @@ class BatchAPI:
         data = parsed(response.content)
         if response.status_code < 300:
             try:
-                return remote(data)
+                return read(data)
             except Missing as error:
                 raise Lost(str(error)) from None
         said = self._checked(response, data)

@@ -14,8 +14,8 @@ import httpx
 
 from posttrain.synth.errors import TaskStopped
 from posttrain.synth.ledger.keys import Request
-from posttrain.synth.ledger.replies import Action, parsed
-from posttrain.synth.sending.batch_api import BatchAPI, Lost, Missing, Refused, Remote
+from posttrain.synth.ledger.replies import parsed
+from posttrain.synth.sending.batch_api import BatchAPI, Missing, Remote
 
 PATH = "/messages"
 REASONS = {
@@ -171,22 +171,7 @@ class MessageBatches(BatchAPI):
         path = self.folder / file_id.rpartition(":")[0].rpartition(":")[0]
         size = sum(map(len, _requests(path)))
         headers = {"content-type": "application/json", "content-length": str(size)}
-        try:
-            response = self._client.post("messages/batches", content=_requests(path), headers=headers)
-        except (httpx.ConnectError, httpx.ConnectTimeout):
-            raise
-        except httpx.HTTPError as error:
-            raise Lost(str(error) or type(error).__name__) from None
-        data = parsed(response.content)
-        if response.status_code < 300:
-            try:
-                return self._remote(data)
-            except Missing as error:
-                raise Lost(str(error)) from None
-        said = self._checked(response, data)
-        if said.action is Action.RETRY:
-            raise Lost(f"HTTP {said.status} {said.code}: {said.message}")
-        raise Refused(said)
+        return self._made(self._remote, "messages/batches", content=_requests(path), headers=headers)
 
     def find(self, file_id: str, nonce: str) -> Remote | None:
         """Return the one batch that a lost call can have made.
