@@ -11,16 +11,20 @@ if TYPE_CHECKING:
     from posttrain.blocks.callbacks import EMA, EarlyStop, Profiler, Samples
     from posttrain.blocks.checkpoints.checkpoint import HuggingFace, Resume
     from posttrain.blocks.data.data import CausalData, PreferenceData, SFTData
+    from posttrain.blocks.data.prompts import PromptData
     from posttrain.blocks.data.sources import Source
     from posttrain.blocks.joined import JoinedOptimizer
     from posttrain.blocks.loggers.logger import JSONL, Console, TensorBoard
     from posttrain.blocks.losses.objective import preference_loss
+    from posttrain.blocks.losses.surrogate import policy_loss
     from posttrain.blocks.models.model import HFModel, LoRA, RewardModel
     from posttrain.blocks.models.speculator.model import SpeculatorModel
     from posttrain.blocks.models.swiftkv.model import SwiftKVModel
     from posttrain.blocks.optimizer import AdamW
     from posttrain.blocks.parallel.sequence import Ulysses
     from posttrain.blocks.parallel.strategy import DDP, FSDP, Auto, DeepSpeed
+    from posttrain.blocks.rollouts.rewards import ModelReward, reward
+    from posttrain.blocks.rollouts.sampler import TransformersSampler
     from posttrain.blocks.scheduler import WSD, Constant, Cosine, Linear, TwoStage
     from posttrain.blocks.tokenizers.tokenizer import HFTokenizer
     from posttrain.errors import (
@@ -44,6 +48,7 @@ if TYPE_CHECKING:
     from posttrain.trainer import Trainer
     from posttrain.trainers.distill import DistillTrainer
     from posttrain.trainers.dpo import DPOTrainer
+    from posttrain.trainers.grpo import GRPOTrainer
     from posttrain.trainers.mlp_speculator import SpeculatorTrainer
     from posttrain.trainers.reward import RewardTrainer
     from posttrain.trainers.sft import CausalTrainer, SFTTrainer
@@ -57,9 +62,13 @@ _HOMES = {
     "blocks.checkpoints.checkpoint": ("HuggingFace", "Resume"),
     "blocks.data.data": ("CausalData", "PreferenceData", "SFTData"),
     "blocks.loggers.logger": ("Console", "JSONL", "TensorBoard"),
+    "blocks.data.prompts": ("PromptData",),
     "blocks.models.model": ("HFModel", "LoRA", "RewardModel"),
     "blocks.optimizer": ("AdamW",),
     "blocks.losses.objective": ("preference_loss",),
+    "blocks.losses.surrogate": ("policy_loss",),
+    "blocks.rollouts.rewards": ("ModelReward", "reward"),
+    "blocks.rollouts.sampler": ("TransformersSampler",),
     "blocks.scheduler": ("Constant", "Cosine", "Linear", "TwoStage", "WSD"),
     "blocks.parallel.sequence": ("Ulysses",),
     "blocks.data.sources": ("Source",),
@@ -82,6 +91,7 @@ _HOMES = {
     "trainer": ("Trainer",),
     "trainers.distill": ("DistillTrainer",),
     "trainers.dpo": ("DPOTrainer",),
+    "trainers.grpo": ("GRPOTrainer",),
     "trainers.mlp_speculator": ("SpeculatorTrainer",),
     "trainers.reward": ("RewardTrainer",),
     "trainers.sft": ("CausalTrainer", "SFTTrainer"),
@@ -94,12 +104,13 @@ _HOME_OF = {name: f"posttrain.{module}" for module, found in _HOMES.items() for 
 __all__ = [
     "AdamW", "Auto", "AzureOpenAISynth", "Batch", "CausalData", "CausalTrainer", "CheckpointError", "Console",
     "Constant", "CortexSynth", "Cosine", "DDP", "DPOTrainer", "DataError", "DeepSpeed", "DistillTrainer", "EMA",
-    "EarlyStop", "Extra", "FSDP", "HFModel", "HFTokenizer", "HookError", "HuggingFace", "JSONL", "JoinedOptimizer",
-    "Linear", "LoRA", "OpenAISynth", "PosttrainError", "PreferenceData", "Profiler", "RecipeError", "RegistryError",
-    "Resume", "RewardModel", "RewardTrainer", "Run", "SFTData", "SFTTrainer", "Samples", "Secret", "Source",
-    "SpeculatorModel", "SpeculatorTrainer", "SwiftKVModel", "SwiftKVTrainer", "SynthError", "TensorBoard", "Term",
-    "Trainer", "TrainingError", "TransformersSynth", "TwoStage", "Ulysses", "VllmSynth", "WSD", "after", "before",
-    "block", "default", "key", "kind", "load", "preference_loss",
+    "EarlyStop", "Extra", "FSDP", "GRPOTrainer", "HFModel", "HFTokenizer", "HookError", "HuggingFace", "JSONL",
+    "JoinedOptimizer", "Linear", "LoRA", "ModelReward", "OpenAISynth", "PosttrainError", "PreferenceData", "Profiler",
+    "PromptData", "RecipeError", "RegistryError", "Resume", "RewardModel", "RewardTrainer", "Run", "SFTData",
+    "SFTTrainer", "Samples", "Secret", "Source", "SpeculatorModel", "SpeculatorTrainer", "SwiftKVModel",
+    "SwiftKVTrainer", "SynthError", "TensorBoard", "Term", "Trainer", "TrainingError", "TransformersSampler",
+    "TransformersSynth", "TwoStage", "Ulysses", "VllmSynth", "WSD", "after", "before", "block", "default", "key",
+    "kind", "load", "policy_loss", "preference_loss", "reward",
 ]  # fmt: skip
 
 

@@ -117,8 +117,8 @@ def test_scripts_of_pages_run(folder: Path) -> None:
     for page in ("block.md", "trainer.md"):
         for number, text in enumerate(code(page, "python")):
             file = folder / f"{page.removesuffix('.md')}{number}.py"
-            again = re.sub(r'(block\("\w+", ")', r"\1again-", text).replace('("reward", ', '("again-reward", ')
-            file.write_text(again.replace('kind("reward")', 'kind("again-reward")'))
+            again = re.sub(r'(block\("\w+", ")', r"\1again-", text).replace('("curriculum", ', '("again-curriculum", ')
+            file.write_text(again.replace('kind("curriculum")', 'kind("again-curriculum")'))
             runpy.run_path(str(file))
 
 
