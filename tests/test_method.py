@@ -71,7 +71,7 @@ class BestOfN(Trainer):
         return batch.but(counted={"prompts": len(said)})
 
     def loss(self, batch: Batch) -> dict[str, Term]:
-        log_probs, entropy = self.run.model(batch, "policy").unbind(-1)
+        log_probs, entropy = self.run.model(batch, "policy")
         self.run.log(share=Term(batch["share"].sum(), "prompts"))
         return {"nll": Term(-log_probs.sum()), "entropy": Term(entropy.sum(), "supervised_tokens", -0.01)}
 

@@ -193,7 +193,7 @@ class GRPOTrainer(Trainer):
 
     def loss(self, batch: Batch) -> dict[str, Term]:
         """Return the terms of the loss: the policy's, the divergence from the reference, the entropy."""
-        new, entropy = self.run.model(batch, "policy", temperature=self.sampler.temperature).unbind(-1)
+        new, entropy = self.run.model(batch, "policy", temperature=self.sampler.temperature)
         old = batch.get("old", new.detach())
         replies = Replies(batch["document"], batch["lengths"], self.sampler.max_new_tokens)
         advantages = batch["advantages"]
@@ -205,6 +205,7 @@ class GRPOTrainer(Trainer):
         terms = {"policy": Term(losses.sum(), over)}
         if self.beta:
             terms["kl"] = Term(divergence_from(batch["reference"], new, self.kl).sum(), "supervised_tokens", self.beta)
+        entropy = entropy if self.entropy else entropy.detach()
         terms["entropy"] = Term(entropy.sum(), "supervised_tokens", -self.entropy)
         self.note(new.detach(), old, batch)
         return terms

@@ -180,7 +180,7 @@ class CausalLM(PackedModel):
         output: Literal["nll", "log_probs", "policy", "logits", "hidden"] = "nll",
         tokens: Tensor | None = None,
         temperature: float = 1.0,
-    ) -> Tensor:
+    ) -> Tensor | tuple[Tensor, Tensor]:
         """Compute something at the supervised positions of a batch (see layout.py).
 
         Args:
@@ -192,7 +192,7 @@ class CausalLM(PackedModel):
         Returns:
             nll: a scalar, the summed negative log-likelihood of the targets, in nats.
             log_probs: [n], each target's log-probability, or [n, k], those of `tokens`.
-            policy: [n, 2], each target's log-probability, and the entropy of what it was drawn from.
+            policy: [n] and [n], each target's log-probability, and the entropy of what it is drawn from, in nats.
             logits: [n, vocabulary]; mind the memory.
             hidden: [rows, width, size], the last hidden states, of every position.
 
