@@ -157,33 +157,42 @@ def test_a_loss_of_ones_own_is_used_and_its_shape_checked() -> None:
 
 def test_divergences_are_what_schulman_writes() -> None:
     new, reference = torch.tensor([-1.0, -2.0, -0.5]).double(), torch.tensor([-1.5, -1.0, -0.5]).double()
+    old = torch.tensor([-1.1, -1.9, -0.5]).double()
     r = [math.exp(b - a) for a, b in zip(new.tolist(), reference.tolist(), strict=True)]
+    k3 = [x - 1 - math.log(x) for x in r]
     by_hand = {
-        "k1": [-math.log(x) for x in r], "k2": [math.log(x) ** 2 / 2 for x in r], "k3": [x - 1 - math.log(x) for x in r]
+        "k1": [-math.log(x) for x in r], "k2": [math.log(x) ** 2 / 2 for x in r], "k3": k3,
+        "unbiased": [math.exp(a - b) * x for a, b, x in zip(new.tolist(), old.tolist(), k3, strict=True)],
     }  # fmt: skip
     for kind, wanted in by_hand.items():
-        assert divergence_from(reference, new, kind).tolist() == pytest.approx(wanted), kind  # type: ignore[arg-type]
+        assert divergence_from(reference, new, old, kind).tolist() == pytest.approx(wanted), kind  # type: ignore[arg-type]
 
 
-def test_estimates_of_the_divergence_are_unbiased_but_for_k2_and_only_k2_has_its_gradient() -> None:
+def test_only_the_unbiased_estimate_has_value_and_gradient_of_the_divergence() -> None:
     """Over all tokens of a small vocabulary, weighed by their probabilities: expectations without sampling."""
-    logits = torch.randn(5, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).requires_grad_()
-    policy_, reference = logits.log_softmax(-1), torch.randn(5, dtype=torch.float64).log_softmax(-1)
-    exact = (policy_.exp() * (policy_ - reference)).sum()
-    (slope,) = torch.autograd.grad(exact, logits, retain_graph=True)
-    weights = policy_.detach().exp()
-    for kind in ("k1", "k3"):
-        assert (weights * divergence_from(reference, policy_, kind)).sum().item() == pytest.approx(exact.item())
-    slopes = {
-        kind: torch.autograd.grad(
-            (weights * divergence_from(reference, policy_, kind)).sum(), logits, retain_graph=True
-        )
-        for kind in ("k1", "k2", "k3")
-    }
-    assert torch.allclose(slopes["k2"][0], slope)
-    assert torch.allclose(slopes["k1"][0], torch.zeros(5, dtype=torch.float64), atol=1e-12)
-    backward = (reference.exp() * (reference - policy_)).sum()
-    assert torch.allclose(slopes["k3"][0], torch.autograd.grad(backward, logits)[0])
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(5, dtype=torch.float64, generator=generator).requires_grad_()
+    new, reference, other = (
+        x.log_softmax(-1) for x in (logits, *torch.randn(2, 5, dtype=torch.float64, generator=generator))
+    )
+    forward, backward = (new.exp() * (new - reference)).sum(), (reference.exp() * (reference - new)).sum()
+    value = forward.item()
+    right, zero = slope_of(forward, logits), torch.zeros(5, dtype=torch.float64)
+    for old, on_policy in ((new.detach(), True), (other, False)):
+        for kind, valued, slope in (
+            ("unbiased", True, right), ("k1", True, zero), ("k2", False, right), ("k3", True, slope_of(backward, logits))
+        ):  # fmt: skip
+            estimate = (old.exp() * divergence_from(reference, new, old, kind)).sum()  # type: ignore[arg-type]
+            found = slope_of(estimate, logits)
+            if on_policy or kind == "unbiased":
+                assert (estimate.item() == pytest.approx(value)) is valued, kind
+                assert torch.allclose(found, slope, atol=1e-12), kind
+            else:
+                assert not torch.allclose(found, right, atol=1e-3), kind
+
+
+def slope_of(value: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+    return torch.autograd.grad(value, logits, retain_graph=True)[0]
 
 
 def test_corrections_weigh_by_the_truncated_ratio_of_trainer_to_sampler() -> None:

@@ -68,8 +68,9 @@ class GRPOTrainer(Trainer):
     """Optimizer updates on the same replies."""
     beta: float = key(0.0, check=ge(0))
     """Weight of the divergence from the reference model, a mean over tokens. 0 for none."""
-    kl: Kind = "k3"
-    """How that divergence is estimated (Schulman): k1, k2 or k3."""
+    kl: Kind = "unbiased"
+    """How that divergence is estimated: k1, k2, k3 (Schulman), or k3 times the ratio to the policy that sampled, which
+    alone has its value and its gradient."""
     reference: ModelBlock | None = default(HFModel, optional=True, also=("ref_model",))
     """The model to stay close to, with `beta`; by default a frozen copy of `model` as it is at the start, and with LoRA
     `model` without its adapters."""
@@ -204,7 +205,8 @@ class GRPOTrainer(Trainer):
         over = "replies" if self.surrogate.loss.over == "replies" else "supervised_tokens"
         terms = {"policy": Term(losses.sum(), over)}
         if self.beta:
-            terms["kl"] = Term(divergence_from(batch["reference"], new, self.kl).sum(), "supervised_tokens", self.beta)
+            kl = divergence_from(batch["reference"], new, old, self.kl)
+            terms["kl"] = Term(kl.sum(), "supervised_tokens", self.beta)
         entropy = entropy if self.entropy else entropy.detach()
         terms["entropy"] = Term(entropy.sum(), "supervised_tokens", -self.entropy)
         self.note(new.detach(), old, batch)

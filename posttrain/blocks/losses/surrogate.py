@@ -146,17 +146,20 @@ class Surrogate:
         return below | above
 
 
-Kind = Literal["k1", "k2", "k3"]
+Kind = Literal["unbiased", "k1", "k2", "k3"]
 
 
-def divergence_from(reference: "Tensor", new: "Tensor", kind: Kind) -> "Tensor":
-    """Return an estimate of KL(policy || reference) at each token that the policy sampled, [n], in nats.
+def divergence_from(reference: "Tensor", new: "Tensor", old: "Tensor", kind: Kind) -> "Tensor":
+    """Return an estimate of KL(policy || reference) at each token that the old policy sampled, [n], in nats.
 
     With r = reference / policy (Schulman, http://joschu.net/blog/kl-approx.html): k1 = -log r, k2 = (log r)^2 / 2,
-    k3 = r - 1 - log r. k1 and k3 are unbiased values; as terms of a loss, only k2 has the gradient of the divergence
-    (on-policy the gradient of k1 is 0 on average; k3's is that of KL(reference || policy)).
+    k3 = r - 1 - log r. On-policy, k1 and k3 have the value of the divergence on average, but not its gradient: that of
+    k1 is 0, k3's that of KL(reference || policy); k2 has the gradient, but not the value. `unbiased`, k3 times the
+    ratio new / old, has both, on-policy and off it (DeepSeek-V3.2, arXiv:2512.02556, section 3.1).
     """
     log_r = reference - new
+    if kind == "unbiased":
+        return (new - old).exp() * (log_r.exp() - 1 - log_r)
     if kind == "k1":
         return -log_r
     return log_r.square() / 2 if kind == "k2" else log_r.exp() - 1 - log_r
