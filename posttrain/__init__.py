@@ -50,6 +50,7 @@ if TYPE_CHECKING:
     from posttrain.trainers.dpo import DPOTrainer
     from posttrain.trainers.grpo import GRPOTrainer
     from posttrain.trainers.mlp_speculator import SpeculatorTrainer
+    from posttrain.trainers.on_policy_distill import OnPolicyDistillTrainer
     from posttrain.trainers.reward import RewardTrainer
     from posttrain.trainers.sft import CausalTrainer, SFTTrainer
     from posttrain.trainers.swiftkv import SwiftKVTrainer
@@ -93,6 +94,7 @@ _HOMES = {
     "trainers.dpo": ("DPOTrainer",),
     "trainers.grpo": ("GRPOTrainer",),
     "trainers.mlp_speculator": ("SpeculatorTrainer",),
+    "trainers.on_policy_distill": ("OnPolicyDistillTrainer",),
     "trainers.reward": ("RewardTrainer",),
     "trainers.sft": ("CausalTrainer", "SFTTrainer"),
     "trainers.swiftkv": ("SwiftKVTrainer",),
@@ -105,12 +107,12 @@ __all__ = [
     "AdamW", "Auto", "AzureOpenAISynth", "Batch", "CausalData", "CausalTrainer", "CheckpointError", "Console",
     "Constant", "CortexSynth", "Cosine", "DDP", "DPOTrainer", "DataError", "DeepSpeed", "DistillTrainer", "EMA",
     "EarlyStop", "Extra", "FSDP", "GRPOTrainer", "HFModel", "HFTokenizer", "HookError", "HuggingFace", "JSONL",
-    "JoinedOptimizer", "Linear", "LoRA", "ModelReward", "OpenAISynth", "PosttrainError", "PreferenceData", "Profiler",
-    "PromptData", "RecipeError", "RegistryError", "Resume", "RewardModel", "RewardTrainer", "Run", "SFTData",
-    "SFTTrainer", "Samples", "Secret", "Source", "SpeculatorModel", "SpeculatorTrainer", "SwiftKVModel",
-    "SwiftKVTrainer", "SynthError", "TensorBoard", "Term", "Trainer", "TrainingError", "TransformersSampler",
-    "TransformersSynth", "TwoStage", "Ulysses", "VllmSynth", "WSD", "after", "before", "block", "default", "key",
-    "kind", "load", "policy_loss", "preference_loss", "reward",
+    "JoinedOptimizer", "Linear", "LoRA", "ModelReward", "OnPolicyDistillTrainer", "OpenAISynth", "PosttrainError",
+    "PreferenceData", "Profiler", "PromptData", "RecipeError", "RegistryError", "Resume", "RewardModel",
+    "RewardTrainer", "Run", "SFTData", "SFTTrainer", "Samples", "Secret", "Source", "SpeculatorModel",
+    "SpeculatorTrainer", "SwiftKVModel", "SwiftKVTrainer", "SynthError", "TensorBoard", "Term", "Trainer",
+    "TrainingError", "TransformersSampler", "TransformersSynth", "TwoStage", "Ulysses", "VllmSynth", "WSD", "after",
+    "before", "block", "default", "key", "kind", "load", "policy_loss", "preference_loss", "reward",
 ]  # fmt: skip
 
 

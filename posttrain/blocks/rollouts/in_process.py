@@ -36,9 +36,15 @@ class InProcess:
         """Return n replies to each prompt (see `Sampler`)."""
         temperature = self.temperature if temperature is None else temperature
         each, found = max(1, self.rows // n), list[list[Reply]]()
+        times = -(-len(prompts) // each)
+        if self.together:  # a rank that has fewer prompts takes part in the passes of the others
+            times = int(all_reduce(self.run.fabric, torch.tensor(times, device=self.run.fabric.device), "MAX"))
         with self.asking():
-            for i in range(0, len(prompts), each):
-                found += self.continued(prompts[i : i + each], keys[i : i + each], n, temperature)
+            for i in range(0, times * each, each):
+                if i < len(prompts):
+                    found += self.continued(prompts[i : i + each], keys[i : i + each], n, temperature)
+                else:
+                    self.continued([[0]], [(0,)], 1, temperature)
         return found
 
     @contextmanager
