@@ -45,7 +45,7 @@ def folder(tmp_path: Path, sums: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.mark.parametrize("page", [page for page in PAGES if code(page, "yaml")])
 def test_recipes_are_valid(page: str, tiny_model: Path) -> None:
     for python in code(page, "python"):
-        for name in re.findall(r'@posttrain.block\("\w+", "([\w-]+)"\)', python):
+        for name in re.findall(r'@(?:posttrain.block\("\w+", |reward\()"([\w-]+)"\)', python):
             Path(f"{name}.py").write_text(python)
     for number, text in enumerate(code(page, "yaml")):
         file = Path(f"recipe-{number}.yaml")
