@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from posttrain.blocks.data.data import CausalData, PreferenceData, SFTData
     from posttrain.blocks.data.prompts import PromptData
     from posttrain.blocks.data.sources import Source
+    from posttrain.blocks.data.unpaired import UnpairedData
     from posttrain.blocks.joined import JoinedOptimizer
     from posttrain.blocks.loggers.logger import JSONL, Console, TensorBoard
     from posttrain.blocks.losses.objective import preference_loss
@@ -49,6 +50,7 @@ if TYPE_CHECKING:
     from posttrain.trainers.distill import DistillTrainer
     from posttrain.trainers.dpo import DPOTrainer
     from posttrain.trainers.grpo import GRPOTrainer
+    from posttrain.trainers.kto import KTOTrainer
     from posttrain.trainers.mlp_speculator import SpeculatorTrainer
     from posttrain.trainers.on_policy_distill import OnPolicyDistillTrainer
     from posttrain.trainers.reward import RewardTrainer
@@ -73,6 +75,7 @@ _HOMES = {
     "blocks.scheduler": ("Constant", "Cosine", "Linear", "TwoStage", "WSD"),
     "blocks.parallel.sequence": ("Ulysses",),
     "blocks.data.sources": ("Source",),
+    "blocks.data.unpaired": ("UnpairedData",),
     "blocks.models.speculator.model": ("SpeculatorModel",),
     "blocks.parallel.strategy": ("Auto", "DDP", "DeepSpeed", "FSDP"),
     "blocks.models.swiftkv.model": ("SwiftKVModel",),
@@ -93,6 +96,7 @@ _HOMES = {
     "trainers.distill": ("DistillTrainer",),
     "trainers.dpo": ("DPOTrainer",),
     "trainers.grpo": ("GRPOTrainer",),
+    "trainers.kto": ("KTOTrainer",),
     "trainers.mlp_speculator": ("SpeculatorTrainer",),
     "trainers.on_policy_distill": ("OnPolicyDistillTrainer",),
     "trainers.reward": ("RewardTrainer",),
@@ -107,12 +111,12 @@ __all__ = [
     "AdamW", "Auto", "AzureOpenAISynth", "Batch", "CausalData", "CausalTrainer", "CheckpointError", "Console",
     "Constant", "CortexSynth", "Cosine", "DDP", "DPOTrainer", "DataError", "DeepSpeed", "DistillTrainer", "EMA",
     "EarlyStop", "Extra", "FSDP", "GRPOTrainer", "HFModel", "HFTokenizer", "HookError", "HuggingFace", "JSONL",
-    "JoinedOptimizer", "Linear", "LoRA", "ModelReward", "OnPolicyDistillTrainer", "OpenAISynth", "PosttrainError",
-    "PreferenceData", "Profiler", "PromptData", "RecipeError", "RegistryError", "Resume", "RewardModel",
-    "RewardTrainer", "Run", "SFTData", "SFTTrainer", "Samples", "Secret", "Source", "SpeculatorModel",
+    "JoinedOptimizer", "KTOTrainer", "Linear", "LoRA", "ModelReward", "OnPolicyDistillTrainer", "OpenAISynth",
+    "PosttrainError", "PreferenceData", "Profiler", "PromptData", "RecipeError", "RegistryError", "Resume",
+    "RewardModel", "RewardTrainer", "Run", "SFTData", "SFTTrainer", "Samples", "Secret", "Source", "SpeculatorModel",
     "SpeculatorTrainer", "SwiftKVModel", "SwiftKVTrainer", "SynthError", "TensorBoard", "Term", "Trainer",
-    "TrainingError", "TransformersSampler", "TransformersSynth", "TwoStage", "Ulysses", "VllmSynth", "WSD", "after",
-    "before", "block", "default", "key", "kind", "load", "policy_loss", "preference_loss", "reward",
+    "TrainingError", "TransformersSampler", "TransformersSynth", "TwoStage", "Ulysses", "UnpairedData", "VllmSynth",
+    "WSD", "after", "before", "block", "default", "key", "kind", "load", "policy_loss", "preference_loss", "reward",
 ]  # fmt: skip
 
 

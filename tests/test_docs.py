@@ -37,6 +37,7 @@ def code(page: str, language: str) -> list[str]:
 def folder(tmp_path: Path, sums: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder with chats, to be in."""
     sums.rename(tmp_path / "chats.jsonl")
+    (tmp_path / "verdicts.jsonl").write_text('{"prompt": "1+1=", "completion": "3", "label": false}\n')
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("POSTTRAIN_CACHE", str(tmp_path / "cache"))
     return tmp_path

@@ -6,7 +6,7 @@
 
 from posttrain.blocks import callbacks, optimizer, scheduler
 from posttrain.blocks.checkpoints import checkpoint
-from posttrain.blocks.data import data, prompts
+from posttrain.blocks.data import data, prompts, unpaired
 from posttrain.blocks.loggers import logger
 from posttrain.blocks.models import model
 from posttrain.blocks.models.speculator import model as speculator
@@ -18,4 +18,5 @@ from posttrain.blocks.tokenizers import tokenizer
 __all__ = [
     "callbacks", "checkpoint", "data", "logger", "model", "optimizer", "prompts", "rewards", "sampler", "scheduler",
     "sequence", "speculator", "strategy", "swiftkv", "tokenizer",
+    "unpaired",
 ]  # fmt: skip

@@ -25,6 +25,7 @@ from posttrain.runtime.launch import silence_libraries
 from posttrain.trainer import Trainer
 from posttrain.trainers.distill import DistillTrainer
 from posttrain.trainers.grpo import GRPOTrainer
+from posttrain.trainers.kto import KTOTrainer
 
 BF16 = ("bf16-mixed", "bf16-true")
 
@@ -170,6 +171,8 @@ def fullest(trainer: Trainer) -> Batch:
     size = trainer.sequence.size if trainer.sequence else 1
     rows = [[data.fullest(-(-data.max_length // size))] for _ in range(trainer.micro_batch_size)]
     batch = read_by_the_host(data.collator(None)(rows, 1))
+    if isinstance(trainer, KTOTrainer):
+        batch = batch.but(others=Extra(read_by_the_host(batch["others"])))
     if getattr(trainer, "precompute_reference", False):
         batch = batch.but(reference_log_probs=torch.zeros(len(batch.supervised)))
     return batch
