@@ -99,7 +99,7 @@ def _claim(run: "Run", resume: str, stack: ExitStack) -> str | None:
             text = saved.read_text(encoding="utf-8")
             run.recipe_before = yaml12.parse(text, lambda line: (line, f"{saved}:{line}")).data
             differs = difference(run.recipe_before, run.recipe)
-            if differs and resume == "auto":
+            if differs and resume != "force":
                 return f"{folder} holds a run of another recipe:\n  " + "\n  ".join(differs) + f"\n{ADVICE}"
         apart = getattr(run.model.module, "apart", None)  # which a network of one's own need not know
         found = {**versions(), **({"documents kept apart by": apart} if apart else {})}
