@@ -11,7 +11,6 @@ if TYPE_CHECKING:
     from posttrain.blocks.callbacks import EMA, EarlyStop, Profiler, Samples
     from posttrain.blocks.checkpoints.checkpoint import HuggingFace, Resume
     from posttrain.blocks.data.data import CausalData, PreferenceData, SFTData
-    from posttrain.blocks.data.prompts import PromptData
     from posttrain.blocks.data.sources import Source
     from posttrain.blocks.data.unpaired import UnpairedData
     from posttrain.blocks.joined import JoinedOptimizer
@@ -24,6 +23,7 @@ if TYPE_CHECKING:
     from posttrain.blocks.optimizer import AdamW
     from posttrain.blocks.parallel.sequence import Ulysses
     from posttrain.blocks.parallel.strategy import DDP, FSDP, Auto, DeepSpeed
+    from posttrain.blocks.rollouts.prompts import PromptData
     from posttrain.blocks.rollouts.rewards import ModelReward, reward
     from posttrain.blocks.rollouts.sampler import TransformersSampler
     from posttrain.blocks.scheduler import WSD, Constant, Cosine, Linear, TwoStage
@@ -65,7 +65,7 @@ _HOMES = {
     "blocks.checkpoints.checkpoint": ("HuggingFace", "Resume"),
     "blocks.data.data": ("CausalData", "PreferenceData", "SFTData"),
     "blocks.loggers.logger": ("Console", "JSONL", "TensorBoard"),
-    "blocks.data.prompts": ("PromptData",),
+    "blocks.rollouts.prompts": ("PromptData",),
     "blocks.models.model": ("HFModel", "LoRA", "RewardModel"),
     "blocks.optimizer": ("AdamW",),
     "blocks.losses.objective": ("preference_loss",),

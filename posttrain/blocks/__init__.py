@@ -6,13 +6,13 @@
 
 from posttrain.blocks import callbacks, optimizer, scheduler
 from posttrain.blocks.checkpoints import checkpoint
-from posttrain.blocks.data import data, prompts, unpaired
+from posttrain.blocks.data import data, unpaired
 from posttrain.blocks.loggers import logger
 from posttrain.blocks.models import model
 from posttrain.blocks.models.speculator import model as speculator
 from posttrain.blocks.models.swiftkv import model as swiftkv
 from posttrain.blocks.parallel import sequence, strategy
-from posttrain.blocks.rollouts import rewards, sampler
+from posttrain.blocks.rollouts import prompts, rewards, sampler
 from posttrain.blocks.tokenizers import tokenizer
 
 __all__ = [

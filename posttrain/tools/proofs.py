@@ -23,10 +23,10 @@ from posttrain import hooks
 from posttrain.blocks.checkpoints.checkpoint import HuggingFace
 from posttrain.blocks.data.data import SFTData
 from posttrain.blocks.data.encode import ChatEncoder
-from posttrain.blocks.data.prompts import PromptData
 from posttrain.blocks.data.rows.chat import stop_tokens
 from posttrain.blocks.data.rows.schemas import Refused
 from posttrain.blocks.models.model import HFModel
+from posttrain.blocks.rollouts.prompts import PromptData
 from posttrain.errors import PosttrainError, RecipeError
 from posttrain.tools.twin import LONGEST, NoRows, Row, Step, Twin, quietly
 from posttrain.trainers.dpo import DPOTrainer

@@ -18,7 +18,6 @@ import attrs
 
 from posttrain.blocks.checkpoints.checkpoint import Resume
 from posttrain.blocks.data.data import Data
-from posttrain.blocks.data.prompts import PromptData
 from posttrain.blocks.data.rows.schemas import Refused
 from posttrain.blocks.data.sources import Source
 from posttrain.blocks.layout import Example
@@ -26,6 +25,7 @@ from posttrain.blocks.loggers.logger import JSONL
 from posttrain.blocks.models.model import HFModel
 from posttrain.blocks.models.tiny import tiny
 from posttrain.blocks.parallel.strategy import Auto
+from posttrain.blocks.rollouts.prompts import PromptData
 from posttrain.blocks.rollouts.sampler import TransformersSampler
 from posttrain.blocks.scheduler import Constant
 from posttrain.blocks.tokenizers.tokenizer import HFTokenizer

@@ -8,7 +8,6 @@ from attrs.validators import ge, gt, min_len, optional
 
 from posttrain.batch import Batch, Extra, Term
 from posttrain.blocks.data.data import Data, pad_id
-from posttrain.blocks.data.prompts import PromptData
 from posttrain.blocks.losses import policy  # noqa: F401 - registers the losses
 from posttrain.blocks.losses.surrogate import (
     Advantage,
@@ -20,6 +19,7 @@ from posttrain.blocks.losses.surrogate import (
     divergence_from,
 )
 from posttrain.blocks.models.model import HFModel
+from posttrain.blocks.rollouts.prompts import PromptData
 from posttrain.blocks.rollouts.rewards import as_rewards, named, score
 from posttrain.blocks.rollouts.sampler import TransformersSampler
 from posttrain.errors import TrainingError

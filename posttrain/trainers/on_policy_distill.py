@@ -8,8 +8,8 @@ from attrs.validators import and_, ge, gt, le, lt, optional
 
 from posttrain.batch import Batch, Term
 from posttrain.blocks.data.data import PreferenceData, pad_id
-from posttrain.blocks.data.prompts import PromptData
 from posttrain.blocks.models.model import HFModel
+from posttrain.blocks.rollouts.prompts import PromptData
 from posttrain.blocks.rollouts.sampler import TransformersSampler
 from posttrain.interfaces import DataBlock, ModelBlock, Sampler, SamplerBlock
 from posttrain.registry import block, default, key

@@ -11,8 +11,8 @@ import numpy as np
 import torch
 
 from posttrain.batch import Batch, Term
-from posttrain.blocks.data.prompts import MESSAGES, ROW
 from posttrain.blocks.layout import Column, Example, collate_groups
+from posttrain.blocks.rollouts.prompts import MESSAGES, ROW
 from posttrain.blocks.rollouts.replies import Failure, Group, Sample
 from posttrain.interfaces import Sampler
 
