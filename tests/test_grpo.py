@@ -229,6 +229,9 @@ def test_the_likeliest_replies_are_evaluated_if_so_said(tmp_path: Path, tiny_mod
 
     assert found(1, eval_temperature=0.0) == pytest.approx(found(2, eval_temperature=0.0, eval_samples=3))
     assert found(1) != found(2)
+    lines = list(read(tmp_path / "1 {}", "evaluations"))
+    assert [(line["step"], len(line["replies"])) for line in lines] == [(1, 1)] * 4
+    assert sum(line["replies"][0]["reward"] for line in lines) / 4 == pytest.approx(found(1))
 
 
 # -- rewards --------------------------------------------------------------------------

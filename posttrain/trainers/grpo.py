@@ -94,7 +94,7 @@ class GRPOTrainer(Trainer):
     """Compute the prompt of a group once, where the model's attention can. False pads instead: the same result."""
     speaker: Sampler = attrs.field(init=False, repr=False)
     scorers: dict[str, Scorer] = attrs.field(init=False, repr=False)
-    ledger: Any = attrs.field(init=False, repr=False)
+    ledgers: tuple[Any, Any] = attrs.field(init=False, repr=False)
 
     @property
     def updates_per_step(self) -> int:  # type: ignore[override]
@@ -138,10 +138,10 @@ class GRPOTrainer(Trainer):
 
     def setup(self) -> "Run":
         """Build what speaks, what scores and what remembers, too."""
-        from posttrain.blocks.rollouts.ledger import Rollouts
+        from posttrain.blocks.rollouts.ledger import EVALUATIONS, Rollouts
 
         run = super().setup()
-        self.speaker, self.ledger = self.sampler.build(run), Rollouts(run)
+        self.speaker, self.ledgers = self.sampler.build(run), (Rollouts(run), Rollouts(run, EVALUATIONS))
         self.scorers = {name: one.build(run) for name, one in named(self.rewards).items()}
         return run
 
@@ -157,7 +157,7 @@ class GRPOTrainer(Trainer):
         every = [group for some in groups for group in some]
         score(every, named(self.rewards), self.scorers)
         compare(every, self.compared, run.fabric)
-        self.ledger.write(every)
+        self.ledgers[0].write(every, run.step + 1)
         keys: dict[str, Any] = {"packing": self.branching, "mask_truncated": self.mask_truncated}
         found = [batch_of(some, pad_id=pad_id(run.tokenizer), **keys) for some in groups]
         return [self.answered(run.to_device(batch)) for batch in found]
@@ -227,6 +227,8 @@ class GRPOTrainer(Trainer):
 
         groups = ask_again(self.run, self.speaker, batch, self.eval_samples, self.seed, self.eval_temperature)
         score(groups, named(self.rewards), self.scorers)
+        if batch.tokens:  # else it only keeps another rank company
+            self.ledgers[1].write(groups, self.run.step)
         return means_of(groups)
 
 

@@ -2,18 +2,20 @@
 
 import json
 import math
+import statistics
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
-import make_data
+import sums
 from rich import box
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 import posttrain
+from posttrain.blocks.rollouts.ledger import EVALUATIONS, read
 from posttrain.tools import plot
 
 sys.path.append(str(Path(__file__).parent.parent))
@@ -40,14 +42,22 @@ def answers(folder: Path | str, prompts: list[str]) -> list[str]:
     return found
 
 
-def interval(right: int, count: int) -> tuple[float, float]:
-    """Return Wilson's 95 % interval of a share."""
+def wilson(right: int, count: int) -> tuple[float, float]:
+    """Return the 95 % interval of a share (Wilson)."""
     z, p = 1.96, right / count
     middle, half = p + z * z / 2 / count, z * math.sqrt(p * (1 - p) / count + z * z / 4 / count**2)
     return (middle - half) / (1 + z * z / count), (middle + half) / (1 + z * z / count)
 
 
-def comparison(rows: list[dict[str, str]], before: list[str], after: list[str]) -> Table:
+def sampled(folder: Path, step: int) -> str:
+    """Return the mean reward of the sampled replies of an evaluation, and its 95 % interval over prompts."""
+    lines = [line for line in read(folder, EVALUATIONS) if line["step"] == step]
+    each = [statistics.fmean(one["reward"] for one in line["replies"]) for line in lines]
+    mean, half = statistics.fmean(each), 1.96 * statistics.stdev(each) / math.sqrt(len(each))
+    return f"{mean:.1%} ({max(0, mean - half):.1%} to {mean + half:.1%})"
+
+
+def comparison(rows: list[dict[str, str]], before: list[str], after: list[str], samples: list[str]) -> Table:
     """Return some answers before and after, and the share of all that are exactly right."""
     table = Table("a sum it was never asked", "before", "after", "right", box=box.SIMPLE_HEAD, pad_edge=False)
     for row, old, new in list(zip(rows, before, after, strict=True))[:8]:
@@ -57,16 +67,17 @@ def comparison(rows: list[dict[str, str]], before: list[str], after: list[str]) 
     shares = []
     for said in (before, after):
         right = sum(one == row["answer"] for one, row in zip(said, rows, strict=True))
-        low, high = interval(right, len(rows))
+        low, high = wilson(right, len(rows))
         shares.append(f"{right / len(rows):.1%} ({low:.1%} to {high:.1%})")
     table.add_row("[bold]exactly right", *shares, f"of {len(rows)}")
+    table.add_row("[bold]of sampled replies", *samples, "4 to each")
     return table
 
 
 def main(overrides: list[str]) -> None:
     """Make the sums, train, and compare before and after."""
     if not (FOLDER / "data" / "test.jsonl").exists():
-        make_data.make(FOLDER / "data")
+        sums.make(FOLDER / "data")
     rows = [json.loads(line) for line in (FOLDER / "data" / "test.jsonl").read_text().splitlines()]
     prompts = [row["prompt"] for row in rows]
     if not any(override.startswith("model.name_or_path=") for override in overrides):
@@ -75,12 +86,18 @@ def main(overrides: list[str]) -> None:
         overrides = [f"model.name_or_path={smollm2()}", *overrides]
     trainer: Any = posttrain.load(RECIPE, ["resume=never", *overrides])
     before = answers(trainer.model.name_or_path, prompts)
+
+    @posttrain.before("trainer.fit")
+    def look(trainer: Any) -> None:
+        trainer.evaluate()
+
     began = time.perf_counter()
-    run = trainer.train()
+    run = trainer.train(callbacks=[look])
     seconds = time.perf_counter() - began
     if run.status != "finished":
         sys.exit(f"stopped after {run.step} of {run.max_steps} steps: {run.stop}")
-    console.print(comparison(rows, before, answers(run.output_dir / "huggingface", prompts)))
+    samples = [sampled(run.output_dir, step) for step in (0, run.step)]
+    console.print(comparison(rows, before, answers(run.output_dir / "huggingface", prompts), samples))
     plot.curves([run.output_dir], ["reward", "eval_reward"], run.output_dir / "curves.png")
     places = Table.grid(padding=(0, 2))
     places.add_row("trained in", f"{seconds:.0f} s, from {run.step * run.rows_per_step * trainer.group_size:,} replies")

@@ -1,4 +1,4 @@
-"""Sums of two-digit numbers, as plain text with two examples in front; what is held out was never asked, nor mirrored."""
+"""Sums of two-digit numbers, as plain text behind two examples; none that is held out is ever asked, nor mirrored."""
 
 import json
 import random
