@@ -106,6 +106,13 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     drawing.add_argument("-o", "--output", type=Path, metavar="FILE", help="picture to write (RUN/curves.png)")
     drawing.add_argument("--metric", action="append", metavar="NAME", help="draw this metric; may be repeated")
 
+    viewing = _command(commands, "view", "show what a policy said in a run, and what that was worth",
+                       "posttrain view runs/first --step 10")  # fmt: skip
+    viewing.add_argument("run", type=Path, metavar="RUN", help="folder of a run of type grpo")
+    viewing.add_argument("--step", type=int, metavar="N", help="which step (the last one)")
+    viewing.add_argument("--prompts", type=_count, default=3, metavar="N", help="show so many prompts (3)")
+    viewing.add_argument("--evaluations", action="store_true", help="what was said in evaluations")
+
     converting = _command(commands, "convert", "write a recipe of ArcticTraining as one of posttrain",
                           "posttrain convert run-sft.yml -o recipe.yaml")  # fmt: skip
     converting.add_argument("recipe", type=Path, metavar="RECIPE", help="their YAML file")

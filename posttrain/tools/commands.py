@@ -145,6 +145,17 @@ def plan(arguments: argparse.Namespace) -> int:
     return 1
 
 
+def view(arguments: argparse.Namespace) -> None:
+    """Show what a policy said in a step of a run."""
+    from rich.console import Console
+
+    from posttrain.tools.rollouts import groups, shown
+
+    console = Console(highlight=False)
+    for part in shown(groups(arguments.run, arguments.step, arguments.evaluations), arguments.prompts):
+        console.print(part)
+
+
 def convert(arguments: argparse.Namespace) -> None:
     """Write a recipe of ArcticTraining as one of ours."""
     from posttrain.recipes.convert import convert
