@@ -7,7 +7,7 @@
 from posttrain.blocks import callbacks, optimizer, scheduler
 from posttrain.blocks.checkpoints import checkpoint
 from posttrain.blocks.data import data
-from posttrain.blocks.loggers import logger
+from posttrain.blocks.loggers import logger, services
 from posttrain.blocks.models import model
 from posttrain.blocks.models.speculator import model as speculator
 from posttrain.blocks.models.swiftkv import model as swiftkv
@@ -15,6 +15,6 @@ from posttrain.blocks.parallel import sequence, strategy
 from posttrain.blocks.tokenizers import tokenizer
 
 __all__ = [
-    "callbacks", "checkpoint", "data", "logger", "model", "optimizer", "scheduler", "sequence", "speculator",
-    "strategy", "swiftkv", "tokenizer",
+    "callbacks", "checkpoint", "data", "logger", "model", "optimizer", "scheduler", "sequence", "services",
+    "speculator", "strategy", "swiftkv", "tokenizer",
 ]  # fmt: skip
