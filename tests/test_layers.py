@@ -16,6 +16,7 @@ blocks.layout blocks.optimizer blocks.joined blocks.scheduler blocks.losses
 blocks.parallel
 blocks.models
 blocks.data blocks.tokenizers blocks.checkpoints blocks.loggers
+blocks.rollouts
 blocks.callbacks
 blocks
 keys
