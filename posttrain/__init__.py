@@ -8,13 +8,14 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from posttrain.batch import Batch, Extra, Term
-    from posttrain.blocks.callbacks import EMA, EarlyStop, Profiler, Samples
+    from posttrain.blocks.callbacks import EMA, EarlyStop, KeepBest, Profiler, Samples
     from posttrain.blocks.checkpoints.checkpoint import HuggingFace, Resume
     from posttrain.blocks.data.data import CausalData, PreferenceData, SFTData
     from posttrain.blocks.data.sources import Source
     from posttrain.blocks.data.unpaired import UnpairedData
     from posttrain.blocks.joined import JoinedOptimizer
     from posttrain.blocks.loggers.logger import JSONL, Console, TensorBoard
+    from posttrain.blocks.loggers.services import CSV, MLflow, WandB
     from posttrain.blocks.losses.objective import preference_loss
     from posttrain.blocks.losses.surrogate import policy_loss
     from posttrain.blocks.models.model import HFModel, LoRA, RewardModel
@@ -60,11 +61,12 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "batch": ("Batch", "Extra", "Term"),
-    "blocks.callbacks": ("EMA", "EarlyStop", "Profiler", "Samples"),
+    "blocks.callbacks": ("EMA", "EarlyStop", "KeepBest", "Profiler", "Samples"),
     "blocks.joined": ("JoinedOptimizer",),
     "blocks.checkpoints.checkpoint": ("HuggingFace", "Resume"),
     "blocks.data.data": ("CausalData", "PreferenceData", "SFTData"),
     "blocks.loggers.logger": ("Console", "JSONL", "TensorBoard"),
+    "blocks.loggers.services": ("CSV", "MLflow", "WandB"),
     "blocks.rollouts.prompts": ("PromptData",),
     "blocks.models.model": ("HFModel", "LoRA", "RewardModel"),
     "blocks.optimizer": ("AdamW",),
@@ -108,15 +110,16 @@ _HOMES = {
 _HOME_OF = {name: f"posttrain.{module}" for module, found in _HOMES.items() for name in found}
 
 __all__ = [
-    "AdamW", "Auto", "AzureOpenAISynth", "Batch", "CausalData", "CausalTrainer", "CheckpointError", "Console",
-    "Constant", "CortexSynth", "Cosine", "DDP", "DPOTrainer", "DataError", "DeepSpeed", "DistillTrainer", "EMA",
-    "EarlyStop", "Extra", "FSDP", "GRPOTrainer", "HFModel", "HFTokenizer", "HookError", "HuggingFace", "JSONL",
-    "JoinedOptimizer", "KTOTrainer", "Linear", "LoRA", "ModelReward", "OnPolicyDistillTrainer", "OpenAISynth",
-    "PosttrainError", "PreferenceData", "Profiler", "PromptData", "RecipeError", "RegistryError", "Resume",
-    "RewardModel", "RewardTrainer", "Run", "SFTData", "SFTTrainer", "Samples", "Secret", "Source", "SpeculatorModel",
-    "SpeculatorTrainer", "SwiftKVModel", "SwiftKVTrainer", "SynthError", "TensorBoard", "Term", "Trainer",
-    "TrainingError", "TransformersSampler", "TransformersSynth", "TwoStage", "Ulysses", "UnpairedData", "VllmSynth",
-    "WSD", "after", "before", "block", "default", "key", "kind", "load", "policy_loss", "preference_loss", "reward",
+    "AdamW", "Auto", "AzureOpenAISynth", "Batch", "CSV", "CausalData", "CausalTrainer", "CheckpointError",
+    "Console", "Constant", "CortexSynth", "Cosine", "DDP", "DPOTrainer", "DataError", "DeepSpeed", "DistillTrainer",
+    "EMA", "EarlyStop", "Extra", "FSDP", "GRPOTrainer", "HFModel", "HFTokenizer", "HookError", "HuggingFace",
+    "JSONL", "JoinedOptimizer", "KTOTrainer", "KeepBest", "Linear", "LoRA", "MLflow", "ModelReward",
+    "OnPolicyDistillTrainer", "OpenAISynth", "PosttrainError", "PreferenceData", "Profiler", "PromptData",
+    "RecipeError", "RegistryError", "Resume", "RewardModel", "RewardTrainer", "Run", "SFTData", "SFTTrainer",
+    "Samples", "Secret", "Source", "SpeculatorModel", "SpeculatorTrainer", "SwiftKVModel", "SwiftKVTrainer",
+    "SynthError", "TensorBoard", "Term", "Trainer", "TrainingError", "TransformersSampler", "TransformersSynth",
+    "TwoStage", "Ulysses", "UnpairedData", "VllmSynth", "WSD", "WandB", "after", "before", "block", "default",
+    "key", "kind", "load", "policy_loss", "preference_loss", "reward",
 ]  # fmt: skip
 
 

@@ -48,9 +48,12 @@ def test_recipes_are_valid(page: str, tiny_model: Path) -> None:
     for python in code(page, "python"):
         for name in re.findall(r'@(?:posttrain.block\("\w+", |reward\()"([\w-]+)"\)', python):
             Path(f"{name}.py").write_text(python)
+    Path("pairs.jsonl").write_text('{"prompt": "?", "chosen": "yes", "rejected": "no"}\n')
     for number, text in enumerate(code(page, "yaml")):
         file = Path(f"recipe-{number}.yaml")
         file.write_text(text.replace(MODEL, str(tiny_model)))
+        for earlier in re.findall(r"runs/\w+/huggingface", text):
+            Path(earlier).mkdir(parents=True, exist_ok=True)
         posttrain.load(file)
 
 

@@ -7,7 +7,7 @@
 from posttrain.blocks import callbacks, optimizer, scheduler
 from posttrain.blocks.checkpoints import checkpoint
 from posttrain.blocks.data import data, unpaired
-from posttrain.blocks.loggers import logger
+from posttrain.blocks.loggers import logger, services
 from posttrain.blocks.models import model
 from posttrain.blocks.models.speculator import model as speculator
 from posttrain.blocks.models.swiftkv import model as swiftkv
@@ -17,6 +17,5 @@ from posttrain.blocks.tokenizers import tokenizer
 
 __all__ = [
     "callbacks", "checkpoint", "data", "logger", "model", "optimizer", "prompts", "rewards", "sampler", "scheduler",
-    "sequence", "speculator", "strategy", "swiftkv", "tokenizer",
-    "unpaired",
+    "sequence", "services", "speculator", "strategy", "swiftkv", "tokenizer", "unpaired",
 ]  # fmt: skip

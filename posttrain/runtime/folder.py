@@ -64,9 +64,10 @@ def claimed(run: "Run", resume: str) -> Iterator[None]:
 @contextmanager
 def logged(run: "Run", blocks: "list[LoggerBlock]") -> Iterator[None]:
     """Open the loggers on rank zero for the time of the run, and close them with how it ended."""
-    if run.fabric.is_global_zero:
-        run.loggers = [block.build(run) for block in blocks]
     try:
+        if run.fabric.is_global_zero:
+            for block in blocks:
+                run.loggers.append(block.build(run))
         yield
     except BaseException:
         run.status = "failed"
