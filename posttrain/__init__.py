@@ -54,6 +54,7 @@ if TYPE_CHECKING:
     from posttrain.trainers.kto import KTOTrainer
     from posttrain.trainers.mlp_speculator import SpeculatorTrainer
     from posttrain.trainers.on_policy_distill import OnPolicyDistillTrainer
+    from posttrain.trainers.online_dpo import OnlineDPOTrainer
     from posttrain.trainers.reward import RewardTrainer
     from posttrain.trainers.sft import CausalTrainer, SFTTrainer
     from posttrain.trainers.swiftkv import SwiftKVTrainer
@@ -101,6 +102,7 @@ _HOMES = {
     "trainers.kto": ("KTOTrainer",),
     "trainers.mlp_speculator": ("SpeculatorTrainer",),
     "trainers.on_policy_distill": ("OnPolicyDistillTrainer",),
+    "trainers.online_dpo": ("OnlineDPOTrainer",),
     "trainers.reward": ("RewardTrainer",),
     "trainers.sft": ("CausalTrainer", "SFTTrainer"),
     "trainers.swiftkv": ("SwiftKVTrainer",),
@@ -110,16 +112,16 @@ _HOMES = {
 _HOME_OF = {name: f"posttrain.{module}" for module, found in _HOMES.items() for name in found}
 
 __all__ = [
-    "AdamW", "Auto", "AzureOpenAISynth", "Batch", "CSV", "CausalData", "CausalTrainer", "CheckpointError",
-    "Console", "Constant", "CortexSynth", "Cosine", "DDP", "DPOTrainer", "DataError", "DeepSpeed", "DistillTrainer",
-    "EMA", "EarlyStop", "Extra", "FSDP", "GRPOTrainer", "HFModel", "HFTokenizer", "HookError", "HuggingFace",
-    "JSONL", "JoinedOptimizer", "KTOTrainer", "KeepBest", "Linear", "LoRA", "MLflow", "ModelReward",
-    "OnPolicyDistillTrainer", "OpenAISynth", "PosttrainError", "PreferenceData", "Profiler", "PromptData",
-    "RecipeError", "RegistryError", "Resume", "RewardModel", "RewardTrainer", "Run", "SFTData", "SFTTrainer",
-    "Samples", "Secret", "Source", "SpeculatorModel", "SpeculatorTrainer", "SwiftKVModel", "SwiftKVTrainer",
-    "SynthError", "TensorBoard", "Term", "Trainer", "TrainingError", "TransformersSampler", "TransformersSynth",
-    "TwoStage", "Ulysses", "UnpairedData", "VllmSynth", "WSD", "WandB", "after", "before", "block", "default",
-    "key", "kind", "load", "policy_loss", "preference_loss", "reward",
+    "AdamW", "Auto", "AzureOpenAISynth", "Batch", "CSV", "CausalData", "CausalTrainer", "CheckpointError", "Console",
+    "Constant", "CortexSynth", "Cosine", "DDP", "DPOTrainer", "DataError", "DeepSpeed", "DistillTrainer", "EMA",
+    "EarlyStop", "Extra", "FSDP", "GRPOTrainer", "HFModel", "HFTokenizer", "HookError", "HuggingFace", "JSONL",
+    "JoinedOptimizer", "KTOTrainer", "KeepBest", "Linear", "LoRA", "MLflow", "ModelReward", "OnPolicyDistillTrainer",
+    "OnlineDPOTrainer", "OpenAISynth", "PosttrainError", "PreferenceData", "Profiler", "PromptData", "RecipeError",
+    "RegistryError", "Resume", "RewardModel", "RewardTrainer", "Run", "SFTData", "SFTTrainer", "Samples", "Secret",
+    "Source", "SpeculatorModel", "SpeculatorTrainer", "SwiftKVModel", "SwiftKVTrainer", "SynthError", "TensorBoard",
+    "Term", "Trainer", "TrainingError", "TransformersSampler", "TransformersSynth", "TwoStage", "Ulysses",
+    "UnpairedData", "VllmSynth", "WSD", "WandB", "after", "before", "block", "default", "key", "kind", "load",
+    "policy_loss", "preference_loss", "reward",
 ]  # fmt: skip
 
 
