@@ -351,3 +351,45 @@ def test_an_export_is_uploaded_with_a_card(
     assert "could not be uploaded to me/other" in refused.stderr
     assert "hf_secret" not in refused.stderr + refused.stdout
     assert push(str(tmp_path), "me/tiny").returncode == 2
+
+
+# -- view -----------------------------------------------------------------------------
+
+
+def test_a_run_is_one_page(run: Path, place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Curves, right answers, samples, rows with their masks, recipe and versions; what was said is no markup."""
+    evaluate(str(run), place / "sums.jsonl", "number", max_new_tokens=8)
+    (run / "samples.jsonl").write_text('{"step": 0, "prompt": "<b>3+1=", "reply": "</pre><script>"}\n{"step": 1, "pro')
+    lines = ["".join(json.dumps({"step": n, "time": n, "loss": 1 / n, "lr": 1e-3, "tokens": 5}) + "\n") for n in (1, 2)]
+    (run / "metrics.jsonl").write_text("".join(lines))
+    assert main(["view", str(run), "-o", str(tmp_path / "view.html")]) == 0
+    page = (tmp_path / "view.html").read_text()
+    assert "&lt;/pre&gt;&lt;script&gt;" in page and "<script" not in page
+    for said in ("loss by step", "100.0%", "67.6% to 100.0%", "name_or_path", "transformers", "10 tokens", "2 steps"):
+        assert said in page
+    assert "<mark>0&lt;|im_end|&gt;</mark>" in page
+    assert main(["view", str(place)]) == 2
+    assert "holds no recipe.yaml" in capsys.readouterr().err
+
+
+def test_the_page_shows_what_a_policy_said(tmp_path: Path) -> None:
+    from posttrain.tools.view import page
+
+    (tmp_path / "recipe.yaml").write_text("type: grpo\nmodel: {name_or_path: x}\n")
+    reply = {
+        "text": "46",
+        "ids": [1],
+        "ended": True,
+        "reward": 1.0,
+        "rewards": {"exact": 1.0},
+        "failed": {},
+        "advantage": 0.5,
+    }
+    groups = [
+        {"step": n, "prompt": "rows.jsonl:1", "text": f"34+{n}=", "row": {}, "replies": [reply, reply]}
+        for n in range(20)
+    ]
+    (tmp_path / "rollouts.jsonl").write_text("".join(json.dumps(group) + "\n" for group in groups))
+    found = page(tmp_path)
+    assert "reward 1, advantage 0.5" in found
+    assert "34+0=" in found and "34+19=" in found and "34+10=" not in found

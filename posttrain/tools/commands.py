@@ -124,6 +124,15 @@ def plot(arguments: argparse.Namespace) -> None:
     say(str(target))
 
 
+def view(arguments: argparse.Namespace) -> None:
+    """Write the page of a run."""
+    from posttrain.tools.view import write
+
+    target = arguments.output or arguments.run / "view.html"
+    write(arguments.run, target)
+    say(str(target))
+
+
 def plan(arguments: argparse.Namespace) -> int:
     """Print what a recipe takes of each device's memory; exit code 1 if that is more than there is."""
     from rich.console import Console
