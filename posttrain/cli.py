@@ -110,6 +110,7 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
                        "posttrain view runs/first")  # fmt: skip
     viewing.add_argument("run", type=Path, metavar="RUN", help="folder of a run")
     viewing.add_argument("-o", "--output", type=Path, metavar="FILE", help="the page (RUN/view.html)")
+    viewing.add_argument("--step", type=int, metavar="N", help="of a policy: what it said in this step")
 
     converting = _command(commands, "convert", "write a recipe of ArcticTraining as one of posttrain",
                           "posttrain convert run-sft.yml -o recipe.yaml")  # fmt: skip

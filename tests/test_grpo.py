@@ -325,6 +325,25 @@ def test_a_reward_model_judges_what_was_said(tmp_path: Path, tiny_model: Path) -
                 assert one["reward"] == pytest.approx(judge.eval()(input_ids=ids).logits.item(), abs=1e-5)
 
 
+def test_what_was_said_can_be_looked_at(
+    tmp_path: Path, tiny_model: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from posttrain.cli import main
+    from posttrain.registry import lookup
+
+    failing = lookup("reward", "test-share")(fail_on="!")
+    grpo(
+        tmp_path / "run", tiny_model, letters="e!", micro_batch_size=2, rewards=[failing, digest], eval_every=2
+    ).train()
+    assert main(["view", str(tmp_path / "run"), "--step", "2"]) == 0
+    page = (tmp_path / "run" / "view.html").read_text()
+    assert page.count("4 replies") == 2
+    assert "ValueError: no such letter" in page
+    assert "say e:" in page
+    assert main(["view", str(tmp_path / "run"), "--step", "7"]) == 2
+    assert "nothing was said in step 7: " in capsys.readouterr().err
+
+
 # -- recipes, and going on ------------------------------------------------------------
 
 

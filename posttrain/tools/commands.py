@@ -129,7 +129,7 @@ def view(arguments: argparse.Namespace) -> None:
     from posttrain.tools.view import write
 
     target = arguments.output or arguments.run / "view.html"
-    write(arguments.run, target)
+    write(arguments.run, target, arguments.step)
     say(str(target))
 
 

@@ -41,20 +41,20 @@ svg .axis { stroke:var(--line) } mark { background:var(--goodwash); color:inheri
 """
 
 
-def write(run: Path, target: Path) -> None:
-    """Write the page of a run.
-
-    Raises:
-        RecipeError: the folder holds no run.
-    """
-    target.write_text(page(run), encoding="utf-8")
+def write(run: Path, target: Path, step: int | None = None) -> None:
+    """Write the page of a run (see `page`)."""
+    target.write_text(page(run, step), encoding="utf-8")
 
 
-def page(run: Path) -> str:
+def page(run: Path, step: int | None = None) -> str:
     """Return the page of a run as HTML.
 
+    Args:
+        run: its folder.
+        step: of a policy, show all that it said in this step, instead of the first groups of replies and the last ones.
+
     Raises:
-        RecipeError: the folder holds no run.
+        RecipeError: the folder holds no run, or nothing was said in that step.
     """
     file = run / "recipe.yaml"
     if not file.is_file():
@@ -67,7 +67,7 @@ def page(run: Path) -> str:
         _section("Curves", curves(lines), "Across: the optimizer step. Pale: each step; full: smoothed"),
         _section("Right answers", _evals(run), "By posttrain eval, with 95 % intervals"),
         _section("What it said", _samples(run), "By the callback samples: the same prompts at different steps"),
-        _section("Rollouts", _rollouts(run), "The first groups of replies and the last ones"),
+        _section("Rollouts", _rollouts(run, step), f"Step {step}" if step else "The first groups and the last ones"),
         _section("Data", _data(run) + _masks(run), "What became of the rows, and the first of them. Marked: trained"),
         _section("Recipe", f'<pre class="card">{escape(_recipe(recipe))}</pre>'),
         _section("Versions", _versions(run)),
@@ -187,9 +187,14 @@ def _samples(run: Path) -> str:
     )
 
 
-def _rollouts(run: Path) -> str:
+def _rollouts(run: Path, step: int | None) -> str:
     lines = list(read(run))
     shown = lines if len(lines) <= 2 * GROUPS else [*lines[:GROUPS], *lines[-GROUPS:]]
+    if step is not None:
+        shown = [line for line in lines if line["step"] == step]
+        if not shown:
+            said = f"steps {lines[0]['step']} to {lines[-1]['step']}" if lines else "no rollouts"
+            raise RecipeError(f"nothing was said in step {step}: {run} holds {said}")
     return "".join(
         f'<div class="card"><p class="label">step {int(line["step"]):,}</p><pre class="prompt">'
         f"{escape(str(line['text'])[:LONGEST])}</pre><details><summary>{len(line['replies']):,} replies</summary>"
