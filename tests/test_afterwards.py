@@ -393,3 +393,35 @@ def test_the_page_shows_what_a_policy_said(tmp_path: Path) -> None:
     found = page(tmp_path)
     assert "reward 1, advantage 0.5" in found
     assert "34+0=" in found and "34+19=" in found and "34+10=" not in found
+
+
+# -- while it learns ------------------------------------------------------------------
+
+
+def test_right_answers_are_counted_while_a_model_learns(place: Path, tiny_model: Path, tmp_path: Path) -> None:
+    """At the end it knows the sums, and that model is the one that is kept."""
+    file = tmp_path / "learn.yaml"
+    file.write_text(f"""
+type: sft
+model: {{name_or_path: {tiny_model}}}
+data: {{sources: [{place}/sums.jsonl], eval_sources: [{place}/sums.jsonl], max_length: 64}}
+optimizer: {{lr: 1e-2}}
+micro_batch_size: 8
+max_steps: 150
+eval_every: 75
+accelerator: cpu
+logger: [jsonl]
+callbacks:
+  - {{type: right-answers, source: {place}/sums.jsonl, check_by: number, max_new_tokens: 8}}
+  - {{type: keep-best, metric: eval_right, mode: max}}
+output_dir: {tmp_path / "run"}
+""")
+    assert recipes.load(file).train().memory["keep-best"] == 1.0
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    shares = [line["eval_right"] for line in lines if "eval_right" in line]
+    assert len(shares) == 2
+    assert (
+        shares[-1] == evaluate(str(tmp_path / "run"), place / "sums.jsonl", "number", max_new_tokens=8).right.value == 1
+    )
+    with pytest.raises(RecipeError, match="there is no verifier 'nubmer'"):
+        recipes.load(file, ["callbacks.0.check_by=nubmer"])
