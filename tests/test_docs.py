@@ -48,6 +48,7 @@ def test_recipes_are_valid(page: str, tiny_model: Path) -> None:
     for python in code(page, "python"):
         for name in re.findall(r'@(?:posttrain.block\("\w+", |reward\()"([\w-]+)"\)', python):
             Path(f"{name}.py").write_text(python)
+    Path("held.jsonl").write_text(Path("chats.jsonl").read_text())
     Path("pairs.jsonl").write_text('{"prompt": "?", "chosen": "yes", "rejected": "no"}\n')
     for number, text in enumerate(code(page, "yaml")):
         file = Path(f"recipe-{number}.yaml")

@@ -331,22 +331,17 @@ def test_what_was_said_can_be_looked_at(
     from posttrain.cli import main
     from posttrain.registry import lookup
 
-    monkeypatch.setenv("COLUMNS", "200")
     failing = lookup("reward", "test-share")(fail_on="!")
     grpo(
         tmp_path / "run", tiny_model, letters="e!", micro_batch_size=2, rewards=[failing, digest], eval_every=2
     ).train()
-    assert main(["view", str(tmp_path / "run"), "--prompts", "2"]) == 0
-    shown = capsys.readouterr().out
-    assert "step 2: 2 prompts, 8 replies, mean reward" in shown
-    assert ", 4 failed" in shown
-    assert "test-share failed: ValueError: no such letter" in shown
-    assert "say e:" in shown
-    assert main(["view", str(tmp_path / "run"), "--evaluations", "--step", "2"]) == 0
-    assert "2 prompts, 2 replies" in capsys.readouterr().out
+    assert main(["view", str(tmp_path / "run"), "--step", "2"]) == 0
+    page = (tmp_path / "run" / "view.html").read_text()
+    assert page.count("4 replies") == 2
+    assert "ValueError: no such letter" in page
+    assert "say e:" in page
     assert main(["view", str(tmp_path / "run"), "--step", "7"]) == 2
-    assert "nothing was said in step 7; there are 2 steps, 1 to 2" in capsys.readouterr().err
-    assert main(["view", str(tmp_path)]) == 2
+    assert "nothing was said in step 7: " in capsys.readouterr().err
 
 
 # -- recipes, and going on ------------------------------------------------------------

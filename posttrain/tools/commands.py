@@ -124,6 +124,15 @@ def plot(arguments: argparse.Namespace) -> None:
     say(str(target))
 
 
+def view(arguments: argparse.Namespace) -> None:
+    """Write the page of a run."""
+    from posttrain.tools.view import write
+
+    target = arguments.output or arguments.run / "view.html"
+    write(arguments.run, target, arguments.step)
+    say(str(target))
+
+
 def plan(arguments: argparse.Namespace) -> int:
     """Print what a recipe takes of each device's memory; exit code 1 if that is more than there is."""
     from rich.console import Console
@@ -143,17 +152,6 @@ def plan(arguments: argparse.Namespace) -> int:
     for label, changed in remedies(trainer, world, found):
         say(f"  {gib(changed.total):>9} GiB  {label}")
     return 1
-
-
-def view(arguments: argparse.Namespace) -> None:
-    """Show what a policy said in a step of a run."""
-    from rich.console import Console
-
-    from posttrain.tools.rollouts import groups, shown
-
-    console = Console(highlight=False)
-    for part in shown(groups(arguments.run, arguments.step, arguments.evaluations), arguments.prompts):
-        console.print(part)
 
 
 def convert(arguments: argparse.Namespace) -> None:
