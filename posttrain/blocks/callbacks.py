@@ -165,7 +165,7 @@ class Samples:
 class Profiler:
     """Record where the time of some steps goes, in `profile` of the run's folder.
 
-    `trace-rank-N.json` opens in https://ui.perfetto.dev; `operators.txt` is rank zero's table, the dearest first.
+    `trace-rank-N.json` opens in https://ui.perfetto.dev; `operators.txt` is rank zero's table, the slowest first.
     Recording slows the steps down.
     """
 
