@@ -209,19 +209,17 @@ def eval(arguments: argparse.Namespace) -> None:
     from rich.console import Console
 
     from posttrain.recipes.load import import_file
-    from posttrain.synth.commands import live
     from posttrain.tools.evaluate import evaluate, sentences, table
 
     if arguments.code:
         import_file(arguments.code)
     results = []
     for model in arguments.models:
-        with live() as progress:
-            results.append(evaluate(
-                model, arguments.data, arguments.check, wanted=arguments.wanted, rows=arguments.rows,
-                max_new_tokens=arguments.max_new_tokens, system=arguments.system, output_dir=arguments.output,
-                device=arguments.device, progress=progress,
-            ))  # fmt: skip
+        results.append(evaluate(
+            model, arguments.data, arguments.check, wanted=arguments.wanted, rows=arguments.rows,
+            max_new_tokens=arguments.max_new_tokens, system=arguments.system, output_dir=arguments.output,
+            device=arguments.device,
+        ))  # fmt: skip
     Console().print(table(results))
     for sentence in sentences(results):
         say(sentence)
