@@ -17,7 +17,7 @@ from posttrain.blocks.losses.entropy import log_probs_and_entropy, of_logits
 from posttrain.blocks.models.activations import Offload
 from posttrain.blocks.models.apart import Bounds, ByDocument, Way, by_document, decoder_of, separate
 from posttrain.blocks.models.attention import CACHE, NAME, no_mask
-from posttrain.blocks.models.router import balance
+from posttrain.blocks.models.router import balance, small
 from posttrain.errors import TrainingError
 from posttrain.registry import suggest
 
@@ -44,6 +44,8 @@ class PackedModel(nn.Module):
         """Where documents begin, for modules that compute by document; and whether each has a row of its own."""
         self.router_weight = 0.0
         """Of the loss that balances experts (see router.py)."""
+        self.router_z_weight = 0.0
+        """Of the loss that keeps the routers' logits small."""
         self.quiet = False
         """Whether it adds no terms, as a reference does not."""
         self.terms: dict[str, Term] = {}
@@ -126,14 +128,19 @@ class PackedModel(nn.Module):
     @property
     def routed(self) -> dict[str, bool]:
         """What makes the network give the logits of its routers, if they are wanted."""
-        return {"output_router_logits": True} if self.router_weight and not self.quiet else {}
+        wanted = (self.router_weight or self.router_z_weight) and not self.quiet
+        return {"output_router_logits": True} if wanted else {}
 
     def add_router(self, output: Any, layout: Layout) -> None:
-        """Add the balancing loss of the experts to that of the micro-batch."""
-        if self.routed:
-            top_k = self.base.config.get_text_config().num_experts_per_tok
-            logits = tuple(one for one in output.router_logits if one is not None)
+        """Add the losses of the routers to that of the micro-batch."""
+        if not self.routed:
+            return
+        top_k = self.base.config.get_text_config().num_experts_per_tok
+        logits = tuple(one for one in output.router_logits if one is not None)
+        if self.router_weight:
             self.add("router", balance(logits, layout, top_k, self.router_weight))
+        if self.router_z_weight:
+            self.add("router_z", small(logits, layout, self.router_z_weight))
 
     def unfolded(self, compute: Any, layout: Layout) -> Tensor:
         """Compute something with each document in a row of its own, [rows, width, ...]."""

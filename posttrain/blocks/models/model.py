@@ -111,6 +111,8 @@ class HFModel:
     router_aux_loss: float | None = key(None, also=("router_aux_loss_coef",), check=optional(ge(0)))
     """Weight of the loss that balances the experts of a mixture (see router.py). By default what the model's
     configuration says: its `router_aux_loss_coef` where `output_router_logits` is set, else 0."""
+    router_z_loss: float = key(0.0, check=ge(0))
+    """Weight of the loss that keeps the logits of a mixture's routers small; 0.001 is usual."""
     activation_checkpointing: bool | Literal["selective"] = key(False, also=("gradient_checkpointing",))
     """Keep one activation per layer and compute the rest again in the backward pass; `selective` also keeps attention
     and every second matrix product."""
@@ -152,7 +154,7 @@ class HFModel:
     def make(self, empty: bool) -> "nn.Module":
         """Return the network, with weights unless it is to be empty."""
         from posttrain.blocks.models.activations import Compiled, checkpoint_activations, tile_mlps
-        from posttrain.blocks.models.router import router_weight
+        from posttrain.blocks.models.router import router_weight, z_weight
 
         hf = self.load(empty)
         way = self.way(hf)
@@ -177,8 +179,9 @@ class HFModel:
             confirm(network, self.name_or_path)
         network.offload = self.offload_activations
         network.router_weight = router_weight(hf, self.router_aux_loss)
-        if network.router_weight and way.unfolds:
-            raise RecipeError("model.router_aux_loss: this model has no packed rows, and its routers are not read")
+        network.router_z_weight = z_weight(hf, self.router_z_loss)
+        if (network.router_weight or network.router_z_weight) and way.unfolds:
+            raise RecipeError("model: this model has no packed rows, and its routers are not read: no router loss")
         network.saved_as = self.saved_as()
         return network  # type: ignore[no-any-return]
 
