@@ -121,6 +121,8 @@ class TrainerKeys:
 
     def check(self) -> Iterator[tuple[str, str]]:
         """Yield what contradicts itself. A trainer with a check of its own yields from this one too."""
+        if getattr(self.model, "quantize", None) and not getattr(self.model, "lora", None):
+            yield "model", "quantize: what is quantized cannot be trained; write lora: {} too, to train adapters on it"
         data, stops = self.data, any(isinstance(callback, EarlyStop) for callback in self.callbacks)
         advice = "there is nothing to evaluate on; give data.eval_split or data.eval_sources"
         if isinstance(data, Data) and not (data.eval_split or data.eval_sources):

@@ -34,6 +34,7 @@ STRATEGIES: dict[str, Any] = {"ddp": posttrain.DDP(), **SHARDED}
 if importlib.util.find_spec("deepspeed"):
     STRATEGIES |= {name: posttrain.DeepSpeed(config=config) for name, config in ZERO.items()}
 DEEP = {"config": {"num_hidden_layers": 5}, "num_key_value_layers": 1, "key_value_group_size": 2}
+EXPERTS = {"model_type": "mixtral", "num_local_experts": 4, "num_experts_per_tok": 2}
 TRAINERS: dict[str, dict[str, Any]] = {
     "sft": {"method": SFTTrainer},
     "sft-tied": {"method": SFTTrainer, "model": {"config": {"tie_word_embeddings": True}}},
@@ -43,6 +44,8 @@ TRAINERS: dict[str, dict[str, Any]] = {
     "dpo-lora-precomputed": {"method": DPOTrainer, "model": {"lora": LoRA(r=4)}, "precompute_reference": True},
     "dpo-precomputed": {"method": DPOTrainer, "precompute_reference": True},
     "dpo-aot": {"method": DPOTrainer, "loss_type": "aot"},
+    "dpo-qlora": {"method": DPOTrainer, "model": {"lora": LoRA(r=4), "quantize": "nf4"}},
+    "sft-qlora-experts": {"method": SFTTrainer, "model": {"lora": LoRA(r=4), "quantize": "nf4", "config": EXPERTS}},
     "reward": {"method": RewardTrainer},
     "swiftkv": {"method": SwiftKVTrainer, "model": DEEP},
     "speculator": {"method": SpeculatorTrainer, "model": {"n_predict": 2, "inner_dim": 16}},

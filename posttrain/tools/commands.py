@@ -135,6 +135,7 @@ def plan(arguments: argparse.Namespace) -> int:
     world = arguments.world or devices * trainer.num_nodes
     found = estimate(trainer, world)
     say(f"{found.trained:,} parameters are trained, {found.frozen:,} are frozen")
+    say("".join(f"  {group}\n" for group in found.groups).rstrip())
     console.print(table(found, world))
     if found.total <= arguments.gpu_memory * 2**30:
         say(f"fits into {arguments.gpu_memory:g} GiB; leave a tenth for the allocator and the libraries")

@@ -1,0 +1,306 @@
+"""A base of 4 or 8 bits under adapters (QLoRA, Dettmers et al., arXiv:2305.14314), with the kernels of bitsandbytes.
+
+Everything that a quantized matrix is made of lies in flat parameters of bytes: no precision casts them, FSDP cuts them
+like any other rows, and a pass through the network needs nothing but them. A matrix is turned back into numbers for
+the product in hand, once in the forward and once in the backward pass, and is not kept in between.
+"""
+
+import logging
+import math
+from collections.abc import Iterator
+from contextlib import nullcontext
+from typing import Any, Literal, TypeAlias
+
+import attrs
+import torch
+from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.nn import functional as F
+from torch.nn.utils import parametrize
+
+from posttrain.blocks.models.apart import decoder_of
+from posttrain.errors import RecipeError
+
+Kind: TypeAlias = Literal["nf4", "fp4", "int8"]
+log = logging.getLogger("posttrain")
+BLOCK = 64
+"""Numbers that share a scale."""
+OUTER = 256
+"""Scales that share a scale, with double quantization."""
+LEFT = 0.1
+"""Share of the layers' numbers that may stay as they are, such as norms, routers and convolutions."""
+
+
+@attrs.frozen
+class Code:
+    """How the numbers of one tensor are written in bytes."""
+
+    kind: Kind
+    double: bool
+    shape: tuple[int, ...]
+
+    @property
+    def sizes(self) -> tuple[int, int, int]:
+        """Bytes of the codes, of their scales, and of the scales' scales."""
+        count = math.prod(self.shape)
+        if self.kind == "int8":
+            return count, 4 * (count // self.shape[-1]), 0
+        blocks = -(-count // BLOCK)
+        return -(-count // 2), blocks if self.double else 4 * blocks, 4 * (-(-blocks // OUTER) + 1) * self.double
+
+    def write(self, weight: Tensor, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+        """Return a tensor as bytes: codes, scales, and the scales' scales with their offset (perhaps none)."""
+        if weight.is_meta:
+            return tuple(torch.empty(size, dtype=torch.uint8, device="meta") for size in self.sizes)  # type: ignore[return-value]
+        from bitsandbytes import functional as kernels
+
+        values, none = weight.detach().to(device).contiguous(), torch.empty(0)
+        if self.kind == "int8":  # each row by its largest number, as LLM.int8 does it (arXiv:2208.07339)
+            rows = values.float().flatten(0, -2)
+            scales = rows.abs().amax(1).clamp(min=torch.finfo(torch.float32).tiny)
+            found = ((rows / scales[:, None] * 127).round().to(torch.int8), scales, none)
+        else:
+            codes, state = kernels.quantize_4bit(
+                values.float(), blocksize=BLOCK, quant_type=self.kind, compress_statistics=self.double
+            )
+            outer = torch.cat([state.state2.absmax, state.offset.view(1)]) if self.double else none
+            found = codes, state.absmax, outer
+        return tuple(part.flatten().contiguous().view(torch.uint8).to(weight.device) for part in found)  # type: ignore[return-value]
+
+    def read(self, codes: Tensor, scales: Tensor, outer: Tensor, dtype: torch.dtype) -> Tensor:
+        """Return the numbers that bytes stand for, [*shape]."""
+        if self.kind == "int8":
+            rows = codes.view(torch.int8).view(-1, self.shape[-1]) * (scales.view(torch.float32) / 127)[:, None]
+            return rows.to(dtype).view(self.shape)
+        import bitsandbytes  # noqa: F401 - registers the operations
+
+        kernels, known = torch.ops.bitsandbytes, dtype if dtype.itemsize < 8 else torch.float32
+        if self.double:
+            least = outer.view(torch.float32)
+            scales = kernels.dequantize_blockwise(
+                scales, least[:-1], dynamic_map(str(scales.device)), OUTER, torch.float32
+            )
+            scales = scales + least[-1]
+        else:
+            scales = scales.view(torch.float32)
+        found: Tensor = kernels.dequantize_4bit(codes.view(-1, 1), scales, BLOCK, self.kind, self.shape, known)
+        return found.to(dtype)
+
+
+MAPS: dict[str, Tensor] = {}
+"""Device -> the 256 numbers that the bytes of doubly quantized scales stand for."""
+
+
+def dynamic_map(device: str) -> Tensor:
+    """Return these numbers, from bitsandbytes."""
+    if device not in MAPS:
+        from bitsandbytes import functional as kernels
+        from torch._subclasses.fake_tensor import unset_fake_temporarily
+
+        with unset_fake_temporarily(), torch.device("cpu"):
+            MAPS[device] = kernels.create_dynamic_map().to(device)  # type: ignore[no-untyped-call]
+    return MAPS[device]
+
+
+class Product(torch.autograd.Function):
+    """x @ weight.T + bias, with the weight kept as bytes; only x has a gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, bias: Tensor | None, code: Code, *parts: Tensor) -> Tensor:
+        """Return [..., out] of [..., in], in the precision of autocast or of x."""
+        ctx.code, ctx.given = code, x.dtype
+        ctx.save_for_backward(*parts)
+        x = x.to(computed_in(x))
+        codes, scales, outer = parts
+        return F.linear(x, code.read(codes, scales, outer, x.dtype), None if bias is None else bias.to(x.dtype))
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        """Return the gradient of x."""
+        parts = ctx.saved_tensors  # once: checkpointing makes them again at each look
+        weight = ctx.code.read(*parts, gradient.dtype)
+        return (gradient @ weight).to(ctx.given), *(None for _ in range(2 + len(parts)))
+
+
+def computed_in(x: Tensor) -> torch.dtype:
+    """Return the precision of products: that of autocast, or that of x."""
+    kind = x.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+
+
+class QuantizedLinear(nn.Linear):
+    """A frozen linear layer whose weight is kept as bytes; peft adapts it like any other."""
+
+    def __init__(self, linear: nn.Linear, kind: Kind, double: bool, device: torch.device | None) -> None:
+        nn.Module.__init__(self)
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.code = Code(kind, double, tuple(linear.weight.shape))
+        weight, scales, outer = self.code.write(linear.weight, device or linear.weight.device)
+        self.weight = nn.Parameter(weight, requires_grad=False)
+        self.scales = nn.Parameter(scales, requires_grad=False)
+        self.outer = nn.Parameter(outer, requires_grad=False) if outer.numel() else None
+        self.bias = linear.bias
+
+    @property
+    def parts(self) -> tuple[Tensor, Tensor, Tensor]:
+        """What the weight is made of."""
+        return self.weight, self.scales, self.weight[:0] if self.outer is None else self.outer
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return [..., out] of [..., in]."""
+        return Product.apply(x, self.bias, self.code, *self.parts)  # type: ignore[no-any-return, no-untyped-call]
+
+    def dequantized(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Return the weight that the layer computes with, [out, in]."""
+        return self.code.read(*self.parts, dtype)
+
+    def extra_repr(self) -> str:
+        """Say what it is."""
+        return f"{self.in_features}, {self.out_features}, {self.code.kind}"
+
+
+class Numbers(nn.Module):
+    """The numbers behind a parameter of three dimensions, such as the experts of a layer."""
+
+    def __init__(self, code: Code, dtype: torch.dtype, device: torch.device | None) -> None:
+        super().__init__()
+        self.code, self.dtype, self.device = code, dtype, device
+        self.newest: tuple[Any, tuple[Tensor, ...]] = (None, ())
+        """A weak reference to the storage that `forward` made last, so that its address is given to no other, and the
+        bytes that it was made of."""
+
+    def right_inverse(self, weight: Tensor) -> tuple[Tensor, ...]:
+        """Return the bytes of a tensor."""
+        return tuple(part for part in self.code.write(weight, self.device or weight.device) if part.numel())
+
+    def forward(self, *parts: Tensor) -> Tensor:
+        """Return the tensor, in the precision of products."""
+        codes, scales, outer = (*parts, parts[0][:0])[:3]
+        kind = codes.device.type
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else self.dtype
+        found = self.code.read(codes, scales, outer, dtype)
+        self.newest = StorageWeakRef(found.untyped_storage()), parts  # type: ignore[no-untyped-call]
+        return found
+
+
+class Remade:
+    """For the passes of a module with `Numbers`: they are made once for a pass, and again for the backward pass, so
+    that its products keep none of them; unless its layer is computed again as a whole."""
+
+    def __init__(self, owner: nn.Module, again: bool) -> None:
+        self.owner, self.forward, self.again = owner, owner.forward, again
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Return what the module returns."""
+        hooks = torch.autograd.graph.saved_tensors_hooks(self.pack, self.unpack) if self.again else nullcontext()
+        with parametrize.cached(), hooks:
+            return self.forward(*args, **kwargs)
+
+    def pack(self, tensor: Tensor) -> Any:
+        """Return how to make a tensor again, if it is a view of a weight."""
+        storage = tensor.untyped_storage()._cdata
+        for numbers in (part for part in self.owner.modules() if isinstance(part, Numbers)):
+            if numbers.newest[0] is not None and numbers.newest[0].cdata == storage:
+                where = tensor.shape, tensor.stride(), tensor.storage_offset()
+                return numbers.code, numbers.newest[1], tensor.dtype, where
+        return tensor
+
+    def unpack(self, kept: Any) -> Tensor:
+        """Return what was packed."""
+        if isinstance(kept, Tensor):
+            return kept
+        code, parts, dtype, where = kept
+        return code.read(*(*parts, parts[0][:0])[:3], dtype).as_strided(*where)  # type: ignore[no-any-return]
+
+
+def prepare(hf: Any, kind: Kind, double: bool, dtype: str, fabric: Any, remade: bool) -> None:
+    """Quantize a transformers model for training, on the run's device, and keep the rest in a type of torch's.
+
+    Under a mixed precision, norms and other vectors stay in float32, as k-bit training does it.
+
+    Args:
+        hf: as it was loaded.
+        kind: of the numbers.
+        double: whether scales are quantized too.
+        dtype: of embeddings and head.
+        fabric: of the run; None outside of one.
+        remade: see `quantize`.
+    """
+    device = fabric.device if fabric is not None and fabric.device.type == "cuda" else None
+    quantize(hf, kind, double, device, remade)
+    mixed = fabric is not None and "mixed" in fabric.strategy.precision.precision
+    for parameter in hf.parameters():
+        if parameter.is_floating_point():
+            wanted = torch.float32 if mixed and parameter.ndim < 2 else getattr(torch, dtype)
+            parameter.data = parameter.data.to(wanted)
+    stacks = sum(isinstance(part, Numbers) for part in hf.modules())
+    if stacks:
+        log.info("%d stacks of experts are kept as bytes, and take no adapters", stacks)
+
+
+def quantize(hf: Any, kind: Kind, double: bool, device: torch.device | None = None, remade: bool = True) -> None:
+    """Quantize the linear layers and experts of a transformers model in place; embeddings and heads stay.
+
+    Args:
+        hf: the model, on any device, or on none (meta).
+        kind: of the numbers.
+        double: whether scales are quantized too, in 4 bit.
+        device: where to compute it; by default where the weights are.
+        remade: whether what products keep for the backward pass is made again, unless layers are as a whole.
+
+    Raises:
+        RecipeError: bitsandbytes is missing, or much of the layers would stay as it is.
+    """
+    try:
+        import bitsandbytes  # noqa: F401
+    except ImportError:
+        raise RecipeError("model.quantize needs bitsandbytes: pip install 'posttrain[bnb]'") from None
+    decoder, head = decoder_of(hf), hf.get_output_embeddings()  # a head's outputs are too fine for it
+    hf.requires_grad_(False)
+    for module in list(decoder.modules()):
+        for name, child in list(module.named_children()):
+            if isinstance(child, nn.Linear) and type(child).forward is nn.Linear.forward and child is not head:
+                setattr(module, name, QuantizedLinear(child, kind, double, device))
+        stacked = {name: p for name, p in module._parameters.items() if p is not None and is_stack(module, p)}
+        for name, weight in stacked.items():
+            numbers = Numbers(Code(kind, double, tuple(weight.shape)), weight.dtype, device)
+            parametrize.register_parametrization(module, name, numbers, unsafe=True)
+        if stacked:
+            module.forward = Remade(module, remade)
+    refuse_rest(decoder)
+
+
+def is_stack(module: nn.Module, parameter: Tensor) -> bool:
+    """Whether a parameter is a stack of matrices, such as one for each expert."""
+    plain = not isinstance(module, nn.modules.conv._ConvNd | QuantizedLinear)
+    return plain and parameter.ndim == 3 and parameter.is_floating_point()
+
+
+def refuse_rest(decoder: nn.Module) -> None:
+    """Refuse a model of whose layers much could not be quantized.
+
+    Raises:
+        RecipeError: it is more than `LEFT`.
+    """
+    inside = {id(p) for m in decoder.modules() if isinstance(m, nn.Embedding) for p in m.parameters(recurse=False)}
+    left = {name: p.numel() for name, p in decoder.named_parameters() if p.dtype != torch.uint8 and id(p) not in inside}
+    done = sum(written(decoder).values())
+    if sum(left.values()) > LEFT * (done + sum(left.values())):
+        names = sorted(left, key=lambda name: -left[name])[:3]
+        raise RecipeError(
+            f"model.quantize: {sum(left.values()):,} of {done + sum(left.values()):,} numbers of the layers would stay "
+            f"as they are, such as {', '.join(names)}: they are neither linear layers nor stacks of experts"
+        )
+
+
+def written(module: nn.Module) -> dict[str, int]:
+    """Return how many numbers each kind of code stands for in a network."""
+    found: dict[str, int] = {}
+    for code in codes(module):
+        found[code.kind] = found.get(code.kind, 0) + math.prod(code.shape)
+    return found
+
+
+def codes(module: nn.Module) -> Iterator[Code]:
+    """Yield the codes of what is quantized in a network."""
+    return (part.code for part in module.modules() if isinstance(part, QuantizedLinear | Numbers))
