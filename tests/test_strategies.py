@@ -44,12 +44,14 @@ TRAINERS: dict[str, dict[str, Any]] = {
     "dpo-lora-precomputed": {"method": DPOTrainer, "model": {"lora": LoRA(r=4)}, "precompute_reference": True},
     "dpo-precomputed": {"method": DPOTrainer, "precompute_reference": True},
     "dpo-aot": {"method": DPOTrainer, "loss_type": "aot"},
-    "dpo-qlora": {"method": DPOTrainer, "model": {"lora": LoRA(r=4), "quantize": "nf4"}},
-    "sft-qlora-experts": {"method": SFTTrainer, "model": {"lora": LoRA(r=4), "quantize": "nf4", "config": EXPERTS}},
     "reward": {"method": RewardTrainer},
     "swiftkv": {"method": SwiftKVTrainer, "model": DEEP},
     "speculator": {"method": SpeculatorTrainer, "model": {"n_predict": 2, "inner_dim": 16}},
 }
+if importlib.util.find_spec("bitsandbytes"):
+    QLORA: dict[str, Any] = {"lora": LoRA(r=4), "quantize": "nf4"}
+    TRAINERS["dpo-qlora"] = {"method": DPOTrainer, "model": QLORA}
+    TRAINERS["sft-qlora-experts"] = {"method": SFTTrainer, "model": QLORA | {"config": EXPERTS}}
 CUT = [name for name in ("ddp", "fsdp", "zero-2", "zero-3") if name in STRATEGIES]
 """Strategies whose checkpoints every other one goes on from."""
 SEQUENCES = [(case, name, 2) for case in ("sft", "swiftkv") for name in ("ddp", "fsdp", "zero-3") if name in STRATEGIES]

@@ -118,7 +118,7 @@ Axolotl
   evals_per_epoch               = `eval_every`, in steps
   saves_per_epoch               = `checkpoint.every_epochs`
   early_stopping_patience       = `callbacks.patience` of `early-stop`
-  adapter                       = `model.lora`, `{}` for its defaults; `qlora` with `model.quantize: nf4`
+  adapter                       = `model.lora`, `{}` for its defaults, and for QLoRA `model.quantize: nf4`
   lora_target_linear            = `model.lora.target_modules: all-linear`, the default
   peft_use_dora, peft_use_rslora  = `model.lora.kwargs`, as `{use_dora: true}`
   unfrozen_parameters           = `model.freeze`, the other way round
