@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from posttrain.batch import Batch, Extra, Term
-    from posttrain.blocks.callbacks import EMA, EarlyStop, Profiler, Samples
+    from posttrain.blocks.callbacks import EMA, EarlyStop, NEFTune, Profiler, Samples
     from posttrain.blocks.checkpoints.checkpoint import HuggingFace, Resume
     from posttrain.blocks.data.data import CausalData, PreferenceData, SFTData
     from posttrain.blocks.data.sources import Source
@@ -18,7 +18,17 @@ if TYPE_CHECKING:
     from posttrain.blocks.models.model import HFModel, LoRA, RewardModel
     from posttrain.blocks.models.speculator.model import SpeculatorModel
     from posttrain.blocks.models.swiftkv.model import SwiftKVModel
-    from posttrain.blocks.optimizer import AdamW
+    from posttrain.blocks.optimizer import AdamW, ParameterGroup
+    from posttrain.blocks.optimizers.blocks import (
+        SGD,
+        Adafactor,
+        AdamW8bit,
+        AdamWBF16,
+        Lion,
+        Muon,
+        ScheduleFree,
+        TorchOptimizer,
+    )  # fmt: skip
     from posttrain.blocks.parallel.sequence import Ulysses
     from posttrain.blocks.parallel.strategy import DDP, FSDP, Auto, DeepSpeed
     from posttrain.blocks.scheduler import WSD, Constant, Cosine, Linear, TwoStage
@@ -52,13 +62,16 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "batch": ("Batch", "Extra", "Term"),
-    "blocks.callbacks": ("EMA", "EarlyStop", "Profiler", "Samples"),
+    "blocks.callbacks": ("EMA", "EarlyStop", "NEFTune", "Profiler", "Samples"),
     "blocks.joined": ("JoinedOptimizer",),
     "blocks.checkpoints.checkpoint": ("HuggingFace", "Resume"),
     "blocks.data.data": ("CausalData", "PreferenceData", "SFTData"),
     "blocks.loggers.logger": ("Console", "JSONL", "TensorBoard"),
     "blocks.models.model": ("HFModel", "LoRA", "RewardModel"),
-    "blocks.optimizer": ("AdamW",),
+    "blocks.optimizer": ("AdamW", "ParameterGroup"),
+    "blocks.optimizers.blocks": (
+        "SGD", "AdamW8bit", "AdamWBF16", "Adafactor", "Lion", "Muon", "ScheduleFree", "TorchOptimizer",
+    ),
     "blocks.losses.objective": ("preference_loss",),
     "blocks.scheduler": ("Constant", "Cosine", "Linear", "TwoStage", "WSD"),
     "blocks.parallel.sequence": ("Ulysses",),
@@ -92,14 +105,15 @@ _HOMES = {
 _HOME_OF = {name: f"posttrain.{module}" for module, found in _HOMES.items() for name in found}
 
 __all__ = [
-    "AdamW", "Auto", "AzureOpenAISynth", "Batch", "CausalData", "CausalTrainer", "CheckpointError", "Console",
-    "Constant", "CortexSynth", "Cosine", "DDP", "DPOTrainer", "DataError", "DeepSpeed", "DistillTrainer", "EMA",
-    "EarlyStop", "Extra", "FSDP", "HFModel", "HFTokenizer", "HookError", "HuggingFace", "JSONL", "JoinedOptimizer",
-    "Linear", "LoRA", "OpenAISynth", "PosttrainError", "PreferenceData", "Profiler", "RecipeError", "RegistryError",
-    "Resume", "RewardModel", "RewardTrainer", "Run", "SFTData", "SFTTrainer", "Samples", "Secret", "Source",
-    "SpeculatorModel", "SpeculatorTrainer", "SwiftKVModel", "SwiftKVTrainer", "SynthError", "TensorBoard", "Term",
-    "Trainer", "TrainingError", "TransformersSynth", "TwoStage", "Ulysses", "VllmSynth", "WSD", "after", "before",
-    "block", "default", "key", "kind", "load", "preference_loss",
+    "Adafactor", "AdamW", "AdamW8bit", "AdamWBF16", "Auto", "AzureOpenAISynth", "Batch", "CausalData",
+    "CausalTrainer", "CheckpointError", "Console", "Constant", "CortexSynth", "Cosine", "DDP", "DPOTrainer",
+    "DataError", "DeepSpeed", "DistillTrainer", "EMA", "EarlyStop", "Extra", "FSDP", "HFModel", "HFTokenizer",
+    "HookError", "HuggingFace", "JSONL", "JoinedOptimizer", "Linear", "Lion", "LoRA", "Muon", "NEFTune",
+    "OpenAISynth", "ParameterGroup", "PosttrainError", "PreferenceData", "Profiler", "RecipeError", "RegistryError",
+    "Resume", "RewardModel", "RewardTrainer", "Run", "SFTData", "SFTTrainer", "SGD", "Samples", "ScheduleFree",
+    "Secret", "Source", "SpeculatorModel", "SpeculatorTrainer", "SwiftKVModel", "SwiftKVTrainer", "SynthError",
+    "TensorBoard", "Term", "TorchOptimizer", "Trainer", "TrainingError", "TransformersSynth", "TwoStage", "Ulysses",
+    "VllmSynth", "WSD", "after", "before", "block", "default", "key", "kind", "load", "preference_loss",
 ]  # fmt: skip
 
 

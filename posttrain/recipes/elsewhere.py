@@ -73,6 +73,7 @@ TRL
   push_to_hub, hub_model_id     = nothing: upload the folder of a `huggingface` checkpoint with `hf upload`
   load_best_model_at_end        = nothing: `callbacks: [early-stop]` ends a run, `checkpoint.every` exports on the way
   metric_for_best_model         = `callbacks.metric` of `early-stop`
+  neftune_noise_alpha           = `callbacks`, as `[{type: neftune, alpha: 5}]`
   data_seed                     = `seed`
   dataloader_num_workers        = nothing: batches are made ahead in the process itself
   remove_unused_columns         = nothing: the ledger names the columns that are not used
@@ -212,7 +213,13 @@ NAMES = {
         "all": "a list, such as `[console, tensorboard, jsonl]`",
         "none": "an empty list, `[]`",
     },
-    "optimizer": dict.fromkeys(("adamw_torch", "adamw_torch_fused", "adamw_hf", "fused_adam"), "`adamw`"),
+    "optimizer": {
+        **dict.fromkeys(("adamw_torch", "adamw_torch_fused", "adamw_hf", "fused_adam", "adamw_apex_fused"), "`adamw`"),
+        **dict.fromkeys(("adamw_8bit", "adamw_bnb_8bit", "adamw_torch_8bit", "paged_adamw_8bit"), "`adamw-8bit`"),
+        **dict.fromkeys(("lion_32bit", "paged_lion_32bit"), "`lion`"),
+        **dict.fromkeys(("schedule_free_adamw", "schedulefree"), "`schedule-free`, with `scheduler: constant`"),
+        **dict.fromkeys(("adagrad", "rmsprop"), "`{type: torch, name: ...}`, with the name of a class of torch.optim"),
+    },
     "scheduler": {
         "cosine_with_min_lr": "`{type: cosine, floor: 10%}`",
         "constant_with_warmup": "`{type: constant, warmup: 100}`",

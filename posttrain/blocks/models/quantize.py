@@ -20,6 +20,7 @@ from torch.nn.utils import parametrize
 
 from posttrain.blocks.models.apart import decoder_of
 from posttrain.errors import RecipeError
+from posttrain.runtime.bnb import dynamic_map, require
 
 Kind: TypeAlias = Literal["nf4", "fp4", "int8"]
 log = logging.getLogger("posttrain")
@@ -72,8 +73,6 @@ class Code:
         if self.kind == "int8":
             rows = codes.view(torch.int8).view(-1, self.shape[-1]) * (scales.view(torch.float32) / 127)[:, None]
             return rows.to(dtype).view(self.shape)
-        import bitsandbytes  # noqa: F401 - registers the operations
-
         kernels, known = torch.ops.bitsandbytes, dtype if dtype.itemsize < 8 else torch.float32
         if self.double:
             least = outer.view(torch.float32)
@@ -85,21 +84,6 @@ class Code:
             scales = scales.view(torch.float32)
         found: Tensor = kernels.dequantize_4bit(codes.view(-1, 1), scales, BLOCK, self.kind, self.shape, known)
         return found.to(dtype)
-
-
-MAPS: dict[str, Tensor] = {}
-"""Device -> the 256 numbers that the bytes of doubly quantized scales stand for."""
-
-
-def dynamic_map(device: str) -> Tensor:
-    """Return these numbers, from bitsandbytes."""
-    if device not in MAPS:
-        from bitsandbytes import functional as kernels
-        from torch._subclasses.fake_tensor import unset_fake_temporarily
-
-        with unset_fake_temporarily(), torch.device("cpu"):
-            MAPS[device] = kernels.create_dynamic_map().to(device)  # type: ignore[no-untyped-call]
-    return MAPS[device]
 
 
 class Product(torch.autograd.Function):
@@ -251,10 +235,7 @@ def quantize(hf: Any, kind: Kind, double: bool, device: torch.device | None = No
     Raises:
         RecipeError: bitsandbytes is missing, or much of the layers would stay as it is.
     """
-    try:
-        import bitsandbytes  # noqa: F401
-    except ImportError:
-        raise RecipeError("model.quantize needs bitsandbytes: pip install 'posttrain[bnb]'") from None
+    require("model.quantize")
     decoder, head = decoder_of(hf), hf.get_output_embeddings()  # a head's outputs are too fine for it
     hf.requires_grad_(False)
     for module in list(decoder.modules()):
