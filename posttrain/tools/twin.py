@@ -155,7 +155,7 @@ class Twin:
         changes: dict[str, Any] = {
             "name_or_path": str(folder), "config": {}, "dtype": "float32", "attn_implementation": "auto",
             "revision": None, "compile": False, "liger": False, "offload_activations": False, "kwargs": {},
-            "lora": attrs.evolve(block.lora, dropout=0.0) if block.lora else None,
+            "lora": attrs.evolve(block.lora, dropout=0.0, start_from=None) if block.lora else None,
         }  # fmt: skip
         return attrs.evolve(block, **changes)  # type: ignore[misc]
 
