@@ -25,16 +25,9 @@ if TYPE_CHECKING:
     from posttrain.blocks.models.apart import Way
 
 log = logging.getLogger("posttrain")
-<<<<<<< HEAD
+HASHED = (".json", ".safetensors", ".bin")
 QUANTIZE = {"load_in_4bit": "nf4", "load_in_8bit": "int8"}
 """Arguments of older versions of transformers -> what `model.quantize` says instead."""
-=======
-HASHED = (".json", ".safetensors", ".bin")
-QUANTIZE = (
-    " there; write model.kwargs: {quantization_config: {quant_method: bitsandbytes, load_in_4bit: true}}, which needs "
-    "bitsandbytes, and model.lora to train"
-)
->>>>>>> main
 
 
 @attrs.frozen(kw_only=True, slots=False)
@@ -273,12 +266,9 @@ class HFModel:
                     config, dtype=getattr(torch, self.dtype), trust_remote_code=self.trust_remote_code
                 )
             else:
-<<<<<<< HEAD
-                dtype = "auto" if self.quantize else self.dtype  # as in the files, which are then not even copied
-                hf = auto.from_pretrained(self.name_or_path, config=config, dtype=dtype, **self.hub, **self.kwargs)
-=======
-                hf = auto.from_pretrained(self.base, config=config, dtype=self.dtype, **self.hub, **self.kwargs)
->>>>>>> main
+                plain = self.quantize and not origin(self.name_or_path)[1]
+                dtype = "auto" if plain else self.dtype  # as in the files, which are then not even copied
+                hf = auto.from_pretrained(self.base, config=config, dtype=dtype, **self.hub, **self.kwargs)
         except (OSError, ValueError, ImportError) as error:
             raise RecipeError(f"model {self.name_or_path!r} cannot be loaded: {error}") from error
         except TypeError as error:
