@@ -12,8 +12,9 @@ from toy import LLAMA, losses, network, trainer
 
 import posttrain
 from posttrain.blocks.models.model import HFModel, LoRA
-from posttrain.blocks.models.quantize import Numbers, QuantizedLinear, quantize
-from posttrain.blocks.models.sizes import groups
+from posttrain.blocks.models.quantized.layers import Numbers, QuantizedLinear
+from posttrain.blocks.models.quantized.quantize import quantize
+from posttrain.blocks.models.quantized.sizes import groups
 from posttrain.cli import main
 from posttrain.errors import RecipeError
 from posttrain.tools import plan

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import attrs
 
 from posttrain.blocks.models.model import HFModel
-from posttrain.blocks.models.sizes import Group
+from posttrain.blocks.models.quantized.sizes import Group
 from posttrain.blocks.parallel.strategy import DDP, FSDP, DeepSpeed
 from posttrain.tools.tracing import precision_of, trace
 from posttrain.trainer import Trainer

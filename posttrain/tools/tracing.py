@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_map_only
 
 from posttrain.batch import Batch, Layout
 from posttrain.blocks.data.data import Data
-from posttrain.blocks.models.sizes import Group, groups
+from posttrain.blocks.models.quantized.sizes import Group, groups
 from posttrain.blocks.parallel.sharding import replace_tensors, units, weightless
 from posttrain.blocks.parallel.strategy import FSDP, DeepSpeed
 from posttrain.errors import RecipeError

@@ -115,7 +115,7 @@ class ConsoleLogger:
 
     def opening(self) -> str:
         """Return a line or two on what is about to be trained."""
-        from posttrain.blocks.models.sizes import groups
+        from posttrain.blocks.models.quantized.sizes import groups
 
         run = self.run
         sizes = groups(run.model)

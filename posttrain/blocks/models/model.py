@@ -209,12 +209,12 @@ class HFModel:
         return network  # type: ignore[no-any-return]
 
     def keep_as_bytes(self, hf: Any, fabric: "Fabric | None") -> None:
-        """Quantize the layers (see quantize.py).
+        """Quantize the layers (see quantized/).
 
         Raises:
             RecipeError: the model has been quantized before, or much of its layers cannot be.
         """
-        from posttrain.blocks.models.quantize import prepare
+        from posttrain.blocks.models.quantized.quantize import prepare
 
         if getattr(hf.config, "quantization_config", None):
             raise RecipeError(f"model.quantize: {self.name_or_path} is quantized already; name what it was made of")

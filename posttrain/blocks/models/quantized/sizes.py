@@ -8,7 +8,7 @@ import attrs
 import torch
 from torch import nn
 
-from posttrain.blocks.models.quantize import Kind, codes
+from posttrain.blocks.models.quantized.layers import Kind, codes
 from posttrain.words import human
 
 
