@@ -146,6 +146,32 @@ def plan(arguments: argparse.Namespace) -> int:
     return 1
 
 
+def fit(arguments: argparse.Namespace) -> int:
+    """Print the smallest change of a recipe that fits, as overrides; exit code 1 if none does."""
+    from rich.console import Console
+
+    from posttrain.tools.fit import fit
+    from posttrain.tools.plan import gib, table
+
+    room = arguments.gpu_memory * 2**30
+    found = fit(arguments.recipe, arguments.overrides, arguments.world, room, not arguments.no_offload, tell=say)
+    if found is None:
+        say(
+            f"nothing that was tried fits into {arguments.gpu_memory:g} GiB: take more devices (--world) or less length"
+        )
+        return 1
+    Console().print(table(found.estimate, found.world))
+    if not found.changes:
+        say(f"fits into {arguments.gpu_memory:g} GiB as it is")
+        return 0
+    say(f"{gib(found.before.total)} GiB before; with these changes it fits into {arguments.gpu_memory:g} GiB:")
+    for change in found.changes:
+        say(f"  {' '.join(change.shown):<60}  {change.why}")
+    texts = " ".join(text for change in found.changes for text in change.shown)
+    say(f"posttrain train {arguments.recipe} {' '.join([*arguments.overrides, texts])}")
+    return 0
+
+
 def convert(arguments: argparse.Namespace) -> None:
     """Write a recipe of ArcticTraining as one of ours."""
     from posttrain.recipes.convert import convert

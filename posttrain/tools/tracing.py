@@ -4,6 +4,7 @@ Network, loss, backward pass and an optimizer step are run with every micro-batc
 operation by operation. So it holds for a network, a loss or an optimizer of one's own.
 """
 
+import copy
 import warnings
 import weakref
 from collections.abc import Iterable
@@ -116,6 +117,7 @@ def _trace(trainer: Trainer) -> Traced:
         network = fabric.strategy.precision.convert_module(trainer.model.build(fabric))
         kept = size_of(network.parameters())
         gradients = size_of(parameter for parameter in network.parameters() if parameter.requires_grad)
+        states = state_of(trainer, network)
         if precision == "bf16-mixed" and (deepspeed or isinstance(trainer.strategy, FSDP)):  # they cast, not autocast
             network = network.to(torch.bfloat16)
         others = {} if answers_are_stored(trainer) else trainer.build_frozen(fabric, network)
@@ -124,9 +126,9 @@ def _trace(trainer: Trainer) -> Traced:
             replace_tensors(each, lambda _, tensor: torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu"))
         parts = groups(network)
         counts = {wanted: sum(part.numbers for part in parts if part.trained == wanted) for wanted in (True, False)}
-        states = stepped(trainer.optimizer.build(network)) * kept // size_of(network.parameters())
         if deepspeed and precision in BF16:  # bfloat16 beside float32 that the optimizer works in
-            kept, gradients, states = gathered(network.parameters(), 2), 2 * counts[True], 12 * counts[True]
+            states = 4 * counts[True] + states * 4 * counts[True] // gradients
+            kept, gradients = gathered(network.parameters(), 2), 2 * counts[True]
         activations = peak(trainer, fabric, network, others, batch.map(mode.from_tensor))
         low = 2 if "16" in precision else 4
         layers = [list(layer.parameters()) for layer in units(network)]
@@ -215,6 +217,14 @@ def read_by_the_host(batch: Batch) -> Batch:
 
     branch = None if batch.branch is None else attrs.evolve(batch.branch, **seen(batch.branch))
     return attrs.evolve(batch, branch=branch, **seen(batch))
+
+
+def state_of(trainer: Trainer, network: nn.Module) -> int:
+    """Return the bytes that a recipe's optimizer keeps for a network on the meta device, as its parameters are kept."""
+    shadow = copy.deepcopy(network)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        replace_tensors(shadow, lambda _, tensor: torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu"))
+        return stepped(trainer.optimizer.build(shadow))
 
 
 def stepped(optimizer: Any) -> int:

@@ -44,7 +44,7 @@ class Stepper(Optimizer):
         """Return the state of a parameter."""
         state: dict[str, Any] = self.state[parameter]
         if not state:
-            state["step"] = torch.zeros(())
+            state["step"] = 0.0  # a plain number, which a plan can trace; from a checkpoint it comes as a tensor
             self.start(parameter, state)
         return state
 
