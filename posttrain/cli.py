@@ -1,6 +1,6 @@
-"""The command line: `posttrain train`, `check`, `show`, `prepare`, `plan`, `fit`, `blocks`, `plot`, `chat`, `eval`, `merge`,
-`push`, `convert`, `accept`, `doctor` and `synth`. What they do stands in `tools/commands.py`; here the command line is
-read.
+"""The command line: `posttrain train`, `check`, `show`, `prepare`, `plan`, `fit`, `blocks`, `plot`, `chat`, `eval`,
+`merge`, `push`, `convert`, `accept`, `doctor` and `synth`. What they do stands in `tools/commands.py`; here the command
+line is read.
 
 Only the standard library is imported before a command runs, and only attrs, cattrs and yaml before its
 recipe is valid: help and error messages must not wait for torch.

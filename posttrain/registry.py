@@ -30,6 +30,8 @@ KINDS: dict[str, type | None] = {
     "checkpoint": interfaces.CheckpointBlock,
     "logger": interfaces.LoggerBlock,
     "callback": interfaces.CallbackBlock,
+    "sampler": interfaces.SamplerBlock,
+    "reward": interfaces.RewardBlock,
     "synth": interfaces.SynthBlock,
     "step": interfaces.StepBlock,
 }
@@ -41,6 +43,7 @@ _HOMES = {
     ),
     "step": ("posttrain.synth.steps",),
     "callback": ("posttrain.synth.pipelines.refresh",),
+    "reward": ("posttrain.synth.rewards",),
 }
 """Kind -> modules that hold blocks of it, besides `posttrain.blocks` and `posttrain.trainers`. They are imported when
 somebody asks for a block of that kind: those of synth import httpx, which a recipe of a trainer must not wait for."""

@@ -72,7 +72,9 @@ class Metrics:
         counts = self.batch.counts
         if value.count not in counts:
             raise TrainingError(f"a term is a mean over {value.count!r}, which batches count not: {', '.join(counts)}")
-        return value.sum * (bool(counts[value.count]) / self.totals[value.count])
+        if not counts[value.count]:  # of which there may be none in the whole step
+            return value.sum * 0.0
+        return value.sum * (1.0 / self.totals[value.count])
 
     def add(self, values: "dict[str, float | Tensor | Term]") -> None:
         """Record values of the current step."""

@@ -37,6 +37,7 @@ def code(page: str, language: str) -> list[str]:
 def folder(tmp_path: Path, sums: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder with chats, to be in."""
     sums.rename(tmp_path / "chats.jsonl")
+    (tmp_path / "verdicts.jsonl").write_text('{"prompt": "1+1=", "completion": "3", "label": false}\n')
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("POSTTRAIN_CACHE", str(tmp_path / "cache"))
     return tmp_path
@@ -45,11 +46,14 @@ def folder(tmp_path: Path, sums: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.mark.parametrize("page", [page for page in PAGES if code(page, "yaml")])
 def test_recipes_are_valid(page: str, tiny_model: Path) -> None:
     for python in code(page, "python"):
-        for name in re.findall(r'@posttrain.block\("\w+", "([\w-]+)"\)', python):
+        for name in re.findall(r'@(?:posttrain.block\("\w+", |reward\()"([\w-]+)"\)', python):
             Path(f"{name}.py").write_text(python)
+    Path("pairs.jsonl").write_text('{"prompt": "?", "chosen": "yes", "rejected": "no"}\n')
     for number, text in enumerate(code(page, "yaml")):
         file = Path(f"recipe-{number}.yaml")
         file.write_text(text.replace(MODEL, str(tiny_model)))
+        for earlier in re.findall(r"runs/\w+/huggingface", text):
+            Path(earlier).mkdir(parents=True, exist_ok=True)
         posttrain.load(file)
 
 
@@ -119,8 +123,8 @@ def test_scripts_of_pages_run(folder: Path) -> None:
     for page in ("block.md", "trainer.md"):
         for number, text in enumerate(code(page, "python")):
             file = folder / f"{page.removesuffix('.md')}{number}.py"
-            again = re.sub(r'(block\("\w+", ")', r"\1again-", text).replace('("reward", ', '("again-reward", ')
-            file.write_text(again.replace('kind("reward")', 'kind("again-reward")'))
+            again = re.sub(r'(block\("\w+", ")', r"\1again-", text).replace('("curriculum", ', '("again-curriculum", ')
+            file.write_text(again.replace('kind("curriculum")', 'kind("again-curriculum")'))
             runpy.run_path(str(file))
 
 

@@ -17,6 +17,7 @@ blocks.optimizers
 blocks.parallel
 blocks.models
 blocks.data blocks.tokenizers blocks.checkpoints blocks.loggers
+blocks.rollouts
 blocks.callbacks
 blocks
 keys

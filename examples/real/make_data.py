@@ -69,7 +69,7 @@ def rows(count: int, seed: int, held_out: bool = False) -> list[dict]:
     return made
 
 
-def write(folder: Path, train: int = 600, held_out: int = 200) -> None:
+def write(folder: Path, train: int = 200, held_out: int = 200) -> None:
     """Write train.jsonl and held.jsonl into a folder."""
     folder.mkdir(parents=True, exist_ok=True)
     for name, made in (("train", rows(train, 1)), ("held", rows(held_out, 2, held_out=True))):

@@ -1,7 +1,7 @@
 """Callback blocks that ship with posttrain."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import attrs
 from attrs.validators import and_ as both
@@ -32,6 +32,37 @@ class EarlyStop:
         memory["early-stop waited"] = 0 if value < lowest else memory.get("early-stop waited", 0) + 1
         if memory["early-stop waited"] >= self.patience:
             trainer.run.stop = f"{self.metric} has not fallen below {lowest:.4f} for {self.patience} evaluations"
+
+
+@block("callback", "keep-best")
+class KeepBest:
+    """Export the model whenever an evaluated metric has a new best value, into `huggingface-best`."""
+
+    metric: str = "eval_loss"
+    """What to compare: `eval_loss`, or `eval_` and the name of anything that the loss logs."""
+    mode: Literal["min", "max"] = "min"
+    """Whether the lowest value is the best, or the highest."""
+
+    @after("trainer.evaluate")
+    def look(self, trainer: Any, found: dict[str, float]) -> None:
+        """Export if there is nothing better so far.
+
+        Raises:
+            RecipeError: nothing of that name is evaluated.
+        """
+        from posttrain.blocks.checkpoints.checkpoint import HuggingFace
+
+        if self.metric not in found:
+            raise RecipeError(f"callbacks: keep-best compares {self.metric!r}, but there is only {', '.join(found)}")
+        run, value = trainer.run, found[self.metric]
+        best = run.memory.get("keep-best")
+        if best is not None and not (value < best if self.mode == "min" else value > best):
+            return
+        run.memory["keep-best"] = value
+        folder = run.output_dir / "huggingface-best"
+        with run.unmeasured("saving"):
+            HuggingFace(output_dir=folder).export(run, folder)
+        run.fabric.print(f"step {run.step}  best {self.metric} so far, {value:.4f}: exported to {folder}")
 
 
 @block("callback", "ema")

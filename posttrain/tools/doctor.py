@@ -23,6 +23,8 @@ EXTRAS = {
     "cortex": ("cryptography", "Snowflake key-pair tokens"),
     "schema": ("jsonschema", "synth: verify by JSON schema"),
     "plot": ("matplotlib", "posttrain plot, posttrain accept"),
+    "wandb": ("wandb", "logger: wandb"),
+    "mlflow": ("mlflow", "logger: mlflow"),
 }
 """Extra -> its package, and what it is for."""
 SMALL = 5 * 2**30
@@ -73,7 +75,7 @@ def devices() -> Iterator[tuple[str, str]]:
 
 def places() -> Iterator[tuple[str, str]]:
     """Yield the folders that posttrain and the hub keep things in, and what is wrong with them."""
-    from posttrain.blocks.data.store import default_cache
+    from posttrain.blocks.data.cache import default_cache
 
     for name, folder in (("cache", default_cache()), ("hub cache", hub_cache()), ("here", Path.cwd())):
         there = next(parent for parent in (folder, *folder.parents) if parent.exists())

@@ -17,7 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
-from posttrain.batch import Batch, Layout
+from posttrain.batch import Batch, Extra, Layout
 from posttrain.blocks.data.data import Data
 from posttrain.blocks.models.quantized.sizes import Group, groups
 from posttrain.blocks.parallel.sharding import replace_tensors, units, weightless
@@ -27,6 +27,8 @@ from posttrain.run import Run
 from posttrain.runtime.launch import silence_libraries
 from posttrain.trainer import Trainer
 from posttrain.trainers.distill import DistillTrainer
+from posttrain.trainers.grpo import GRPOTrainer
+from posttrain.trainers.kto import KTOTrainer
 
 BF16 = ("bf16-mixed", "bf16-true")
 
@@ -182,14 +184,33 @@ def fullest(trainer: Trainer) -> Batch:
         RecipeError: the data block is not one of posttrain's.
     """
     data = trainer.data
+    if isinstance(trainer, GRPOTrainer):
+        return read_by_the_host(full_groups(trainer))
     if not isinstance(data, Data):
         raise RecipeError(f"data: {type(data).__name__} does not say how long its rows are; a plan needs that")
     size = trainer.sequence.size if trainer.sequence else 1
     rows = [[data.fullest(-(-data.max_length // size))] for _ in range(trainer.micro_batch_size)]
     batch = read_by_the_host(data.collator(None)(rows, 1))
+    if isinstance(trainer, KTOTrainer):
+        batch = batch.but(others=Extra(read_by_the_host(batch["others"])))
     if getattr(trainer, "precompute_reference", False):
         batch = batch.but(reference_log_probs=torch.zeros(len(batch.supervised)))
     return batch
+
+
+def full_groups(trainer: GRPOTrainer) -> Batch:
+    """Return a micro-batch of groups whose prompts and replies are as long as can be."""
+    from posttrain.blocks.rollouts.groups import batch_of
+    from posttrain.blocks.rollouts.replies import Group, Reply
+
+    tokens, n = trainer.sampler.max_new_tokens, trainer.group_size
+    prompt = [1 + i % 2 for i in range(trainer.data.max_length if isinstance(trainer.data, Data) else 1)]
+    replies = [Reply([1 + (i >> bit) % 2 for bit in range(tokens)], [0.0] * tokens, True) for i in range(n)]
+    group = Group(0, prompt, {}, [], replies, rewards=[0.0] * n, advantages=[0.0] * n)
+    batch = batch_of([group] * trainer.micro_batch_size, pad_id=0, packing=trainer.branching, mask_truncated=False)
+    zeros = torch.zeros(len(batch.supervised))
+    more = {"reference": trainer.beta > 0, "old": trainer.updates > 1}
+    return batch.but(**{name: Extra(zeros, "target") for name, wanted in more.items() if wanted})
 
 
 def one_pass(trainer: Trainer, fabric: Any, network: nn.Module, others: dict[str, nn.Module]) -> Run:

@@ -13,9 +13,10 @@ from torch import Tensor, nn
 
 from posttrain.batch import Batch, Layout, Term
 from posttrain.blocks.losses.cross_entropy import nll_sum, token_log_probs, top_log_probs, top_of
+from posttrain.blocks.losses.entropy import log_probs_and_entropy, of_logits
 from posttrain.blocks.models.activations import Offload
 from posttrain.blocks.models.apart import Bounds, ByDocument, Way, by_document, decoder_of, separate
-from posttrain.blocks.models.attention import NAME, no_mask
+from posttrain.blocks.models.attention import CACHE, NAME, no_mask
 from posttrain.blocks.models.router import balance
 from posttrain.errors import TrainingError
 from posttrain.registry import suggest
@@ -24,7 +25,7 @@ MAX_SHARD_SIZE = "5GB"
 """Of an exported file; writing one may take as much memory again."""
 
 
-OUTPUTS = ("nll", "log_probs", "logits", "hidden")
+OUTPUTS = ("nll", "log_probs", "policy", "logits", "hidden")
 
 
 class PackedModel(nn.Module):
@@ -176,21 +177,22 @@ class CausalLM(PackedModel):
     def forward(
         self,
         batch: Batch,
-        output: Literal["nll", "log_probs", "logits", "hidden"] = "nll",
+        output: Literal["nll", "log_probs", "policy", "logits", "hidden"] = "nll",
         tokens: Tensor | None = None,
         temperature: float = 1.0,
-    ) -> Tensor:
+    ) -> Tensor | tuple[Tensor, Tensor]:
         """Compute something at the supervised positions of a batch (see layout.py).
 
         Args:
             batch: its layout, `max_token` and `targets` are used.
             output: what to return.
             tokens: int64 [n, k], for log_probs: the tokens that are asked about, instead of the targets.
-            temperature: for log_probs: what logits are divided by.
+            temperature: for log_probs and policy: what logits are divided by.
 
         Returns:
             nll: a scalar, the summed negative log-likelihood of the targets, in nats.
             log_probs: [n], each target's log-probability, or [n, k], those of `tokens`.
+            policy: [n] and [n], each target's log-probability, and the entropy of what it is drawn from, in nats.
             logits: [n, vocabulary]; mind the memory.
             hidden: [rows, width, size], the last hidden states, of every position.
 
@@ -205,6 +207,10 @@ class CausalLM(PackedModel):
             return self.hidden_states(batch)
         if output == "logits":
             return self.logits(layout)
+        if output == "policy" and self.plain_head:
+            return log_probs_and_entropy(*self.head_inputs(layout), batch.targets, temperature)
+        if output == "policy":
+            return of_logits(self.logits(layout), batch.targets, temperature)
         if output == "nll" and self.plain_head:
             return nll_sum(*self.head_inputs(layout), batch.targets)
         asked = batch.targets[:, None] if tokens is None else tokens
@@ -252,6 +258,21 @@ class CausalLM(PackedModel):
             hidden, weight, bias = self.head_inputs(layout)
             return top_log_probs(hidden, weight[known], None if bias is None else bias[known], k, temperature)
         return top_of(self.logits(layout)[:, known], k, temperature)
+
+    @torch.no_grad()
+    def next_logits(self, ids: Tensor, mask: Tensor, cache: Any) -> Tensor:
+        """Return the logits of the token that follows each row, float32 [rows, vocabulary].
+
+        Args:
+            ids: int64 [rows, new], tokens that the cache does not hold yet.
+            mask: int64 [rows, width], 0 for padding at the left; of all tokens so far, the new ones included.
+            cache: a transformers `Cache` of what came before, which the new tokens are added to.
+        """
+        self.bounds.at = None
+        positions = (mask.cumsum(-1) - 1).clamp(min=0)[:, -ids.shape[1] :]
+        given = {"attention_mask": mask, "position_ids": positions, "use_cache": True, CACHE: cache}
+        output = self.base(input_ids=ids, logits_to_keep=1, **given)
+        return output.logits[:, -1].float()  # type: ignore[no-any-return]
 
     @torch.no_grad()
     def generate(self, **kwargs: Any) -> Tensor:
