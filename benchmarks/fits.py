@@ -1,7 +1,7 @@
 """What fits on one card, for shapes of known models: `python benchmarks/memory.py --table [--write docs/memory.md]`.
 
 The shapes are numbers written here; nothing is fetched and nothing is trained. A plan traces a step at two lengths; what
-lies between and beyond is on a line, since activations are kept and computed again layer by layer.
+lies between and beyond is on a line, since what layers keep grows with each token alike.
 """
 
 import sys
@@ -31,8 +31,8 @@ SHAPES: dict[str, dict[str, Any]] = {
     "Llama 3.3 70B": {"hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80,
                       "num_attention_heads": 64, "vocab_size": 128256},
 }  # fmt: skip
-CARDS, LENGTHS, SPARE = (24, 48, 80), (4096, 8192), 0.1
-LONGEST = 128 * 1024
+CARDS, LENGTHS, SPARE = (24, 48, 80), (8192, 16384), 0.1
+LONGEST = 64 * 1024
 BEGIN, END = "<!-- fits -->", "<!-- end of fits -->"
 
 
@@ -79,12 +79,12 @@ def longest(shape: dict[str, Any], model: dict[str, Any], more: dict[str, Any]) 
     return found, low, count
 
 
-def table(target: str | None) -> None:
+def table(target: str | None, only: str | None = None) -> None:
     """Print the table, or put it between the marks of a page."""
     warnings.simplefilter("ignore")
-    head = ["model", "parameters", "", "GiB at 4k", *(f"{card} GB" for card in CARDS)]
+    head = ["model", "parameters", "", "GiB at 8k", *(f"{card} GB" for card in CARDS)]
     lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
-    for name, shape in SHAPES.items():
+    for name, shape in SHAPES.items() if only is None else [(only, SHAPES[only])]:
         for setting, (model, more) in settings().items():
             found, low, count = longest(shape, model, more)
             first = (name, f"{count / 1e9:.1f} B") if setting == "full" else ("", "")

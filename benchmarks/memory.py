@@ -199,7 +199,7 @@ def main() -> None:
     parser.add_argument("--model", help="folder of a model")
     parser.add_argument("--data", help="questions and answers, one a line")
     parser.add_argument("--held", help="others, to evaluate on")
-    parser.add_argument("--only", help="one setting")
+    parser.add_argument("--only", help="one setting, or with --table one model")
     parser.add_argument("--steps", type=int, default=6)
     parser.add_argument("--trl", action="store_true", help="TRL with peft and bitsandbytes, too")
     parser.add_argument("--table", action="store_true", help="what fits on which card")
@@ -209,7 +209,7 @@ def main() -> None:
     if arguments.table:
         from fits import table
 
-        table(arguments.write)
+        table(arguments.write, arguments.only)
     elif arguments.child:
         do = {"train": measured, "plan": planned, "trl": trl}[arguments.child]
         sys.stdout.write("\n" + json.dumps(do(arguments, arguments.only)) + "\n")

@@ -11,6 +11,7 @@ from test_ranks import recipe
 from toy import LLAMA, losses, network, trainer
 
 import posttrain
+from posttrain.blocks.models.exports import open_model
 from posttrain.blocks.models.model import HFModel, LoRA
 from posttrain.blocks.models.quantized.layers import Numbers, QuantizedLinear
 from posttrain.blocks.models.quantized.quantize import quantize
@@ -141,7 +142,9 @@ def test_what_products_keep_of_experts_is_made_again() -> None:
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")  # peft still says gradient checkpointing
-def test_qlora_goes_on_bit_by_bit_and_exports_what_peft_loads(tiny_model: Path, sums: Path, tmp_path: Path) -> None:
+def test_qlora_goes_on_bit_by_bit_and_exports_what_peft_and_merge_load(
+    tiny_model: Path, sums: Path, tmp_path: Path
+) -> None:
     def made(folder: Path, **keys: Any) -> Any:
         return posttrain.SFTTrainer(
             model=HFModel(name_or_path=str(tiny_model), quantize="nf4", lora=LoRA(r=4, dropout=0.1)),
@@ -167,7 +170,16 @@ def test_qlora_goes_on_bit_by_bit_and_exports_what_peft_loads(tiny_model: Path, 
     quantize(base, "nf4", True)
     loaded, ids = PeftModel.from_pretrained(base, folder).eval(), torch.arange(20)[None]
     ours: Any = whole.model.module.eval()
-    torch.testing.assert_close(loaded(input_ids=ids).logits, ours.base(input_ids=ids).logits)
+    wanted = ours.base(input_ids=ids).logits
+    torch.testing.assert_close(loaded(input_ids=ids).logits, wanted)
+    # Merged, and opened like a model, it is what was trained, and not the adapter on a base that was not there.
+    assert main(["merge", str(tmp_path / "whole"), "-o", str(tmp_path / "merged")]) == 0
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    torch.testing.assert_close(merged(input_ids=ids).logits, wanted, rtol=1e-4, atol=1e-4)
+    opened = open_model(str(tmp_path / "whole")).hf
+    torch.testing.assert_close(opened(input_ids=ids).logits, wanted, rtol=1e-4, atol=1e-4)
+    on_the_whole = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny_model), folder).eval()
+    assert float((on_the_whole(input_ids=ids).logits - wanted).abs().max().detach()) > 1e-2
     assert json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"] == str(tiny_model)
 
 
@@ -180,6 +192,22 @@ def test_the_reference_of_dpo_is_the_same_bytes_without_adapters(tmp_path: Path)
     ).train()
     assert not any(p.requires_grad for p in own.frozen["reference"].parameters())
     assert any(isinstance(part, QuantizedLinear) for part in own.frozen["reference"].modules())
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # peft still says gradient checkpointing
+def test_a_merge_that_loses_the_tuning_of_a_quantized_base_is_refused(
+    tiny_model: Path, sums: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """So small a change is below what bfloat16 can tell; in float32 it is kept."""
+    posttrain.SFTTrainer(
+        model=HFModel(name_or_path=str(tiny_model), quantize="nf4", lora=LoRA(r=4)),
+        data=posttrain.SFTData(sources=[posttrain.Source(name_or_path=str(sums))], max_length=128),
+        output_dir=tmp_path / "weak", max_steps=1, accelerator="cpu", optimizer=posttrain.AdamW(lr=1e-6),
+    ).train()  # fmt: skip
+    assert main(["merge", str(tmp_path / "weak"), "-o", str(tmp_path / "merged"), "--dtype", "bfloat16"]) == 1
+    assert "the adapter does is" in capsys.readouterr().err
+    assert not (tmp_path / "merged").exists()
+    assert main(["merge", str(tmp_path / "weak"), "-o", str(tmp_path / "merged")]) == 0
 
 
 @pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true", "64-true"])

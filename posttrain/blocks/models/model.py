@@ -206,6 +206,8 @@ class HFModel:
         if network.router_weight and way.unfolds:
             raise RecipeError("model.router_aux_loss: this model has no packed rows, and its routers are not read")
         network.saved_as = self.saved_as()
+        if self.quantize is not None:
+            network.quantized = {"quantize": self.quantize, "double_quantization": self.doubly}
         return network  # type: ignore[no-any-return]
 
     def keep_as_bytes(self, hf: Any, fabric: "Fabric | None") -> None:
@@ -218,9 +220,13 @@ class HFModel:
 
         if getattr(hf.config, "quantization_config", None):
             raise RecipeError(f"model.quantize: {self.name_or_path} is quantized already; name what it was made of")
-        double = self.quantize != "int8" and self.double_quantization is not False
         remade = not self.activation_checkpointing
-        prepare(hf, self.quantize or "nf4", double, dtype=self.dtype, fabric=fabric, remade=remade)
+        prepare(hf, self.quantize or "nf4", self.doubly, dtype=self.dtype, fabric=fabric, remade=remade)
+
+    @property
+    def doubly(self) -> bool:
+        """Whether scales are quantized, too."""
+        return self.quantize != "int8" and self.double_quantization is not False
 
     def way(self, hf: Any) -> "Way":
         """Return how the model keeps the documents of a row apart, with the attention for that set.

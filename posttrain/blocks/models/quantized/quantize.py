@@ -2,6 +2,7 @@
 
 import logging
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -57,19 +58,40 @@ def quantize(hf: Any, kind: Kind, double: bool, device: torch.device | None = No
         RecipeError: bitsandbytes is missing, or much of the layers would stay as it is.
     """
     require("model.quantize")
-    decoder, head = decoder_of(hf), hf.get_output_embeddings()  # a head's outputs are too fine for it
     hf.requires_grad_(False)
-    for module in list(decoder.modules()):
-        for name, child in list(module.named_children()):
-            if isinstance(child, nn.Linear) and type(child).forward is nn.Linear.forward and child is not head:
-                setattr(module, name, QuantizedLinear(child, kind, double, device))
-        stacked = {name: p for name, p in module._parameters.items() if p is not None and is_stack(module, p)}
+    for module, linear, stacked in targets(hf):
+        for name, child in linear.items():
+            setattr(module, name, QuantizedLinear(child, kind, double, device))
         for name, weight in stacked.items():
             numbers = Numbers(Code(kind, double, tuple(weight.shape)), weight.dtype, device)
             parametrize.register_parametrization(module, name, numbers, unsafe=True)
         if stacked:
             module.forward = Remade(module, remade)
-    refuse_rest(decoder)
+    refuse_rest(decoder_of(hf))
+
+
+def targets(hf: Any) -> Iterator[tuple[nn.Module, dict[str, nn.Linear], dict[str, nn.Parameter]]]:
+    """Yield modules with what is to be quantized of them, by name: linear layers, and stacks of matrices."""
+    head = hf.get_output_embeddings()  # its outputs are too fine for it
+    for module in list(decoder_of(hf).modules()):
+        linear = {
+            name: child for name, child in module.named_children()
+            if isinstance(child, nn.Linear) and type(child).forward is nn.Linear.forward and child is not head
+        }  # fmt: skip
+        stacked = {name: p for name, p in module._parameters.items() if p is not None and is_stack(module, p)}
+        if linear or stacked:
+            yield module, linear, stacked
+
+
+@torch.no_grad()
+def round_weights(hf: Any, kind: Kind, double: bool) -> None:
+    """Give a transformers model, in place, the numbers that its quantized form computes with."""
+    require("an adapter that was trained on a quantized base")
+    for _, linear, stacked in targets(hf):
+        for weight in (*(child.weight for child in linear.values()), *stacked.values()):
+            if not weight.is_meta:
+                code = Code(kind, double, tuple(weight.shape))
+                weight.copy_(code.read(*code.write(weight, weight.device), weight.dtype))
 
 
 def is_stack(module: nn.Module, parameter: Tensor) -> bool:
