@@ -15,7 +15,7 @@ import attrs
 
 from posttrain import hooks
 from posttrain.batch import Batch, Term
-from posttrain.blocks.optimizer import learning_rates, torch_optimizer
+from posttrain.blocks.optimizer import averaged, learning_rates, torch_optimizer
 from posttrain.errors import RecipeError, TrainingError
 from posttrain.interfaces import (
     Adding,
@@ -332,7 +332,7 @@ class Trainer(TrainerKeys):
             raise RecipeError("eval_every: there is nothing to evaluate on; give data.eval_split or data.eval_sources")
         outer, run.metrics, counts, weights = run.metrics, Metrics(), Counter[str](), dict[str, float]()
         run.model.eval()
-        with torch.no_grad(), run.unmeasured("evaluating"):
+        with torch.no_grad(), run.unmeasured("evaluating"), averaged(run):
             for batch in map(Batch.of, self.together(OnDevice(run, run.loaders.eval))):
                 run.watchdog.beat()
                 counts.update(batch.counts)

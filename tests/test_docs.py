@@ -60,8 +60,10 @@ def test_recipes_are_valid(page: str, tiny_model: Path) -> None:
 
 def test_the_block_trains(tiny_model: Path) -> None:
     optimizer, *_ = code("block.md", "python")
-    Path("sgd_again.py").write_text(optimizer.replace('"sgd"', '"sgd-again"'))
-    recipe = code("block.md", "yaml")[0].replace("code: sgd.py", "code: sgd_again.py").replace("sgd,", "sgd-again,")
+    Path("momentum_again.py").write_text(optimizer.replace('"momentum"', '"momentum-again"'))
+    recipe = (
+        code("block.md", "yaml")[0].replace("momentum.py", "momentum_again.py").replace("momentum,", "momentum-again,")
+    )
     Path("recipe.yaml").write_text(recipe.replace(MODEL, str(tiny_model)))
     run = posttrain.load("recipe.yaml", ["max_steps=2", "data.max_length=64"]).train()
     assert type(run.optimizer.optimizer).__name__ == "SGD"  # type: ignore[attr-defined]

@@ -1,5 +1,6 @@
 """The networks that trainers call: transformers models whose logits exist only at supervised positions."""
 
+import json
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -15,6 +16,7 @@ from posttrain.batch import Batch, Layout, Term
 from posttrain.blocks.losses.cross_entropy import nll_sum, token_log_probs, top_log_probs, top_of
 from posttrain.blocks.losses.entropy import log_probs_and_entropy, of_logits
 from posttrain.blocks.models.activations import Offload
+from posttrain.blocks.models.adapters import QUANTIZED
 from posttrain.blocks.models.apart import Bounds, ByDocument, Way, by_document, decoder_of, separate
 from posttrain.blocks.models.attention import CACHE, NAME, no_mask
 from posttrain.blocks.models.router import balance, small
@@ -52,6 +54,8 @@ class PackedModel(nn.Module):
         """What the passes since the last loss add to it, such as the loss of a router; the loop takes it from here."""
         self.saved_as: str | None = None
         """In which type to export what is trained in float32; None for as it is."""
+        self.quantized: dict[str, Any] | None = None
+        """How the base was quantized; exported beside adapters, which belong to it as it is then."""
         self.apart = ""
         """How the documents of rows are kept apart, in words."""
 
@@ -163,6 +167,8 @@ class PackedModel(nn.Module):
             with warnings.catch_warnings():  # peft, of a base that is an adapter itself
                 warnings.filterwarnings("ignore", message="Could not find a config file in")
                 self.hf.save_pretrained(folder, state_dict=state_dict, max_shard_size=MAX_SHARD_SIZE)
+            if self.quantized is not None:
+                (folder / QUANTIZED).write_text(json.dumps(self.quantized) + "\n", encoding="utf-8")
         finally:
             if shown:
                 transformers.utils.logging.enable_progress_bar()
