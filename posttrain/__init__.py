@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from posttrain.batch import Batch, Extra, Term
-    from posttrain.blocks.callbacks import EMA, EarlyStop, KeepBest, Profiler, Samples
+    from posttrain.blocks.callbacks import EMA, EarlyStop, KeepBest, NEFTune, Profiler, Samples
     from posttrain.blocks.checkpoints.checkpoint import HuggingFace, Resume
     from posttrain.blocks.data.data import CausalData, PreferenceData, SFTData
     from posttrain.blocks.data.sources import Source
@@ -21,7 +21,17 @@ if TYPE_CHECKING:
     from posttrain.blocks.models.model import HFModel, LoRA, RewardModel
     from posttrain.blocks.models.speculator.model import SpeculatorModel
     from posttrain.blocks.models.swiftkv.model import SwiftKVModel
-    from posttrain.blocks.optimizer import AdamW
+    from posttrain.blocks.optimizer import AdamW, ParameterGroup
+    from posttrain.blocks.optimizers.blocks import (
+        SGD,
+        Adafactor,
+        AdamW8bit,
+        AdamWBF16,
+        Lion,
+        Muon,
+        ScheduleFree,
+        TorchOptimizer,
+    )  # fmt: skip
     from posttrain.blocks.parallel.sequence import Ulysses
     from posttrain.blocks.parallel.strategy import DDP, FSDP, Auto, DeepSpeed
     from posttrain.blocks.rollouts.prompts import PromptData
@@ -62,7 +72,7 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "batch": ("Batch", "Extra", "Term"),
-    "blocks.callbacks": ("EMA", "EarlyStop", "KeepBest", "Profiler", "Samples"),
+    "blocks.callbacks": ("EMA", "EarlyStop", "KeepBest", "NEFTune", "Profiler", "Samples"),
     "blocks.joined": ("JoinedOptimizer",),
     "blocks.checkpoints.checkpoint": ("HuggingFace", "Resume"),
     "blocks.data.data": ("CausalData", "PreferenceData", "SFTData"),
@@ -70,7 +80,10 @@ _HOMES = {
     "blocks.loggers.services": ("CSV", "MLflow", "WandB"),
     "blocks.rollouts.prompts": ("PromptData",),
     "blocks.models.model": ("HFModel", "LoRA", "RewardModel"),
-    "blocks.optimizer": ("AdamW",),
+    "blocks.optimizer": ("AdamW", "ParameterGroup"),
+    "blocks.optimizers.blocks": (
+        "SGD", "AdamW8bit", "AdamWBF16", "Adafactor", "Lion", "Muon", "ScheduleFree", "TorchOptimizer",
+    ),
     "blocks.losses.objective": ("preference_loss",),
     "blocks.losses.surrogate": ("policy_loss",),
     "blocks.rollouts.rewards": ("ModelReward", "reward"),
@@ -112,16 +125,17 @@ _HOMES = {
 _HOME_OF = {name: f"posttrain.{module}" for module, found in _HOMES.items() for name in found}
 
 __all__ = [
-    "AdamW", "Auto", "AzureOpenAISynth", "Batch", "CSV", "CausalData", "CausalTrainer", "CheckpointError", "Console",
-    "Constant", "CortexSynth", "Cosine", "DDP", "DPOTrainer", "DataError", "DeepSpeed", "DistillTrainer", "EMA",
-    "EarlyStop", "Extra", "FSDP", "GRPOTrainer", "HFModel", "HFTokenizer", "HookError", "HuggingFace", "JSONL",
-    "JoinedOptimizer", "KTOTrainer", "KeepBest", "Linear", "LoRA", "MLflow", "ModelReward", "OnPolicyDistillTrainer",
-    "OnlineDPOTrainer", "OpenAISynth", "PosttrainError", "PreferenceData", "Profiler", "PromptData", "RecipeError",
-    "RegistryError", "Resume", "RewardModel", "RewardTrainer", "Run", "SFTData", "SFTTrainer", "Samples", "Secret",
-    "Source", "SpeculatorModel", "SpeculatorTrainer", "SwiftKVModel", "SwiftKVTrainer", "SynthError", "TensorBoard",
-    "Term", "Trainer", "TrainingError", "TransformersSampler", "TransformersSynth", "TwoStage", "Ulysses",
-    "UnpairedData", "VllmSynth", "WSD", "WandB", "after", "before", "block", "default", "key", "kind", "load",
-    "policy_loss", "preference_loss", "reward",
+    "Adafactor", "AdamW", "AdamW8bit", "AdamWBF16", "Auto", "AzureOpenAISynth", "Batch", "CSV", "CausalData",
+    "CausalTrainer", "CheckpointError", "Console", "Constant", "CortexSynth", "Cosine", "DDP", "DPOTrainer",
+    "DataError", "DeepSpeed", "DistillTrainer", "EMA", "EarlyStop", "Extra", "FSDP", "GRPOTrainer", "HFModel",
+    "HFTokenizer", "HookError", "HuggingFace", "JSONL", "JoinedOptimizer", "KTOTrainer", "KeepBest", "Linear", "Lion",
+    "LoRA", "MLflow", "ModelReward", "Muon", "NEFTune", "OnPolicyDistillTrainer", "OnlineDPOTrainer", "OpenAISynth",
+    "ParameterGroup", "PosttrainError", "PreferenceData", "Profiler", "PromptData", "RecipeError", "RegistryError",
+    "Resume", "RewardModel", "RewardTrainer", "Run", "SFTData", "SFTTrainer", "SGD", "Samples", "ScheduleFree",
+    "Secret", "Source", "SpeculatorModel", "SpeculatorTrainer", "SwiftKVModel", "SwiftKVTrainer", "SynthError",
+    "TensorBoard", "Term", "TorchOptimizer", "Trainer", "TrainingError", "TransformersSampler", "TransformersSynth",
+    "TwoStage", "Ulysses", "UnpairedData", "VllmSynth", "WSD", "WandB", "after", "before", "block", "default", "key",
+    "kind", "load", "policy_loss", "preference_loss", "reward",
 ]  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""The command line: train, check, show, prepare, plan, blocks, plot, view, chat, eval, merge, push, convert and others.
+"""The command line: train, check, show, prepare, plan, fit, blocks, plot, view, chat, eval, merge, push, ...
 
 What they do stands in `tools/commands.py`; here the command line is read.
 
@@ -95,6 +95,12 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
                                "posttrain plan recipe.yaml --world 8 strategy=fsdp")  # fmt: skip
     planning.add_argument("--world", type=_count, metavar="N", help="devices, all nodes together (the recipe's, or 1)")
     planning.add_argument("--gpu-memory", type=float, default=80.0, metavar="GIB", help="of each device (80)")
+
+    fitting = _recipe_command(commands, "fit", "find the smallest change of a recipe that fits into a device's memory",
+                              "posttrain fit recipe.yaml --gpu-memory 24")  # fmt: skip
+    fitting.add_argument("--world", type=_count, metavar="N", help="devices, all nodes together (the recipe's, or 1)")
+    fitting.add_argument("--gpu-memory", type=float, default=80.0, metavar="GIB", help="of each device (80)")
+    fitting.add_argument("--no-offload", action="store_true", help="let nothing wait on the host, which is slow")
 
     listing = _command(commands, "blocks", "list what a recipe can be made of", "posttrain blocks scheduler cosine")
     listing.add_argument("kind", nargs="?", metavar="KIND", help="such as optimizer")

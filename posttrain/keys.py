@@ -12,9 +12,11 @@ from posttrain.blocks.callbacks import EarlyStop
 from posttrain.blocks.checkpoints.checkpoint import HuggingFace, Resume
 from posttrain.blocks.data.data import Data
 from posttrain.blocks.loggers.logger import JSONL, Console, TensorBoard
+from posttrain.blocks.models.model import HFModel
 from posttrain.blocks.optimizer import AdamW
+from posttrain.blocks.optimizers.blocks import ScheduleFree
 from posttrain.blocks.parallel.strategy import Auto, DeepSpeed
-from posttrain.blocks.scheduler import Cosine
+from posttrain.blocks.scheduler import Constant, Cosine
 from posttrain.blocks.tokenizers.tokenizer import HFTokenizer
 from posttrain.interfaces import (
     CallbackBlock,
@@ -131,6 +133,7 @@ class TrainerKeys:
 
     def check(self) -> Iterator[tuple[str, str]]:
         """Yield what contradicts itself. A trainer with a check of its own yields from this one too."""
+        yield from self.misfits()
         data, stops = self.data, any(isinstance(callback, EarlyStop) for callback in self.callbacks)
         advice = "there is nothing to evaluate on; give data.eval_split or data.eval_sources"
         if isinstance(data, Data) and not (data.eval_split or data.eval_sources):
@@ -140,3 +143,16 @@ class TrainerKeys:
                 yield "callbacks", f"early-stop compares evaluations, and {advice}"
         elif stops and self.eval_every is None:
             yield "callbacks", "early-stop compares evaluations: say with eval_every how often there is one"
+
+    def misfits(self) -> Iterator[tuple[str, str]]:
+        """Yield which blocks do not fit each other."""
+        if isinstance(self.model, HFModel) and self.model.quantize and self.model.lora is None:
+            yield "model", "quantize: what is quantized cannot be trained; write lora: {} too, to train adapters on it"
+        why = getattr(type(self.optimizer), "not_flat", None)
+        if why and isinstance(self.strategy, DeepSpeed):
+            yield (
+                "optimizer",
+                f"DeepSpeed lays parameters end to end, but {why}: use strategy: fsdp or ddp",
+            )
+        if isinstance(self.optimizer, ScheduleFree) and type(self.scheduler) is not Constant:
+            yield "scheduler", "schedule-free takes the place of a schedule: write `{type: constant, warmup: 0.03}`"

@@ -15,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "dpo_gsm8k"))
 import make_pairs  # noqa: E402
 
 
-def make(train: int = 600, test: int = 40, pairs: int = 60) -> None:
+def make(train: int = 600, test: int = 16, pairs: int = 40) -> None:
     """Write `train.jsonl`, `test.jsonl`, and the first `pairs` of `pairs_train.jsonl` and `pairs_test.jsonl`."""
     if not (SHARED / "gsm8k_train.jsonl").exists():
         sys.exit(f"{SHARED} does not hold GSM8K: {__doc__}")

@@ -118,6 +118,57 @@ class EMA:
         run.strategy.restored(run)
 
 
+@block("callback", "neftune", also=("neft",))
+class NEFTune:
+    """Add noise to embeddings while training (Jain et al., arXiv:2310.05914): uniform within alpha / sqrt(L d), for a
+    document of L tokens and embeddings of size d. Each document of a packed row counts its own tokens."""
+
+    alpha: float = key(5.0, also=("neftune_noise_alpha",), check=gt(0))
+    """How much; the paper tries 5, 10 and 15."""
+    _undo: list[Any] = attrs.field(factory=list, init=False, eq=False, repr=False)
+
+    @before("trainer.fit")
+    def start(self, trainer: Any) -> None:
+        """Hook the embeddings.
+
+        Raises:
+            RecipeError: the network has none that are known, or ranks share rows.
+        """
+        network, seen = trainer.run.model.module, dict[str, Any]()
+        if not hasattr(network, "running") or trainer.sequence is not None:
+            raise RecipeError("callbacks: neftune needs a network of ours, and rows that are whole (no sequence)")
+        running = network.running
+
+        def noted(layout: Any) -> Any:
+            seen["layout"] = layout
+            return running(layout)
+
+        def noise(module: Any, _: Any, output: Any) -> Any:
+            return output + self.noise(output, seen["layout"]) if module.training else output
+
+        network.running = noted
+        handle = network.base.get_input_embeddings().register_forward_hook(noise)
+        self._undo.extend((handle.remove, lambda: vars(network).pop("running")))
+
+    @after("trainer.fit")
+    def end(self, trainer: Any, result: Any) -> None:
+        """Leave the network as it was."""
+        while self._undo:
+            self._undo.pop()()
+
+    def noise(self, output: Any, layout: Any) -> Any:
+        """Return what is added to embeddings [rows, width, size]."""
+        import torch
+
+        queries, size = layout.cu_seqlens.diff(), output.shape[-1]
+        keys = queries if layout.cu_seqlens_k is None else layout.cu_seqlens_k.diff()  # with what branches begin with
+        lengths = keys.repeat_interleave(queries).to(output.dtype)
+        if lengths.numel() != output[..., 0].numel():  # a document in a row of its own
+            lengths = output.new_tensor(float(output.shape[-2])).expand(output.shape[:-1])
+        bound = self.alpha / (lengths.view(*output.shape[:-1], 1) * size).sqrt()
+        return torch.empty_like(output).uniform_(-1, 1) * bound
+
+
 @block("callback", "samples")
 class Samples:
     """Print what the model replies to some prompts, before training and at every evaluation.
@@ -165,7 +216,7 @@ class Samples:
 class Profiler:
     """Record where the time of some steps goes, in `profile` of the run's folder.
 
-    `trace-rank-N.json` opens in https://ui.perfetto.dev; `operators.txt` is rank zero's table, the dearest first.
+    `trace-rank-N.json` opens in https://ui.perfetto.dev; `operators.txt` is rank zero's table, the slowest first.
     Recording slows the steps down.
     """
 

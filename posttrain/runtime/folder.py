@@ -77,10 +77,13 @@ def logged(run: "Run", blocks: "list[LoggerBlock]") -> Iterator[None]:
 
 
 def difference(old: Any, new: Any, key: str = "") -> list[str]:
-    """Return a line for each key whose value differs, as JSON would tell them apart."""
+    """Return a line for each key whose value differs, as JSON would tell them apart.
+
+    A key that the old one does not have, and the new one leaves empty, has come with a later version: no difference.
+    """
     old, new = (old, new) if key else json.loads(json.dumps([old, new]))
     if isinstance(old, dict) and isinstance(new, dict):
-        keys = [k for k in {**old, **new} if key or k not in FREE]
+        keys = [k for k in {**old, **new} if (key or k not in FREE) and (k in old or new[k])]
         return [line for k in keys for line in difference(old.get(k), new.get(k), f"{key}.{k}" if key else str(k))]
     return [] if old == new else [f"{key}: {json.dumps(old)} there, {json.dumps(new)} here"]
 

@@ -9,7 +9,7 @@ import math
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import attrs
 
@@ -97,7 +97,7 @@ def compare(first: Result, second: Result) -> Comparison:
 def evaluate(
     model: str, data: Path, check: str | Callable[..., bool | float] = "exact", *, wanted: str | None = None,
     rows: int | None = None, max_new_tokens: int = 256, system: str | None = None, batch_size: int = 32,
-    output_dir: Path | None = None, device: str = "auto", progress: Callable[[Any], None] = lambda progress: None,
+    output_dir: Path | None = None, device: str = "auto",
 ) -> Result:  # fmt: skip
     """Have a model answer the rows of a file, and check its replies. Greedy: the likeliest token each time.
 
@@ -113,7 +113,6 @@ def evaluate(
         batch_size: prompts that are answered together.
         output_dir: where the replies go; by default `evals` in the run's folder, or here.
         device: `cpu`, `cuda`, `mps`, or what there is.
-        progress: called a few times a second.
 
     Raises:
         RecipeError: the model, the file or the check is not what it should be.
@@ -134,7 +133,7 @@ def evaluate(
     asks = Generate(body={"temperature": 0, "max_tokens": max_new_tokens})  # type: ignore[call-arg]  # of the base
     called = check if isinstance(check, str) else check.__name__
     questions = list(asked(Source(name_or_path=str(data)), rows, system, wanted))
-    report = Pipeline([asks, checks]).run(questions, client, f"{data.stem}-{called}", progress=progress)
+    report = Pipeline([asks, checks]).run(questions, client, f"{data.stem}-{called}")
     scored = list(report.rows())
     result = Result(
         model, {row[ID]: float(row["score"]) for row in scored},

@@ -4,8 +4,10 @@ Network, loss, backward pass and an optimizer step are run with every micro-batc
 operation by operation. So it holds for a network, a loss or an optimizer of one's own.
 """
 
+import copy
 import warnings
 import weakref
+from collections.abc import Iterable
 from typing import Any
 
 import attrs
@@ -17,6 +19,7 @@ from torch.utils._pytree import tree_map_only
 
 from posttrain.batch import Batch, Extra, Layout
 from posttrain.blocks.data.data import Data
+from posttrain.blocks.models.quantized.sizes import Group, groups
 from posttrain.blocks.parallel.sharding import replace_tensors, units, weightless
 from posttrain.blocks.parallel.strategy import FSDP, DeepSpeed
 from posttrain.errors import RecipeError
@@ -46,9 +49,15 @@ class Traced:
     """Bytes of references and teachers."""
     activations: int
     layer: int
-    """Parameters of the largest layer."""
+    """Bytes of the largest layer, as it is gathered for products."""
+    layer_trained: int
+    """Parameters of the largest layer that are trained."""
     outside: int
-    """Parameters outside of layers: embeddings and head."""
+    """Bytes of what is outside of layers, as it is gathered: embeddings and head."""
+    whole: int
+    """Bytes of all parameters, as they are gathered."""
+    groups: list[Group]
+    """The parameters by type."""
 
 
 class Asked(nn.Module):
@@ -112,24 +121,35 @@ def _trace(trainer: Trainer) -> Traced:
         network = fabric.strategy.precision.convert_module(trainer.model.build(fabric))
         kept = size_of(network.parameters())
         gradients = size_of(parameter for parameter in network.parameters() if parameter.requires_grad)
+        states = state_of(trainer, network)
         if precision == "bf16-mixed" and (deepspeed or isinstance(trainer.strategy, FSDP)):  # they cast, not autocast
             network = network.to(torch.bfloat16)
         others = {} if answers_are_stored(trainer) else trainer.build_frozen(fabric, network)
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:
         for each in (network, *others.values()):  # from the meta device to fake tensors on the CPU
             replace_tensors(each, lambda _, tensor: torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu"))
-        counts = {wanted: sum(p.numel() for p in network.parameters() if p.requires_grad == wanted)
-                  for wanted in (True, False)}  # fmt: skip
-        states = stepped(trainer.optimizer.build(network)) * kept // size_of(network.parameters())
+        parts = groups(network)
+        counts = {wanted: sum(part.numbers for part in parts if part.trained == wanted) for wanted in (True, False)}
         if deepspeed and precision in BF16:  # bfloat16 beside float32 that the optimizer works in
-            kept, gradients, states = 2 * sum(counts.values()), 2 * counts[True], 12 * counts[True]
+            states = 4 * counts[True] + states * 4 * counts[True] // gradients
+            kept, gradients = gathered(network.parameters(), 2), 2 * counts[True]
         activations = peak(trainer, fabric, network, others, batch.map(mode.from_tensor))
-        sizes = [sum(p.numel() for p in layer.parameters()) for layer in units(network)]
+        low = 2 if "16" in precision else 4
+        layers = [list(layer.parameters()) for layer in units(network)]
+        sizes = [gathered(layer, low) for layer in layers]
+        trained = [sum(p.numel() for p in layer if p.requires_grad) for layer in layers]
     return Traced(
         trained=counts[True], frozen=counts[False], kept=kept, gradients=gradients, optimizer=states,
         others=sum(size_of(other.parameters()) for other in others.values()), activations=activations,
-        layer=max(sizes, default=0), outside=sum(counts.values()) - sum(sizes),
+        layer=max(sizes, default=0), layer_trained=max(trained, default=0),
+        outside=gathered(network.parameters(), low) - sum(sizes), whole=gathered(network.parameters(), low),
+        groups=parts,
     )  # fmt: skip
+
+
+def gathered(parameters: Iterable[nn.Parameter], low: int) -> int:
+    """Return the bytes of parameters in products whose numbers have `low` bytes; quantized ones are gathered so."""
+    return sum(p.numel() * (low if p.is_floating_point() else p.element_size()) for p in parameters)
 
 
 def peak(trainer: Trainer, fabric: Any, network: nn.Module, others: dict[str, nn.Module], batch: Batch) -> int:
@@ -228,6 +248,14 @@ def read_by_the_host(batch: Batch) -> Batch:
 
     branch = None if batch.branch is None else attrs.evolve(batch.branch, **seen(batch.branch))
     return attrs.evolve(batch, branch=branch, **seen(batch))
+
+
+def state_of(trainer: Trainer, network: nn.Module) -> int:
+    """Return the bytes that a recipe's optimizer keeps for a network on the meta device, as its parameters are kept."""
+    shadow = copy.deepcopy(network)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        replace_tensors(shadow, lambda _, tensor: torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu"))
+        return stepped(trainer.optimizer.build(shadow))
 
 
 def stepped(optimizer: Any) -> int:

@@ -14,7 +14,7 @@ from attrs.validators import gt, optional
 
 from posttrain.blocks.checkpoints import manifest
 from posttrain.blocks.checkpoints.writer import Writer, finish
-from posttrain.blocks.optimizer import members, settings, torch_optimizer
+from posttrain.blocks.optimizer import averaged, members, settings, torch_optimizer
 from posttrain.errors import CheckpointError
 from posttrain.registry import block, key
 from posttrain.runtime.folder import ADVICE, difference
@@ -186,7 +186,7 @@ class HuggingFace:
     """Export the finished model."""
 
     def load(self, run: "Run") -> None:
-        """See whether there is room for the export; an exported model is a starting point, never gone on from.
+        """See whether there is room for the export; a run never resumes from an exported model.
 
         Raises:
             CheckpointError: there are files of a model in its folder that are not ours.
@@ -225,8 +225,8 @@ class HuggingFace:
             CheckpointError: the disk is full or unwritable, or files of others are in the way.
         """
         run.flush()
-        parameters = run.strategy.full_parameters(run)
-        with run.watchdog.writing(folder):
+        with averaged(run), run.watchdog.writing(folder):
+            parameters = run.strategy.full_parameters(run)
             problem = self._export(run, folder, parameters) if run.fabric.is_global_zero else None
             problem = run.fabric.broadcast(problem)
         if problem:

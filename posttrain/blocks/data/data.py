@@ -276,7 +276,7 @@ class SFTData(Data):
 class PreferenceData(Data):
     """Pairs of conversations that answer the same messages, one better than the other.
 
-    The two sides of a pair are never torn apart. `max_length` is that of a side; a packed row holds twice as many
+    The two sides of a pair stay together. `max_length` is that of a side; a packed row holds twice as many
     tokens. Rows whose sides are equal or empty are refused or dropped as `invalid` says.
     """
 

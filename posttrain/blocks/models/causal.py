@@ -1,5 +1,6 @@
 """The networks that trainers call: transformers models whose logits exist only at supervised positions."""
 
+import json
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -15,9 +16,10 @@ from posttrain.batch import Batch, Layout, Term
 from posttrain.blocks.losses.cross_entropy import nll_sum, token_log_probs, top_log_probs, top_of
 from posttrain.blocks.losses.entropy import log_probs_and_entropy, of_logits
 from posttrain.blocks.models.activations import Offload
+from posttrain.blocks.models.adapters import QUANTIZED
 from posttrain.blocks.models.apart import Bounds, ByDocument, Way, by_document, decoder_of, separate
 from posttrain.blocks.models.attention import CACHE, NAME, no_mask
-from posttrain.blocks.models.router import balance
+from posttrain.blocks.models.router import balance, small
 from posttrain.errors import TrainingError
 from posttrain.registry import suggest
 
@@ -44,12 +46,16 @@ class PackedModel(nn.Module):
         """Where documents begin, for modules that compute by document; and whether each has a row of its own."""
         self.router_weight = 0.0
         """Of the loss that balances experts (see router.py)."""
+        self.router_z_weight = 0.0
+        """Of the loss that keeps the routers' logits small."""
         self.quiet = False
         """Whether it adds no terms, as a reference does not."""
         self.terms: dict[str, Term] = {}
         """What the passes since the last loss add to it, such as the loss of a router; the loop takes it from here."""
         self.saved_as: str | None = None
         """In which type to export what is trained in float32; None for as it is."""
+        self.quantized: dict[str, Any] | None = None
+        """How the base was quantized; exported beside adapters, which belong to it as it is then."""
         self.apart = ""
         """How the documents of rows are kept apart, in words."""
 
@@ -126,14 +132,19 @@ class PackedModel(nn.Module):
     @property
     def routed(self) -> dict[str, bool]:
         """What makes the network give the logits of its routers, if they are wanted."""
-        return {"output_router_logits": True} if self.router_weight and not self.quiet else {}
+        wanted = (self.router_weight or self.router_z_weight) and not self.quiet
+        return {"output_router_logits": True} if wanted else {}
 
     def add_router(self, output: Any, layout: Layout) -> None:
-        """Add the balancing loss of the experts to that of the micro-batch."""
-        if self.routed:
-            top_k = self.base.config.get_text_config().num_experts_per_tok
-            logits = tuple(one for one in output.router_logits if one is not None)
+        """Add the losses of the routers to that of the micro-batch."""
+        if not self.routed:
+            return
+        top_k = self.base.config.get_text_config().num_experts_per_tok
+        logits = tuple(one for one in output.router_logits if one is not None)
+        if self.router_weight:
             self.add("router", balance(logits, layout, top_k, self.router_weight))
+        if self.router_z_weight:
+            self.add("router_z", small(logits, layout, self.router_z_weight))
 
     def unfolded(self, compute: Any, layout: Layout) -> Tensor:
         """Compute something with each document in a row of its own, [rows, width, ...]."""
@@ -156,6 +167,8 @@ class PackedModel(nn.Module):
             with warnings.catch_warnings():  # peft, of a base that is an adapter itself
                 warnings.filterwarnings("ignore", message="Could not find a config file in")
                 self.hf.save_pretrained(folder, state_dict=state_dict, max_shard_size=MAX_SHARD_SIZE)
+            if self.quantized is not None:
+                (folder / QUANTIZED).write_text(json.dumps(self.quantized) + "\n", encoding="utf-8")
         finally:
             if shown:
                 transformers.utils.logging.enable_progress_bar()

@@ -73,6 +73,7 @@ class RightAnswers:
             RecipeError: no reply could be checked.
         """
         from posttrain.synth.clients.transformers import TransformersSynth
+        from posttrain.synth.ledger.live import silent
         from posttrain.synth.pipelines.pipeline import Pipeline
         from posttrain.synth.pipelines.refresh import fingerprint
         from posttrain.synth.steps.generate import Generate
@@ -85,7 +86,7 @@ class RightAnswers:
         asks: Any = Generate(body={"temperature": 0, "max_tokens": self.max_new_tokens})  # type: ignore[call-arg]
         steps = [asks, Verify(function=self.check_by, wanted=self.wanted)]
         rows = list(asked(self.source, self.rows, None, self.wanted))
-        report = Pipeline(steps).run(rows, client, f"step-{run.step}", retry_failed=True)
+        report = Pipeline(steps).run(rows, client, f"step-{run.step}", retry_failed=True, progress=silent)
         scores = [float(row["score"]) for row in report.rows()]
         if not scores:
             raise RecipeError(f"callbacks: right-answers: no reply was checked: {report.stages[-1].dropped}")
