@@ -200,7 +200,7 @@ def train_on_ranks(folder: Path, model: str, lora: bool) -> None:
             ).train()  # fmt: skip
 
 
-@pytest.mark.parametrize("lora", [False, True])
+@pytest.mark.parametrize("lora", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_two_ranks_train_like_one_under_every_strategy(tmp_path: Path, tiny_model: Path, lora: bool) -> None:
     grpo(tmp_path / "one", tiny_model, **KEYS, lora=LoRA(r=2) if lora else None).train()
     on_two_ranks(tmp_path, "test_grpo", f"train_on_ranks(folder, {str(tiny_model)!r}, {lora})")

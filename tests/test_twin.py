@@ -94,6 +94,7 @@ def test_what_samples_passes(make: Any) -> None:
     assert "sampler and trainer within" in found["first loss"].figure
 
 
+@pytest.mark.slow
 def test_verdicts_and_teachers_of_what_is_said_pass(make: Any, tiny_model: Path) -> None:
     verdicts = [
         json.loads(line) | {"label": n % 2 == 0} for n, line in enumerate(Path("chats.jsonl").read_text().splitlines())

@@ -177,7 +177,7 @@ class GRPOTrainer(Trainer):
             TrainingError: they do not.
         """
         losses = [self.update(batches) for _ in range(self.updates)]
-        if self.max_gap is not None and (gap := gap_of(self.run)) > self.max_gap:
+        if self.max_gap is not None and (gap := gap_of(self.run)) is not None and gap > self.max_gap:
             raise TrainingError(
                 f"step {self.run.step + 1}: log-probabilities of sampler and trainer differ by {gap:.3g} on average "
                 f"(max_gap is {self.max_gap:g}): what speaks is not the model in training as it is now"
@@ -219,11 +219,14 @@ class GRPOTrainer(Trainer):
         return found
 
 
-def gap_of(run: "Run") -> float:
-    """Return the mean difference between sampler and trainer in the step in hand, over all ranks."""
+def gap_of(run: "Run") -> float | None:
+    """Return the mean difference between sampler and trainer in the step in hand, over all ranks; None if a loss of
+    one's own does not log it."""
     import torch
 
     from posttrain.runtime.launch import all_reduce
 
+    if GAP not in run.metrics.values:
+        return None
     mine = torch.as_tensor(run.metrics.values[GAP], dtype=torch.float32, device=run.fabric.device)
     return float(all_reduce(run.fabric, mine.clone())) / run.metrics.updates
