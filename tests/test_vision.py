@@ -170,7 +170,7 @@ def test_one_key_says_which_parts_are_trained(folder: Any, family: str) -> None:
 
 
 def test_a_model_of_text_has_no_tower_to_train(tiny_model: Path) -> None:
-    with pytest.raises(RecipeError, match=r"model.train: 'llama' is a model of text, so language must be in it"):
+    with pytest.raises(RecipeError, match=r"model.train: 'llama' is a model of text alone, so language must be in it"):
         HFModel(name_or_path=str(tiny_model), train=["tower"]).build(None)
 
 

@@ -1,0 +1,144 @@
+"""Draws pictures of coloured figures with questions about them, and makes a tiny model of images and text for them.
+
+One to four figures stand in the quarters of a picture of 24 x 24 pixels. Colour, shape, place and number are asked.
+"""
+
+import base64
+import io
+import json
+import random
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+COLORS = {
+    "red": (230, 60, 50), "green": (70, 190, 80), "blue": (70, 110, 240), "yellow": (240, 210, 60),
+    "purple": (170, 80, 210), "white": (240, 240, 240),
+}  # fmt: skip
+SHAPES = ("circle", "square", "triangle", "cross")
+PLACES = {"top left": (0, 0), "top right": (1, 0), "bottom left": (0, 1), "bottom right": (1, 1)}
+NUMBERS = ("one", "two", "three", "four")
+SIDE, CELL = 24, 12
+"""Pixels of a picture, and of a quarter of it."""
+TEMPLATE = (
+    "{% for m in messages %}{% if m.role == 'user' %}<user> {% for p in m.content %}{% if p.type == 'image' %}<image> "
+    "{% else %}{{ p.text }} {% endif %}{% endfor %}{% else %}<reply> {{ m.content }} <end>{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<reply> {% endif %}"
+)
+WORDS = (
+    "how many figures are there ? what color is the which shape where", *COLORS, *SHAPES, *PLACES, *NUMBERS,
+)  # fmt: skip
+
+
+def draw(rng: random.Random):
+    """Return a picture, and its figures as (color, shape, place); no two have the same color or the same shape."""
+    from PIL import Image, ImageDraw
+
+    count = rng.randint(1, 4)
+    figures = list(zip(rng.sample(list(COLORS), count), rng.sample(SHAPES, count), rng.sample(list(PLACES), count)))
+    ground = tuple(rng.randint(0, 60) for _ in range(3))
+    big = Image.new("RGB", (SIDE * 4, SIDE * 4), ground)  # four times as large, for smooth edges
+    pen = ImageDraw.Draw(big)
+    for color, shape, place in figures:
+        size = rng.uniform(8, 11)
+        x, y = (PLACES[place][axis] * CELL + rng.uniform(0.5, CELL - 0.5 - size) for axis in (0, 1))
+        shade = tuple(max(0, min(255, value + rng.randint(-25, 25))) for value in COLORS[color])
+        figure(pen, shape, [4 * x, 4 * y, 4 * (x + size), 4 * (y + size)], shade)
+    return big.resize((SIDE, SIDE), Image.Resampling.BOX), figures
+
+
+def figure(pen, shape: str, box: list[float], color: tuple[int, ...]) -> None:
+    """Draw one figure into a box."""
+    left, top, right, bottom = box
+    third = (right - left) / 3
+    if shape == "circle":
+        pen.ellipse(box, fill=color)
+    elif shape == "square":
+        pen.rectangle(box, fill=color)
+    elif shape == "triangle":
+        pen.polygon([(left, bottom), (right, bottom), ((left + right) / 2, top)], fill=color)
+    else:
+        pen.rectangle([left + third, top, right - third, bottom], fill=color)
+        pen.rectangle([left, top + third, right, bottom - third], fill=color)
+
+
+def question(rng: random.Random, figures: list[tuple[str, str, str]]) -> tuple[str, str]:
+    """Return a question about some figures, and its answer."""
+    color, shape, place = rng.choice(figures)
+    return rng.choice(
+        [
+            ("how many figures are there ?", NUMBERS[len(figures) - 1]),
+            (f"what color is the {shape} ?", color),
+            (f"which shape is {color} ?", shape),
+            (f"where is the {color} {shape} ?", place),
+        ]
+    )
+
+
+def rows(seed: int, count: int) -> Iterator[dict]:
+    """Yield rows as they stand in a file: a picture in base64, a question and its answer."""
+    rng = random.Random(seed)
+    for _ in range(count):
+        picture, figures = draw(rng)
+        picture.save(file := io.BytesIO(), format="PNG")
+        asked, answer = question(rng, figures)
+        image = {"type": "image", "base64": base64.b64encode(file.getvalue()).decode()}
+        content = [image, {"type": "text", "text": asked}]
+        yield {"messages": [{"role": "user", "content": content}, {"role": "assistant", "content": answer}]}
+
+
+def tokenizer():
+    """Return a tokenizer of whole words."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = sorted({word for group in WORDS for word in group.split()})
+    vocabulary = {word: n for n, word in enumerate(["<pad>", "<unk>", *words])}
+    made = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    made.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    made.decoder = decoders.WordPiece(prefix="##")  # puts spaces between words
+    return PreTrainedTokenizerFast(
+        tokenizer_object=made, pad_token="<pad>", eos_token="<end>", unk_token="<unk>", chat_template=TEMPLATE,
+        additional_special_tokens=["<user>", "<reply>", "<image>"],
+    )  # fmt: skip
+
+
+def model(folder: Path, patch: int = 4, hidden: int = 64, seen: int = 64) -> None:
+    """Write the configuration of a tiny LLaVA, its tokenizer and its processor; there are no weights."""
+    import transformers
+    from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+
+    words = tokenizer()
+    common = {"intermediate_size": 3 * hidden, "num_hidden_layers": 3, "num_attention_heads": 4}
+    config = transformers.LlavaConfig(
+        text_config={
+            "model_type": "llama", "vocab_size": len(words), "hidden_size": hidden, **common, "num_key_value_heads": 4,
+            "max_position_embeddings": 512, "pad_token_id": words.pad_token_id, "eos_token_id": words.eos_token_id,
+            "bos_token_id": None, "initializer_range": 0.06,
+        },
+        vision_config={
+            "model_type": "clip_vision_model", "image_size": SIDE, "patch_size": patch, "hidden_size": seen, **common,
+            "intermediate_size": 3 * seen, "projection_dim": seen, "initializer_range": 0.06,
+        },
+        image_token_id=words.convert_tokens_to_ids("<image>"), vision_feature_layer=-1,
+    )  # fmt: skip
+    config.save_pretrained(folder)
+    images = CLIPImageProcessorPil(size={"shortest_edge": SIDE}, crop_size={"height": SIDE, "width": SIDE})
+    transformers.LlavaProcessor(
+        images, words, patch_size=patch, vision_feature_select_strategy="default", num_additional_image_tokens=1,
+        chat_template=TEMPLATE,
+    ).save_pretrained(folder)  # fmt: skip
+
+
+def make(folder: Path, train: int = 24_000, test: int = 400) -> None:
+    """Write everything into a folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, seed, count in (("train", 1, train), ("test", 2, test)):
+        with (folder / f"{name}.jsonl").open("w") as file:
+            for row in rows(seed, count):
+                print(json.dumps(row), file=file)
+    model(folder / "model")
+
+
+if __name__ == "__main__":
+    make(Path(sys.argv[1] if len(sys.argv) > 1 else "runs/vision/data"))
