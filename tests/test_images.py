@@ -87,7 +87,9 @@ def test_tables_with_image_features_are_read_again_from_their_files(folder: Any,
 
 def test_a_stream_brings_its_images(folder: Any, tmp_path: Path) -> None:
     text = base64.b64encode(png(0)).decode()
-    rows = [{"prompt": "<image>?", "completion": f"{n}", "images": [{"bytes": None, "path": "a.png"}]} for n in range(3)]
+    rows = [
+        {"prompt": "<image>?", "completion": f"{n}", "images": [{"bytes": None, "path": "a.png"}]} for n in range(3)
+    ]
     rows.append({"prompt": "<image>?", "completion": "inline", "images": [f"data:image/png;base64,{text}"]})
     (tmp_path / "a.png").write_bytes(png(0))
     source = Source(name_or_path=str(written(tmp_path, rows)), stream=True)

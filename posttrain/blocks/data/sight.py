@@ -23,6 +23,7 @@ from posttrain.blocks.data.rows.refused import Refused
 from posttrain.blocks.data.rows.schemas import Sample
 from posttrain.blocks.data.sources import Told
 from posttrain.blocks.images.pixels import Pictures, Unreadable
+from posttrain.words import counted
 
 if TYPE_CHECKING:
     import numpy as np
@@ -205,7 +206,7 @@ def boxed(tokens: list[Any], spans: list[Values]) -> list[Any]:
     for span in spans:
         found += tokens[at : span["at"]]
         name = Path(span["path"]).name if "path" in span else span.get("url", "in the row")
-        box = Box(f"[image {span['size'][0]}x{span['size'][1]}, {span['tokens']} tokens, {name}]")
+        box = Box(f"[image {span['size'][0]}x{span['size'][1]}, {counted(span['tokens'], 'token')}, {name}]")
         box.tokens = span["length"]
         found.append((box, False, tokens[span["at"]][2]))
         at = span["at"] + span["length"]
