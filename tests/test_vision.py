@@ -1,5 +1,6 @@
 """Models of images and text: packed rows with images are what each document is alone, in loss and gradient."""
 
+import base64
 import inspect
 import json
 import warnings
@@ -249,3 +250,49 @@ def test_lora_goes_where_it_is_told(folder: Any) -> None:
     names = [n for n, p in made.named_parameters() if p.requires_grad]
     assert names
     assert all("merger" in n for n in names)
+
+
+# -- tools ------------------------------------------------------------------------------
+
+
+def recipe(family_folder: Path, source: Path, root: Path, **keys: Any) -> Path:
+    file = root / "recipe.yaml"
+    data = {"sources": [str(source)], "max_length": 512, "cache_dir": str(root / "cache")}
+    said = {"type": "sft", "model": {"name_or_path": str(family_folder)}, "data": data, "output_dir": str(root / "run"),
+            "checkpoint": [{"type": "huggingface"}], "accelerator": "cpu", "max_steps": 2, **keys}  # fmt: skip
+    file.write_text(json.dumps(said))
+    return file
+
+
+@pytest.mark.parametrize("inline", [False, True])
+def test_the_twin_of_a_recipe_sees_images(folder: Any, tmp_path: Path, inline: bool) -> None:
+    from posttrain.tools import proofs
+
+    rows = chats(tmp_path)
+    if inline:
+        for message in (message for row in rows for message in row["messages"]):
+            for part in message["content"] if isinstance(message["content"], list) else ():
+                if part["type"] == "image":
+                    data = (tmp_path / part.pop("path")).read_bytes()
+                    part["base64"] = base64.b64encode(data).decode()
+    file = recipe(folder("qwen3_vl"), written(tmp_path, rows), tmp_path)
+    checks = [proofs.masks, proofs.packing, proofs.cuts, proofs.export]
+    found = list(proofs.prove(file, [], checks))
+    assert [(one.name, one.passed) for one in found if not one.passed] == []
+    with_images = proofs.Twin(file, [], tmp_path / "twin")
+    (tmp_path / "twin").mkdir()
+    loaders = with_images.sampled(4).build(with_images.tokenizer, 4, 0, 1, 0)
+    assert loaders.ledger["total"]["images"] > 0
+
+
+def test_show_draws_a_box_for_each_image(
+    folder: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from posttrain.cli import main
+
+    monkeypatch.setenv("COLUMNS", "160")
+    file = recipe(folder("llava"), written(tmp_path, chats(tmp_path)), tmp_path)
+    main(["show", str(file), "--data"])
+    shown = capsys.readouterr().out
+    assert "[image 40x24, 16 tokens, 0.png]what is this?" in shown
+    assert "rows.jsonl:1  57 tokens, 8 supervised" in shown
