@@ -12,7 +12,7 @@ import vision
 from test_vision import ask, folder, pictures, reply, written
 
 from posttrain import HFModel, HFTokenizer, SFTData, Source
-from posttrain.errors import DataError
+from posttrain.errors import DataError, RecipeError
 
 __all__ = ["folder"]  # a fixture
 
@@ -329,3 +329,30 @@ def test_an_image_at_an_address_is_fetched_once(folder: Any, tmp_path: Path) -> 
     finally:
         server.shutdown()
         server.server_close()
+
+
+def test_another_processor_makes_other_tables(folder: Any, tmp_path: Path) -> None:
+    """What is stored depends on how many tokens an image becomes, wherever the processor says so."""
+    (tmp_path / "a.png").write_bytes(png(0, (64, 64)))
+    file = written(tmp_path, [{"messages": [ask(Path("a.png")), reply("a")]}])
+    name, found = str(folder("qwen2_5_vl")), []
+    for most in (4096, 1024):
+        tokenizer = HFTokenizer(processor={"max_pixels": most}).build(HFModel(name_or_path=name))
+        data = SFTData(sources=[str(file)], cache_dir=tmp_path / "cache")
+        ledger = data.build(tokenizer, 1, 0, 1, 0).ledger["total"]
+        found.append((ledger["image_tokens"], ledger["images_shrunk"]))
+    assert found == [(16, 0), (4, 1)]
+    other = HFTokenizer().build(HFModel(name_or_path=str(folder("idefics3"))))
+    before = other.images.fingerprint()
+    other.images.theirs.image_seq_len = 5
+    other.images.known.clear()
+    assert other.images.fingerprint() != before
+
+
+def test_an_argument_that_the_processor_does_not_know_is_refused(folder: Any, tiny_model: Path) -> None:
+    with pytest.raises(
+        RecipeError, match=r"tokenizer.processor: \w+ has no key 'max_pixel'; did you mean 'max_pixels'"
+    ):
+        HFTokenizer(processor={"max_pixel": 9}).build(HFModel(name_or_path=str(folder("qwen2_5_vl"))))
+    with pytest.raises(RecipeError, match="there is no processor of images beside"):
+        HFTokenizer(processor={"max_pixels": 9}).build(HFModel(name_or_path=str(tiny_model)))

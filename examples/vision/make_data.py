@@ -1,6 +1,6 @@
 """Draws pictures of coloured figures with questions about them, and makes a tiny model of images and text for them.
 
-One to four figures stand in the quarters of a picture of 24 x 24 pixels. Colour, shape, place and number are asked.
+One to three figures stand in the quarters of a picture of 24 x 24 pixels. Colour, shape, place and number are asked.
 """
 
 import base64
@@ -17,7 +17,7 @@ COLORS = {
 }  # fmt: skip
 SHAPES = ("circle", "square", "triangle", "cross")
 PLACES = {"top left": (0, 0), "top right": (1, 0), "bottom left": (0, 1), "bottom right": (1, 1)}
-NUMBERS = ("one", "two", "three", "four")
+NUMBERS = ("one", "two", "three")
 SIDE, CELL = 24, 12
 """Pixels of a picture, and of a quarter of it."""
 TEMPLATE = (
@@ -34,8 +34,9 @@ def draw(rng: random.Random):
     """Return a picture, and its figures as (color, shape, place); no two have the same color or the same shape."""
     from PIL import Image, ImageDraw
 
-    count = rng.randint(1, 4)
-    figures = list(zip(rng.sample(list(COLORS), count), rng.sample(SHAPES, count), rng.sample(list(PLACES), count)))
+    count = rng.randint(1, 3)
+    chosen = (rng.sample(list(known), count) for known in (COLORS, SHAPES, PLACES))
+    figures = list(zip(*chosen, strict=True))
     ground = tuple(rng.randint(0, 60) for _ in range(3))
     big = Image.new("RGB", (SIDE * 4, SIDE * 4), ground)  # four times as large, for smooth edges
     pen = ImageDraw.Draw(big)
@@ -62,29 +63,33 @@ def figure(pen, shape: str, box: list[float], color: tuple[int, ...]) -> None:
         pen.rectangle([left, top + third, right, bottom - third], fill=color)
 
 
-def question(rng: random.Random, figures: list[tuple[str, str, str]]) -> tuple[str, str]:
-    """Return a question about some figures, and its answer."""
+def questions(rng: random.Random, figures: list[tuple[str, str, str]]) -> list[tuple[str, str]]:
+    """Return a question of each kind about some figures, in any order, with their answers."""
     color, shape, place = rng.choice(figures)
-    return rng.choice(
-        [
-            ("how many figures are there ?", NUMBERS[len(figures) - 1]),
-            (f"what color is the {shape} ?", color),
-            (f"which shape is {color} ?", shape),
-            (f"where is the {color} {shape} ?", place),
-        ]
-    )
+    other = rng.choice(figures)
+    found = [
+        ("how many figures are there ?", NUMBERS[len(figures) - 1]),
+        (f"what color is the {shape} ?", color),
+        (f"which shape is {other[0]} ?", other[1]),
+        (f"where is the {color} {shape} ?", place),
+    ]
+    return rng.sample(found, len(found))
 
 
 def rows(seed: int, count: int) -> Iterator[dict]:
-    """Yield rows as they stand in a file: a picture in base64, a question and its answer."""
+    """Yield rows as they stand in a file: a picture in base64, and questions about it with their answers."""
     rng = random.Random(seed)
     for _ in range(count):
         picture, figures = draw(rng)
         picture.save(file := io.BytesIO(), format="PNG")
-        asked, answer = question(rng, figures)
-        image = {"type": "image", "base64": base64.b64encode(file.getvalue()).decode()}
-        content = [image, {"type": "text", "text": asked}]
-        yield {"messages": [{"role": "user", "content": content}, {"role": "assistant", "content": answer}]}
+        messages = []
+        for asked, answer in questions(rng, figures):
+            content = [{"type": "text", "text": asked}]
+            if not messages:
+                image = {"type": "image", "base64": base64.b64encode(file.getvalue()).decode()}
+                content.insert(0, image)
+            messages += [{"role": "user", "content": content}, {"role": "assistant", "content": answer}]
+        yield {"messages": messages}
 
 
 def tokenizer():
@@ -130,7 +135,7 @@ def model(folder: Path, patch: int = 4, hidden: int = 64, seen: int = 64) -> Non
     ).save_pretrained(folder)  # fmt: skip
 
 
-def make(folder: Path, train: int = 24_000, test: int = 400) -> None:
+def make(folder: Path, train: int = 16_000, test: int = 400) -> None:
     """Write everything into a folder."""
     folder.mkdir(parents=True, exist_ok=True)
     for name, seed, count in (("train", 1, train), ("test", 2, test)):

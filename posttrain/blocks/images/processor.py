@@ -126,8 +126,9 @@ class Processor:
 
     def fingerprint(self) -> str:
         """Return what decides how images are processed, as text."""
-        made: dict[str, Any] = self.theirs.image_processor.to_dict()
-        return json.dumps([type(self.theirs).__name__, made], default=str, sort_keys=True)
+        made = {**self.theirs.to_dict(), "image_processor": self.theirs.image_processor.to_dict(), "tokenizer": None}
+        tried = [self.expansion(size).text for size in ((64, 64), (33, 200))]
+        return json.dumps([type(self.theirs).__name__, made, self.token_id, tried], default=str, sort_keys=True)
 
     def save_pretrained(self, folder: Path) -> None:
         """Write what `AutoProcessor` loads, tokenizer and chat template included, and its part for videos as it was."""

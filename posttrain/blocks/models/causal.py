@@ -130,6 +130,8 @@ class PackedModel(nn.Module):
         """
         for parameter in self.others():
             parameter.requires_grad_(False)
+        if self.sight is not None:
+            self.sight, self.blind = None, "no row of it was known to hold any"
         if not any(parameter.requires_grad for parameter in self.parameters()):
             raise RecipeError("model.train: the data holds no images, so that only the language model can be trained")
 
