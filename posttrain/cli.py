@@ -1,5 +1,6 @@
-"""The command line: `posttrain train`, `check`, `show`, `prepare`, `plan`, `blocks`, `plot`, `convert`, `accept`,
-`doctor` and `synth`. What they do stands in `tools/commands.py`; here the command line is read.
+"""The command line: `posttrain train`, `check`, `show`, `prepare`, `plan`, `blocks`, `plot`, `chat`, `eval`, `merge`,
+`push`, `convert`, `accept`, `doctor` and `synth`. What they do stands in `tools/commands.py`; here the command line is
+read.
 
 Only the standard library is imported before a command runs, and only attrs, cattrs and yaml before its
 recipe is valid: help and error messages must not wait for torch.
@@ -16,6 +17,7 @@ if __name__ == "__main__" and Path(sys.path[0]).resolve() == Path(__file__).reso
     # modules would hide others of the same name; what belongs there is the folder above.
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
+_MODEL = "folder of a run, a model, an adapter or a speculator, or a hub name"
 SYNTH_VERBS = ("run", "plan", "status", "errors", "cancel", "export", "view")
 EPILOG = """\
 on several devices:
@@ -109,6 +111,49 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     converting.add_argument("recipe", type=Path, metavar="RECIPE", help="their YAML file")
     converting.add_argument("-o", "--output", type=Path, metavar="FILE", help="ours; printed if not given")
 
+    chatting = _command(commands, "chat", "talk to a model, or have it answer a file of prompts",
+                        "posttrain chat runs/first")  # fmt: skip
+    chatting.add_argument("model", metavar="MODEL", help=_MODEL)
+    chatting.add_argument("--prompts", type=Path, metavar="FILE", help="answer these: chats, prompts, lines of a .txt")
+    chatting.add_argument("-o", "--output", type=Path, metavar="FILE", help="with --prompts: a .jsonl file to write")
+    chatting.add_argument("--system", metavar="TEXT", help="said before each conversation")
+    chatting.add_argument("--max-new-tokens", type=_count, default=512, metavar="N", help="of each reply (512)")
+    chatting.add_argument("--temperature", type=float, metavar="T",
+                          help="0 takes the likeliest token; what the model's generation_config.json says")  # fmt: skip
+    _device(chatting)
+
+    measuring = _command(commands, "eval", "count right replies on rows of your own, and compare models on them",
+                         "posttrain eval base-model runs/first --data held.jsonl --check number")  # fmt: skip
+    measuring.add_argument("models", nargs="+", metavar="MODEL", help=f"{_MODEL}; compared with the first one")
+    measuring.add_argument(
+        "--data", type=Path, required=True, metavar="FILE", help="chats that end with the right reply"
+    )
+    measuring.add_argument("--check", default="exact", metavar="NAME",
+                           help="exact, number, math, code, json_schema, or one of your --code (exact)")  # fmt: skip
+    measuring.add_argument("--wanted", metavar="COLUMN", help="another column with the right answer, tests or schema")
+    measuring.add_argument("--code", type=Path, metavar="FILE", help="Python with a @verifier of your own")
+    measuring.add_argument("--rows", type=_count, metavar="N", help="only the first N rows")
+    measuring.add_argument("--system", metavar="TEXT", help="said before each prompt")
+    measuring.add_argument("--max-new-tokens", type=_count, default=256, metavar="N", help="of each reply (256)")
+    measuring.add_argument(
+        "-o", "--output", type=Path, metavar="FOLDER", help="for the replies (evals in RUN, or here)"
+    )
+    _device(measuring)
+
+    merging = _command(commands, "merge", "make one model of an adapter and its base, and prove that it is the same",
+                       "posttrain merge runs/lora -o runs/lora/merged")  # fmt: skip
+    merging.add_argument("run", metavar="RUN", help="folder of a run with model.lora, or of an adapter")
+    merging.add_argument("-o", "--output", type=Path, metavar="FOLDER", help="for the model (RUN/merged)")
+    merging.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="of the files (that of the base)")
+
+    pushing = _command(commands, "push", "upload what a run has exported to the hub, with a model card",
+                       "posttrain push runs/first my-name/my-model --private")  # fmt: skip
+    pushing.add_argument("run", type=Path, metavar="RUN", help="folder of a run")
+    pushing.add_argument("repository", metavar="OWNER/NAME", help="on the hub; made if there is none")
+    pushing.add_argument("--private", action="store_true", help="if it is made")
+    pushing.add_argument("--revision", metavar="BRANCH", help="a branch; made if there is none")
+    pushing.add_argument("--card", action="store_true", help="only print the model card")
+
     drafting = _command(commands, "accept", "measure how many of a speculator's drafts its base model accepts",
                         "posttrain accept runs/speculator --prompts questions.jsonl")  # fmt: skip
     drafting.add_argument("run_folder", type=Path, metavar="RUN", help="folder of a run of type mlp-speculator")
@@ -150,6 +195,10 @@ def _command(commands: Any, name: str, help_: str, example: str) -> argparse.Arg
     )  # fmt: skip
     parser.set_defaults(command=name)
     return parser
+
+
+def _device(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--device", default="auto", metavar="NAME", help="cpu, cuda, mps, or what there is (auto)")
 
 
 def _recipe_command(

@@ -155,7 +155,7 @@ def test_without_its_measure_a_packed_image_would_be_another(
 
 
 def trained(network: Any) -> set[str]:
-    from posttrain.blocks.models.parts import parts_of
+    from posttrain.blocks.models.vision.parts import parts_of
 
     parts = parts_of(network.base)
     assert parts is not None
@@ -192,7 +192,7 @@ def test_text_alone_trains_the_language_model_and_exports_the_whole(
     out = tmp_path / "out"
     trainer(folder(family), str(sums), tmp_path, checkpoint=[posttrain.HuggingFace(output_dir=out)]).train()
     before, after = (transformers.AutoModelForImageTextToText.from_pretrained(where) for where in (folder(family), out))
-    from posttrain.blocks.models.parts import parts_of
+    from posttrain.blocks.models.vision.parts import parts_of
 
     parts, moved = parts_of(before), set()
     assert parts is not None

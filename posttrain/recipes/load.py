@@ -197,15 +197,19 @@ def _import_code(data: dict[str, Any], folder: Path) -> None:
     try:
         resolved = [(folder / Path(file).expanduser()).absolute() for file in files]
         for file in resolved:
-            _import_file(file)
+            import_file(file)
     except (OSError, RuntimeError) as error:  # a name too long, the home of nobody
         raise RecipeError(str(error)) from error
     if resolved:
         data["code"] = [str(file) for file in resolved]
 
 
-def _import_file(file: Path) -> None:
-    """Import a file as a module of its own name, which worker processes can do too."""
+def import_file(file: Path) -> None:
+    """Import a file as a module of its own name, which worker processes can do too.
+
+    Raises:
+        RecipeError: it is not there, has no name for a module, or fails.
+    """
     module = file.stem
     if not file.is_file():
         raise RecipeError(f"there is no file {file}")

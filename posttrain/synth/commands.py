@@ -18,7 +18,7 @@ def run(arguments: argparse.Namespace, made: SynthRecipe) -> int:
     if arguments.first:
         return first(arguments, made)
     try:
-        with _live() as progress:
+        with live() as progress:
             report = made.pipeline.run(
                 made.source, made.synth, made.task, max_cost=arguments.max_cost, max_requests=arguments.max_requests,
                 retry_failed=arguments.retry_failed, wait=not arguments.no_wait, progress=progress, say=say,
@@ -44,7 +44,7 @@ def first(arguments: argparse.Namespace, made: SynthRecipe) -> int:
 
     from posttrain.synth.pipelines.preview import preview
 
-    with _live() as progress:
+    with live() as progress:
         found = preview(
             made.pipeline, made.source, made.synth, made.task, arguments.first, max_cost=arguments.max_cost,
             max_requests=arguments.max_requests, retry_failed=arguments.retry_failed, progress=progress, say=say,
@@ -161,7 +161,7 @@ def _standing(counts: Any) -> str:
     )
 
 
-class _live:
+class live:
     """One line that shows how a run goes, on a terminal; nothing elsewhere."""
 
     def __enter__(self) -> Callable[[Progress], None]:

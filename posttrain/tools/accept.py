@@ -5,10 +5,10 @@ from typing import TYPE_CHECKING, Any
 
 import attrs
 
-from posttrain.blocks.data.sources import Source
 from posttrain.blocks.models.speculator.model import SpeculatorModel
 from posttrain.errors import RecipeError
 from posttrain.recipes import load as recipe
+from posttrain.tools.chat import asked
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -91,13 +91,7 @@ def measure(run: Path, prompts: Path, max_new_tokens: int, count: int | None = N
 
 def _prompts(file: Path, tokenizer: Any) -> Any:
     """Yield the prompts of a file as token ids, [1, width]."""
-    from posttrain.blocks.data.rows.schemas import conversation
-
-    source = Source(name_or_path=str(file))
-    for row, _ in source.read(source.open()):
-        messages = [{"role": "user", "content": row.values["prompt"]}] if list(row.values) == ["prompt"] else None
-        messages = messages or conversation(row.values)["messages"]
-        ends = next((i for i, message in enumerate(messages) if message["role"] == "assistant"), len(messages))
+    for messages in asked(file):
         yield tokenizer.apply_chat_template(
-            messages[:ends], add_generation_prompt=True, return_tensors="pt", return_dict=True
-        )["input_ids"]
+            messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
+        )["input_ids"]  # fmt: skip

@@ -176,6 +176,71 @@ def accept(arguments: argparse.Namespace) -> None:
     say(str(target))
 
 
+def chat(arguments: argparse.Namespace) -> None:
+    """Talk to a model, or have it answer a file."""
+    from posttrain.blocks.models.exports import open_model
+    from posttrain.errors import RecipeError
+    from posttrain.tools.chat import Talk, answer, talk
+    from posttrain.words import counted
+
+    if arguments.output and not arguments.prompts:
+        raise RecipeError("-o is for what --prompts is answered with")
+    opened = open_model(arguments.model, arguments.device)
+    conversation = Talk(opened, arguments.system, arguments.max_new_tokens, arguments.temperature)
+    if not arguments.prompts:
+        return talk(conversation)
+    count = answer(conversation, arguments.prompts, arguments.output)
+    if arguments.output:
+        say(f"{arguments.output}: {counted(count, 'conversation')}")
+    return None
+
+
+def eval(arguments: argparse.Namespace) -> None:
+    """Count right replies, and compare models."""
+    from rich.console import Console
+
+    from posttrain.recipes.load import import_file
+    from posttrain.synth.commands import live
+    from posttrain.tools.evaluate import evaluate, sentences, table
+
+    if arguments.code:
+        import_file(arguments.code)
+    results = []
+    for model in arguments.models:
+        with live() as progress:
+            results.append(evaluate(
+                model, arguments.data, arguments.check, wanted=arguments.wanted, rows=arguments.rows,
+                max_new_tokens=arguments.max_new_tokens, system=arguments.system, output_dir=arguments.output,
+                device=arguments.device, progress=progress,
+            ))  # fmt: skip
+    Console().print(table(results))
+    for sentence in sentences(results):
+        say(sentence)
+
+
+def merge(arguments: argparse.Namespace) -> None:
+    """Make one model of an adapter and its base."""
+    from posttrain.tools.merge import merge
+    from posttrain.words import counted
+
+    made = merge(arguments.run, arguments.output or Path(arguments.run) / "merged", arguments.dtype)
+    say(
+        f"{made.folder}: {made.base} with the adapter in its weights.\nLoaded again, its log-probabilities differ from "
+        f"those of the adapter on its base by at most {made.difference:.1e} nats ({counted(made.rows, 'text')}); the "
+        f"adapter changes them by up to {made.effect:.2g}."
+    )
+
+
+def push(arguments: argparse.Namespace) -> None:
+    """Upload an export."""
+    from posttrain.tools.push import card, push
+
+    if arguments.card:
+        say(card(arguments.run, arguments.repository).rstrip())
+    else:
+        say(push(arguments.run, arguments.repository, arguments.private, arguments.revision))
+
+
 def doctor(arguments: argparse.Namespace) -> None:
     """Print versions, devices and folders, and what is missing for what."""
     from rich.console import Console

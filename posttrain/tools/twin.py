@@ -2,8 +2,6 @@
 (a sample), trainer and blocks. It trains on a CPU in seconds, so that a run can be tried before a GPU is paid for.
 """
 
-import base64
-import io
 import json
 import logging
 import os
@@ -21,7 +19,7 @@ from posttrain.blocks.checkpoints.checkpoint import Resume
 from posttrain.blocks.data.data import Data
 from posttrain.blocks.data.rows.schemas import Refused
 from posttrain.blocks.data.sources import Source, Told
-from posttrain.blocks.images.pixels import LONGEST_NAME
+from posttrain.blocks.images.pixels import LONGEST_NAME, image_as_text
 from posttrain.blocks.images.processor import images_of
 from posttrain.blocks.layout import Example
 from posttrain.blocks.loggers.logger import JSONL
@@ -164,7 +162,7 @@ class Twin:
         changes: dict[str, Any] = {
             "name_or_path": str(folder), "config": {}, "dtype": "float32", "attn_implementation": "auto",
             "revision": None, "compile": False, "liger": False, "offload_activations": False, "kwargs": {},
-            "lora": attrs.evolve(block.lora, dropout=0.0) if block.lora else None,
+            "lora": attrs.evolve(block.lora, dropout=0.0, start_from=None) if block.lora else None,
         }  # fmt: skip
         return attrs.evolve(block, **changes)  # type: ignore[misc]
 
@@ -246,13 +244,11 @@ def elsewhere(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def as_text(value: Any) -> str:
-    """Return what JSON cannot hold as text: bytes as an address that holds them, a picture as its file."""
-    if isinstance(value, bytes | bytearray):
-        return f"data:image;base64,{base64.b64encode(value).decode()}"
-    if type(value).__module__.startswith("PIL."):
-        value.save(file := io.BytesIO(), format="PNG")
-        return as_text(file.getvalue())
-    return str(value)
+    """Return what JSON cannot hold as text."""
+    try:
+        return image_as_text(value)
+    except TypeError:
+        return str(value)
 
 
 @contextmanager

@@ -11,6 +11,7 @@ from attrs.converters import optional as or_none
 from attrs.validators import and_, ge, gt, le, lt, min_len
 
 from posttrain.batch import FIELDS, Batch
+from posttrain.blocks.data.cache import default_cache
 from posttrain.blocks.data.encode import ChatEncoder, Encoder, TextEncoder, Token
 from posttrain.blocks.data.identity import of_streams, of_tables
 from posttrain.blocks.data.loader import MapLoader, StreamLoader
@@ -20,9 +21,9 @@ from posttrain.blocks.data.rows.pairs import CHOSEN, REJECTED, pair, pair_schema
 from posttrain.blocks.data.rows.schemas import Sample, conversation, schema
 from posttrain.blocks.data.sight import InRow, Sight
 from posttrain.blocks.data.sources import Source, as_sources
-from posttrain.blocks.data.store import default_cache, table
+from posttrain.blocks.data.store import table
 from posttrain.blocks.data.streams import Stream, StreamEncoding
-from posttrain.blocks.data.views import Documents, Limits, documents, totals
+from posttrain.blocks.data.views import Documents, Limits, by_share, documents, totals
 from posttrain.blocks.images.arrange import IMAGES, arrange
 from posttrain.blocks.images.pixels import Pictures
 from posttrain.blocks.images.processor import images_of
@@ -107,7 +108,11 @@ class Data:
                     "keep",
                     f"{name!r} has a meaning in a batch; rename it with `columns` of its source",
                 )
+        if len({source.share is None for source in self.sources}) > 1:
+            yield "sources", "some have a share and some have not: give all of them one, or none"
         for source in self.eval_sources:
+            if source.share is not None:
+                yield "eval_sources", f"{source.label}: an evaluation sees every row once; leave `share` out"
             if source.stream:
                 yield "eval_sources", f"{source.label} cannot be a stream: every evaluation needs the same rows"
 
@@ -239,6 +244,8 @@ class Data:
         tables = [table(source, encoder, cache) for source in sources]
         weights = [source.weight for source in sources]
         found, ledger = documents(tables, weights, self.limits, held_out, want_held_out)
+        if sources[0].share is not None:
+            found = by_share(found, [float(source.share or 0) for source in sources])
         return found, {"sources": ledger, "total": totals(ledger)}
 
     def _streaming(self, tokenizer: Any, shape: dict[str, Any]) -> Loaders:
@@ -272,7 +279,7 @@ def pad_id(tokenizer: Any) -> int:
 
 def once(sources: list[Source]) -> list[Source]:
     """Return sources without their weights: an evaluation sees each row once."""
-    return [attrs.evolve(source, weight=1.0) for source in sources]
+    return [attrs.evolve(source, weight=1.0, share=None) for source in sources]
 
 
 @block("data", "sft")

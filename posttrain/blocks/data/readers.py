@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset
 
 FORMATS = (".jsonl", ".ndjson", ".json", ".csv", ".parquet")
+TEXTS = (".txt", ".md")
+"""A file is one row, with all of it in the column `text`."""
 Values = dict[str, Any]
 log = logging.getLogger("posttrain")
 
@@ -156,13 +158,13 @@ def undecoded(dataset: Any) -> Any:
 def format_of(path: Path) -> str | None:
     """Return the suffix that tells the format (`.jsonl` for `a.jsonl.gz`), or None if it is none of ours.
 
-    >>> format_of(Path("a/b.jsonl.gz")), format_of(Path("b.txt"))
-    ('.jsonl', None)
+    >>> format_of(Path("a/b.jsonl.gz")), format_of(Path("b.txt")), format_of(Path("b.png"))
+    ('.jsonl', '.txt', None)
     """
     suffixes = [s.lower() for s in path.suffixes[-2:]]
     if suffixes and suffixes[-1] == ".gz":
         suffixes.pop()
-    return suffixes[-1] if suffixes and suffixes[-1] in FORMATS else None
+    return suffixes[-1] if suffixes and suffixes[-1] in FORMATS + TEXTS else None
 
 
 def local_reader(path: Path, split: str, name: str | None = None) -> Reader:
@@ -178,16 +180,19 @@ def local_reader(path: Path, split: str, name: str | None = None) -> Reader:
     """
     if path.is_file():
         if format_of(path) is None:
-            raise DataError(f"{path}: unknown format (known: {', '.join(FORMATS)}; all but parquet also with .gz)")
+            every = ", ".join(FORMATS + TEXTS)
+            raise DataError(f"{path}: unknown format (known: {every}; all but parquet also with .gz)")
         return LocalFiles([path])
     if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
         return _saved_dataset(path, split)
     splits = _splits(path, name)
     files = _chosen(path, splits, split)
-    known = [f for f in files if format_of(f)]
+    known = [f for f in files if format_of(f) in FORMATS]
     if not known:
-        raise DataError(f"{path} holds no file that can be read (known: {', '.join(FORMATS)})")
-    there = {f for f in path.rglob("*") if f.is_file() and format_of(f)}
+        texts = [f for f in path.rglob("*") if format_of(f) in TEXTS]
+        hint = f"; to read texts, name them: {path}/*{texts[0].suffix}" if texts else ""
+        raise DataError(f"{path} holds no file that can be read (known: {', '.join(FORMATS)}){hint}")
+    there = {f for f in path.rglob("*") if f.is_file() and format_of(f) in FORMATS}
     there = {f for f in there if not any(part.startswith((".", "__")) for part in f.relative_to(path).parts)}
     left = sorted(str(f.relative_to(path)) for f in there.difference(*splits.values()))
     if left and not (path / "README.md").is_file():  # whose `configs:` may mean to leave files out
@@ -196,6 +201,26 @@ def local_reader(path: Path, split: str, name: str | None = None) -> Reader:
             raise DataError(f"{path} holds files of several formats ({also}); name one file, or split them")
         log.warning("%s: %s: in no split, and not read", path, ", ".join(left))
     return LocalFiles(known)
+
+
+def files_like(pattern: Path) -> Reader:
+    """Open the files that a pattern with *, ? or ** fits, in the order of their names.
+
+    Raises:
+        DataError: there are none, or they are of several formats.
+    """
+    fixed = next(parent for parent in pattern.parents if not is_pattern(str(parent)))
+    files = sorted(f for f in fixed.glob(str(pattern.relative_to(fixed))) if f.is_file())
+    found = sorted({str(format_of(f)) for f in files if format_of(f)})
+    if len(found) != 1:
+        several = f"files of several formats ({', '.join(found)}): name them one by one"
+        raise DataError(f"{pattern} fits {several if found else 'no file that can be read'}")
+    return LocalFiles([f for f in files if format_of(f)])
+
+
+def is_pattern(name: str) -> bool:
+    """Whether a name stands for several files."""
+    return any(sign in name for sign in "*?[")
 
 
 def _splits(folder: Path, name: str | None) -> dict[str, list[Path]]:
@@ -338,6 +363,14 @@ def _parquet_row(path: Path, number: int) -> Values | None:
     return None
 
 
+def _text(path: Path, at: Any) -> Iterator[tuple[Values, int, Any]]:
+    if at:
+        return
+    with _open(path) as file:
+        lines = [_decode(raw, path, number) for number, raw in enumerate(file, 1)]
+    yield {"text": "".join(lines)}, 0, 1
+
+
 def without_nulls(value: Any) -> Any:
     """Return a value of a table without the keys that hold nothing.
 
@@ -359,5 +392,7 @@ FILE_READERS = {
     ".json": (_json, " row "),
     ".csv": (_csv, ":"),
     ".parquet": (_parquet, " row "),
+    ".txt": (_text, " row "),
+    ".md": (_text, " row "),
 }
 """Suffix -> (reader, what stands between the name of the file and the number of the line or row)."""

@@ -24,10 +24,10 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from posttrain.batch import Batch, Extra
+from posttrain.blocks.data.cache import default_cache
 from posttrain.blocks.data.data import Data
 from posttrain.blocks.data.loader import MapLoader
 from posttrain.blocks.data.packing import chunks, plan
-from posttrain.blocks.data.store import default_cache
 from posttrain.blocks.models.frozen import Frozen
 from posttrain.errors import DataError, RecipeError
 from posttrain.interfaces import Fingerprinted, Loader, ModelBlock

@@ -4,14 +4,24 @@ A source says what to read and how its columns are called. What the rows mean is
 """
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, ClassVar
 
 import attrs
 from attrs.validators import gt, optional
 
-from posttrain.blocks.data.readers import ArrowRows, HubStream, Reader, Row, format_of, local_reader
+from posttrain.blocks.data.cache import file_of
+from posttrain.blocks.data.readers import (
+    ArrowRows,
+    HubStream,
+    Reader,
+    Row,
+    files_like,
+    format_of,
+    is_pattern,
+    local_reader,
+)
 from posttrain.errors import DataError
 from posttrain.registry import key, suggest
 from posttrain.values import Secret
@@ -74,8 +84,9 @@ class Source:
     shorthand: ClassVar[str] = "name_or_path"
 
     name_or_path: str
-    """A file (jsonl, json, csv, parquet; all but parquet also as .gz), a folder of such files, a folder written by
-    `Dataset.save_to_disk`, or the name of a dataset on the hub."""
+    """A file (jsonl, json, csv, parquet, or txt and md as one document each; all but parquet also as .gz), a pattern
+    such as `notes/**/*.md`, a folder of files, a folder written by `Dataset.save_to_disk`, or the name of a dataset on
+    the hub. From Python also rows themselves: dicts in a list, a `datasets.Dataset`, a generator."""
     name: str | None = None
     """Configuration of a hub dataset (`main` of `openai/gsm8k`), or of a folder whose README.md lists `configs:`."""
     split: str | None = None
@@ -87,6 +98,9 @@ class Source:
     """Our name of a column -> theirs, where they differ: `{prompt: q, response: a}`, `{messages: chat}`."""
     weight: float = key(1.0, check=gt(0))
     """How often a pass over the data sees each row: 2 is twice, 0.5 is a random half."""
+    share: float | None = key(None, check=optional(gt(0)))
+    """Part of the examples of a pass that come from here, in proportion to the shares of the other sources; instead of
+    `weight`. A pass is over when it would have to see a row twice."""
     max_rows: int | None = key(None, also=("sample_count",), check=optional(gt(0)))
     """Read only so many rows, from the beginning."""
     stream: bool = False
@@ -98,8 +112,10 @@ class Source:
         """Yield what can be seen to be wrong without reading anything."""
         if not self.name_or_path:
             yield "name_or_path", "is empty"
-        elif self._looks_local() and not self.path.exists():
+        elif self._looks_local() and not self.path.exists() and not is_pattern(self.name_or_path):
             yield "name_or_path", self._missing()
+        if self.share is not None and self.weight != 1:
+            yield "share", "says how much comes from here, and so does `weight`; keep one of them"
         if self.path.is_file() and format_of(self.path) is None:
             yield "name_or_path", f"{self.name_or_path}: unknown format"
         if self.is_local:
@@ -137,6 +153,8 @@ class Source:
         if not self.is_local:
             return self._open_hub()
         if not self.path.exists():
+            if is_pattern(self.name_or_path):
+                return files_like(self.path.absolute())
             raise DataError(self._missing())
         return local_reader(self.path, self.split or "train", self.name)
 
@@ -178,7 +196,8 @@ class Source:
         return KNOWN.get(self.name_or_path, Known())
 
     def _looks_local(self) -> bool:
-        return self.name_or_path.startswith((".", "/", "~")) or format_of(Path(self.name_or_path)) is not None
+        named = self.name_or_path.startswith((".", "/", "~")) or format_of(Path(self.name_or_path)) is not None
+        return named or is_pattern(self.name_or_path)
 
     def _missing(self) -> str:
         parent = self.path.parent
@@ -208,14 +227,23 @@ class Source:
 
 
 def as_sources(found: Any) -> list[Source]:
-    """Return sources, some of which may be given by their names alone, or as mappings of their keys.
+    """Return sources, some of which may be given by their names alone, as mappings of their keys, or as rows.
+
+    Rows are a list of dicts, a `datasets.Dataset`, or a generator of dicts (see cache.py).
 
     Raises:
-        DataError: one of them is rows and no source.
+        DataError: one of them is none of these.
     """
-    if isinstance(found, str | Path | Source) or not isinstance(found, list | tuple):
+    if not isinstance(found, list | tuple) or is_rows(found):
         found = [found]
     return [_as_source(source) for source in found]
+
+
+def is_rows(found: Any) -> bool:
+    """Whether a list is one of rows, and not of sources."""
+    return isinstance(found, list | tuple) and bool(found) and all(
+        isinstance(row, dict) and "name_or_path" not in row for row in found
+    )  # fmt: skip
 
 
 def _as_source(found: Any) -> Source:
@@ -228,14 +256,14 @@ def _as_source(found: Any) -> Source:
         if unknown := [name for name in found if name not in known]:
             raise DataError(f"sources: Source has no such key as {unknown[0]!r}{suggest(unknown[0], known)}")
         return Source(**found)
-    kind = type(found).__name__
     if isinstance(found, dict):
-        advice = "rows are read from files: write them into a .jsonl file, an object a line, and give its name"
-    elif kind in ("Dataset", "DatasetDict", "IterableDataset"):
-        advice = "a run goes on from its recipe alone: call `dataset.to_parquet('rows.parquet')`, and give that name"
-    else:
-        advice = "write the name of a file, of a folder, or of a dataset on the hub"
-    raise DataError(f"sources: {kind} is no source; {advice}")
+        splits = type(found).__name__ == "DatasetDict"
+        advice = f"choose one of its splits, {', '.join(map(str, found))}" if splits else "rows are a list of such"
+        raise DataError(f"sources: {type(found).__name__} is no source; {advice}")
+    if not isinstance(found, Iterable):
+        advice = "write the name of a file, of a folder, or of a dataset on the hub, or give rows"
+        raise DataError(f"sources: {type(found).__name__} is no source; {advice}")
+    return Source(name_or_path=str(file_of(found)))
 
 
 def _check_columns(values: dict[str, Any], columns: dict[str, str], place: str) -> None:

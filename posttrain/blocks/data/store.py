@@ -113,11 +113,6 @@ class Texts:
         return np.flatnonzero(np.diff(self.offsets) > len(NOTHING))
 
 
-def default_cache() -> Path:
-    """Return where tokenized rows are kept: $POSTTRAIN_CACHE, or a folder in the user's cache."""
-    return Path(os.environ.get("POSTTRAIN_CACHE") or Path.home() / ".cache" / "posttrain")
-
-
 def table(source: Source, encoder: Encoder, cache: Path) -> Table:
     """Return the tokenized rows of a source, made now if no run has made them before.
 

@@ -50,6 +50,8 @@ class Stream:
             found = next(readers[number], None)
             if found is None:
                 open_.remove(number)
+                if self.sources[number].share is not None:  # without it, the shares would not hold
+                    return
                 continue
             row, places[number] = found
             yielded = True
@@ -60,9 +62,10 @@ class Stream:
     def _choose(self, open_: list[int], epoch: int, choices: int) -> int:
         if len(open_) == 1:
             return open_[0]
-        point = uniform(self.seed, epoch, choices) * sum(self.sources[n].weight for n in open_)
+        weights = {n: self.sources[n].share or self.sources[n].weight for n in open_}
+        point = uniform(self.seed, epoch, choices) * sum(weights.values())
         for number in open_:
-            point -= self.sources[number].weight
+            point -= weights[number]
             if point < 0:
                 return number
         return open_[-1]

@@ -147,6 +147,15 @@ def images_of(spans: Iterable[dict[str, Any]]) -> dict[str, int]:
     return dict(zip(IMAGE_COUNTS, map(sum, zip(*counts, strict=True)), strict=True)) if counts else {}
 
 
+def by_share(found: Documents, shares: list[float]) -> Documents:
+    """Return the same views with weights by which a pass holds shares of examples; none of them comes twice."""
+    import numpy as np
+
+    counts = np.bincount(found.source, minlength=len(shares))
+    rates = np.divide(shares, counts, out=np.zeros(len(shares)), where=counts > 0)
+    return attrs.evolve(found, weights=[float(rate) for rate in rates / rates.max()])
+
+
 def is_held_out(rows: "np.ndarray", share: float) -> "np.ndarray":
     """Tell which rows of a source belong to evaluation: a fixed, evenly spread choice that no seed changes."""
     import numpy as np

@@ -138,6 +138,20 @@ def from_text(address: str) -> bytes:
         raise Unreadable("an image is no valid base64") from None
 
 
+def image_as_text(image: Any) -> str:
+    """Return an image that JSON cannot hold as an address that holds it: bytes, or a PIL image.
+
+    Raises:
+        TypeError: it is none of both.
+    """
+    if isinstance(image, bytes | bytearray):
+        return f"data:image;base64,{base64.b64encode(image).decode()}"
+    if type(image).__module__.startswith("PIL."):
+        image.save(file := io.BytesIO(), format="PNG")
+        return image_as_text(file.getvalue())
+    raise TypeError(f"Object of type {type(image).__name__} is not JSON serializable")
+
+
 def hash_of(data: "bytes | Image") -> str:
     """Return what tells an image from others."""
     if isinstance(data, bytes):

@@ -1,5 +1,6 @@
 """The networks that trainers call: transformers models whose logits exist only at supervised positions."""
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -209,7 +210,9 @@ class PackedModel(nn.Module):
         shown = transformers.utils.logging.is_progress_bar_enabled()
         transformers.utils.logging.disable_progress_bar()  # it would tear the live line of the console
         try:
-            self.hf.save_pretrained(folder, state_dict=state_dict, max_shard_size=MAX_SHARD_SIZE)
+            with warnings.catch_warnings():  # peft, of a base that is an adapter itself
+                warnings.filterwarnings("ignore", message="Could not find a config file in")
+                self.hf.save_pretrained(folder, state_dict=state_dict, max_shard_size=MAX_SHARD_SIZE)
         finally:
             if shown:
                 transformers.utils.logging.enable_progress_bar()

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 import attrs
 from attrs.validators import ge, gt, min_len, optional
 
+from posttrain.blocks.models.adapters import attach, merge, origin
 from posttrain.errors import RecipeError
 from posttrain.registry import block, key
 from posttrain.values import Secret, as_data, missing_folder
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from posttrain.blocks.models.apart import Sight, Way
 
 log = logging.getLogger("posttrain")
+HASHED = (".json", ".safetensors", ".bin")
 QUANTIZE = (
     " there; write model.kwargs: {quantization_config: {quant_method: bitsandbytes, load_in_4bit: true}}, which needs "
     "bitsandbytes, and model.lora to train"
@@ -42,8 +44,20 @@ class LoRA:
     """Probability, on the adapters' input."""
     target_modules: str | list[str] = "all-linear"
     """Names of the layers to adapt, or `all-linear`."""
+    start_from: str | None = None
+    """Folder of an adapter to train on, the export of an earlier run, instead of a new one. Its shape is its own: leave
+    the other keys out."""
     kwargs: dict[str, Any] = attrs.field(factory=dict)
     """Further arguments of `peft.LoraConfig`."""
+
+    def check(self) -> Iterator[tuple[str, str]]:
+        """Yield a folder that is no adapter, and keys that would do nothing."""
+        if self.start_from is None:
+            return
+        if not (Path(self.start_from).expanduser() / "adapter_config.json").is_file():
+            yield "start_from", missing_folder(self.start_from) or f"{self.start_from} holds no adapter_config.json"
+        if self != LoRA(start_from=self.start_from):
+            yield "start_from", "the adapter has its own r, alpha, dropout and modules: leave the other keys out"
 
     def apply(self, hf: Any, task: str, linears: list[str]) -> Any:
         """Return the model with adapters, everything else frozen.
@@ -53,6 +67,8 @@ class LoRA:
             task: peft's name of what the model does.
             linears: of a model of images and text, what `all-linear` means: the layers of the parts that are trained.
         """
+        if self.start_from is not None:
+            return attach(hf, Path(self.start_from).expanduser(), task)
         try:
             from peft import LoraConfig, get_peft_model
         except ImportError:
@@ -78,7 +94,8 @@ class HFModel:
     """What the configuration must be for this kind of model."""
 
     name_or_path: str
-    """A folder or a hub name."""
+    """A folder or a hub name. The folder of an adapter, as a run with LoRA exports it, stands for the adapter's base
+    with the adapter merged into it."""
     random_init: bool = False
     """Start from random weights: only the configuration is read."""
     config: dict[str, Any] = key(factory=dict, also=("hf_config_kwargs",))
@@ -148,8 +165,8 @@ class HFModel:
     def make(self, empty: bool) -> "nn.Module":
         """Return the network, with weights unless it is to be empty."""
         from posttrain.blocks.models.activations import Compiled, checkpoint_activations, tile_mlps
-        from posttrain.blocks.models.parts import freeze_parts, linears
         from posttrain.blocks.models.router import router_weight
+        from posttrain.blocks.models.vision.parts import freeze_parts, linears
 
         hf = self.load(empty)
         way = self.way(hf)
@@ -197,7 +214,7 @@ class HFModel:
 
     def sight(self, hf: Any, way: "Way") -> "Sight | str":
         """Return how images enter the model, which is tried with the processor beside it, or why they cannot."""
-        from posttrain.blocks.models.sight import find_sight
+        from posttrain.blocks.models.vision.sight import find_sight
 
         if self.auto != "AutoModelForCausalLM":
             return f"{type(hf).__name__} is trained on text alone"
@@ -233,7 +250,7 @@ class HFModel:
                     config, dtype=getattr(torch, self.dtype), trust_remote_code=self.trust_remote_code
                 )
             else:
-                hf = auto.from_pretrained(self.name_or_path, config=config, dtype=self.dtype, **self.hub, **self.kwargs)
+                hf = auto.from_pretrained(self.base, config=config, dtype=self.dtype, **self.hub, **self.kwargs)
         except (OSError, ValueError, ImportError) as error:
             raise RecipeError(f"model {self.name_or_path!r} cannot be loaded: {error}") from error
         except TypeError as error:
@@ -241,7 +258,15 @@ class HFModel:
                 hint = QUANTIZE if unknown[0] in ("load_in_4bit", "load_in_8bit") else ""
                 raise RecipeError(f"model.kwargs: transformers does not take {unknown[0]}{hint}") from error
             raise
+        if adapters := origin(self.name_or_path)[1]:
+            hf = hf if empty else merge(hf, adapters)
+            hf.name_or_path = hf.config._name_or_path = self.name_or_path  # what a new adapter has as its base
         return hf
+
+    @property
+    def base(self) -> str:
+        """The folder or hub name of the weights: below adapters, if `name_or_path` is one."""
+        return origin(self.name_or_path)[0]
 
     def auto_class(self, config: Any) -> Any:
         """Return the class of transformers that loads the model; one of images and text is loaded as a whole."""
@@ -268,7 +293,7 @@ class HFModel:
         changes = {**self.config, **self.fixed}
         if self.random_init and "model_type" in self.config:
             return made(changes)
-        return changed(self.name_or_path, changes, self.hub)
+        return changed(self.base, changes, self.hub)
 
     def configured(self, config: Any) -> Any:
         """Return the configuration to build from; a subclass may make another one of the model's own."""
@@ -291,21 +316,26 @@ class HFModel:
         return f"{said} {found}" if found else None
 
     def _content(self) -> bytes | str | None:
-        """Return names and hashes of the files of a folder, or the commit of a hub model."""
+        """Return names and hashes of the files of folders, or the commit of a hub model."""
         from transformers import AutoConfig
 
-        folder = Path(self.name_or_path)
         if self.random_init:
             return None
-        if not folder.is_dir():
+        base, folders = origin(self.name_or_path)
+        commit = b""
+        if Path(base).is_dir():
+            folders = [Path(base), *folders]
+        else:
             try:
-                commit = AutoConfig.from_pretrained(self.name_or_path, **self.hub)._commit_hash
+                found = AutoConfig.from_pretrained(base, **self.hub)._commit_hash
             except (OSError, ValueError) as error:
-                raise RecipeError(f"model {self.name_or_path!r} cannot be loaded: {error}") from error
-            return str(commit) if commit else None
-        files = sorted(file for file in folder.iterdir() if file.suffix in (".json", ".safetensors", ".bin"))
+                raise RecipeError(f"model {base!r} cannot be loaded: {error}") from error
+            if not found or not folders:
+                return str(found) if found else None
+            commit = str(found).encode()
+        files = [file for folder in folders for file in sorted(folder.iterdir()) if file.suffix in HASHED]
         with ThreadPoolExecutor() as threads:  # hashing lets other threads run
-            return b"".join(threads.map(_named_hash, files))
+            return commit + b"".join(threads.map(_named_hash, files))
 
     def freeze_parameters(self, hf: Any) -> None:
         """Freeze the parameters whose names match a pattern.

@@ -131,7 +131,7 @@ def partition(module: nn.Module, strategy: Any) -> None:
     """Cut a network up for ZeRO-3, parameter by parameter; its engine would first move all of it to the device."""
     if not strategy.zero_stage_3:
         return
-    if dist.get_world_size() > 1 and getattr(module, "seldom", ()):
+    if dist.get_world_size() > 1 and getattr(module, "seldom", None):
         raise RecipeError(
             "strategy: ZeRO-3 gathers what sees images where it is used, and would wait forever for a rank whose "
             "rows hold none: use fsdp, or stage 2"

@@ -14,7 +14,8 @@ from typing import Any
 import attrs
 from attrs.validators import gt
 
-from posttrain.errors import SynthError
+from posttrain.blocks.models.exports import chosen, ends_of, open_model
+from posttrain.errors import RecipeError, SynthError
 from posttrain.registry import block, key
 from posttrain.synth.clients.client import Synth
 from posttrain.synth.clients.structured import How, as_asked
@@ -31,7 +32,7 @@ class TransformersSynth(Synth):
     """Data from a model in this process: chats, or the raw logits of a reward model (`/classify`)."""
 
     name_or_path: str = ""
-    """A folder or hub name."""
+    """Folder of a run, of a model or of an adapter, or a hub name."""
     batch_size: int = key(64, check=gt(0))
     """Requests that are answered together, and lost at most by a crash."""
     device: str = "auto"
@@ -104,6 +105,7 @@ class TransformersSynth(Synth):
         import torch
 
         model, tokenizer = self.generator
+        ends = ends_of(model, tokenizer)
         bodies = [json.loads(request.body) for request in requests]
         prompts = [
             tokenizer.apply_chat_template(body["messages"], add_generation_prompt=True, tokenize=False)
@@ -122,13 +124,13 @@ class TransformersSynth(Synth):
             with torch.no_grad(), torch.random.fork_rng(devices=devices):
                 torch.manual_seed(seed)
                 ids = model.generate(
-                    **asked, max_new_tokens=limit, use_cache=True, pad_token_id=_pad(tokenizer), **sampling(bodies[0])
-                )
+                    **asked, max_new_tokens=limit, use_cache=True, pad_token_id=_pad(tokenizer),
+                    eos_token_id=sorted(ends), **sampling(bodies[0]),
+                )  # fmt: skip
         finally:
             model.train(was_training)
         width = asked["input_ids"].shape[1]
         given = asked["attention_mask"].sum(1).tolist()
-        ends = _ends(model, tokenizer)
         return [
             _completion(tokenizer, request, made[width:].tolist(), count, ends)
             for request, made, count in zip(requests, ids, given, strict=True)
@@ -139,9 +141,13 @@ class TransformersSynth(Synth):
         """The model that answers chats, and its tokenizer."""
         if self.loaded is not None:
             return tuple(self.loaded)
-        from transformers import AutoModelForCausalLM
-
-        return self._load(AutoModelForCausalLM)
+        try:
+            opened = open_model(self.name_or_path, self.device)
+        except RecipeError as error:
+            raise SynthError(str(error)) from error
+        if _pad(opened.tokenizer) is None:
+            raise SynthError(f"the tokenizer of {self.name_or_path} has neither a pad token nor an end of text")
+        return opened.hf, opened.tokenizer
 
     # -- reward models ----------------------------------------------------------------
 
@@ -174,7 +180,6 @@ class TransformersSynth(Synth):
         return self._load(AutoModelForSequenceClassification)
 
     def _load(self, kind: Any) -> tuple[Any, Any]:
-        import torch
         from transformers import AutoTokenizer
 
         try:
@@ -182,12 +187,9 @@ class TransformersSynth(Synth):
             tokenizer = AutoTokenizer.from_pretrained(self.name_or_path)
         except (OSError, ValueError) as error:
             raise SynthError(f"{self.name_or_path} cannot be loaded: {error}") from error
-        device = self.device
-        if device == "auto":
-            device = "cuda" if torch.cuda.is_available() else "cpu"
         if _pad(tokenizer) is None:
             raise SynthError(f"the tokenizer of {self.name_or_path} has neither a pad token nor an end of text")
-        return model.to(device), tokenizer
+        return model.to(chosen(self.device)), tokenizer
 
 
 def sampling(body: dict[str, Any]) -> dict[str, Any]:
@@ -215,13 +217,6 @@ def _completion(tokenizer: Any, request: Request, made: list[int], given: int, e
         "choices": [{"index": 0, "message": message, "finish_reason": "length" if stop is None else "stop"}],
         "usage": {"prompt_tokens": given, "completion_tokens": count, "total_tokens": given + count},
     }  # fmt: skip
-
-
-def _ends(model: Any, tokenizer: Any) -> set[int]:
-    """Return the tokens that end a reply."""
-    said = model.generation_config.eos_token_id
-    listed = said if isinstance(said, list) else [said]
-    return {token for token in [*listed, tokenizer.eos_token_id] if token is not None}
 
 
 def _pad(tokenizer: Any) -> int | None:

@@ -106,7 +106,7 @@ class SwiftKVModel(HFModel):
         if self.random_init:
             return False
         token = self.token.reveal() if self.token else None
-        found = AutoConfig.from_pretrained(self.name_or_path, revision=self.revision, token=token)
+        found = AutoConfig.from_pretrained(self.base, revision=self.revision, token=token)
         return bool(found.model_type.endswith(SUFFIX))
 
     def wrap(self, hf: Any) -> "nn.Module":

@@ -23,7 +23,6 @@ from posttrain.blocks.layout import lay
 from posttrain.blocks.models.apart import Sight, Way
 from posttrain.blocks.models.attention import NAME
 from posttrain.blocks.models.causal import CausalLM
-from posttrain.blocks.models.parts import parts_of
 from posttrain.blocks.models.probe import (
     GRADIENTS,
     LEAKS,
@@ -37,6 +36,7 @@ from posttrain.blocks.models.probe import (
     slopes_of,
 )
 from posttrain.blocks.models.tiny import tiny
+from posttrain.blocks.models.vision.parts import parts_of
 
 VOCABULARY = 256
 IMAGE = 1
