@@ -1,6 +1,6 @@
 """Draws pictures of coloured figures with questions about them, and makes a tiny model of images and text for them.
 
-One to three figures stand in the quarters of a picture of 24 x 24 pixels. Colour, shape, place and number are asked.
+One or two figures stand in the quarters of a picture of 24 x 24 pixels. Colour, shape, place and number are asked.
 """
 
 import base64
@@ -17,7 +17,7 @@ COLORS = {
 }  # fmt: skip
 SHAPES = ("circle", "square", "triangle", "cross")
 PLACES = {"top left": (0, 0), "top right": (1, 0), "bottom left": (0, 1), "bottom right": (1, 1)}
-NUMBERS = ("one", "two", "three")
+NUMBERS = ("one", "two")
 SIDE, CELL = 24, 12
 """Pixels of a picture, and of a quarter of it."""
 TEMPLATE = (
@@ -34,7 +34,7 @@ def draw(rng: random.Random):
     """Return a picture, and its figures as (color, shape, place); no two have the same color or the same shape."""
     from PIL import Image, ImageDraw
 
-    count = rng.randint(1, 3)
+    count = rng.randint(1, 2)
     chosen = (rng.sample(list(known), count) for known in (COLORS, SHAPES, PLACES))
     figures = list(zip(*chosen, strict=True))
     ground = tuple(rng.randint(0, 60) for _ in range(3))
@@ -135,7 +135,7 @@ def model(folder: Path, patch: int = 4, hidden: int = 64, seen: int = 64) -> Non
     ).save_pretrained(folder)  # fmt: skip
 
 
-def make(folder: Path, train: int = 16_000, test: int = 400) -> None:
+def make(folder: Path, train: int = 20_000, test: int = 400) -> None:
     """Write everything into a folder."""
     folder.mkdir(parents=True, exist_ok=True)
     for name, seed, count in (("train", 1, train), ("test", 2, test)):
