@@ -296,3 +296,53 @@ def test_show_draws_a_box_for_each_image(
     shown = capsys.readouterr().out
     assert "[image 40x24, 16 tokens, 0.png]what is this?" in shown
     assert "rows.jsonl:1  57 tokens, 8 supervised" in shown
+
+
+def test_a_processor_that_cannot_be_loaded_leaves_the_text(
+    folder: Any, sums: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Such as one that wants torchvision."""
+    from posttrain.blocks.images import processor
+
+    name = vision.make("llava", tmp_path / "model")
+
+    def refuse(kind: str) -> Any:
+        raise ImportError(f"{kind} requires the Torchvision library")
+
+    monkeypatch.setattr(processor, "_class", refuse)
+    made = trainer(name, str(sums), tmp_path)
+    assert made.train().status == "finished"
+    assert "requires the Torchvision library; it can be trained on text alone" in caplog.text
+    with pytest.raises(RecipeError, match="requires the Torchvision library"):
+        HFTokenizer(processor={"max_pixels": 1}).build(HFModel(name_or_path=str(name)))
+    with pytest.raises(RecipeError, match=r"only the language model can be trained: its processor cannot be loaded"):
+        HFModel(name_or_path=str(name), train=["tower"]).build(None)
+    rows = [{"messages": [ask(pictures(tmp_path)[0]), reply("a")]}]
+    with pytest.raises(posttrain.DataError, match="there are images, and the model sees none"):
+        built(name, str(written(tmp_path, rows)), tmp_path / "cache")
+
+
+@pytest.mark.parametrize("family", ["qwen3_vl", "llava", "internvl", "mistral3"])
+def test_a_plan_counts_what_images_take(folder: Any, tmp_path: Path, family: str) -> None:
+    from posttrain.tools.tracing import trace
+
+    root = tmp_path / "rows"
+    root.mkdir()
+    source = str(written(root, chats(root)))
+    text = str(written(root, [{"prompt": "?", "completion": "no image"}], "text.jsonl"))
+    found = {}
+    for name, file, parts in (
+        ("text", text, ["language", "projector"]), ("frozen", source, ["language", "projector"]),
+        ("tower", source, ["language", "projector", "tower"]),
+    ):  # fmt: skip
+        made = trainer(folder(family), file, tmp_path, model={"train": parts}, data={"max_length": 96})
+        found[name] = trace(made).activations
+    assert found["text"] <= found["frozen"] < found["tower"]
+
+
+def test_a_plan_says_where_it_cannot_count_images(folder: Any, tmp_path: Path, caplog: Any) -> None:
+    from posttrain.tools.tracing import trace
+
+    source = str(written(tmp_path, chats(tmp_path)))
+    assert trace(trainer(folder("idefics3"), source, tmp_path)).activations > 0
+    assert "what images take is not in the plan" in caplog.text

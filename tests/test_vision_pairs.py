@@ -94,3 +94,20 @@ def test_dpo_with_images_trains_the_same_packed_or_not(folder: Any, tmp_path: Pa
     assert steps[True][0][0] == pytest.approx(0.693147, abs=1e-4)
     if len(steps[True][1].loaders.train.plan(0)) == 1:
         assert steps[True][0] == pytest.approx(steps[False][0], rel=1e-4)
+
+
+@pytest.mark.parametrize("how", ["precomputed", "lora"])
+def test_the_reference_sees_the_same_images(folder: Any, tmp_path: Path, how: str) -> None:
+    root = tmp_path / "rows"
+    root.mkdir()
+    source = str(written(root, pairs(root)))
+    if how == "lora":
+        pytest.importorskip("peft")
+    run = DPOTrainer(
+        model=HFModel(name_or_path=str(folder("qwen3_vl")), lora=posttrain.LoRA(r=2) if how == "lora" else None),
+        data=PreferenceData(sources=[source], max_length=512, cache_dir=tmp_path / "cache"),
+        precompute_reference=how == "precomputed", max_steps=1, micro_batch_size=1, accelerator="cpu", logger=[],
+        output_dir=tmp_path / "run", checkpoint=[],
+    ).train()  # fmt: skip
+    assert run.last["loss"] == pytest.approx(0.693147, abs=1e-5)
+    assert abs(run.last["rewards/margin"]) < 1e-5

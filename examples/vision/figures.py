@@ -102,37 +102,41 @@ def tokenizer():
     made = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     made.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     made.decoder = decoders.WordPiece(prefix="##")  # puts spaces between words
+    seen = {"image_token": "<seen>", "boi_token": "<image>", "eoi_token": "<image end>"}
     return PreTrainedTokenizerFast(
         tokenizer_object=made, pad_token="<pad>", eos_token="<end>", unk_token="<unk>", chat_template=TEMPLATE,
-        additional_special_tokens=["<user>", "<reply>", "<image>"],
+        additional_special_tokens=["<user>", "<reply>"], extra_special_tokens=seen,
     )  # fmt: skip
 
 
-def model(folder: Path, patch: int = 4, hidden: int = 64, seen: int = 64) -> None:
-    """Write the configuration of a tiny LLaVA, its tokenizer and its processor; there are no weights."""
+def model(folder: Path, hidden: int = 64, seen: int = 64, patch: int = 4) -> None:
+    """Write the configuration of a tiny Gemma 3, its tokenizer and its processor; there are no weights.
+
+    A picture is four tokens, one for each quarter: the mean of what the tower makes of its patches. So the tower has
+    to find out what is drawn; the language model cannot see single patches.
+    """
     import transformers
-    from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+    from transformers.models.gemma3.image_processing_pil_gemma3 import Gemma3ImageProcessorPil
 
     words = tokenizer()
-    common = {"intermediate_size": 3 * hidden, "num_hidden_layers": 3, "num_attention_heads": 4}
-    config = transformers.LlavaConfig(
+    layers = {"num_hidden_layers": 3, "num_attention_heads": 4}
+    config = transformers.Gemma3Config(
         text_config={
-            "model_type": "llama", "vocab_size": len(words), "hidden_size": hidden, **common, "num_key_value_heads": 4,
-            "max_position_embeddings": 512, "pad_token_id": words.pad_token_id, "eos_token_id": words.eos_token_id,
-            "bos_token_id": None, "initializer_range": 0.06,
+            "vocab_size": len(words), "hidden_size": hidden, "intermediate_size": 3 * hidden, **layers,
+            "num_key_value_heads": 4, "head_dim": hidden // 4, "query_pre_attn_scalar": hidden // 4,
+            "max_position_embeddings": 512, "sliding_window": 64, "initializer_range": 0.06,
+            "pad_token_id": words.pad_token_id, "eos_token_id": words.eos_token_id, "bos_token_id": None,
         },
         vision_config={
-            "model_type": "clip_vision_model", "image_size": SIDE, "patch_size": patch, "hidden_size": seen, **common,
-            "intermediate_size": 3 * seen, "projection_dim": seen, "initializer_range": 0.06,
+            "model_type": "siglip_vision_model", "image_size": SIDE, "patch_size": patch, "hidden_size": seen, **layers,
+            "intermediate_size": 3 * seen, "vision_use_head": False,
         },
-        image_token_id=words.convert_tokens_to_ids("<image>"), vision_feature_layer=-1,
+        mm_tokens_per_image=4, image_token_id=words.convert_tokens_to_ids("<seen>"),
+        boi_token_index=words.convert_tokens_to_ids("<image>"), eoi_token_index=words.convert_tokens_to_ids("<image end>"),
     )  # fmt: skip
     config.save_pretrained(folder)
-    images = CLIPImageProcessorPil(size={"shortest_edge": SIDE}, crop_size={"height": SIDE, "width": SIDE})
-    transformers.LlavaProcessor(
-        images, words, patch_size=patch, vision_feature_select_strategy="default", num_additional_image_tokens=1,
-        chat_template=TEMPLATE,
-    ).save_pretrained(folder)  # fmt: skip
+    images = Gemma3ImageProcessorPil(size={"height": SIDE, "width": SIDE})
+    transformers.Gemma3Processor(images, words, chat_template=TEMPLATE, image_seq_length=4).save_pretrained(folder)
 
 
 def make(folder: Path, train: int = 20_000, test: int = 400) -> None:

@@ -4,19 +4,31 @@ Network, loss, backward pass and an optimizer step are run with every micro-batc
 operation by operation. So it holds for a network, a loss or an optimizer of one's own.
 """
 
+import itertools
+import logging
 import warnings
 import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import attrs
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses import fake_tensor
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
-from posttrain.batch import Batch, Layout
+from posttrain.batch import Batch, Extra, Layout
 from posttrain.blocks.data.data import Data
+from posttrain.blocks.data.encode import apart
+from posttrain.blocks.data.rows.refused import Refused
+from posttrain.blocks.data.sources import Source
+from posttrain.blocks.images.arrange import IMAGES
+from posttrain.blocks.images.processor import images_of
+from posttrain.blocks.layout import Example
+from posttrain.blocks.models.model import HFModel
 from posttrain.blocks.parallel.sharding import replace_tensors, units, weightless
 from posttrain.blocks.parallel.strategy import FSDP, DeepSpeed
 from posttrain.errors import RecipeError
@@ -25,6 +37,12 @@ from posttrain.runtime.launch import silence_libraries
 from posttrain.trainer import Trainer
 from posttrain.trainers.distill import DistillTrainer
 
+LOOKED_AT = 64
+"""Rows of each source in which images are looked for."""
+CONSTANTS = 100_000
+"""Numbers in a tensor of whole ones that is computed with while tracing: torch itself knows single ones alone."""
+UNKNOWN = (fake_tensor.DataDependentOutputException, fake_tensor.DynamicOutputShapeException)
+log = logging.getLogger("posttrain")
 BF16 = ("bf16-mixed", "bf16-true")
 
 
@@ -103,7 +121,7 @@ def _trace(trainer: Trainer) -> Traced:
     silence_libraries()
     fabric = Fabric(accelerator="cpu", devices=1, precision=precision)  # type: ignore[arg-type]
     fabric.to_device = lambda module: module  # type: ignore[method-assign]  # it has no weights to move
-    batch = fullest(trainer)
+    batch, seen = fullest(trainer), fullest_of_images(trainer)
     with torch.device("meta"), weightless():
         network = fabric.strategy.precision.convert_module(trainer.model.build(fabric))
         kept = size_of(network.parameters())
@@ -111,7 +129,7 @@ def _trace(trainer: Trainer) -> Traced:
         if precision == "bf16-mixed" and (deepspeed or isinstance(trainer.strategy, FSDP)):  # they cast, not autocast
             network = network.to(torch.bfloat16)
         others = {} if answers_are_stored(trainer) else trainer.build_frozen(fabric, network)
-    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode, constants():
         for each in (network, *others.values()):  # from the meta device to fake tensors on the CPU
             replace_tensors(each, lambda _, tensor: torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu"))
         counts = {wanted: sum(p.numel() for p in network.parameters() if p.requires_grad == wanted)
@@ -119,13 +137,29 @@ def _trace(trainer: Trainer) -> Traced:
         states = stepped(trainer.optimizer.build(network)) * kept // size_of(network.parameters())
         if deepspeed and precision in BF16:  # bfloat16 beside float32 that the optimizer works in
             kept, gradients, states = 2 * sum(counts.values()), 2 * counts[True], 12 * counts[True]
-        activations = peak(trainer, fabric, network, others, batch.map(mode.from_tensor))
+        activations = peak(trainer, fabric, network, others, faked(batch, mode))
+        if seen is not None:
+            try:
+                activations = max(activations, peak(trainer, fabric, network, others, faked(seen, mode)))
+            except UNKNOWN:
+                log.warning("what images take is not in the plan: this model does what depends on their numbers")
         sizes = [sum(p.numel() for p in layer.parameters()) for layer in units(network)]
     return Traced(
         trained=counts[True], frozen=counts[False], kept=kept, gradients=gradients, optimizer=states,
         others=sum(size_of(other.parameters()) for other in others.values()), activations=activations,
         layer=max(sizes, default=0), outside=sum(counts.values()) - sum(sizes),
     )  # fmt: skip
+
+
+@contextmanager
+def constants() -> Iterator[None]:
+    """Compute with small tensors of whole numbers meanwhile: the sizes of images decide what a tower does."""
+    before = fake_tensor.CONSTANT_NUMEL_LIMIT
+    fake_tensor.CONSTANT_NUMEL_LIMIT = CONSTANTS
+    try:
+        yield
+    finally:
+        fake_tensor.CONSTANT_NUMEL_LIMIT = before
 
 
 def peak(trainer: Trainer, fabric: Any, network: nn.Module, others: dict[str, nn.Module], batch: Batch) -> int:
@@ -164,12 +198,77 @@ def fullest(trainer: Trainer) -> Batch:
     data = trainer.data
     if not isinstance(data, Data):
         raise RecipeError(f"data: {type(data).__name__} does not say how long its rows are; a plan needs that")
-    size = trainer.sequence.size if trainer.sequence else 1
-    rows = [[data.fullest(-(-data.max_length // size))] for _ in range(trainer.micro_batch_size)]
-    batch = read_by_the_host(data.collator(None)(rows, 1))
+    rows = [[data.fullest(row_length(trainer, data))] for _ in range(trainer.micro_batch_size)]
+    return ready(trainer, data.collator(None)(rows, 1))
+
+
+def row_length(trainer: Trainer, data: Data) -> int:
+    """Return the tokens of a document that a rank sees."""
+    return -(-data.max_length // (trainer.sequence.size if trainer.sequence else 1))
+
+
+def ready(trainer: Trainer, batch: Batch) -> Batch:
+    """Return a batch as the loop would give it to the loss."""
+    batch = read_by_the_host(batch)
     if getattr(trainer, "precompute_reference", False):
         batch = batch.but(reference_log_probs=torch.zeros(len(batch.supervised)))
     return batch
+
+
+def fullest_of_images(trainer: Trainer) -> Batch | None:
+    """Return a micro-batch with as many images as its rows can hold of those of the data; None if there are none."""
+    data, model = trainer.data, trainer.model
+    if not isinstance(data, Data) or not isinstance(model, HFModel) or not model.sees_images():
+        return None
+    tokenizer = trainer.tokenizer.build(model)
+    row = with_images(data, tokenizer, row_length(trainer, data))
+    return ready(trainer, data.collator(tokenizer)([row] * trainer.micro_batch_size, 1)) if row else None
+
+
+def with_images(data: Data, tokenizer: Any, length: int) -> list[Example]:
+    """Return a row that is full of the example with the most images for its length among the first rows of the data;
+    none if they have no images."""
+    best: tuple[float, Example] | None = None
+    encoder, images = data.encoder(tokenizer), images_of(tokenizer)
+    if images is None:
+        return []
+    for source in data.sources:
+        rows = [row.values for row, _ in itertools.islice(source.read(source.open()), LOOKED_AT)]
+        for found in encoder.encode(rows):
+            if isinstance(found, Refused) or max(len(ids) for ids, _ in found.documents) > length:
+                continue
+            for one in apart(found, encoder.sides, encoder.columns):
+                here = with_source(one, source)
+                tokens = sum(span["tokens"] for spans in here.values.get(IMAGES, ()) for span in spans)
+                if tokens and (best is None or tokens / len(one) > best[0]):
+                    best = tokens / len(one), here
+    if best is None:
+        return []
+    documents = tuple((ids, ids != images.token_id) for ids, _ in best[1].documents)  # supervised, as can be
+    return [attrs.evolve(best[1], documents=documents)] * max(1, data.row_length // len(best[1]))
+
+
+def with_source(example: Example, source: Source) -> Example:
+    """Return an example whose images know where their rows are."""
+    spans = tuple([span | {"source": source} for span in one] for one in example.values.get(IMAGES, ()))
+    return attrs.evolve(example, values=example.values | ({IMAGES: spans} if spans else {}))
+
+
+def faked(batch: Batch, mode: FakeTensorMode) -> Batch:
+    """Return a batch without numbers; with images, tokens and their sizes stay known, since networks look at them."""
+
+    def constant(x: Tensor) -> Any:
+        return x if x.is_floating_point() else mode.fake_tensor_converter.from_real_tensor(mode, x, make_constant=True)
+
+    def known(layout: Layout) -> dict[str, Any]:
+        images = {name: constant(x) for name, x in layout.arguments[IMAGES].values.items()}
+        arguments = {**layout.arguments, IMAGES: Extra(images)}
+        return {"input_ids": constant(layout.input_ids), "arguments": arguments}
+
+    if IMAGES in batch.arguments:
+        branch = batch.branch and attrs.evolve(batch.branch, **known(batch.branch))
+        batch = attrs.evolve(batch, branch=branch, **known(batch))
+    return batch.map(lambda x: x if isinstance(x, FakeTensor) else mode.from_tensor(x))
 
 
 def one_pass(trainer: Trainer, fabric: Any, network: nn.Module, others: dict[str, nn.Module]) -> Run:

@@ -220,6 +220,11 @@ class HFModel:
             return f"{type(hf).__name__} is trained on text alone"
         return find_sight(hf, self.name_or_path, way, self.hub)
 
+    def sees_images(self) -> bool:
+        """Whether it is a model of images and text."""
+        config = self.read_config()
+        return self.auto == "AutoModelForCausalLM" and config.get_text_config() is not config
+
     def saved_as(self) -> str | None:
         """Return the half-precision type that the model's files are in, for exports; None to write what is trained."""
         if self.random_init or self.lora is not None or self.dtype != "float32":

@@ -1,5 +1,6 @@
 """Tokenizer blocks."""
 
+import logging
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -13,6 +14,8 @@ from posttrain.errors import RecipeError
 from posttrain.interfaces import ModelBlock
 from posttrain.registry import block
 from posttrain.values import Secret, missing_folder
+
+log = logging.getLogger("posttrain")
 
 
 @block("tokenizer", "hf")
@@ -95,7 +98,12 @@ class HFTokenizer:
             with suppress(OSError, ValueError):  # what the model will say of it tells more
                 config = model.read_config()
         if config is not None and config.get_text_config() is not config:
-            images = load(name, tokenizer, config, hub, self.processor)
+            try:
+                images = load(name, tokenizer, config, hub, self.processor)
+            except RecipeError as error:
+                if self.processor:
+                    raise
+                log.warning("%s; it can be trained on text alone, and exports have no processor", error)
         if images is None and self.processor:
             raise RecipeError(f"tokenizer.processor: there is no processor of images beside {name!r}")
         return tokenizer if images is None else seeing(tokenizer, images)

@@ -131,12 +131,16 @@ def tried(config: Any, processor: Processor, way: Way) -> bool | str:
 
 def twin(config: Any, processor: Processor) -> tuple[Any, Processor]:
     """Return a tiny network of the same architecture that takes the same images, and a processor of its tokens."""
-    small = tiny(config, vocabulary=VOCABULARY, window=WINDOW)
+
+    def built(small: Any) -> Any:
+        small._attn_implementation = None  # its own
+        return auto_of(small).from_config(small, dtype=torch.float32).eval()
+
+    small = tiny(config, vocabulary=VOCABULARY, window=WINDOW, works=built)
     for name in ("image_token_id", "image_token_index"):
         if name in small.to_dict():
             setattr(small, name, IMAGE)
-    small._attn_implementation = None
-    hf = auto_of(small).from_config(small, dtype=torch.float32).eval()
+    hf = built(small)
     for parameter in hf.parameters():
         if not parameter.any():  # a projector of zeros would hide all images
             torch.nn.init.normal_(parameter, 0, 0.1)
@@ -155,7 +159,8 @@ def document(hf: Any, small: Processor, processor: Processor, number: int) -> Se
         given = dict(processor.theirs(text=[text], images=images or None, return_mm_token_type_ids=True))
     whole = as_tensor(given.pop("input_ids"))
     seen = whole == processor.token_id
-    ids = torch.where(seen, IMAGE, 3 + whole % (VOCABULARY - 3))
+    words = hf.config.get_text_config().vocab_size - 3
+    ids = torch.where(seen, IMAGE, 3 + whole % words)
     spans = spans_of(seen[0], [processor.expansion(size).tokens for size in SIZES[number]])
     known = inspect.signature(type(hf).forward).parameters
     given = {name: as_tensor(value) for name, value in given.items() if name in known and name != "attention_mask"}
