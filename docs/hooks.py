@@ -22,7 +22,12 @@ from posttrain.trainers.sft import SFTTrainer
 
 ROOT = Path(__file__).parent.parent
 MARGIN = 94
-HOMES = {"README.md": "index.md", "benchmarks/README.md": "benchmarks.md", "examples/README.md": "gallery.md"}
+HOMES = {
+    "README.md": "index.md",
+    "CHANGELOG.md": "changes.md",
+    "benchmarks/README.md": "benchmarks.md",
+    "examples/README.md": "gallery.md",
+}
 """Files of the repository -> pages that hold them."""
 
 

@@ -8,19 +8,35 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from posttrain.batch import Batch, Extra, Term
-    from posttrain.blocks.callbacks import EMA, EarlyStop, Profiler, Samples
+    from posttrain.blocks.callbacks import EMA, EarlyStop, KeepBest, NEFTune, Profiler, Samples
     from posttrain.blocks.checkpoints.checkpoint import HuggingFace, Resume
     from posttrain.blocks.data.data import CausalData, PreferenceData, SFTData
     from posttrain.blocks.data.sources import Source
+    from posttrain.blocks.data.unpaired import UnpairedData
     from posttrain.blocks.joined import JoinedOptimizer
     from posttrain.blocks.loggers.logger import JSONL, Console, TensorBoard
+    from posttrain.blocks.loggers.services import CSV, MLflow, WandB
     from posttrain.blocks.losses.objective import preference_loss
+    from posttrain.blocks.losses.surrogate import policy_loss
     from posttrain.blocks.models.model import HFModel, LoRA, RewardModel
     from posttrain.blocks.models.speculator.model import SpeculatorModel
     from posttrain.blocks.models.swiftkv.model import SwiftKVModel
-    from posttrain.blocks.optimizer import AdamW
+    from posttrain.blocks.optimizer import AdamW, ParameterGroup
+    from posttrain.blocks.optimizers.blocks import (
+        SGD,
+        Adafactor,
+        AdamW8bit,
+        AdamWBF16,
+        Lion,
+        Muon,
+        ScheduleFree,
+        TorchOptimizer,
+    )  # fmt: skip
     from posttrain.blocks.parallel.sequence import Ulysses
     from posttrain.blocks.parallel.strategy import DDP, FSDP, Auto, DeepSpeed
+    from posttrain.blocks.rollouts.prompts import PromptData
+    from posttrain.blocks.rollouts.rewards import ModelReward, reward
+    from posttrain.blocks.rollouts.sampler import TransformersSampler
     from posttrain.blocks.scheduler import WSD, Constant, Cosine, Linear, TwoStage
     from posttrain.blocks.tokenizers.tokenizer import HFTokenizer
     from posttrain.errors import (
@@ -44,7 +60,10 @@ if TYPE_CHECKING:
     from posttrain.trainer import Trainer
     from posttrain.trainers.distill import DistillTrainer
     from posttrain.trainers.dpo import DPOTrainer
+    from posttrain.trainers.grpo import GRPOTrainer
+    from posttrain.trainers.kto import KTOTrainer
     from posttrain.trainers.mlp_speculator import SpeculatorTrainer
+    from posttrain.trainers.on_policy_distill import OnPolicyDistillTrainer
     from posttrain.trainers.reward import RewardTrainer
     from posttrain.trainers.sft import CausalTrainer, SFTTrainer
     from posttrain.trainers.swiftkv import SwiftKVTrainer
@@ -52,17 +71,26 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "batch": ("Batch", "Extra", "Term"),
-    "blocks.callbacks": ("EMA", "EarlyStop", "Profiler", "Samples"),
+    "blocks.callbacks": ("EMA", "EarlyStop", "KeepBest", "NEFTune", "Profiler", "Samples"),
     "blocks.joined": ("JoinedOptimizer",),
     "blocks.checkpoints.checkpoint": ("HuggingFace", "Resume"),
     "blocks.data.data": ("CausalData", "PreferenceData", "SFTData"),
     "blocks.loggers.logger": ("Console", "JSONL", "TensorBoard"),
+    "blocks.loggers.services": ("CSV", "MLflow", "WandB"),
+    "blocks.rollouts.prompts": ("PromptData",),
     "blocks.models.model": ("HFModel", "LoRA", "RewardModel"),
-    "blocks.optimizer": ("AdamW",),
+    "blocks.optimizer": ("AdamW", "ParameterGroup"),
+    "blocks.optimizers.blocks": (
+        "SGD", "AdamW8bit", "AdamWBF16", "Adafactor", "Lion", "Muon", "ScheduleFree", "TorchOptimizer",
+    ),
     "blocks.losses.objective": ("preference_loss",),
+    "blocks.losses.surrogate": ("policy_loss",),
+    "blocks.rollouts.rewards": ("ModelReward", "reward"),
+    "blocks.rollouts.sampler": ("TransformersSampler",),
     "blocks.scheduler": ("Constant", "Cosine", "Linear", "TwoStage", "WSD"),
     "blocks.parallel.sequence": ("Ulysses",),
     "blocks.data.sources": ("Source",),
+    "blocks.data.unpaired": ("UnpairedData",),
     "blocks.models.speculator.model": ("SpeculatorModel",),
     "blocks.parallel.strategy": ("Auto", "DDP", "DeepSpeed", "FSDP"),
     "blocks.models.swiftkv.model": ("SwiftKVModel",),
@@ -82,7 +110,10 @@ _HOMES = {
     "trainer": ("Trainer",),
     "trainers.distill": ("DistillTrainer",),
     "trainers.dpo": ("DPOTrainer",),
+    "trainers.grpo": ("GRPOTrainer",),
+    "trainers.kto": ("KTOTrainer",),
     "trainers.mlp_speculator": ("SpeculatorTrainer",),
+    "trainers.on_policy_distill": ("OnPolicyDistillTrainer",),
     "trainers.reward": ("RewardTrainer",),
     "trainers.sft": ("CausalTrainer", "SFTTrainer"),
     "trainers.swiftkv": ("SwiftKVTrainer",),
@@ -92,14 +123,17 @@ _HOMES = {
 _HOME_OF = {name: f"posttrain.{module}" for module, found in _HOMES.items() for name in found}
 
 __all__ = [
-    "AdamW", "Auto", "AzureOpenAISynth", "Batch", "CausalData", "CausalTrainer", "CheckpointError", "Console",
-    "Constant", "CortexSynth", "Cosine", "DDP", "DPOTrainer", "DataError", "DeepSpeed", "DistillTrainer", "EMA",
-    "EarlyStop", "Extra", "FSDP", "HFModel", "HFTokenizer", "HookError", "HuggingFace", "JSONL", "JoinedOptimizer",
-    "Linear", "LoRA", "OpenAISynth", "PosttrainError", "PreferenceData", "Profiler", "RecipeError", "RegistryError",
-    "Resume", "RewardModel", "RewardTrainer", "Run", "SFTData", "SFTTrainer", "Samples", "Secret", "Source",
-    "SpeculatorModel", "SpeculatorTrainer", "SwiftKVModel", "SwiftKVTrainer", "SynthError", "TensorBoard", "Term",
-    "Trainer", "TrainingError", "TransformersSynth", "TwoStage", "Ulysses", "VllmSynth", "WSD", "after", "before",
-    "block", "default", "key", "kind", "load", "preference_loss",
+    "Adafactor", "AdamW", "AdamW8bit", "AdamWBF16", "Auto", "AzureOpenAISynth", "Batch", "CSV", "CausalData",
+    "CausalTrainer", "CheckpointError", "Console", "Constant", "CortexSynth", "Cosine", "DDP", "DPOTrainer",
+    "DataError", "DeepSpeed", "DistillTrainer", "EMA", "EarlyStop", "Extra", "FSDP", "GRPOTrainer", "HFModel",
+    "HFTokenizer", "HookError", "HuggingFace", "JSONL", "JoinedOptimizer", "KTOTrainer", "KeepBest", "Linear", "Lion",
+    "LoRA", "MLflow", "ModelReward", "Muon", "NEFTune", "OnPolicyDistillTrainer", "OpenAISynth", "ParameterGroup",
+    "PosttrainError", "PreferenceData", "Profiler", "PromptData", "RecipeError", "RegistryError", "Resume",
+    "RewardModel", "RewardTrainer", "Run", "SFTData", "SFTTrainer", "SGD", "Samples", "ScheduleFree", "Secret",
+    "Source", "SpeculatorModel", "SpeculatorTrainer", "SwiftKVModel", "SwiftKVTrainer", "SynthError", "TensorBoard",
+    "Term", "TorchOptimizer", "Trainer", "TrainingError", "TransformersSampler", "TransformersSynth", "TwoStage",
+    "Ulysses", "UnpairedData", "VllmSynth", "WSD", "WandB", "after", "before", "block", "default", "key", "kind",
+    "load", "policy_loss", "preference_loss", "reward",
 ]  # fmt: skip
 
 

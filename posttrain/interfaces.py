@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from torch.optim import Optimizer
     from torch.optim.lr_scheduler import LRScheduler
 
+    from posttrain.blocks.rollouts.replies import Failure, Reply, Sample
     from posttrain.run import Run
 
 Position: TypeAlias = dict[str, Any]
@@ -142,6 +143,49 @@ class LoggerBlock(Protocol):
 
 class CallbackBlock(Protocol):
     """Anything; its methods marked with `@before(...)` or `@after(...)` are called (see hooks.py)."""
+
+
+class Sampler(Protocol):
+    """Says replies with the weights of the run as they are at the moment."""
+
+    def sample(
+        self, prompts: list[list[int]], keys: list[tuple[int, ...]], n: int, temperature: float | None = None
+    ) -> "list[list[Reply]]":
+        """Return n replies to each prompt; a reply is a function of the weights, the prompt, its key and its number.
+
+        Args:
+            prompts: token ids.
+            keys: of each prompt; random numbers are made from it.
+            n: how many replies to each.
+            temperature: in place of the block's own; 0 for the likeliest tokens.
+        """
+
+
+class SamplerBlock(Protocol):
+    """Makes what lets the policy speak."""
+
+    @property
+    def max_new_tokens(self) -> int: ...
+    @property
+    def temperature(self) -> float: ...
+    def build(self, run: "Run") -> Sampler: ...
+
+
+class Scorer(Protocol):
+    """Judges replies."""
+
+    def __call__(self, samples: "list[Sample]") -> "list[float | Failure]":
+        """Return what each reply is worth, or why it cannot be told."""
+
+
+class RewardBlock(Protocol):
+    """Makes what scores replies. `weight` is its part of the sum of all rewards, `name` what metrics call it."""
+
+    @property
+    def weight(self) -> float: ...
+    @property
+    def name(self) -> str: ...
+    def build(self, run: "Run") -> Scorer: ...
 
 
 class SynthBlock(Protocol):

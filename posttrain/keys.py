@@ -1,5 +1,6 @@
 """The keys that all recipes of trainers have: which blocks a run is made of, how long it is, and where it runs."""
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, ClassVar, Literal, TypeAlias
@@ -11,9 +12,11 @@ from posttrain.blocks.callbacks import EarlyStop
 from posttrain.blocks.checkpoints.checkpoint import HuggingFace, Resume
 from posttrain.blocks.data.data import Data
 from posttrain.blocks.loggers.logger import JSONL, Console, TensorBoard
+from posttrain.blocks.models.model import HFModel
 from posttrain.blocks.optimizer import AdamW
+from posttrain.blocks.optimizers.blocks import ScheduleFree
 from posttrain.blocks.parallel.strategy import Auto, DeepSpeed
-from posttrain.blocks.scheduler import Cosine
+from posttrain.blocks.scheduler import Constant, Cosine
 from posttrain.blocks.tokenizers.tokenizer import HFTokenizer
 from posttrain.interfaces import (
     CallbackBlock,
@@ -27,7 +30,7 @@ from posttrain.interfaces import (
     StrategyBlock,
     TokenizerBlock,
 )  # fmt: skip
-from posttrain.registry import default, key
+from posttrain.registry import default, key, suggest
 
 
 def _takes_parts(trainer: "TrainerKeys", attribute: Any, value: Any) -> None:
@@ -38,6 +41,14 @@ def _takes_parts(trainer: "TrainerKeys", attribute: Any, value: Any) -> None:
 def _can_skip(trainer: "TrainerKeys", attribute: Any, value: Any) -> None:
     if value == "skip" and isinstance(trainer.strategy, DeepSpeed):
         raise ValueError("DeepSpeed's engine makes its updates by itself: only `stop` is possible")
+
+
+def _is_way_to_resume(trainer: "TrainerKeys", attribute: Any, value: str) -> None:
+    if value not in ("auto", "never", "force") and not re.fullmatch(r"step-\d+", value):
+        ways = ("auto", "never", "force", "step-300")
+        raise ValueError(
+            f"must be auto, never, force or a checkpoint such as step-300, not {value!r}{suggest(value, ways)}"
+        )
 
 
 Precision: TypeAlias = Literal["32-true", "bf16-mixed", "bf16-true", "16-mixed", "64-true", "bf16", "fp16", "fp32"]
@@ -76,9 +87,10 @@ class TrainerKeys:
 
     output_dir: Path = key(Path("out"), convert=Path)
     """The run's folder: recipe, metrics, checkpoints."""
-    resume: Literal["auto", "never", "force"] = "auto"
+    resume: str = key("auto", check=_is_way_to_resume)
     """`auto` goes on from the newest checkpoint of the same recipe and refuses the folder of another;
-    `never` starts anew and clears the folder's earlier run; `force` goes on although the recipe differs."""
+    `never` starts anew and clears the folder's earlier run; `force` goes on although the recipe differs;
+    `step-300` goes back to that checkpoint and sets newer ones aside, as `left-step-N`."""
     epochs: float = key(1.0, also=("num_train_epochs", "num_epochs"), check=gt(0))
     """How often the data are read, unless `max_steps` is given; 0.5 reads half of them."""
     max_steps: int | None = key(None, also=("train_iters",), check=optional(gt(0)))
@@ -121,6 +133,7 @@ class TrainerKeys:
 
     def check(self) -> Iterator[tuple[str, str]]:
         """Yield what contradicts itself. A trainer with a check of its own yields from this one too."""
+        yield from self.misfits()
         data, stops = self.data, any(isinstance(callback, EarlyStop) for callback in self.callbacks)
         advice = "there is nothing to evaluate on; give data.eval_split or data.eval_sources"
         if isinstance(data, Data) and not (data.eval_split or data.eval_sources):
@@ -130,3 +143,16 @@ class TrainerKeys:
                 yield "callbacks", f"early-stop compares evaluations, and {advice}"
         elif stops and self.eval_every is None:
             yield "callbacks", "early-stop compares evaluations: say with eval_every how often there is one"
+
+    def misfits(self) -> Iterator[tuple[str, str]]:
+        """Yield which blocks do not fit each other."""
+        if isinstance(self.model, HFModel) and self.model.quantize and self.model.lora is None:
+            yield "model", "quantize: what is quantized cannot be trained; write lora: {} too, to train adapters on it"
+        why = getattr(type(self.optimizer), "not_flat", None)
+        if why and isinstance(self.strategy, DeepSpeed):
+            yield (
+                "optimizer",
+                f"DeepSpeed lays parameters end to end, but {why}: use strategy: fsdp or ddp",
+            )
+        if isinstance(self.optimizer, ScheduleFree) and type(self.scheduler) is not Constant:
+            yield "scheduler", "schedule-free takes the place of a schedule: write `{type: constant, warmup: 0.03}`"

@@ -30,6 +30,8 @@ KINDS: dict[str, type | None] = {
     "checkpoint": interfaces.CheckpointBlock,
     "logger": interfaces.LoggerBlock,
     "callback": interfaces.CallbackBlock,
+    "sampler": interfaces.SamplerBlock,
+    "reward": interfaces.RewardBlock,
     "synth": interfaces.SynthBlock,
     "step": interfaces.StepBlock,
 }
@@ -40,7 +42,8 @@ _HOMES = {
         f"posttrain.synth.clients.{name}" for name in ("openai", "anthropic", "vllm", "cortex", "transformers")
     ),
     "step": ("posttrain.synth.steps",),
-    "callback": ("posttrain.synth.pipelines.refresh",),
+    "callback": ("posttrain.synth.pipelines.refresh", "posttrain.synth.steps.answers"),
+    "reward": ("posttrain.synth.rewards",),
 }
 """Kind -> modules that hold blocks of it, besides `posttrain.blocks` and `posttrain.trainers`. They are imported when
 somebody asks for a block of that kind: those of synth import httpx, which a recipe of a trainer must not wait for."""

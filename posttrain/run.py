@@ -72,7 +72,9 @@ class Metrics:
         counts = self.batch.counts
         if value.count not in counts:
             raise TrainingError(f"a term is a mean over {value.count!r}, which batches count not: {', '.join(counts)}")
-        return value.sum * (bool(counts[value.count]) / self.totals[value.count])
+        if not counts[value.count]:  # of which there may be none in the whole step
+            return value.sum * 0.0
+        return value.sum * (1.0 / self.totals[value.count])
 
     def add(self, values: "dict[str, float | Tensor | Term]") -> None:
         """Record values of the current step."""
@@ -139,7 +141,7 @@ def _numbers(values: "dict[tuple[int, str], float | Tensor]", fabric: "Fabric") 
     on_device = {key: value for key, value in values.items() if isinstance(value, torch.Tensor)}
     numbers = {key: float(value) for key, value in values.items() if key not in on_device}
     if on_device:
-        stacked = torch.stack([value.float() for value in on_device.values()])
+        stacked = torch.stack([value.float().to(fabric.device) for value in on_device.values()])
         numbers |= dict(zip(on_device, stacked.tolist(), strict=True))
     return numbers
 

@@ -15,7 +15,7 @@ import attrs
 
 from posttrain import hooks
 from posttrain.batch import Batch, Term
-from posttrain.blocks.optimizer import learning_rates, torch_optimizer
+from posttrain.blocks.optimizer import averaged, learning_rates, torch_optimizer
 from posttrain.errors import RecipeError, TrainingError
 from posttrain.interfaces import (
     Adding,
@@ -32,7 +32,7 @@ from posttrain.keys import TrainerKeys
 from posttrain.run import Metrics, Run
 from posttrain.runtime import crash, folder
 from posttrain.runtime.identity import identity
-from posttrain.runtime.launch import all_reduce, make_fabric, reseed
+from posttrain.runtime.launch import all_reduce, make_fabric, on_device, reseed
 from posttrain.runtime.signals import Signals
 from posttrain.runtime.watchdog import Watchdog
 from posttrain.values import as_data, problems
@@ -138,13 +138,11 @@ class Trainer(TrainerKeys):
         Raises:
             TrainingError: its weight is 0, so there is nothing to learn from.
         """
-        import torch
-
         run, counts = self.run, [batch.counts for batch in batches]
         mine = {name: float(sum(count[name] for count in counts)) for name in counts[0]}
         found: dict[str, float | Tensor] = dict(mine)
         if run.fabric.world_size > 1:
-            sums = all_reduce(run.fabric, torch.tensor(list(mine.values()), device=run.fabric.device))
+            sums = all_reduce(run.fabric, on_device(run.fabric, list(mine.values())))
             found = dict(zip(mine, sums.unbind(), strict=True))
         if mine["weight"] == 0 and float(found["weight"]) == 0:  # only then is the device waited for
             raise TrainingError(
@@ -337,7 +335,7 @@ class Trainer(TrainerKeys):
             raise RecipeError("eval_every: there is nothing to evaluate on; give data.eval_split or data.eval_sources")
         outer, run.metrics, counts, weights = run.metrics, Metrics(), Counter[str](), dict[str, float]()
         run.model.eval()
-        with torch.no_grad(), run.unmeasured("evaluating"):
+        with torch.no_grad(), run.unmeasured("evaluating"), averaged(run):
             for batch in map(Batch.of, self.together(OnDevice(run, run.loaders.eval))):
                 run.watchdog.beat()
                 counts.update(batch.counts)

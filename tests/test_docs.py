@@ -37,6 +37,7 @@ def code(page: str, language: str) -> list[str]:
 def folder(tmp_path: Path, sums: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder with chats, to be in."""
     sums.rename(tmp_path / "chats.jsonl")
+    (tmp_path / "verdicts.jsonl").write_text('{"prompt": "1+1=", "completion": "3", "label": false}\n')
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("POSTTRAIN_CACHE", str(tmp_path / "cache"))
     return tmp_path
@@ -45,18 +46,24 @@ def folder(tmp_path: Path, sums: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.mark.parametrize("page", [page for page in PAGES if code(page, "yaml")])
 def test_recipes_are_valid(page: str, tiny_model: Path) -> None:
     for python in code(page, "python"):
-        for name in re.findall(r'@posttrain.block\("\w+", "([\w-]+)"\)', python):
+        for name in re.findall(r'@(?:posttrain.block\("\w+", |reward\()"([\w-]+)"\)', python):
             Path(f"{name}.py").write_text(python)
+    Path("held.jsonl").write_text(Path("chats.jsonl").read_text())
+    Path("pairs.jsonl").write_text('{"prompt": "?", "chosen": "yes", "rejected": "no"}\n')
     for number, text in enumerate(code(page, "yaml")):
         file = Path(f"recipe-{number}.yaml")
         file.write_text(text.replace(MODEL, str(tiny_model)))
+        for earlier in re.findall(r"runs/\w+/huggingface", text):
+            Path(earlier).mkdir(parents=True, exist_ok=True)
         posttrain.load(file)
 
 
 def test_the_block_trains(tiny_model: Path) -> None:
     optimizer, *_ = code("block.md", "python")
-    Path("sgd_again.py").write_text(optimizer.replace('"sgd"', '"sgd-again"'))
-    recipe = code("block.md", "yaml")[0].replace("code: sgd.py", "code: sgd_again.py").replace("sgd,", "sgd-again,")
+    Path("momentum_again.py").write_text(optimizer.replace('"momentum"', '"momentum-again"'))
+    recipe = (
+        code("block.md", "yaml")[0].replace("momentum.py", "momentum_again.py").replace("momentum,", "momentum-again,")
+    )
     Path("recipe.yaml").write_text(recipe.replace(MODEL, str(tiny_model)))
     run = posttrain.load("recipe.yaml", ["max_steps=2", "data.max_length=64"]).train()
     assert type(run.optimizer.optimizer).__name__ == "SGD"  # type: ignore[attr-defined]
@@ -71,6 +78,24 @@ def test_the_data_block_reads_tickets(tiny_model: Path) -> None:
     )
     ledger = posttrain.load("recipe.yaml", ["data.sources.0=tickets.jsonl"]).prepare()
     assert ledger["total"]["documents"] == 1
+
+
+def test_sample_rows_can_be_trained_on(tiny_model: Path) -> None:
+    """The template of the tiny model knows no tools and no thoughts: those rows are only understood."""
+    from posttrain.blocks.data.rows.schemas import conversation
+
+    chats, same, pairs = code("data.md", "json")
+    rows = [json.loads(line) for text in (chats, same) for line in text.splitlines()]
+    found = [conversation(row) for row in rows]
+    assert [len(one["messages"]) for one in found] == [3, 2, 4, 3, 3, 3, 3]
+    assert all(one["messages"] == found[0]["messages"] for one in found[3:])
+    for kind, lines in (("sft", [rows[0], *rows[3:]]), ("dpo", [json.loads(line) for line in pairs.splitlines()])):
+        for number, row in enumerate(lines):
+            Path(f"{kind}-{number}.jsonl").write_text(json.dumps(row) + "\n")
+            recipe = RECIPE.replace("MODEL", str(tiny_model)).replace("type: sft", f"type: {kind}")
+            Path("recipe.yaml").write_text(recipe.replace("chats.jsonl", f"{kind}-{number}.jsonl"))
+            total = posttrain.load("recipe.yaml", ["data.max_length=128"]).prepare()["total"]
+            assert total.get("documents", total.get("pairs")) == 1
 
 
 def test_the_trainer_with_a_teacher_begins_at_no_distance(tiny_model: Path) -> None:
@@ -117,8 +142,8 @@ def test_scripts_of_pages_run(folder: Path) -> None:
     for page in ("block.md", "trainer.md"):
         for number, text in enumerate(code(page, "python")):
             file = folder / f"{page.removesuffix('.md')}{number}.py"
-            again = re.sub(r'(block\("\w+", ")', r"\1again-", text).replace('("reward", ', '("again-reward", ')
-            file.write_text(again.replace('kind("reward")', 'kind("again-reward")'))
+            again = re.sub(r'(block\("\w+", ")', r"\1again-", text).replace('("curriculum", ', '("again-curriculum", ')
+            file.write_text(again.replace('kind("curriculum")', 'kind("again-curriculum")'))
             runpy.run_path(str(file))
 
 

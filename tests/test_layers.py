@@ -13,9 +13,11 @@ errors words yaml12 batch interfaces registry values hooks
 runtime
 run
 blocks.layout blocks.optimizer blocks.joined blocks.scheduler blocks.losses
+blocks.optimizers
 blocks.parallel blocks.images
 blocks.models
 blocks.data blocks.tokenizers blocks.checkpoints blocks.loggers
+blocks.rollouts
 blocks.callbacks
 blocks
 keys

@@ -17,6 +17,8 @@ from transformers import AutoModelForCausalLM
 from posttrain.blocks.models.causal import CausalLM
 from posttrain.blocks.models.model import HFModel, LoRA
 from posttrain.blocks.models.tiny import tiny
+from posttrain.blocks.optimizer import AdamW
+from posttrain.blocks.scheduler import Constant
 from posttrain.blocks.tokenizers.tokenizer import HFTokenizer
 from posttrain.errors import RecipeError, TrainingError
 from posttrain.runtime.precision import halve
@@ -49,7 +51,7 @@ def test_random_weights_take_only_the_configuration(tiny_model: Path) -> None:
         ({"config": {**LLAMA, "model_type": "lama"}}, "cannot be loaded"),
         (
             {"kwargs": {"load_in_4bit": True}, "random_init": False, "config": {}},
-            "take load_in_4bit.*quantization_config",
+            "take load_in_4bit: write model.quantize: nf4",
         ),
         ({"kwargs": {"foo": True}, "random_init": False, "config": {}}, "model.kwargs: transformers does not take foo"),
     ],
@@ -297,3 +299,32 @@ def test_the_commit_of_a_model_is_asked_as_the_model_is(monkeypatch: pytest.Monk
     found = HFModel(name_or_path="a/b", revision="v1", trust_remote_code=True).fingerprint()
     assert asked == {"revision": "v1", "token": None, "trust_remote_code": True}
     assert found is not None and found.endswith(" abc")
+
+
+def test_the_best_model_is_kept(tmp_path: Path) -> None:
+    """By the evaluation that was lowest: the rate is so high that later ones are worse."""
+    from posttrain.blocks.callbacks import KeepBest
+    from posttrain.hooks import after
+
+    weights: dict[int, torch.Tensor] = {}
+    losses_: dict[int, float] = {}
+
+    @after("trainer.evaluate")
+    def note(trainer: Any, found: dict[str, float]) -> None:
+        weights[trainer.run.step] = trainer.run.model.module.hf.lm_head.weight.detach().clone()
+        losses_[trainer.run.step] = found["eval_loss"]
+
+    made = trainer(
+        tmp_path, max_steps=12, eval_every=2, eval_rows=8, optimizer=AdamW(lr=0.1), scheduler=Constant(), packing=False
+    )
+    made.callbacks = [KeepBest()]
+    made.train(callbacks=[note])
+    best = min(losses_, key=lambda step: losses_[step])
+    assert best < 12
+    exported = AutoModelForCausalLM.from_pretrained(tmp_path / "huggingface-best")
+    torch.testing.assert_close(exported.lm_head.weight, weights[best], rtol=0, atol=0)
+    assert made.run.memory["keep-best"] == losses_[best]
+    with pytest.raises(RecipeError, match="keep-best compares 'eval_x', but there is only eval_loss"):
+        wrong = trainer(tmp_path / "wrong", max_steps=2, eval_every=2, eval_rows=8)
+        wrong.callbacks = [KeepBest(metric="eval_x")]
+        wrong.train()

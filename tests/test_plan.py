@@ -107,3 +107,16 @@ def test_a_gpu_takes_what_was_planned(tiny_model: Path, sums: Path, tmp_path: Pa
     torch.cuda.reset_peak_memory_stats()
     trainer.train()
     assert torch.cuda.max_memory_allocated() == pytest.approx(said, rel=0.15)
+
+
+@pytest.mark.parametrize("optimizer", ["AdamW", "AdamWBF16", "AdamW8bit", "Adafactor", "Lion", "SGD", "Muon"])
+@pytest.mark.parametrize("strategy", [posttrain.DDP(), posttrain.FSDP()])
+def test_a_plan_knows_what_each_optimizer_keeps(optimizer: str, strategy: Any, tiny_model: Path, sums: Path) -> None:
+    """Also where a strategy casts for products: states are of the parameters as they are kept."""
+    if optimizer == "AdamW8bit":
+        pytest.importorskip("bitsandbytes")
+    block = getattr(posttrain, optimizer)()
+    trainer = made(tiny_model, sums, optimizer=block, strategy=strategy, precision="bf16-mixed")
+    network = trainer.model.build(None)  # type: ignore[arg-type]
+    kept = tracing.stepped(block.build(network))
+    assert plan.estimate(trainer, world=1).device.get("optimizer state", 0) == kept

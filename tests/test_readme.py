@@ -1,4 +1,4 @@
-"""What the README shows runs as written; only the model is a tiny one."""
+"""What the README shows runs as written, and what two of its pages show; only the model is a tiny one."""
 
 import json
 import runpy
@@ -12,13 +12,14 @@ import pytest
 import posttrain
 from posttrain import cli
 
-TEXT = (Path(__file__).parent.parent / "README.md").read_text()
+ROOT = Path(__file__).parent.parent
+TEXT = (ROOT / "README.md").read_text()
 MODEL = "Qwen/Qwen3-0.6B"
 
 
-def code(language: str, containing: str) -> str:
-    """Return the one block of the README in a language that contains a text."""
-    blocks = [block.partition("\n") for block in TEXT.split("```")[1::2]]
+def code(language: str, containing: str, page: str = "README.md") -> str:
+    """Return the one block of a page in a language that contains a text."""
+    blocks = [block.partition("\n") for block in (ROOT / page).read_text().split("```")[1::2]]
     found = [text for title, _, text in blocks if title == language and containing in text]
     assert len(found) == 1, f"{len(found)} {language} blocks contain {containing!r}"
     return found[0]
@@ -62,9 +63,9 @@ def test_dpo_goes_on_from_the_first_run_and_the_loss_of_ones_own_trains(write: C
         "pairs.jsonl",
         "".join(json.dumps({"prompt": f"{n}?", "chosen": "yes", "rejected": "no"}) + "\n" for n in range(9)),
     )
-    dpo = code("yaml", "type: dpo")
+    dpo = code("yaml", "type: dpo", "docs/preferences.md")
     assert posttrain.load(write("dpo.yaml", dpo)).train().last["loss"] > 0
-    write("linear.py", code("python", "preference_loss"))
+    write("linear.py", code("python", "preference_loss", "docs/preferences.md"))
     own = dpo.replace("loss_type: {sigmoid: 1, sft: 0.2}", "code: linear.py\nloss_type: linear")
     run = posttrain.load(write("own.yaml", own), ["output_dir=runs/own"]).train()
     assert run.last["loss"] == pytest.approx(-run.last["rewards/margin"], abs=1e-6)
@@ -77,27 +78,30 @@ def test_the_pipeline_makes_pairs(write: Callable[[str, str], Path], server: Any
 
     server.answer = saying(by_length)
     client = OpenAISynth(base_url=server.url, api_key="sk-of-a-test", mode="online", work_dir=Path("runs"))
-    code_of = code("python", "pipeline = (").replace("margin=0.5", "margin=0")
+    code_of = code("python", "pipeline = (", "docs/synth.md").replace("margin=0.5", "margin=0")
     exec(code_of, {"client": client})
     (row,) = [json.loads(line) for line in Path("pairs.jsonl").read_text().splitlines()]
     assert row["score_chosen"] > row["score_rejected"]
 
 
 def test_the_callback_runs(write: Callable[[str, str], Path]) -> None:
-    clamp = runpy.run_path(str(write("clamp.py", code("python", "clamp"))))["clamp"]
+    clamp = runpy.run_path(str(write("clamp.py", code("python", "clamp", "docs/trainer.md"))))["clamp"]
     trainer = posttrain.load(write("first.yaml", code("yaml", "type: sft")), ["max_steps=1"])
     assert trainer.train(callbacks=[clamp]).last["loss"] <= 10
 
 
 def test_the_commands_exist() -> None:
-    lines = [shlex.split(line, comments=True) for line in TEXT.splitlines() if line.startswith("posttrain ")]
+    blocks = [text for text in TEXT.split("```")[1::2] if text.startswith("bash\n")]
+    lines = [shlex.split(line, comments=True) for text in blocks for line in text.splitlines() if "posttrain " in line]
+    lines = [line for line in lines if line[0] == "posttrain"]
     assert len(lines) >= 6
     for _, *arguments in lines:
         cli.parse_arguments(arguments)
 
 
-def test_the_file_tree_names_every_folder() -> None:
+def test_the_file_tree_names_every_folder_and_it_is_a_page() -> None:
     tree = code("", "posttrain/\n  trainer.py")
     root = Path(posttrain.__file__).parent
+    assert len(TEXT.splitlines()) <= 150
     for folder in {path.parent for path in root.rglob("*.py")} - {root}:
         assert f"{folder.name}/" in tree, f"{folder.relative_to(root)} is not in the README's tree"

@@ -345,7 +345,7 @@ def test_every_key_that_the_tables_name_exists():
         ("report_to: wandb", "`report_to` of TRL is here: `logger`, a list such as"),
         ("sample_packing: true", "`sample_packing` of Axolotl is here: `data.packing`"),
         ("bf16: true", "`bf16` of TRL is here: `precision: bf16-mixed`"),
-        ("load_in_4bit: true", "`load_in_4bit` of TRL has no counterpart: a quantized base cannot be trained yet"),
+        ("load_in_4bit: true", "`load_in_4bit` of TRL is here: `model.quantize: nf4`"),
         ("cutoff_len: 10", "`cutoff_len` of LLaMA-Factory is here: `data.max_length`"),
         ("overflow: drop", "SFTTrainer has no such key; it belongs to 'data': write `data.overflow`"),
         ("logger: [wandb]", "what others call 'wandb' is here: nothing that ships"),

@@ -507,3 +507,21 @@ def test_a_checkpoint_of_0_1_which_knows_neither_recipe_nor_data_is_gone_on_from
         said.pop(name)
     (found / "manifest.json").write_text(json.dumps({**said, "seal": manifest.seal(said)}))
     assert_same_weights(whole, long(tmp_path / "cut").train())
+
+
+def test_a_run_goes_back_to_a_checkpoint_that_is_named(tmp_path: Path) -> None:
+    """Newer ones are set aside, nothing is removed; and the same command goes on from where it was cut."""
+    resume = {"checkpoint": [Resume(every=3, keep=9)]}
+    whole = long(tmp_path, **resume).train()
+    assert [path.name for path in checkpoints(tmp_path)] == [f"step-{n:08d}" for n in (12, 9, 6, 3)]
+    cut = long(tmp_path, resume="step-6", stop_after=4, **resume).train()
+    assert (cut.first_step, cut.step) == (6, 10)
+    assert {path.name for path in tmp_path.glob("left-*")} == {"left-step-9", "left-step-12"}
+    assert [path.name for path in checkpoints(tmp_path)] == [f"step-{n:08d}" for n in (10, 9, 6, 3)]
+    again = long(tmp_path, resume="step-6", **resume).train()
+    assert (again.first_step, again.step) == (10, 12)
+    assert_same_weights(whole, again)
+    with pytest.raises(CheckpointError, match=r"there is no checkpoint step-7 in .* \(there: step-3, step-6, step-9"):
+        long(tmp_path, resume="step-7", **resume).train()
+    with pytest.raises(ValueError, match="a checkpoint such as step-300, not 'atuo'; did you mean 'auto'"):
+        long(tmp_path, resume="atuo")

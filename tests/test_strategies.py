@@ -34,6 +34,7 @@ STRATEGIES: dict[str, Any] = {"ddp": posttrain.DDP(), **SHARDED}
 if importlib.util.find_spec("deepspeed"):
     STRATEGIES |= {name: posttrain.DeepSpeed(config=config) for name, config in ZERO.items()}
 DEEP = {"config": {"num_hidden_layers": 5}, "num_key_value_layers": 1, "key_value_group_size": 2}
+EXPERTS = {"model_type": "mixtral", "num_local_experts": 4, "num_experts_per_tok": 2}
 TRAINERS: dict[str, dict[str, Any]] = {
     "sft": {"method": SFTTrainer},
     "sft-tied": {"method": SFTTrainer, "model": {"config": {"tie_word_embeddings": True}}},
@@ -47,6 +48,10 @@ TRAINERS: dict[str, dict[str, Any]] = {
     "swiftkv": {"method": SwiftKVTrainer, "model": DEEP},
     "speculator": {"method": SpeculatorTrainer, "model": {"n_predict": 2, "inner_dim": 16}},
 }
+if importlib.util.find_spec("bitsandbytes"):
+    QLORA: dict[str, Any] = {"lora": LoRA(r=4), "quantize": "nf4"}
+    TRAINERS["dpo-qlora"] = {"method": DPOTrainer, "model": QLORA}
+    TRAINERS["sft-qlora-experts"] = {"method": SFTTrainer, "model": QLORA | {"config": EXPERTS}}
 CUT = [name for name in ("ddp", "fsdp", "zero-2", "zero-3") if name in STRATEGIES]
 """Strategies whose checkpoints every other one goes on from."""
 SEQUENCES = [(case, name, 2) for case in ("sft", "swiftkv") for name in ("ddp", "fsdp", "zero-3") if name in STRATEGIES]

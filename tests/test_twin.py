@@ -83,6 +83,27 @@ def test_a_template_that_adds_an_empty_thought_passes(make: Any) -> None:
     assert failing(twin) == set()
 
 
+def test_what_samples_passes(make: Any) -> None:
+    """Also where the recipe's own reward gives random weights nothing at all."""
+    keys: dict[str, Any] = {"rewards": [{"type": "verify", "function": "exact", "wanted": "response"}], "beta": 0.1}
+    for more in ({}, {"updates": 2, "loss_type": "gspo", "max_grad_norm": None}):
+        twin = make(type="grpo", data={"type": "prompts", "sources": ["chats.jsonl"]}, **keys, **more)
+        found = {result.name: result for result in proofs.prove(twin.path, [])}
+        assert {name for name, result in found.items() if result.passed is None} == {"packing"}
+        assert not [result for result in found.values() if result.passed is False]
+    assert "sampler and trainer within" in found["first loss"].figure
+
+
+def test_verdicts_and_teachers_of_what_is_said_pass(make: Any, tiny_model: Path) -> None:
+    verdicts = [
+        json.loads(line) | {"label": n % 2 == 0} for n, line in enumerate(Path("chats.jsonl").read_text().splitlines())
+    ]
+    Path("verdicts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in verdicts))
+    assert failing(make(type="kto", data={"type": "unpaired", "sources": ["verdicts.jsonl"]})) == set()
+    keys = {"teacher": {"name_or_path": str(tiny_model)}, "data": {"type": "prompts", "sources": ["chats.jsonl"]}}
+    assert failing(make(type="on-policy-distill", sampler={"max_new_tokens": 8}, **keys)) == set()
+
+
 def test_methods_with_models_of_their_own_pass(make: Any, tiny_model: Path) -> None:
     name = {"name_or_path": str(tiny_model)}
     assert failing(make(type="swiftkv", model={**name, "config": {"num_hidden_layers": 4}})) == set()

@@ -50,7 +50,7 @@ def main() -> None:
     if not base.exists():
         base.symlink_to(smollm2())
 
-    question = json.loads((FOLDER / "held.jsonl").read_text().splitlines()[0])["messages"][0]["content"]
+    question = json.loads((FOLDER / "held.jsonl").read_text().splitlines()[1])["messages"][0]["content"]
     console.print(f"\n[bold]2. Before[/]\n{question}", markup=True)
     ask(str(base), question)
     console.print(f"\nthe same for {HELD_OUT} held-out messages ...")

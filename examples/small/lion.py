@@ -21,9 +21,9 @@ class Signs(torch.optim.Optimizer):
                     moment.lerp_(p.grad, 1 - slow)
 
 
-@posttrain.block("optimizer", "lion")
-class Lion:
-    """Lion."""
+@posttrain.block("optimizer", "own-lion")
+class OwnLion:
+    """Lion, written out; posttrain brings one as `lion`, too."""
 
     lr: float = key(3e-4, also=("learning_rate",))
     """Size of a step: a third to a tenth of AdamW's."""

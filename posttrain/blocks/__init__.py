@@ -1,20 +1,22 @@
 """The blocks that ship with posttrain. Importing this package registers them; it imports nothing heavy.
 
 `layout` makes a batch of rows; the rooms are in the order in which a run passes them: `data`, `tokenizers`, `models`,
-`losses`, `parallel`, then `optimizer`, `scheduler` and `callbacks`, `checkpoints`, `loggers`.
+`losses`, `parallel`, `rollouts`, `optimizer`, `optimizers`, `scheduler` and `callbacks`, `checkpoints`, `loggers`.
 """
 
 from posttrain.blocks import callbacks, optimizer, scheduler
 from posttrain.blocks.checkpoints import checkpoint
-from posttrain.blocks.data import data
-from posttrain.blocks.loggers import logger
+from posttrain.blocks.data import data, unpaired
+from posttrain.blocks.loggers import logger, services
 from posttrain.blocks.models import model
 from posttrain.blocks.models.speculator import model as speculator
 from posttrain.blocks.models.swiftkv import model as swiftkv
+from posttrain.blocks.optimizers import blocks as optimizers
 from posttrain.blocks.parallel import sequence, strategy
+from posttrain.blocks.rollouts import prompts, rewards, sampler
 from posttrain.blocks.tokenizers import tokenizer
 
 __all__ = [
-    "callbacks", "checkpoint", "data", "logger", "model", "optimizer", "scheduler", "sequence", "speculator",
-    "strategy", "swiftkv", "tokenizer",
+    "callbacks", "checkpoint", "data", "logger", "model", "optimizer", "optimizers", "prompts", "rewards", "sampler",
+    "scheduler", "sequence", "services", "speculator", "strategy", "swiftkv", "tokenizer", "unpaired",
 ]  # fmt: skip

@@ -1,7 +1,8 @@
 """Callback blocks that ship with posttrain."""
 
+import json
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import attrs
 from attrs.validators import and_ as both
@@ -32,6 +33,37 @@ class EarlyStop:
         memory["early-stop waited"] = 0 if value < lowest else memory.get("early-stop waited", 0) + 1
         if memory["early-stop waited"] >= self.patience:
             trainer.run.stop = f"{self.metric} has not fallen below {lowest:.4f} for {self.patience} evaluations"
+
+
+@block("callback", "keep-best")
+class KeepBest:
+    """Export the model whenever an evaluated metric has a new best value, into `huggingface-best`."""
+
+    metric: str = "eval_loss"
+    """What to compare: `eval_loss`, or `eval_` and the name of anything that the loss logs."""
+    mode: Literal["min", "max"] = "min"
+    """Whether the lowest value is the best, or the highest."""
+
+    @after("trainer.evaluate")
+    def look(self, trainer: Any, found: dict[str, float]) -> None:
+        """Export if there is nothing better so far.
+
+        Raises:
+            RecipeError: nothing of that name is evaluated.
+        """
+        from posttrain.blocks.checkpoints.checkpoint import HuggingFace
+
+        if self.metric not in found:
+            raise RecipeError(f"callbacks: keep-best compares {self.metric!r}, but there is only {', '.join(found)}")
+        run, value = trainer.run, found[self.metric]
+        best = run.memory.get("keep-best")
+        if best is not None and not (value < best if self.mode == "min" else value > best):
+            return
+        run.memory["keep-best"] = value
+        folder = run.output_dir / "huggingface-best"
+        with run.unmeasured("saving"):
+            HuggingFace(output_dir=folder).export(run, folder)
+        run.fabric.print(f"step {run.step}  best {self.metric} so far, {value:.4f}: exported to {folder}")
 
 
 @block("callback", "ema")
@@ -86,9 +118,63 @@ class EMA:
         run.strategy.restored(run)
 
 
+@block("callback", "neftune", also=("neft",))
+class NEFTune:
+    """Add noise to embeddings while training (Jain et al., arXiv:2310.05914): uniform within alpha / sqrt(L d), for a
+    document of L tokens and embeddings of size d. Each document of a packed row counts its own tokens."""
+
+    alpha: float = key(5.0, also=("neftune_noise_alpha",), check=gt(0))
+    """How much; the paper tries 5, 10 and 15."""
+    _undo: list[Any] = attrs.field(factory=list, init=False, eq=False, repr=False)
+
+    @before("trainer.fit")
+    def start(self, trainer: Any) -> None:
+        """Hook the embeddings.
+
+        Raises:
+            RecipeError: the network has none that are known, or ranks share rows.
+        """
+        network, seen = trainer.run.model.module, dict[str, Any]()
+        if not hasattr(network, "running") or trainer.sequence is not None:
+            raise RecipeError("callbacks: neftune needs a network of ours, and rows that are whole (no sequence)")
+        running = network.running
+
+        def noted(layout: Any) -> Any:
+            seen["layout"] = layout
+            return running(layout)
+
+        def noise(module: Any, _: Any, output: Any) -> Any:
+            return output + self.noise(output, seen["layout"]) if module.training else output
+
+        network.running = noted
+        handle = network.base.get_input_embeddings().register_forward_hook(noise)
+        self._undo.extend((handle.remove, lambda: vars(network).pop("running")))
+
+    @after("trainer.fit")
+    def end(self, trainer: Any, result: Any) -> None:
+        """Leave the network as it was."""
+        while self._undo:
+            self._undo.pop()()
+
+    def noise(self, output: Any, layout: Any) -> Any:
+        """Return what is added to embeddings [rows, width, size]."""
+        import torch
+
+        queries, size = layout.cu_seqlens.diff(), output.shape[-1]
+        keys = queries if layout.cu_seqlens_k is None else layout.cu_seqlens_k.diff()  # with what branches begin with
+        lengths = keys.repeat_interleave(queries).to(output.dtype)
+        if lengths.numel() != output[..., 0].numel():  # a document in a row of its own
+            lengths = output.new_tensor(float(output.shape[-2])).expand(output.shape[:-1])
+        bound = self.alpha / (lengths.view(*output.shape[:-1], 1) * size).sqrt()
+        return torch.empty_like(output).uniform_(-1, 1) * bound
+
+
 @block("callback", "samples")
 class Samples:
-    """Print what the model replies to some prompts, before training and at every evaluation."""
+    """Print what the model replies to some prompts, before training and at every evaluation.
+
+    `samples.jsonl` in the run's folder keeps it.
+    """
 
     prompts: list[str]
     """The user's turns."""
@@ -97,7 +183,12 @@ class Samples:
 
     @before("trainer.fit")
     def start(self, trainer: Any) -> None:
-        """Reply before the first step."""
+        """Reply before the first step; what was said after the checkpoint that a run goes on from is said again."""
+        file = trainer.run.output_dir / "samples.jsonl"
+        if trainer.run.fabric.is_global_zero and file.exists():
+            lines = file.read_text(encoding="utf-8").splitlines(keepends=True)
+            kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] < trainer.run.step]
+            file.write_text("".join(kept), encoding="utf-8")
         self.reply(trainer)
 
     @after("trainer.evaluate")
@@ -116,13 +207,16 @@ class Samples:
             ids = run.model.module.generate(**asked, max_new_tokens=self.max_new_tokens, do_sample=False)
             said = run.tokenizer.decode(ids[0, asked["input_ids"].shape[1] :], skip_special_tokens=True)
             run.fabric.print(f"step {run.step}  {prompt!r} -> {said!r}")
+            if run.fabric.is_global_zero:
+                with (run.output_dir / "samples.jsonl").open("a", encoding="utf-8") as file:
+                    file.write(json.dumps({"step": run.step, "prompt": prompt, "reply": said}) + "\n")
 
 
 @block("callback", "profiler")
 class Profiler:
     """Record where the time of some steps goes, in `profile` of the run's folder.
 
-    `trace-rank-N.json` opens in https://ui.perfetto.dev; `operators.txt` is rank zero's table, the dearest first.
+    `trace-rank-N.json` opens in https://ui.perfetto.dev; `operators.txt` is rank zero's table, the slowest first.
     Recording slows the steps down.
     """
 

@@ -58,7 +58,10 @@ TRL
   lora_dropout                  = `model.lora.dropout`
   lora_target_modules           = `model.lora.target_modules`
   use_rslora, use_dora          = `model.lora.kwargs`, as `{use_dora: true}`
-  load_in_4bit, load_in_8bit    = nothing: a quantized base cannot be trained yet; `model.lora` comes closest
+  load_in_4bit                  = `model.quantize: nf4`, with `model.lora`
+  load_in_8bit                  = `model.quantize: int8`, with `model.lora`
+  bnb_4bit_quant_type           = `model.quantize`
+  bnb_4bit_use_double_quant     = `model.double_quantization`, on by default
   eval_strategy, eval_steps     = `eval_every`
   logging_steps                 = `log_every`
   report_to                     = `logger`, a list such as `[console, tensorboard]`
@@ -70,6 +73,7 @@ TRL
   push_to_hub, hub_model_id     = nothing: upload the folder of a `huggingface` checkpoint with `hf upload`
   load_best_model_at_end        = nothing: `callbacks: [early-stop]` ends a run, `checkpoint.every` exports on the way
   metric_for_best_model         = `callbacks.metric` of `early-stop`
+  neftune_noise_alpha           = `callbacks`, as `[{type: neftune, alpha: 5}]`
   data_seed                     = `seed`
   dataloader_num_workers        = nothing: batches are made ahead in the process itself
   remove_unused_columns         = nothing: the ledger names the columns that are not used
@@ -115,7 +119,7 @@ Axolotl
   evals_per_epoch               = `eval_every`, in steps
   saves_per_epoch               = `checkpoint.every_epochs`
   early_stopping_patience       = `callbacks.patience` of `early-stop`
-  adapter                       = `model.lora`, `{}` for its defaults
+  adapter                       = `model.lora`, `{}` for its defaults, and for QLoRA `model.quantize: nf4`
   lora_target_linear            = `model.lora.target_modules: all-linear`, the default
   peft_use_dora, peft_use_rslora  = `model.lora.kwargs`, as `{use_dora: true}`
   unfrozen_parameters           = `model.freeze`, the other way round
@@ -134,7 +138,7 @@ LLaMA-Factory
   finetuning_type               = `model.lora`, `{}` for lora and nothing for full
   lora_rank                     = `model.lora.r`
   lora_target                   = `model.lora.target_modules`
-  quantization_bit              = nothing: a quantized base cannot be trained yet; `model.lora` comes closest
+  quantization_bit              = `model.quantize`: `nf4` for 4, `int8` for 8
   freeze_trainable_layers       = `model.freeze`
   dataset, dataset_dir          = `data.sources`, paths of files and folders
   template                      = `tokenizer.chat_template`, or nothing: the model's own
@@ -209,7 +213,13 @@ NAMES = {
         "all": "a list, such as `[console, tensorboard, jsonl]`",
         "none": "an empty list, `[]`",
     },
-    "optimizer": dict.fromkeys(("adamw_torch", "adamw_torch_fused", "adamw_hf", "fused_adam"), "`adamw`"),
+    "optimizer": {
+        **dict.fromkeys(("adamw_torch", "adamw_torch_fused", "adamw_hf", "fused_adam", "adamw_apex_fused"), "`adamw`"),
+        **dict.fromkeys(("adamw_8bit", "adamw_bnb_8bit", "adamw_torch_8bit", "paged_adamw_8bit"), "`adamw-8bit`"),
+        **dict.fromkeys(("lion_32bit", "paged_lion_32bit"), "`lion`"),
+        **dict.fromkeys(("schedule_free_adamw", "schedulefree"), "`schedule-free`, with `scheduler: constant`"),
+        **dict.fromkeys(("adagrad", "rmsprop"), "`{type: torch, name: ...}`, with the name of a class of torch.optim"),
+    },
     "scheduler": {
         "cosine_with_min_lr": "`{type: cosine, floor: 10%}`",
         "constant_with_warmup": "`{type: constant, warmup: 100}`",

@@ -33,6 +33,7 @@ How a step is cut is among them; that its rows stay the same is checked when a c
 
 OURS = (
     "metrics.jsonl", "recipe.yaml", "failure.txt", "failure-rank-*.txt", "failure-rows*.jsonl", "skipped-rows*.jsonl",
+    "rollouts*.jsonl", "evaluations*.jsonl", "samples.jsonl",
 )  # fmt: skip
 """Files that a new start removes."""
 ADVICE = "give another output_dir, go on all the same with resume=force, or start anew with resume=never"
@@ -62,9 +63,10 @@ def claimed(run: "Run", resume: str) -> Iterator[None]:
 @contextmanager
 def logged(run: "Run", blocks: "list[LoggerBlock]") -> Iterator[None]:
     """Open the loggers on rank zero for the time of the run, and close them with how it ended."""
-    if run.fabric.is_global_zero:
-        run.loggers = [block.build(run) for block in blocks]
     try:
+        if run.fabric.is_global_zero:
+            for block in blocks:
+                run.loggers.append(block.build(run))
         yield
     except BaseException:
         run.status = "failed"
@@ -75,10 +77,13 @@ def logged(run: "Run", blocks: "list[LoggerBlock]") -> Iterator[None]:
 
 
 def difference(old: Any, new: Any, key: str = "") -> list[str]:
-    """Return a line for each key whose value differs, as JSON would tell them apart."""
+    """Return a line for each key whose value differs, as JSON would tell them apart.
+
+    A key that the old one does not have, and the new one leaves empty, has come with a later version: no difference.
+    """
     old, new = (old, new) if key else json.loads(json.dumps([old, new]))
     if isinstance(old, dict) and isinstance(new, dict):
-        keys = [k for k in {**old, **new} if key or k not in FREE]
+        keys = [k for k in {**old, **new} if (key or k not in FREE) and (k in old or new[k])]
         return [line for k in keys for line in difference(old.get(k), new.get(k), f"{key}.{k}" if key else str(k))]
     return [] if old == new else [f"{key}: {json.dumps(old)} there, {json.dumps(new)} here"]
 
@@ -98,7 +103,7 @@ def _claim(run: "Run", resume: str, stack: ExitStack) -> str | None:
             text = saved.read_text(encoding="utf-8")
             run.recipe_before = yaml12.parse(text, lambda line: (line, f"{saved}:{line}")).data
             differs = difference(run.recipe_before, run.recipe)
-            if differs and resume == "auto":
+            if differs and resume != "force":
                 return f"{folder} holds a run of another recipe:\n  " + "\n  ".join(differs) + f"\n{ADVICE}"
         apart = getattr(run.model.module, "apart", None)  # which a network of one's own need not know
         found = {**versions(), **({"documents kept apart by": apart} if apart else {})}

@@ -124,6 +124,15 @@ def plot(arguments: argparse.Namespace) -> None:
     say(str(target))
 
 
+def view(arguments: argparse.Namespace) -> None:
+    """Write the page of a run."""
+    from posttrain.tools.view import write
+
+    target = arguments.output or arguments.run / "view.html"
+    write(arguments.run, target, arguments.step)
+    say(str(target))
+
+
 def plan(arguments: argparse.Namespace) -> int:
     """Print what a recipe takes of each device's memory; exit code 1 if that is more than there is."""
     from rich.console import Console
@@ -135,6 +144,7 @@ def plan(arguments: argparse.Namespace) -> int:
     world = arguments.world or devices * trainer.num_nodes
     found = estimate(trainer, world)
     say(f"{found.trained:,} parameters are trained, {found.frozen:,} are frozen")
+    say("".join(f"  {group}\n" for group in found.groups).rstrip())
     console.print(table(found, world))
     if found.total <= arguments.gpu_memory * 2**30:
         say(f"fits into {arguments.gpu_memory:g} GiB; leave a tenth for the allocator and the libraries")
@@ -143,6 +153,32 @@ def plan(arguments: argparse.Namespace) -> int:
     for label, changed in remedies(trainer, world, found):
         say(f"  {gib(changed.total):>9} GiB  {label}")
     return 1
+
+
+def fit(arguments: argparse.Namespace) -> int:
+    """Print the smallest change of a recipe that fits, as overrides; exit code 1 if none does."""
+    from rich.console import Console
+
+    from posttrain.tools.fit import fit
+    from posttrain.tools.plan import gib, table
+
+    room = arguments.gpu_memory * 2**30
+    found = fit(arguments.recipe, arguments.overrides, arguments.world, room, not arguments.no_offload, tell=say)
+    if found is None:
+        say(
+            f"nothing that was tried fits into {arguments.gpu_memory:g} GiB: take more devices (--world) or less length"
+        )
+        return 1
+    Console().print(table(found.estimate, found.world))
+    if not found.changes:
+        say(f"fits into {arguments.gpu_memory:g} GiB as it is")
+        return 0
+    say(f"{gib(found.before.total)} GiB before; with these changes it fits into {arguments.gpu_memory:g} GiB:")
+    for change in found.changes:
+        say(f"  {' '.join(change.shown):<60}  {change.why}")
+    texts = " ".join(text for change in found.changes for text in change.shown)
+    say(f"posttrain train {arguments.recipe} {' '.join([*arguments.overrides, texts])}")
+    return 0
 
 
 def convert(arguments: argparse.Namespace) -> None:
@@ -200,19 +236,17 @@ def eval(arguments: argparse.Namespace) -> None:
     from rich.console import Console
 
     from posttrain.recipes.load import import_file
-    from posttrain.synth.commands import live
     from posttrain.tools.evaluate import evaluate, sentences, table
 
     if arguments.code:
         import_file(arguments.code)
     results = []
     for model in arguments.models:
-        with live() as progress:
-            results.append(evaluate(
-                model, arguments.data, arguments.check, wanted=arguments.wanted, rows=arguments.rows,
-                max_new_tokens=arguments.max_new_tokens, system=arguments.system, output_dir=arguments.output,
-                device=arguments.device, progress=progress,
-            ))  # fmt: skip
+        results.append(evaluate(
+            model, arguments.data, arguments.check, wanted=arguments.wanted, rows=arguments.rows,
+            max_new_tokens=arguments.max_new_tokens, system=arguments.system, output_dir=arguments.output,
+            device=arguments.device,
+        ))  # fmt: skip
     Console().print(table(results))
     for sentence in sentences(results):
         say(sentence)

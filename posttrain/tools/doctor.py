@@ -23,6 +23,8 @@ EXTRAS = {
     "cortex": ("cryptography", "Snowflake key-pair tokens"),
     "schema": ("jsonschema", "synth: verify by JSON schema"),
     "plot": ("matplotlib", "posttrain plot, posttrain accept"),
+    "wandb": ("wandb", "logger: wandb"),
+    "mlflow": ("mlflow", "logger: mlflow"),
 }
 """Extra -> its package, and what it is for."""
 SMALL = 5 * 2**30

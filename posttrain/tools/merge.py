@@ -40,7 +40,7 @@ def merge(name: str, folder: Path, dtype: str | None = None) -> Merged:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from posttrain.blocks.models.adapters import attach, origin
+    from posttrain.blocks.models.adapters import as_trained, attach, origin
     from posttrain.blocks.models.adapters import merge as into
     from posttrain.blocks.models.exports import export_of
     from posttrain.blocks.models.model import HFModel
@@ -54,9 +54,10 @@ def merge(name: str, folder: Path, dtype: str | None = None) -> Merged:
     tokenizer = AutoTokenizer.from_pretrained(place)
     rows = _rows(name, tokenizer)
     block = HFModel(name_or_path=base)
-    hf = block.load().eval()
+    hf = into(block.load(), adapters[:-1]).eval()
+    as_trained(hf, adapters[-1])
     alone = [_log_probs(hf, ids) for ids in rows]
-    hf = attach(into(hf, adapters[:-1]), adapters[-1]).eval()
+    hf = attach(hf, adapters[-1]).eval()
     adapted = [_log_probs(hf, ids) for ids in rows]
     hf = hf.merge_and_unload(safe_merge=True)
     wanted = dtype or block.saved_as() or "float32"

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import attrs
 
 from posttrain.blocks.models.model import HFModel
+from posttrain.blocks.models.quantized.sizes import Group
 from posttrain.blocks.parallel.strategy import DDP, FSDP, DeepSpeed
 from posttrain.tools.tracing import precision_of, trace
 from posttrain.trainer import Trainer
@@ -32,6 +33,8 @@ class Estimate:
     trained: int = 0
     """Parameters."""
     frozen: int = 0
+    groups: list[Group] = attrs.field(factory=list)
+    """The parameters by type, before anything is sharded."""
 
     @property
     def total(self) -> int:
@@ -56,7 +59,7 @@ def estimate(trainer: Trainer, world: int) -> Estimate:
         ranks = min(strategy.shard_size or world, world)
         for name in ("parameters", "references and teachers", "gradients", "optimizer state"):
             sizes[name] = -(-sizes[name] // ranks)
-        sizes["gathered layers"] = low * (2 * traced.layer + traced.outside) + (low + 4) * traced.layer
+        sizes["gathered layers"] = 2 * traced.layer + traced.outside + (low + 4) * traced.layer_trained
         if strategy.cpu_offload:
             host |= {"parameters", "gradients", "optimizer state"}
     elif isinstance(strategy, DeepSpeed):
@@ -68,8 +71,9 @@ def estimate(trainer: Trainer, world: int) -> Estimate:
         if stage:
             sizes["buckets"] = low * min(int(zero.get("reduce_bucket_size", BUCKET)), traced.trained)
         if stage == 3:
-            live = min(int(zero.get("stage3_max_live_parameters", LIVE)), traced.trained + traced.frozen)
-            sizes["gathered layers"] = low * live
+            numbers = traced.trained + traced.frozen
+            live = min(int(zero.get("stage3_max_live_parameters", LIVE)), numbers)
+            sizes["gathered layers"] = traced.whole * live // numbers
         if "device" in zero.get("offload_optimizer", {}):
             host |= {"optimizer state", "gradients"}
         if "device" in zero.get("offload_param", {}):
@@ -79,7 +83,7 @@ def estimate(trainer: Trainer, world: int) -> Estimate:
     return Estimate(
         {name: size for name, size in sizes.items() if name not in host and size},
         {name: size for name, size in sizes.items() if name in host and size},
-        traced.trained, traced.frozen,
+        traced.trained, traced.frozen, traced.groups,
     )  # fmt: skip
 
 

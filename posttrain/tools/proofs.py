@@ -26,9 +26,11 @@ from posttrain.blocks.data.encode import ChatEncoder
 from posttrain.blocks.data.rows.chat import stop_tokens
 from posttrain.blocks.data.rows.schemas import Refused
 from posttrain.blocks.models.model import HFModel
+from posttrain.blocks.rollouts.prompts import PromptData
 from posttrain.errors import PosttrainError, RecipeError
 from posttrain.tools.twin import LONGEST, NoRows, Row, Step, Twin, quietly
 from posttrain.trainers.dpo import DPOTrainer
+from posttrain.trainers.grpo import GAP, GRPOTrainer
 from posttrain.words import counted
 
 if TYPE_CHECKING:
@@ -85,6 +87,8 @@ def masks(twin: Twin) -> str:
         raise Failed(f"of {counted(len(twin.rows), 'row')}: {_listed(found)}; look at `posttrain show RECIPE --data`")
     if not twin.sample(1):
         raise NoRows(f"no row can be trained on: {_listed(refused)}")
+    if isinstance(twin.data, PromptData):
+        return f"{counted(len(twin.rows), 'prompt')}" + (f", {sum(refused.values())} refused" if refused else "")
     tokens, trained = 0, 0
     for row in twin.sample(len(twin.rows)):
         for ids, mask in row.encoded.documents:  # type: ignore[union-attr]
@@ -165,8 +169,10 @@ def resume(twin: Twin) -> str:
 
 
 def first_loss(twin: Twin) -> str:
-    """The policy begins as its reference: margins of 0, and a DPO loss of ln 2."""
+    """The policy begins as its reference: margins of 0, and a DPO loss of ln 2; and as what samples."""
     trainer = twin.real
+    if isinstance(trainer, GRPOTrainer):
+        return _on_policy(twin.whole.metrics, trainer.updates)
     if not isinstance(trainer, DPOTrainer) or not trainer.objective.needs_reference or trainer.reference is not None:
         raise Skipped("only where the reference is the model itself")
     step = twin.whole
@@ -178,6 +184,16 @@ def first_loss(twin: Twin) -> str:
             raise Failed(f"the first loss is {step.loss:.6f}, not ln 2 = 0.693147")
         return f"margin {margin:g}, loss {step.loss:.6f}"
     return f"margin {margin:g}"
+
+
+def _on_policy(metrics: dict[str, float], updates: int) -> str:
+    """Return how far sampler, trainer and reference are apart in the first step."""
+    moved, gap, kl = (metrics.get(name, 0.0) for name in ("policy/moved", GAP, "kl"))
+    if gap > 1e-4:
+        raise Failed(f"sampler and trainer give a token log-probabilities that differ by {gap:.3g} on average")
+    if updates == 1 and max(moved, abs(kl)) > CLOSE:
+        raise Failed(f"before the first update, ratios are {moved:.3g} from 1 and the divergence is {kl:.3g}")
+    return f"sampler and trainer within {gap:.0e} nats; ratios {moved:g} from 1, divergence {abs(kl):g}"
 
 
 def export(twin: Twin) -> str:
@@ -292,8 +308,8 @@ def _mistakes(twin: Twin, row: Row, stops: set[int] | None) -> Iterator[str]:
         listed = ids.tolist()
         if bos is not None and listed[:2] == [bos, bos]:
             yield "two BOS at the beginning"
-        last = max(index for index, trained in enumerate(mask.tolist()) if trained)
-        if stops is not None and listed[last] not in stops:
+        last = max((index for index, trained in enumerate(mask.tolist()) if trained), default=-1)
+        if last >= 0 and stops is not None and listed[last] not in stops:
             yield "the reply ends without an end-of-turn token, so that the model would not learn to stop"
     if type(twin.data).encoder is SFTData.encoder and (wanted := _replies(twin.data, row.values)) is not None:  # type: ignore[arg-type]
         kept = [token for ids, mask in row.encoded.documents for token in ids[mask].tolist()]
@@ -329,7 +345,7 @@ def _same(one: Step, other: Step, hint: str) -> str:
     if size == 0:
         raise Failed("the gradient is 0: nothing would be learned")
     gradient = float((one.gradient - other.gradient).norm()) / size
-    loss = abs(one.loss - other.loss) / max(abs(one.loss), 1e-12)
+    loss = abs(one.loss - other.loss) / max(abs(one.loss), size, 1e-12)  # on-policy, a loss is 0 whatever is learned
     if max(gradient, loss) > CLOSE:
         raise Failed(f"loss {one.loss:.6f} and {other.loss:.6f}, gradients differ by {gradient:.1%}; {hint}")
     return f"gradients within {gradient:.0e}"

@@ -4,7 +4,7 @@ import itertools
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING
 
-from posttrain.blocks.data.sight import Box
+from posttrain.blocks.data.rows.sight import Box
 from posttrain.blocks.loggers.ledger import said
 from posttrain.words import counted
 

@@ -4,44 +4,34 @@ Network, loss, backward pass and an optimizer step are run with every micro-batc
 operation by operation. So it holds for a network, a loss or an optimizer of one's own.
 """
 
-import itertools
+import copy
 import logging
 import warnings
 import weakref
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from typing import Any
 
 import attrs
 import torch
 from torch import Tensor, nn
-from torch._subclasses import fake_tensor
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
 from posttrain.batch import Batch, Extra, Layout
 from posttrain.blocks.data.data import Data
-from posttrain.blocks.data.encode import apart
-from posttrain.blocks.data.rows.refused import Refused
-from posttrain.blocks.data.sources import Source
-from posttrain.blocks.images.arrange import IMAGES
-from posttrain.blocks.images.processor import images_of
-from posttrain.blocks.layout import Example
-from posttrain.blocks.models.model import HFModel
+from posttrain.blocks.models.quantized.sizes import Group, groups
 from posttrain.blocks.parallel.sharding import replace_tensors, units, weightless
 from posttrain.blocks.parallel.strategy import FSDP, DeepSpeed
 from posttrain.errors import RecipeError
 from posttrain.run import Run
 from posttrain.runtime.launch import silence_libraries
+from posttrain.tools.vision.seen import UNKNOWN, constants, faked, fullest_of_images
 from posttrain.trainer import Trainer
 from posttrain.trainers.distill import DistillTrainer
+from posttrain.trainers.grpo import GRPOTrainer
+from posttrain.trainers.kto import KTOTrainer
 
-LOOKED_AT = 64
-"""Rows of each source in which images are looked for."""
-CONSTANTS = 100_000
-"""Numbers in a tensor of whole ones that is computed with while tracing: torch itself knows single ones alone."""
-UNKNOWN = (fake_tensor.DataDependentOutputException, fake_tensor.DynamicOutputShapeException)
 log = logging.getLogger("posttrain")
 BF16 = ("bf16-mixed", "bf16-true")
 
@@ -60,9 +50,15 @@ class Traced:
     """Bytes of references and teachers."""
     activations: int
     layer: int
-    """Parameters of the largest layer."""
+    """Bytes of the largest layer, as it is gathered for products."""
+    layer_trained: int
+    """Parameters of the largest layer that are trained."""
     outside: int
-    """Parameters outside of layers: embeddings and head."""
+    """Bytes of what is outside of layers, as it is gathered: embeddings and head."""
+    whole: int
+    """Bytes of all parameters, as they are gathered."""
+    groups: list[Group]
+    """The parameters by type."""
 
 
 class Asked(nn.Module):
@@ -121,45 +117,45 @@ def _trace(trainer: Trainer) -> Traced:
     silence_libraries()
     fabric = Fabric(accelerator="cpu", devices=1, precision=precision)  # type: ignore[arg-type]
     fabric.to_device = lambda module: module  # type: ignore[method-assign]  # it has no weights to move
-    batch, seen = fullest(trainer), fullest_of_images(trainer)
+    batch, seen = fullest(trainer), images_of_rows(trainer)
     with torch.device("meta"), weightless():
         network = fabric.strategy.precision.convert_module(trainer.model.build(fabric))
         kept = size_of(network.parameters())
         gradients = size_of(parameter for parameter in network.parameters() if parameter.requires_grad)
+        states = state_of(trainer, network)
         if precision == "bf16-mixed" and (deepspeed or isinstance(trainer.strategy, FSDP)):  # they cast, not autocast
             network = network.to(torch.bfloat16)
         others = {} if answers_are_stored(trainer) else trainer.build_frozen(fabric, network)
     with FakeTensorMode(allow_non_fake_inputs=True) as mode, constants():
         for each in (network, *others.values()):  # from the meta device to fake tensors on the CPU
             replace_tensors(each, lambda _, tensor: torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu"))
-        counts = {wanted: sum(p.numel() for p in network.parameters() if p.requires_grad == wanted)
-                  for wanted in (True, False)}  # fmt: skip
-        states = stepped(trainer.optimizer.build(network)) * kept // size_of(network.parameters())
+        parts = groups(network)
+        counts = {wanted: sum(part.numbers for part in parts if part.trained == wanted) for wanted in (True, False)}
         if deepspeed and precision in BF16:  # bfloat16 beside float32 that the optimizer works in
-            kept, gradients, states = 2 * sum(counts.values()), 2 * counts[True], 12 * counts[True]
+            states = 4 * counts[True] + states * 4 * counts[True] // gradients
+            kept, gradients = gathered(network.parameters(), 2), 2 * counts[True]
         activations = peak(trainer, fabric, network, others, faked(batch, mode))
         if seen is not None:
             try:
                 activations = max(activations, peak(trainer, fabric, network, others, faked(seen, mode)))
             except UNKNOWN:
                 log.warning("what images take is not in the plan: this model does what depends on their numbers")
-        sizes = [sum(p.numel() for p in layer.parameters()) for layer in units(network)]
+        low = 2 if "16" in precision else 4
+        layers = [list(layer.parameters()) for layer in units(network)]
+        sizes = [gathered(layer, low) for layer in layers]
+        trained = [sum(p.numel() for p in layer if p.requires_grad) for layer in layers]
     return Traced(
         trained=counts[True], frozen=counts[False], kept=kept, gradients=gradients, optimizer=states,
         others=sum(size_of(other.parameters()) for other in others.values()), activations=activations,
-        layer=max(sizes, default=0), outside=sum(counts.values()) - sum(sizes),
+        layer=max(sizes, default=0), layer_trained=max(trained, default=0),
+        outside=gathered(network.parameters(), low) - sum(sizes), whole=gathered(network.parameters(), low),
+        groups=parts,
     )  # fmt: skip
 
 
-@contextmanager
-def constants() -> Iterator[None]:
-    """Compute with small tensors of whole numbers meanwhile: the sizes of images decide what a tower does."""
-    before = fake_tensor.CONSTANT_NUMEL_LIMIT
-    fake_tensor.CONSTANT_NUMEL_LIMIT = CONSTANTS
-    try:
-        yield
-    finally:
-        fake_tensor.CONSTANT_NUMEL_LIMIT = before
+def gathered(parameters: Iterable[nn.Parameter], low: int) -> int:
+    """Return the bytes of parameters in products whose numbers have `low` bytes; quantized ones are gathered so."""
+    return sum(p.numel() * (low if p.is_floating_point() else p.element_size()) for p in parameters)
 
 
 def peak(trainer: Trainer, fabric: Any, network: nn.Module, others: dict[str, nn.Module], batch: Batch) -> int:
@@ -196,79 +192,42 @@ def fullest(trainer: Trainer) -> Batch:
         RecipeError: the data block is not one of posttrain's.
     """
     data = trainer.data
+    if isinstance(trainer, GRPOTrainer):
+        return read_by_the_host(full_groups(trainer))
     if not isinstance(data, Data):
         raise RecipeError(f"data: {type(data).__name__} does not say how long its rows are; a plan needs that")
-    rows = [[data.fullest(row_length(trainer, data))] for _ in range(trainer.micro_batch_size)]
-    return ready(trainer, data.collator(None)(rows, 1))
-
-
-def row_length(trainer: Trainer, data: Data) -> int:
-    """Return the tokens of a document that a rank sees."""
-    return -(-data.max_length // (trainer.sequence.size if trainer.sequence else 1))
-
-
-def ready(trainer: Trainer, batch: Batch) -> Batch:
-    """Return a batch as the loop would give it to the loss."""
-    batch = read_by_the_host(batch)
+    size = trainer.sequence.size if trainer.sequence else 1
+    rows = [[data.fullest(-(-data.max_length // size))] for _ in range(trainer.micro_batch_size)]
+    batch = read_by_the_host(data.collator(None)(rows, 1))
+    if isinstance(trainer, KTOTrainer):
+        batch = batch.but(others=Extra(read_by_the_host(batch["others"])))
     if getattr(trainer, "precompute_reference", False):
         batch = batch.but(reference_log_probs=torch.zeros(len(batch.supervised)))
     return batch
 
 
-def fullest_of_images(trainer: Trainer) -> Batch | None:
-    """Return a micro-batch with as many images as its rows can hold of those of the data; None if there are none."""
-    data, model = trainer.data, trainer.model
-    if not isinstance(data, Data) or not isinstance(model, HFModel) or not model.sees_images():
-        return None
-    tokenizer = trainer.tokenizer.build(model)
-    row = with_images(data, tokenizer, row_length(trainer, data))
-    return ready(trainer, data.collator(tokenizer)([row] * trainer.micro_batch_size, 1)) if row else None
+def full_groups(trainer: GRPOTrainer) -> Batch:
+    """Return a micro-batch of groups whose prompts and replies are as long as can be."""
+    from posttrain.blocks.rollouts.groups import batch_of
+    from posttrain.blocks.rollouts.replies import Group, Reply
+
+    tokens, n = trainer.sampler.max_new_tokens, trainer.group_size
+    prompt = [1 + i % 2 for i in range(trainer.data.max_length if isinstance(trainer.data, Data) else 1)]
+    replies = [Reply([1 + (i >> bit) % 2 for bit in range(tokens)], [0.0] * tokens, True) for i in range(n)]
+    group = Group(0, prompt, {}, [], replies, rewards=[0.0] * n, advantages=[0.0] * n)
+    batch = batch_of([group] * trainer.micro_batch_size, pad_id=0, packing=trainer.branching, mask_truncated=False)
+    zeros = torch.zeros(len(batch.supervised))
+    more = {"reference": trainer.beta > 0, "old": trainer.updates > 1}
+    return batch.but(**{name: Extra(zeros, "target") for name, wanted in more.items() if wanted})
 
 
-def with_images(data: Data, tokenizer: Any, length: int) -> list[Example]:
-    """Return a row that is full of the example with the most images for its length among the first rows of the data;
-    none if they have no images."""
-    best: tuple[float, Example] | None = None
-    encoder, images = data.encoder(tokenizer), images_of(tokenizer)
-    if images is None:
-        return []
-    for source in data.sources:
-        rows = [row.values for row, _ in itertools.islice(source.read(source.open()), LOOKED_AT)]
-        for found in encoder.encode(rows):
-            if isinstance(found, Refused) or max(len(ids) for ids, _ in found.documents) > length:
-                continue
-            for one in apart(found, encoder.sides, encoder.columns):
-                here = with_source(one, source)
-                tokens = sum(span["tokens"] for spans in here.values.get(IMAGES, ()) for span in spans)
-                if tokens and (best is None or tokens / len(one) > best[0]):
-                    best = tokens / len(one), here
-    if best is None:
-        return []
-    documents = tuple((ids, ids != images.token_id) for ids, _ in best[1].documents)  # supervised, as can be
-    return [attrs.evolve(best[1], documents=documents)] * max(1, data.row_length // len(best[1]))
-
-
-def with_source(example: Example, source: Source) -> Example:
-    """Return an example whose images know where their rows are."""
-    spans = tuple([span | {"source": source} for span in one] for one in example.values.get(IMAGES, ()))
-    return attrs.evolve(example, values=example.values | ({IMAGES: spans} if spans else {}))
-
-
-def faked(batch: Batch, mode: FakeTensorMode) -> Batch:
-    """Return a batch without numbers; with images, tokens and their sizes stay known, since networks look at them."""
-
-    def constant(x: Tensor) -> Any:
-        return x if x.is_floating_point() else mode.fake_tensor_converter.from_real_tensor(mode, x, make_constant=True)
-
-    def known(layout: Layout) -> dict[str, Any]:
-        images = {name: constant(x) for name, x in layout.arguments[IMAGES].values.items()}
-        arguments = {**layout.arguments, IMAGES: Extra(images)}
-        return {"input_ids": constant(layout.input_ids), "arguments": arguments}
-
-    if IMAGES in batch.arguments:
-        branch = batch.branch and attrs.evolve(batch.branch, **known(batch.branch))
-        batch = attrs.evolve(batch, branch=branch, **known(batch))
-    return batch.map(lambda x: x if isinstance(x, FakeTensor) else mode.from_tensor(x))
+def images_of_rows(trainer: Trainer) -> Batch | None:
+    """Return a micro-batch that is full of images, as the loop would give it to the loss; None if there are none."""
+    size, data = trainer.sequence.size if trainer.sequence else 1, trainer.data
+    made = fullest_of_images(trainer, -(-data.max_length // size)) if isinstance(data, Data) else None
+    if made is not None and getattr(trainer, "precompute_reference", False):
+        made = made.but(reference_log_probs=torch.zeros(len(made.supervised)))
+    return None if made is None else read_by_the_host(made)
 
 
 def one_pass(trainer: Trainer, fabric: Any, network: nn.Module, others: dict[str, nn.Module]) -> Run:
@@ -296,6 +255,14 @@ def read_by_the_host(batch: Batch) -> Batch:
 
     branch = None if batch.branch is None else attrs.evolve(batch.branch, **seen(batch.branch))
     return attrs.evolve(batch, branch=branch, **seen(batch))
+
+
+def state_of(trainer: Trainer, network: nn.Module) -> int:
+    """Return the bytes that a recipe's optimizer keeps for a network on the meta device, as its parameters are kept."""
+    shadow = copy.deepcopy(network)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        replace_tensors(shadow, lambda _, tensor: torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu"))
+        return stepped(trainer.optimizer.build(shadow))
 
 
 def stepped(optimizer: Any) -> int:

@@ -7,6 +7,7 @@ import logging
 import os
 import signal
 import sys
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cached_property
@@ -26,6 +27,8 @@ from posttrain.blocks.loggers.logger import JSONL
 from posttrain.blocks.models.model import HFModel
 from posttrain.blocks.models.tiny import tiny
 from posttrain.blocks.parallel.strategy import Auto
+from posttrain.blocks.rollouts.prompts import PromptData
+from posttrain.blocks.rollouts.sampler import TransformersSampler
 from posttrain.blocks.scheduler import Constant
 from posttrain.blocks.tokenizers.tokenizer import HFTokenizer
 from posttrain.errors import DataError
@@ -34,6 +37,7 @@ from posttrain.interfaces import DataBlock
 from posttrain.recipes import load as recipe
 from posttrain.runtime.launch import relaunch, silence_libraries
 from posttrain.trainer import Trainer
+from posttrain.trainers.grpo import GRPOTrainer
 
 READ = 256
 """Rows of each source to look at."""
@@ -43,6 +47,10 @@ IMAGE_KEYS = ("images", "image", "path", "url", "image_url")
 """Under which rows name files of images."""
 SHORT = 128
 """Tokens of a document that is quickly tried, at most; longer ones serve where there are no such."""
+
+
+REPLY = 12
+"""Tokens of a reply that the twin samples, at most."""
 
 
 class NoRows(DataError):
@@ -70,6 +78,18 @@ class Step:
     gradient: Any
     """Of all trained parameters, flat, in float64."""
     metrics: dict[str, float]
+
+
+@attrs.frozen
+class Noise:
+    """A number in [0, 1) that depends on every letter of a reply: random weights earn nothing else, or all the same."""
+
+    weight: float = 1.0
+    name: str = "noise"
+
+    def build(self, run: Any) -> Any:
+        """Return what scores replies."""
+        return lambda samples: [zlib.crc32(sample.text.encode()) / 2**32 for sample in samples]
 
 
 @attrs.frozen
@@ -135,7 +155,8 @@ class Twin:
             draft.write_text("".join(lines), encoding="utf-8")
             draft.replace(file)
         longest = min(LONGEST, max(row.length for row in rows))
-        changes = {"max_length": longest, "overflow": "truncate", "invalid": "drop", **changes}
+        cut = {} if isinstance(self.data, PromptData) else {"max_length": longest, "overflow": "truncate"}
+        changes = {**cut, "invalid": "drop", **changes}
         sources = [Source(name_or_path=str(file))]
         return attrs.evolve(
             self.data, sources=sources, eval_sources=[], eval_split=0.0, cache_dir=self.folder / "cache", **changes
@@ -180,7 +201,8 @@ class Twin:
             tokenizer = attrs.evolve(tokenizer, name_or_path=named)  # type: ignore[misc]
         own = [callback for callback in real.callbacks if not type(callback).__module__.startswith("posttrain.")]
         asked = {
-            **models, "tokenizer": tokenizer, "callbacks": own, "strategy": Auto(), "sequence": None, "checkpoint": [],
+            **models, **short_replies(real), "tokenizer": tokenizer, "callbacks": own, "strategy": Auto(),
+            "sequence": None, "checkpoint": [],
             "logger": [JSONL()], "output_dir": self.folder / name, "resume": "auto", "max_steps": 1, "stop_after": None,
             "eval_every": None, "log_every": 1, "overfit_first_batch": False, "accelerator": "cpu", "devices": 1,
             "num_nodes": 1, "precision": "64-true", **changes,
@@ -249,6 +271,16 @@ def as_text(value: Any) -> str:
         return image_as_text(value)
     except TypeError:
         return str(value)
+
+
+def short_replies(real: Trainer) -> dict[str, Any]:
+    """Return what a method that samples is changed by: a few short replies in this process, whose rewards differ."""
+    if not isinstance(real, GRPOTrainer):
+        return {}
+    tokens = min(REPLY, real.sampler.max_new_tokens)
+    sampler = TransformersSampler(max_new_tokens=tokens, temperature=real.sampler.temperature)
+    changes: dict[str, Any] = {"sampler": sampler, "group_size": min(4, real.group_size), "mask_truncated": False}
+    return changes | {"rewards": [*real.rewards, Noise()]}
 
 
 @contextmanager

@@ -14,7 +14,7 @@ from attrs.validators import gt, optional
 
 from posttrain.blocks.checkpoints import manifest
 from posttrain.blocks.checkpoints.writer import Writer, finish
-from posttrain.blocks.optimizer import members, settings, torch_optimizer
+from posttrain.blocks.optimizer import averaged, members, settings, torch_optimizer
 from posttrain.errors import CheckpointError
 from posttrain.registry import block, key
 from posttrain.runtime.folder import ADVICE, difference
@@ -51,10 +51,10 @@ class Resume:
     writer: Writer = attrs.field(init=False, repr=False, eq=False, factory=Writer)
 
     def load(self, run: "Run") -> None:
-        """Go on from the newest whole checkpoint in the run's folder, if there is one.
+        """Go on from the newest whole checkpoint in the run's folder, if there is one, or from the one in `resume`.
 
         Raises:
-            CheckpointError: all are damaged, or this run cuts the data into other steps.
+            CheckpointError: all are damaged, there is none of that name, or this run cuts the data into other steps.
         """
         from posttrain.blocks.checkpoints import state
 
@@ -64,8 +64,9 @@ class Resume:
                 if UNFINISHED.fullmatch(stale.name):
                     remove_checkpoint(stale)
             self.writer.identity = json.loads(json.dumps(run.identity()))
-        found, problem = manifest.newest_whole(run.output_dir, run.fabric)
-        if problem:
+        problem = manifest.go_back(run.output_dir, run.recipe["resume"]) if run.fabric.is_global_zero else None
+        found, damaged = manifest.newest_whole(run.output_dir, run.fabric)
+        if problem := run.fabric.broadcast(problem) or damaged:
             raise CheckpointError(problem)
         if found is None:
             return
@@ -185,7 +186,7 @@ class HuggingFace:
     """Export the finished model."""
 
     def load(self, run: "Run") -> None:
-        """See whether there is room for the export; an exported model is a starting point, never gone on from.
+        """See whether there is room for the export; a run never resumes from an exported model.
 
         Raises:
             CheckpointError: there are files of a model in its folder that are not ours.
@@ -214,11 +215,18 @@ class HuggingFace:
         """Export if it is time to; an interrupted run exports nothing."""
         if not is_due(self, run, at_end) or (at_end and run.status != "finished"):
             return
-        run.flush()
         folder = self.folder(run)
-        folder = folder if at_end else folder / f"step-{run.step:08d}"
-        parameters = run.strategy.full_parameters(run)
-        with run.watchdog.writing(folder):
+        self.export(run, folder if at_end else folder / f"step-{run.step:08d}")
+
+    def export(self, run: "Run", folder: Path) -> None:
+        """Write the model and the tokenizer as they are now. All ranks call it.
+
+        Raises:
+            CheckpointError: the disk is full or unwritable, or files of others are in the way.
+        """
+        run.flush()
+        with averaged(run), run.watchdog.writing(folder):
+            parameters = run.strategy.full_parameters(run)
             problem = self._export(run, folder, parameters) if run.fabric.is_global_zero else None
             problem = run.fabric.broadcast(problem)
         if problem:

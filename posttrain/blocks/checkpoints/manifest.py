@@ -2,7 +2,7 @@
 
 A checkpoint is written aside, synced to disk, sealed by a manifest with checksums, and renamed: a folder named `step-N`
 is whole. There is no pointer to the latest one; the newest whose checksums hold is used, and a damaged one is named and
-passed over.
+skipped.
 """
 
 import hashlib
@@ -29,6 +29,35 @@ def checkpoints(folder: Path) -> list[Path]:
     return sorted(found, key=lambda path: int(path.name.removeprefix("step-")), reverse=True)
 
 
+def go_back(folder: Path, resume: str) -> str | None:
+    """Set checkpoints aside that are newer than the one that `resume` names; return what is in the way, or None.
+
+    Once: newer ones that a run with the same `resume` has written are what the same command goes on from.
+    """
+    if not resume.startswith("step-"):
+        return None
+    there = checkpoints(folder)
+    wanted = next((path for path in there if _step(path) == _step(resume)), None)
+    newer = [path for path in there if _step(path) > _step(resume)]
+    if any(read(path)["recipe"].get("resume") == resume for path in newer if verify(path) is None):
+        return None
+    if wanted is None:
+        names = ", ".join(f"step-{_step(path)}" for path in reversed(there)) or "none"
+        return f"resume: there is no checkpoint {resume} in {folder} (there: {names})"
+    if problem := verify(wanted):
+        return f"resume: {wanted} is damaged: {problem}"
+    for path in newer:
+        aside = path.with_name(f"left-step-{_step(path)}")
+        if aside.exists():
+            aside = aside.with_name(f"{aside.name}-{os.getpid()}")
+        log.info("going back to %s: %s is now %s", resume, path.name, path.rename(aside).name)
+    return None
+
+
+def _step(name: Path | str) -> int:
+    return int(str(getattr(name, "name", name)).removeprefix("step-"))
+
+
 def newest_whole(folder: Path, fabric: "Fabric") -> tuple[Path | None, str | None]:
     """Return the newest checkpoint whose checksums hold; or what is wrong, if there are only damaged ones.
 
@@ -40,7 +69,7 @@ def newest_whole(folder: Path, fabric: "Fabric") -> tuple[Path | None, str | Non
         if (problem := next(filter(None, problems), None)) is None:
             return found, None
         damaged.append(f"{found}: {problem}")
-        log.warning("damaged checkpoint passed over: %s", damaged[-1])
+        log.warning("damaged checkpoint skipped: %s", damaged[-1])
     if damaged:
         return None, "no checkpoint in this folder is whole; start anew with resume=never\n  " + "\n  ".join(damaged)
     return None, None

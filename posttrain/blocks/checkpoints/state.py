@@ -16,8 +16,10 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from posttrain.blocks.optimizer import hidden_tensors, members, torch_optimizer
+from posttrain.blocks.parallel.fsdp import start_of
 from posttrain.blocks.parallel.shards import ParameterShard, TensorSlice
 from posttrain.errors import CheckpointError
 
@@ -61,6 +63,9 @@ def ranges(run: "Run") -> Iterator[tuple[str, TensorSlice]]:
                 key, value = f"optimizer/{shard.name}/{path and f'{path}:'}{name}", torch.as_tensor(value)
                 if value.shape == shard.owner.shape:
                     yield key, shard.like(within(value, shard))
+                elif isinstance(value, DTensor):  # cut like its parameter, but of another shape
+                    start, rows = start_of(value), value.to_local().reshape(-1)
+                    yield key, TensorSlice(tuple(value.shape), start, rows, shard.copies)
                 else:
                     yield key, TensorSlice(tuple(value.shape), 0, value.reshape(-1), shard.copies)
     for name, buffer in buffers(run).items():
@@ -180,6 +185,8 @@ def restore_optimizer(optimizers: dict[str, Any], shard: ParameterShard, reader:
             if plain not in state:
                 state[plain] = torch.zeros_like(shard.owner, dtype=dtype)
             reader.fill(key, shard.start, within(state[plain], shard))
+        elif isinstance(state.get(plain), DTensor) and state[plain].shape == torch.Size(shape):
+            reader.fill(key, start_of(state[plain]), state[plain].to_local().view(-1))
         else:
             values = torch.empty(shape, dtype=dtype)
             reader.fill(key, 0, values.view(-1))

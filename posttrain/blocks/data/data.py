@@ -19,7 +19,7 @@ from posttrain.blocks.data.rows.chat import ChatRenderer
 from posttrain.blocks.data.rows.messages import ROLES, Refused
 from posttrain.blocks.data.rows.pairs import CHOSEN, REJECTED, pair, pair_schema
 from posttrain.blocks.data.rows.schemas import Sample, conversation, schema
-from posttrain.blocks.data.sight import InRow, Sight
+from posttrain.blocks.data.rows.sight import InRow, Sight
 from posttrain.blocks.data.sources import Source, as_sources
 from posttrain.blocks.data.store import table
 from posttrain.blocks.data.streams import Stream, StreamEncoding
@@ -334,7 +334,7 @@ class SFTData(Data):
 class PreferenceData(Data):
     """Pairs of conversations that answer the same messages, one better than the other.
 
-    The two sides of a pair are never torn apart. `max_length` is that of a side; a packed row holds twice as many
+    The two sides of a pair stay together. `max_length` is that of a side; a packed row holds twice as many
     tokens. Rows whose sides are equal or empty are refused or dropped as `invalid` says.
     """
 

@@ -17,7 +17,7 @@ from posttrain.blocks.data.rows.media import images_of
 from posttrain.blocks.data.rows.messages import Refused
 from posttrain.blocks.data.rows.offsets import supervised, tokenize
 from posttrain.blocks.data.rows.schemas import Reading, Sample, Schema
-from posttrain.blocks.data.sight import Sight, bare, boxed, numbered
+from posttrain.blocks.data.rows.sight import Sight, bare, boxed, numbered
 from posttrain.blocks.images.arrange import IMAGES
 from posttrain.blocks.layout import Columns, Document, Example
 

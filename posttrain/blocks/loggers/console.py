@@ -115,15 +115,18 @@ class ConsoleLogger:
 
     def opening(self) -> str:
         """Return a line or two on what is about to be trained."""
+        from posttrain.blocks.models.quantized.sizes import groups
+
         run = self.run
-        sizes = [(p.numel(), p.requires_grad) for p in run.model.parameters()]
-        total, trained = sum(n for n, _ in sizes), sum(n for n, wanted in sizes if wanted)
+        sizes = groups(run.model)
+        total, trained = sum(g.numbers for g in sizes), sum(g.numbers for g in sizes if g.trained)
         share = "" if total == trained else f", {human(trained)} of them trained"
         begin = f", going on after step {run.step}" if run.step else ""
         code = f"\nwith code of {', '.join(map(str, run.recipe['code']))}" if run.recipe.get("code") else ""
         return (
             f"[bold]{run.recipe['type']}[/]: {human(total)} parameters{share}; {counted(run.max_steps, 'step')} of "
             f"{counted(run.rows_per_step, 'row')} on {run.fabric.world_size} x {run.fabric.device.type}{begin}{code}"
+            + (f"\nparameters: {'; '.join(map(str, sizes))}" if len(sizes) > 1 else "")
         )
 
     def news(self, metrics: dict[str, float]) -> str:

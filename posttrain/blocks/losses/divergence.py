@@ -35,6 +35,20 @@ def divergence(teacher: Tensor, student: Tensor, kind: Divergence, whole: bool) 
     return (kl(p, mean) + kl(q, mean)) / 2
 
 
+def jensen_shannon(p: Tensor, q: Tensor, beta: float) -> Tensor:
+    """Return beta KL(p || m) + (1 - beta) KL(q || m), where m = beta p + (1 - beta) q, in nats, [n].
+
+    Generalized Jensen-Shannon divergence (Agarwal et al., arXiv:2306.13649, eq. 1). Divided by beta it tends to
+    KL(p || q) as beta goes to 0, divided by 1 - beta to KL(q || p) as it goes to 1.
+
+    Args:
+        p, q: float [n, k], log-probabilities of the same tokens.
+        beta: between 0 and 1.
+    """
+    mean = torch.logaddexp(p + math.log(beta), q + math.log1p(-beta))
+    return beta * kl(p, mean) + (1 - beta) * kl(q, mean)
+
+
 def kl(p: Tensor, q: Tensor) -> Tensor:
     """Return the sum of p log(p / q) over the last dimension, of log-probabilities; where p is 0, so is the term."""
     return torch.where(p.isneginf(), 0.0, p.exp() * (p - q)).sum(-1)

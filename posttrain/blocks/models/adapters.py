@@ -12,6 +12,8 @@ from posttrain.errors import RecipeError
 from posttrain.values import missing_folder
 
 CONFIG = "adapter_config.json"
+QUANTIZED = "quantization.json"
+"""Beside an adapter that was trained on a quantized base: how it was quantized."""
 
 
 def origin(name_or_path: str) -> tuple[str, list[Path]]:
@@ -60,9 +62,23 @@ def attach(hf: Any, folder: Path, task: str | None = None) -> Any:
         from peft import PeftConfig, PeftModel
     except ImportError:
         raise RecipeError(f"{folder} is an adapter, and needs peft: pip install 'posttrain[peft]'") from None
+    as_trained(hf, folder)
     try:
         config = PeftConfig.from_pretrained(str(folder))
         config.task_type = task  # a reward model may begin from an adapter of a language model
         return PeftModel.from_pretrained(hf, str(folder), config=config, is_trainable=task is not None)
     except (OSError, ValueError, RuntimeError) as error:
         raise RecipeError(f"the adapter {folder} does not fit {hf.name_or_path or 'the model'}: {error}") from error
+
+
+def as_trained(hf: Any, folder: Path) -> None:
+    """Give a model, in place, the weights that an adapter was trained on: those of a quantized base, if it was one.
+
+    On others the adapter would correct errors that are not there. What is quantized already stays.
+    """
+    file = folder / QUANTIZED
+    if file.is_file():
+        from posttrain.blocks.models.quantized.quantize import round_weights
+
+        said = json.loads(file.read_text(encoding="utf-8"))
+        round_weights(hf, said["quantize"], said["double_quantization"])

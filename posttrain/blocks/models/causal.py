@@ -1,5 +1,6 @@
 """The networks that trainers call: transformers models whose logits exist only at supervised positions."""
 
+import json
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -14,10 +15,12 @@ from torch import Tensor, nn
 from posttrain.batch import Batch, Layout, Term
 from posttrain.blocks.images.arrange import BLOCKS, IMAGES
 from posttrain.blocks.losses.cross_entropy import nll_sum, token_log_probs, top_log_probs, top_of
+from posttrain.blocks.losses.entropy import log_probs_and_entropy, of_logits
 from posttrain.blocks.models.activations import Offload
+from posttrain.blocks.models.adapters import QUANTIZED
 from posttrain.blocks.models.apart import Bounds, ByDocument, Sight, Way, by_document, decoder_of, separate
-from posttrain.blocks.models.attention import NAME, no_mask
-from posttrain.blocks.models.router import balance
+from posttrain.blocks.models.attention import CACHE, NAME, no_mask
+from posttrain.blocks.models.router import balance, small
 from posttrain.errors import RecipeError, TrainingError
 from posttrain.registry import suggest
 
@@ -25,7 +28,7 @@ MAX_SHARD_SIZE = "5GB"
 """Of an exported file; writing one may take as much memory again."""
 
 
-OUTPUTS = ("nll", "log_probs", "logits", "hidden")
+OUTPUTS = ("nll", "log_probs", "policy", "logits", "hidden")
 
 
 class PackedModel(nn.Module):
@@ -44,12 +47,16 @@ class PackedModel(nn.Module):
         """Where documents begin, for modules that compute by document; and whether each has a row of its own."""
         self.router_weight = 0.0
         """Of the loss that balances experts (see router.py)."""
+        self.router_z_weight = 0.0
+        """Of the loss that keeps the routers' logits small."""
         self.quiet = False
         """Whether it adds no terms, as a reference does not."""
         self.terms: dict[str, Term] = {}
         """What the passes since the last loss add to it, such as the loss of a router; the loop takes it from here."""
         self.saved_as: str | None = None
         """In which type to export what is trained in float32; None for as it is."""
+        self.quantized: dict[str, Any] | None = None
+        """How the base was quantized; exported beside adapters, which belong to it as it is then."""
         self.apart = ""
         """How the documents of rows are kept apart, in words."""
         self.sight: Sight | None = None
@@ -183,14 +190,19 @@ class PackedModel(nn.Module):
     @property
     def routed(self) -> dict[str, bool]:
         """What makes the network give the logits of its routers, if they are wanted."""
-        return {"output_router_logits": True} if self.router_weight and not self.quiet else {}
+        wanted = (self.router_weight or self.router_z_weight) and not self.quiet
+        return {"output_router_logits": True} if wanted else {}
 
     def add_router(self, output: Any, layout: Layout) -> None:
-        """Add the balancing loss of the experts to that of the micro-batch."""
-        if self.routed:
-            top_k = self.base.config.get_text_config().num_experts_per_tok
-            logits = tuple(one for one in output.router_logits if one is not None)
+        """Add the losses of the routers to that of the micro-batch."""
+        if not self.routed:
+            return
+        top_k = self.base.config.get_text_config().num_experts_per_tok
+        logits = tuple(one for one in output.router_logits if one is not None)
+        if self.router_weight:
             self.add("router", balance(logits, layout, top_k, self.router_weight))
+        if self.router_z_weight:
+            self.add("router_z", small(logits, layout, self.router_z_weight))
 
     def unfolded(self, compute: Any, layout: Layout) -> Tensor:
         """Compute something with each document in a row of its own, [rows, width, ...]."""
@@ -213,6 +225,8 @@ class PackedModel(nn.Module):
             with warnings.catch_warnings():  # peft, of a base that is an adapter itself
                 warnings.filterwarnings("ignore", message="Could not find a config file in")
                 self.hf.save_pretrained(folder, state_dict=state_dict, max_shard_size=MAX_SHARD_SIZE)
+            if self.quantized is not None:
+                (folder / QUANTIZED).write_text(json.dumps(self.quantized) + "\n", encoding="utf-8")
         finally:
             if shown:
                 transformers.utils.logging.enable_progress_bar()
@@ -234,21 +248,22 @@ class CausalLM(PackedModel):
     def forward(
         self,
         batch: Batch,
-        output: Literal["nll", "log_probs", "logits", "hidden"] = "nll",
+        output: Literal["nll", "log_probs", "policy", "logits", "hidden"] = "nll",
         tokens: Tensor | None = None,
         temperature: float = 1.0,
-    ) -> Tensor:
+    ) -> Tensor | tuple[Tensor, Tensor]:
         """Compute something at the supervised positions of a batch (see layout.py).
 
         Args:
             batch: its layout, `max_token` and `targets` are used.
             output: what to return.
             tokens: int64 [n, k], for log_probs: the tokens that are asked about, instead of the targets.
-            temperature: for log_probs: what logits are divided by.
+            temperature: for log_probs and policy: what logits are divided by.
 
         Returns:
             nll: a scalar, the summed negative log-likelihood of the targets, in nats.
             log_probs: [n], each target's log-probability, or [n, k], those of `tokens`.
+            policy: [n] and [n], each target's log-probability, and the entropy of what it is drawn from, in nats.
             logits: [n, vocabulary]; mind the memory.
             hidden: [rows, width, size], the last hidden states, of every position.
 
@@ -263,6 +278,10 @@ class CausalLM(PackedModel):
             return self.hidden_states(batch)
         if output == "logits":
             return self.logits(layout)
+        if output == "policy" and self.plain_head:
+            return log_probs_and_entropy(*self.head_inputs(layout), batch.targets, temperature)
+        if output == "policy":
+            return of_logits(self.logits(layout), batch.targets, temperature)
         if output == "nll" and self.plain_head:
             return nll_sum(*self.head_inputs(layout), batch.targets)
         asked = batch.targets[:, None] if tokens is None else tokens
@@ -310,6 +329,21 @@ class CausalLM(PackedModel):
             hidden, weight, bias = self.head_inputs(layout)
             return top_log_probs(hidden, weight[known], None if bias is None else bias[known], k, temperature)
         return top_of(self.logits(layout)[:, known], k, temperature)
+
+    @torch.no_grad()
+    def next_logits(self, ids: Tensor, mask: Tensor, cache: Any) -> Tensor:
+        """Return the logits of the token that follows each row, float32 [rows, vocabulary].
+
+        Args:
+            ids: int64 [rows, new], tokens that the cache does not hold yet.
+            mask: int64 [rows, width], 0 for padding at the left; of all tokens so far, the new ones included.
+            cache: a transformers `Cache` of what came before, which the new tokens are added to.
+        """
+        self.bounds.at = None
+        positions = (mask.cumsum(-1) - 1).clamp(min=0)[:, -ids.shape[1] :]
+        given = {"attention_mask": mask, "position_ids": positions, "use_cache": True, CACHE: cache}
+        output = self.base(input_ids=ids, logits_to_keep=1, **given)
+        return output.logits[:, -1].float()  # type: ignore[no-any-return]
 
     @torch.no_grad()
     def generate(self, **kwargs: Any) -> Tensor:

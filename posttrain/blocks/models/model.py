@@ -26,10 +26,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("posttrain")
 HASHED = (".json", ".safetensors", ".bin")
-QUANTIZE = (
-    " there; write model.kwargs: {quantization_config: {quant_method: bitsandbytes, load_in_4bit: true}}, which needs "
-    "bitsandbytes, and model.lora to train"
-)
+QUANTIZE = {"load_in_4bit": "nf4", "load_in_8bit": "int8"}
+"""Arguments of older versions of transformers -> what `model.quantize` says instead."""
 
 
 @attrs.frozen(kw_only=True, slots=False)
@@ -81,6 +79,7 @@ class LoRA:
         )  # fmt: skip
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*")  # peft's own affair
+            warnings.filterwarnings("ignore", message=".*_pattern keys did not match.*")  # experts' old names
             return get_peft_model(hf, config)
 
 
@@ -114,6 +113,11 @@ class HFModel:
     """For a private hub model: `${HF_TOKEN}`."""
     lora: LoRA | None = key(None, also=("peft_config",))
     """Train low-rank adapters instead of the weights."""
+    quantize: Literal["nf4", "fp4", "int8"] | None = key(None, also=("bnb_4bit_quant_type",))
+    """Keep the layers' matrices, which adapters leave alone, in 4 bits (`nf4`, `fp4`) or 8 (`int8`), as QLoRA does
+    (arXiv:2305.14314; extra `bnb`); of what is trained, with `lora`. Embeddings and head stay in `dtype`."""
+    double_quantization: bool | None = key(None, also=("bnb_4bit_use_double_quant",))
+    """Quantize the scales of 4-bit numbers, too, which is the default: 4.13 bits a number instead of 4.5."""
     train: list[Literal["language", "projector", "tower"]] = key(
         factory=lambda: ["language", "projector"], check=min_len(1)
     )
@@ -124,6 +128,8 @@ class HFModel:
     router_aux_loss: float | None = key(None, also=("router_aux_loss_coef",), check=optional(ge(0)))
     """Weight of the loss that balances the experts of a mixture (see router.py). By default what the model's
     configuration says: its `router_aux_loss_coef` where `output_router_logits` is set, else 0."""
+    router_z_loss: float = key(0.0, check=ge(0))
+    """Weight of the loss that keeps the logits of a mixture's routers small; 0.001 is usual."""
     activation_checkpointing: bool | Literal["selective"] = key(False, also=("gradient_checkpointing",))
     """Keep one activation per layer and compute the rest again in the backward pass; `selective` also keeps attention
     and every second matrix product."""
@@ -144,8 +150,28 @@ class HFModel:
             yield "name_or_path", problem
         if self.offload_activations and self.activation_checkpointing is not True:
             yield "offload_activations", "moves what activation_checkpointing keeps: set that to true"
+        if self.quantize is not None:
+            yield from self.unfit_for_bytes()
+        elif self.double_quantization is not None:
+            yield "double_quantization", "is of a quantized base: say how with quantize: nf4"
         if self.compile and self.activation_checkpointing == "selective":
             yield "activation_checkpointing", "selective cannot look into compiled layers: say true, or compile: false"
+
+    def unfit_for_bytes(self) -> Iterator[tuple[str, str]]:
+        """Yield what needs the numbers of matrices that are kept as bytes."""
+        if self.quantize == "int8" and self.double_quantization:
+            yield "double_quantization", "is of 4-bit numbers; int8 has one scale for each row"
+        if "quantization_config" in self.kwargs:
+            yield "quantize", "is said twice: leave kwargs.quantization_config out"
+        more = self.lora.kwargs if self.lora else {}
+        start = more.get("init_lora_weights", True)
+        if more.get("use_dora") or (not isinstance(start, bool | None) and start != "gaussian"):
+            yield (
+                "quantize",
+                "these adapters (lora.kwargs) begin with, or are scaled by, numbers of the base: leave one out",
+            )
+        if more.get("target_parameters"):
+            yield "quantize", "lora.kwargs.target_parameters adapts what is quantized: leave one out"
 
     def build(self, fabric: "Fabric") -> "nn.Module":
         """Return the network, ready to train (see `wrap`).
@@ -157,15 +183,15 @@ class HFModel:
         """
         from posttrain.blocks.parallel.sharding import without_weights
 
-        if self.kwargs:  # they may change what is built, as quantization does
+        if self.kwargs:  # they may change what is built, as other ways of quantization do
             return self.make(empty=False)
         with without_weights(fabric) as empty:
-            return self.make(empty)
+            return self.make(empty, fabric)
 
-    def make(self, empty: bool) -> "nn.Module":
+    def make(self, empty: bool, fabric: "Fabric | None" = None) -> "nn.Module":
         """Return the network, with weights unless it is to be empty."""
         from posttrain.blocks.models.activations import Compiled, checkpoint_activations, tile_mlps
-        from posttrain.blocks.models.router import router_weight
+        from posttrain.blocks.models.router import router_weight, z_weight
         from posttrain.blocks.models.vision.parts import freeze_parts, linears
 
         hf = self.load(empty)
@@ -174,6 +200,8 @@ class HFModel:
         freeze_parts(hf, self.train, sight if isinstance(sight, str) else None)
         if self.liger:
             use_liger(hf)
+        if self.quantize is not None:
+            self.keep_as_bytes(hf, fabric)
         if self.lora is not None:
             hf = self.lora.apply(hf, self.task, linears(hf, self.train))
         self.freeze_parameters(hf)
@@ -193,10 +221,31 @@ class HFModel:
             confirm(network, self.name_or_path)
         network.offload = self.offload_activations
         network.router_weight = router_weight(hf, self.router_aux_loss)
-        if network.router_weight and way.unfolds:
-            raise RecipeError("model.router_aux_loss: this model has no packed rows, and its routers are not read")
+        network.router_z_weight = z_weight(hf, self.router_z_loss)
+        if (network.router_weight or network.router_z_weight) and way.unfolds:
+            raise RecipeError("model: this model has no packed rows, and its routers are not read: no router loss")
         network.saved_as = self.saved_as()
+        if self.quantize is not None:
+            network.quantized = {"quantize": self.quantize, "double_quantization": self.doubly}
         return network  # type: ignore[no-any-return]
+
+    def keep_as_bytes(self, hf: Any, fabric: "Fabric | None") -> None:
+        """Quantize the layers (see quantized/).
+
+        Raises:
+            RecipeError: the model has been quantized before, or much of its layers cannot be.
+        """
+        from posttrain.blocks.models.quantized.quantize import prepare
+
+        if getattr(hf.config, "quantization_config", None):
+            raise RecipeError(f"model.quantize: {self.name_or_path} is quantized already; name what it was made of")
+        remade = not self.activation_checkpointing
+        prepare(hf, self.quantize or "nf4", self.doubly, dtype=self.dtype, fabric=fabric, remade=remade)
+
+    @property
+    def doubly(self) -> bool:
+        """Whether scales are quantized, too."""
+        return self.quantize != "int8" and self.double_quantization is not False
 
     def way(self, hf: Any) -> "Way":
         """Return how the model keeps the documents of a row apart, with the attention for that set.
@@ -255,12 +304,14 @@ class HFModel:
                     config, dtype=getattr(torch, self.dtype), trust_remote_code=self.trust_remote_code
                 )
             else:
-                hf = auto.from_pretrained(self.base, config=config, dtype=self.dtype, **self.hub, **self.kwargs)
+                plain = self.quantize and not origin(self.name_or_path)[1]
+                dtype = "auto" if plain else self.dtype  # as in the files, which are then not even copied
+                hf = auto.from_pretrained(self.base, config=config, dtype=dtype, **self.hub, **self.kwargs)
         except (OSError, ValueError, ImportError) as error:
             raise RecipeError(f"model {self.name_or_path!r} cannot be loaded: {error}") from error
         except TypeError as error:
             if unknown := [name for name in self.kwargs if f"'{name}'" in str(error)]:
-                hint = QUANTIZE if unknown[0] in ("load_in_4bit", "load_in_8bit") else ""
+                hint = f": write model.quantize: {QUANTIZE[unknown[0]]}" if unknown[0] in QUANTIZE else ""
                 raise RecipeError(f"model.kwargs: transformers does not take {unknown[0]}{hint}") from error
             raise
         if adapters := origin(self.name_or_path)[1]:
@@ -355,7 +406,8 @@ class HFModel:
                 raise RecipeError(f"model.freeze: {pattern!r} matches no parameter, such as {next(iter(parameters))!r}")
             for name in matching:
                 parameters[name].requires_grad_(False)
-        if not any(parameter.requires_grad for parameter in parameters.values()):
+        trains = self.quantize is None or self.lora is not None  # else it is a reference
+        if trains and not any(parameter.requires_grad for parameter in parameters.values()):
             raise RecipeError("model.freeze leaves nothing to train")
 
 

@@ -140,7 +140,8 @@ def partition(module: nn.Module, strategy: Any) -> None:
 
     if strategy.precision.precision.startswith("bf16"):  # as its engine does; buffers, such as angles, stay precise
         for parameter in module.parameters():
-            parameter.data = parameter.data.to(torch.bfloat16)
+            if parameter.is_floating_point():  # bytes stand for quantized numbers
+                parameter.data = parameter.data.to(torch.bfloat16)
     deepspeed.zero.Init(module=module, config_dict_or_path=strategy.config)
 
 

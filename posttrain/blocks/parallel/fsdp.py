@@ -25,7 +25,7 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from posttrain.blocks.parallel.sharding import EveryMicroBatchSyncs, ShardingStrategy, send, tensors_of, units
 from posttrain.errors import RecipeError
 
-CALLED = ("generate", "top_log_probs")
+CALLED = ("generate", "next_logits", "top_log_probs")
 """Methods besides `forward` that use parameters, and so must gather them first."""
 
 

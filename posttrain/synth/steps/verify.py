@@ -193,13 +193,17 @@ class Verify(Step):
             except DataError as error:
                 yield "options", f"schema: {error}"
 
-    def fold(self, row: Row, replies: list[Any]) -> Iterable[Row | Drop]:
-        """Return the row with its score; one whose check fails to run is dropped with the reason, and counted."""
+    def score(self, answer: str, row: Row) -> float:
+        """Return what the check says of an answer."""
         function = _verifiers[self.function] if isinstance(self.function, str) else self.function
         more = {"wanted": self.wanted} if self.wanted else {}
+        return float(function(answer, row, **more, **self.options))
+
+    def fold(self, row: Row, replies: list[Any]) -> Iterable[Row | Drop]:
+        """Return the row with its score; one whose check fails to run is dropped with the reason, and counted."""
         text = answered(row)[1]
         try:
-            score = float(function(text, row, **more, **self.options))
+            score = self.score(text, row)
         except PosttrainError:
             raise
         except Exception as error:

@@ -138,6 +138,14 @@ class ChatRenderer:
             said += [reason for reason in refused if not isinstance(reason, Unrendered)]
         raise (said or refused)[0]
 
+    def asked(self, conversation: dict[str, Any]) -> str:
+        """Return the text of a conversation that the model is to go on with: what asks for a reply stands at its end.
+
+        Raises:
+            Refused: the template refuses it.
+        """
+        return self._plain([unmarked(each) for each in conversation["messages"]], conversation, ask=True)
+
     def _trained(self, conversation: dict[str, Any]) -> dict[int, bool | Ranges]:
         """Return the numbers of the messages that are trained, each with True or with the characters that are."""
         messages = conversation["messages"]

@@ -40,6 +40,8 @@ class SpeculatorModel(HFModel):
         yield from super().check()
         if self.lora is not None:
             yield "lora", "has no place here: the speculator is trained, and nothing else"
+        if self.quantize is not None:
+            yield "quantize", "has no place here: a speculator learns what the model in full precision says"
         if self.tie_weights and self.n_predict == 1:
             yield "tie_weights", "needs more than one head"
         given = self.top_k_tokens_per_head

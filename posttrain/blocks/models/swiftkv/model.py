@@ -35,6 +35,11 @@ class SwiftKVModel(HFModel):
         yield from super().check()
         if self.lora is not None:
             yield "lora", "has no place here: the student's weights are trained, and nothing else"
+        if self.quantize is not None:
+            yield (
+                "quantize",
+                "has no place here: the student's weights are exported with those of the teacher",
+            )
 
     def configured(self, config: Any) -> Any:
         """Return the configuration of the network with a student.

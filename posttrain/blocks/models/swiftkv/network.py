@@ -23,7 +23,7 @@ class SwiftKV(CausalLM):
         """Stay in evaluation mode: the teacher must not drop anything out."""
         return super().train(False)
 
-    def forward(self, batch: Batch, output: Any = "nll", *args: Any, **kwargs: Any) -> Tensor:
+    def forward(self, batch: Batch, output: Any = "nll", *args: Any, **kwargs: Any) -> Any:
         """Compute as CausalLM does, with the student; or with `output="distance"` what `distance` returns."""
         if output == "distance":
             return self.distance(batch, *args, **kwargs)

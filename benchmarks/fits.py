@@ -1,0 +1,98 @@
+"""What fits on one card, for shapes of known models: `python benchmarks/memory.py --table [--write docs/memory.md]`.
+
+The shapes are numbers written here; nothing is fetched and nothing is trained. A plan traces a step at two lengths; what
+lies between and beyond is on a line, since what layers keep grows with each token alike.
+"""
+
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+SHAPES: dict[str, dict[str, Any]] = {
+    "Qwen3 0.6B": {"model_type": "qwen3", "hidden_size": 1024, "intermediate_size": 3072, "num_hidden_layers": 28,
+                   "num_attention_heads": 16, "head_dim": 128, "vocab_size": 151936, "tie_word_embeddings": True},
+    "Llama 3.2 1B": {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16,
+                     "num_attention_heads": 32, "vocab_size": 128256, "tie_word_embeddings": True},
+    "SmolLM2 1.7B": {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 24, "vocab_size": 49152,
+                     "num_attention_heads": 32, "num_key_value_heads": 32, "tie_word_embeddings": True},
+    "Llama 3.2 3B": {"hidden_size": 3072, "intermediate_size": 8192, "num_hidden_layers": 28,
+                     "num_attention_heads": 24, "vocab_size": 128256, "tie_word_embeddings": True},
+    "Qwen3 4B": {"model_type": "qwen3", "hidden_size": 2560, "intermediate_size": 9728, "num_hidden_layers": 36,
+                 "num_attention_heads": 32, "head_dim": 128, "vocab_size": 151936, "tie_word_embeddings": True},
+    "Mistral 7B": {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32,
+                   "num_attention_heads": 32, "vocab_size": 32768},
+    "Llama 3.1 8B": {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32,
+                     "num_attention_heads": 32, "vocab_size": 128256},
+    "Qwen3 14B": {"model_type": "qwen3", "hidden_size": 5120, "intermediate_size": 17408, "num_hidden_layers": 40,
+                  "num_attention_heads": 40, "head_dim": 128, "vocab_size": 151936},
+    "Qwen3 32B": {"model_type": "qwen3", "hidden_size": 5120, "intermediate_size": 25600, "num_hidden_layers": 64,
+                  "num_attention_heads": 64, "head_dim": 128, "vocab_size": 151936},
+    "Llama 3.3 70B": {"hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80,
+                      "num_attention_heads": 64, "vocab_size": 128256},
+}  # fmt: skip
+CARDS, LENGTHS, SPARE = (24, 48, 80), (8192, 16384), 0.1
+LONGEST = 64 * 1024
+BEGIN, END = "<!-- fits -->", "<!-- end of fits -->"
+
+
+def settings() -> dict[str, tuple[dict[str, Any], dict[str, Any]]]:
+    """Return the keys of the model and of the trainer, by name."""
+    import posttrain
+
+    lora = {"lora": posttrain.LoRA(r=16), "dtype": "bfloat16"}
+    return {
+        "full": ({}, {}),
+        "full, bf16-true": ({}, {"precision": "bf16-true", "optimizer": posttrain.AdamWBF16()}),
+        "LoRA": (lora, {}),
+        "QLoRA": ({**lora, "quantize": "nf4"}, {}),
+    }
+
+
+def total(shape: dict[str, Any], model: dict[str, Any], more: dict[str, Any], length: int) -> tuple[int, int]:
+    """Return the bytes of a step on one row of so many tokens, and the parameters."""
+    import posttrain
+    from posttrain.tools.plan import estimate
+
+    config = {"model_type": "llama", "num_key_value_heads": 8, "max_position_embeddings": LONGEST, **shape}
+    made = posttrain.SFTTrainer(
+        model=posttrain.HFModel(
+            name_or_path="shape", random_init=True, config=config, activation_checkpointing=True, **model
+        ),
+        data=posttrain.SFTData(sources=[posttrain.Source(name_or_path="none")], max_length=length),
+        accelerator="cuda", devices=1, **more,
+    )  # fmt: skip
+    found = estimate(made, 1)
+    return found.total, found.trained + found.frozen
+
+
+def longest(shape: dict[str, Any], model: dict[str, Any], more: dict[str, Any]) -> tuple[list[str], int, int]:
+    """Return the longest row that fits on each card, in words, the bytes at the shorter length, and the parameters."""
+    short, long = LENGTHS
+    (low, count), (high, _) = (total(shape, model, more, length) for length in LENGTHS)
+    slope = (high - low) / (long - short)
+    found = []
+    for card in CARDS:
+        fits = (card * (1 - SPARE) * 2**30 - low) / slope + short
+        tokens = int(min(fits, LONGEST)) // 1024
+        found.append("-" if tokens < 1 else f"{tokens}k" if tokens < LONGEST // 1024 else f"{tokens}k or more")
+    return found, low, count
+
+
+def table(target: str | None, only: str | None = None) -> None:
+    """Print the table, or put it between the marks of a page."""
+    warnings.simplefilter("ignore")
+    head = ["model", "parameters", "", "GiB at 8k", *(f"{card} GB" for card in CARDS)]
+    lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
+    for name, shape in SHAPES.items() if only is None else [(only, SHAPES[only])]:
+        for setting, (model, more) in settings().items():
+            found, low, count = longest(shape, model, more)
+            first = (name, f"{count / 1e9:.1f} B") if setting == "full" else ("", "")
+            lines.append("| " + " | ".join([*first, setting, f"{low / 2**30:.1f}", *found]) + " |")
+            sys.stdout.write(lines[-1] + "\n")
+            sys.stdout.flush()
+    if target is not None:
+        page = Path(target)
+        before, _, rest = page.read_text().partition(BEGIN)
+        _, _, after = rest.partition(END)
+        page.write_text("\n".join([before + BEGIN, *lines, END + after]))

@@ -1,0 +1,127 @@
+"""Replies from the network in training, with a cache of keys and values."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import DynamicCache
+
+from posttrain.blocks.rollouts.replies import Reply
+from posttrain.runtime.launch import all_reduce
+
+WINDOW = 16
+"""Tokens at the end of a reply in which a stop text is looked for."""
+
+
+class InProcess:
+    """Samples from `run.model` as it is at the moment."""
+
+    def __init__(self, run: Any, max_new_tokens: int, temperature: float, stop: list[str], rows: int) -> None:
+        self.run, self.max_new_tokens, self.temperature = run, max_new_tokens, temperature
+        self.stop, self.rows = stop, rows
+        self.module: Any = run.model.module
+        said: Any = self.module.base.generation_config.eos_token_id
+        ends = {*(said if isinstance(said, list) else [said]), run.tokenizer.eos_token_id} - {None}
+        self.ends = torch.tensor(sorted(ends), device=run.fabric.device)
+        self.together = run.fabric.world_size > 1 and run.strategy.shards_parameters
+        """Whether every rank must take part in each pass of the network, and so wait for the longest reply of all."""
+
+    def sample(
+        self, prompts: list[list[int]], keys: list[tuple[int, ...]], n: int, temperature: float | None = None
+    ) -> list[list[Reply]]:
+        """Return n replies to each prompt (see `Sampler`)."""
+        temperature = self.temperature if temperature is None else temperature
+        each, found = max(1, self.rows // n), list[list[Reply]]()
+        times = -(-len(prompts) // each)
+        if self.together:  # a rank that has fewer prompts takes part in the passes of the others
+            times = int(all_reduce(self.run.fabric, torch.tensor(times, device=self.run.fabric.device), "MAX"))
+        with self.asking():
+            for i in range(0, times * each, each):
+                if i < len(prompts):
+                    found += self.continued(prompts[i : i + each], keys[i : i + each], n, temperature)
+                else:
+                    self.continued([[0]], [(0,)], 1, temperature)
+        return found
+
+    @contextmanager
+    def asking(self) -> Iterator[None]:
+        """Evaluation mode, without gradients, in the precision of the run."""
+        training = self.module.training
+        self.module.eval()
+        try:
+            with torch.no_grad(), self.run.fabric.autocast():
+                yield
+        finally:
+            self.module.train(training)
+
+    def continued(
+        self, prompts: list[list[int]], keys: list[tuple[int, ...]], n: int, temperature: float
+    ) -> list[list[Reply]]:
+        """Let n replies to each of some prompts grow side by side."""
+        device, width, rows = self.run.fabric.device, max(map(len, prompts)), len(prompts) * n
+        ids, mask = torch.zeros(2, len(prompts), width, dtype=torch.int64)
+        for i, prompt in enumerate(prompts):
+            ids[i, width - len(prompt) :], mask[i, width - len(prompt) :] = torch.tensor(prompt), 1
+        draws = [np.random.default_rng([*one, i]).random(self.max_new_tokens) for one in keys for i in range(n)]
+        uniform = torch.tensor(np.array(draws), device=device)  # [rows, tokens]
+        cache = DynamicCache(config=self.module.base.config)
+        logits = self.module.next_logits(ids.to(device), mask.to(device), cache)
+        cache.batch_repeat_interleave(n)
+        logits, mask = logits.repeat_interleave(n, 0), mask.to(device).repeat_interleave(n, 0)
+        said: list[tuple[list[int], list[float]]] = [([], []) for _ in range(rows)]
+        ended, alive = [False] * rows, torch.arange(rows, device=device)
+        for t in range(self.max_new_tokens):
+            tokens, values = drawn(logits, uniform[alive, t], temperature)
+            over = (tokens[:, None] == self.ends).any(1).tolist()
+            for i, token, value, end in zip(alive.tolist(), tokens.tolist(), values.tolist(), over, strict=True):
+                if not ended[i]:
+                    said[i][0].append(token), said[i][1].append(value)
+                    ended[i] = end or self.stopped(said[i][0])
+            keep = self.kept([ended[i] for i in alive.tolist()], device)
+            if not len(keep) or t + 1 == self.max_new_tokens:
+                break
+            if len(keep) < len(alive):
+                cache.batch_select_indices(keep)
+            alive, mask = alive[keep], F.pad(mask[keep], (0, 1), value=1)
+            logits = self.module.next_logits(tokens[keep, None], mask, cache)
+        replies = [Reply(*one, end) for one, end in zip(said, ended, strict=True)]
+        return [replies[i : i + n] for i in range(0, rows, n)]
+
+    def stopped(self, ids: list[int]) -> bool:
+        """Whether a reply has just said one of the texts that end it."""
+        if not self.stop:
+            return False
+        text = self.run.tokenizer.decode(ids[-WINDOW:])
+        return any(one in text for one in self.stop)
+
+    def kept(self, ended: list[bool], device: torch.device) -> Tensor:
+        """Return which of the rows go on; none if all ranks are done. One that is waiting keeps a row that is over."""
+        going = [i for i, over in enumerate(ended) if not over]
+        if self.together and not going:
+            others = all_reduce(self.run.fabric, torch.tensor(0.0, device=device), "MAX")
+            going = [0] if float(others) else []
+        elif self.together:
+            all_reduce(self.run.fabric, torch.tensor(1.0, device=device), "MAX")
+        return torch.tensor(going, dtype=torch.int64, device=device)
+
+
+def drawn(logits: Tensor, uniform: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    """Return a token for each row, and its log-probability: [rows] each.
+
+    Args:
+        logits: float32 [rows, vocabulary].
+        uniform: float64 [rows], in [0, 1): the place in the cumulated distribution.
+        temperature: what logits are divided by; 0 for the likeliest token.
+    """
+    if not temperature:
+        log_probs = logits.log_softmax(-1)
+        tokens = logits.argmax(-1)
+        return tokens, log_probs.gather(1, tokens[:, None])[:, 0]
+    log_probs = (logits / temperature).log_softmax(-1)
+    sums = log_probs.double().exp_().cumsum(-1)
+    tokens = torch.searchsorted(sums, uniform[:, None] * sums[:, -1:], right=True).clamp_(max=sums.shape[1] - 1)
+    return tokens[:, 0], log_probs.gather(1, tokens)[:, 0]

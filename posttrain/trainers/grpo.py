@@ -1,0 +1,242 @@
+"""Reinforcement learning from groups of replies: GRPO and its relatives (`posttrain/blocks/losses/policy.py`)."""
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import attrs
+from attrs.validators import ge, gt, min_len, optional
+
+from posttrain.batch import Batch, Extra, Term
+from posttrain.blocks.data.data import Data, pad_id
+from posttrain.blocks.losses import policy  # noqa: F401 - registers the losses
+from posttrain.blocks.losses.surrogate import (
+    Advantage,
+    Correction,
+    Kind,
+    Replies,
+    Surrogate,
+    correction,
+    divergence_from,
+)
+from posttrain.blocks.models.model import HFModel
+from posttrain.blocks.rollouts.prompts import PromptData
+from posttrain.blocks.rollouts.rewards import as_rewards, named, score
+from posttrain.blocks.rollouts.sampler import TransformersSampler
+from posttrain.errors import TrainingError
+from posttrain.interfaces import DataBlock, ModelBlock, RewardBlock, Sampler, SamplerBlock, Scorer
+from posttrain.registry import block, default, key
+from posttrain.trainer import Trainer
+
+if TYPE_CHECKING:
+    from lightning.fabric import Fabric
+    from torch import Tensor, nn
+
+    from posttrain.run import Run
+
+GAP = "sampler/gap"
+"""Name of the metric: mean |log p(sampler) - log p(trainer)| of the sampled tokens, in nats."""
+
+
+@block("trainer", "grpo")
+class GRPOTrainer(Trainer):
+    """Group relative policy optimization: the model answers each prompt several times, rewards score the replies, and
+    the better ones of each group become likelier."""
+
+    model: ModelBlock = default(HFModel, required=True)
+    data: DataBlock = default(PromptData, required=True)
+    rewards: list[RewardBlock] = key(check=min_len(1), convert=as_rewards, also=("reward_funcs",))
+    """What replies are worth: the weighted sum of these."""
+    sampler: SamplerBlock = default(TransformersSampler)
+    """What says the replies."""
+    group_size: int = key(8, check=gt(0), also=("num_generations",))
+    """Replies to each prompt."""
+    loss_type: str = "dapo"
+    """grpo, dr_grpo, dapo, bnpo, gspo, cispo, sapo, ppo (reinforce_plus_plus), reinforce, rloo, or one of your own by
+    `@policy_loss`. The functions and their sources are in `posttrain/blocks/losses/policy.py`."""
+    advantage: Advantage | None = None
+    """group (reward less the mean of its group), group_std (also over the group's standard deviation), batch_std (over
+    that of the step), leave_one_out, batch (mean and standard deviation of the step). By default what the loss's paper
+    has."""
+    clip_low: float | None = key(None, check=optional(gt(0)), also=("epsilon",))
+    """How far the ratio to the policy that sampled may fall below 1. By default the loss's own."""
+    clip_high: float | None = key(None, check=optional(gt(0)), also=("epsilon_high",))
+    """How far it may rise above 1. By default the loss's own."""
+    loss_args: dict[str, float] = attrs.field(factory=dict)
+    """Further options of the loss: `delta`, the upper bound of the ratio where the advantage is negative (two-sided
+    clipping); `tau_positive` and `tau_negative` of sapo."""
+    updates: int = key(1, check=gt(0), also=("num_iterations",))
+    """Optimizer updates on the same replies."""
+    beta: float = key(0.0, check=ge(0))
+    """Weight of the divergence from the reference model, a mean over tokens. 0 for none."""
+    kl: Kind = "unbiased"
+    """How that divergence is estimated: k1, k2, k3 (Schulman), or k3 times the ratio to the policy that sampled, which
+    alone has its value and its gradient."""
+    reference: ModelBlock | None = default(HFModel, optional=True, also=("ref_model",))
+    """The model to stay close to, with `beta`; by default a frozen copy of `model` as it is at the start, and with LoRA
+    `model` without its adapters."""
+    entropy: float = key(0.0, check=ge(0))
+    """Weight of the policy's mean entropy, which is made larger."""
+    correction: Correction = "none"
+    """What becomes of the gap between sampler and trainer: token and sequence weigh by the truncated ratio of their
+    probabilities, mask leaves tokens out whose ratio is too far from 1."""
+    correction_cap: float = key(2.0, check=gt(1))
+    """Where that ratio is truncated, or masked."""
+    max_gap: float | None = key(0.2, check=optional(gt(0)))
+    """Mean difference in nats between the log-probabilities that sampler and trainer give a sampled token, above which
+    the run ends: then what speaks is not what is trained. null for any."""
+    mask_truncated: bool = key(False, also=("mask_truncated_completions",))
+    """Learn nothing from replies that were cut off at their most tokens."""
+    eval_samples: int = key(1, check=gt(0))
+    """Replies to each prompt in an evaluation, which reports mean rewards."""
+    eval_temperature: float | None = key(None, check=optional(ge(0)))
+    """Of these replies; 0 for the likeliest tokens. By default the sampler's."""
+    branching: bool = True
+    """Compute the prompt of a group once, where the model's attention can. False pads instead: the same result."""
+    speaker: Sampler = attrs.field(init=False, repr=False)
+    scorers: dict[str, Scorer] = attrs.field(init=False, repr=False)
+    ledgers: tuple[Any, Any] = attrs.field(init=False, repr=False)
+
+    @property
+    def updates_per_step(self) -> int:  # type: ignore[override]
+        """Optimizer updates in a step."""
+        return self.updates
+
+    @property
+    def surrogate(self) -> Surrogate:
+        """The loss with its options."""
+        return Surrogate(self.loss_type, {"clip_low": self.clip_low, "clip_high": self.clip_high} | self.loss_args)
+
+    def check(self) -> Iterator[tuple[str, str]]:
+        """Yield what contradicts itself."""
+        yield from super().check()
+        problems = list(self.surrogate.problems())
+        yield from (("loss_args" if name in self.loss_args else name, message) for name, message in problems)
+        if isinstance(self.data, Data) and not isinstance(self.data, PromptData):
+            yield "data", f"this trainer needs prompts (type: prompts), and {type(self.data).__name__} gives replies"
+        if not problems and self.group_size == 1 and (how := self.compared) != "batch":
+            yield "group_size", f"the advantage {how!r} compares a reply with others to the same prompt: 2 or more"
+        if self.reference is not None and not self.beta:
+            yield "reference", "has no use while beta is 0"
+        if self.sequence:
+            yield "sequence", "ranks cannot share rows whose replies are still to be said"
+
+    @property
+    def compared(self) -> Advantage:
+        """How rewards become advantages."""
+        return self.advantage or self.surrogate.loss.advantage
+
+    # -- what is built ----------------------------------------------------------------
+
+    def build_frozen(self, fabric: "Fabric", model: "nn.Module") -> "dict[str, nn.Module]":
+        """Add the reference, if the loss looks at one."""
+        from posttrain.blocks.models.frozen import reference_of
+
+        frozen = super().build_frozen(fabric, model)
+        if self.beta and self.reference is None:
+            frozen["reference"] = reference_of(model, fabric)
+        return frozen
+
+    def setup(self) -> "Run":
+        """Build what speaks, what scores and what remembers, too."""
+        from posttrain.blocks.rollouts.ledger import EVALUATIONS, Rollouts
+
+        run = super().setup()
+        self.speaker, self.ledgers = self.sampler.build(run), (Rollouts(run), Rollouts(run, EVALUATIONS))
+        self.scorers = {name: one.build(run) for name, one in named(self.rewards).items()}
+        return run
+
+    # -- a step -----------------------------------------------------------------------
+
+    def made(self, batches: list[Batch]) -> list[Batch]:
+        """Return what was said to the prompts, and how much better than expected it is."""
+        from posttrain.blocks.rollouts.advantages import compare
+        from posttrain.blocks.rollouts.groups import ask, batch_of
+
+        run = self.run
+        groups = ask(run, self.speaker, batches, self.group_size, self.seed)
+        every = [group for some in groups for group in some]
+        score(every, named(self.rewards), self.scorers)
+        compare(every, self.compared, run.fabric)
+        self.ledgers[0].write(every, run.step + 1)
+        keys: dict[str, Any] = {"packing": self.branching, "mask_truncated": self.mask_truncated}
+        found = [batch_of(some, pad_id=pad_id(run.tokenizer), **keys) for some in groups]
+        return [self.answered(run.to_device(batch)) for batch in found]
+
+    def answered(self, batch: Batch) -> Batch:
+        """Return a batch with what the reference says of its tokens, and the policy before a second update."""
+        import torch
+
+        with torch.no_grad():
+            if self.beta:
+                batch = batch.but(reference=Extra(self.log_probs(self.run.frozen["reference"], batch), "target"))
+            if self.updates > 1:
+                batch = batch.but(old=Extra(self.log_probs(self.run.model, batch), "target"))
+        return batch
+
+    def log_probs(self, network: Any, batch: Batch) -> "Tensor":
+        """Return the log-probability of each token under the policy of a network, [n]."""
+        found: Tensor = network(batch, "log_probs", temperature=self.sampler.temperature)
+        return found
+
+    def step(self, batches: list[Batch]) -> "Tensor":
+        """Make the updates, and see that sampler and trainer agree.
+
+        Raises:
+            TrainingError: they do not.
+        """
+        losses = [self.update(batches) for _ in range(self.updates)]
+        if self.max_gap is not None and (gap := gap_of(self.run)) > self.max_gap:
+            raise TrainingError(
+                f"step {self.run.step + 1}: log-probabilities of sampler and trainer differ by {gap:.3g} on average "
+                f"(max_gap is {self.max_gap:g}): what speaks is not the model in training as it is now"
+            )
+        return losses[-1]
+
+    def loss(self, batch: Batch) -> dict[str, Term]:
+        """Return the terms of the loss: the policy's, the divergence from the reference, the entropy."""
+        new, entropy = self.run.model(batch, "policy", temperature=self.sampler.temperature)
+        old = batch.get("old", new.detach())
+        replies = Replies(batch["document"], batch["lengths"], self.sampler.max_new_tokens)
+        advantages = batch["advantages"]
+        if self.correction != "none":
+            weights = correction(old, batch["sampled"], replies, self.correction, self.correction_cap)
+            advantages = advantages * weights
+        losses = self.surrogate(new, old, advantages, replies)
+        over = "replies" if self.surrogate.loss.over == "replies" else "supervised_tokens"
+        terms = {"policy": Term(losses.sum(), over)}
+        if self.beta:
+            kl = divergence_from(batch["reference"], new, old, self.kl)
+            terms["kl"] = Term(kl.sum(), "supervised_tokens", self.beta)
+        entropy = entropy if self.entropy else entropy.detach()
+        terms["entropy"] = Term(entropy.sum(), "supervised_tokens", -self.entropy)
+        self.note(new.detach(), old, batch)
+        return terms
+
+    def note(self, new: "Tensor", old: "Tensor", batch: Batch) -> None:
+        """Log what is known of the replies, and how far the policy has moved since they were said."""
+        each = {
+            GAP: (old - batch["sampled"]).abs(), "policy/moved": ((new - old).exp() - 1).abs(),
+            "policy/clipped": self.surrogate.clipped(new, old),
+        }  # fmt: skip
+        self.run.log(**{name: Term(total, f"{name}, known", 0.0) for name, total in batch["facts"].items()})
+        self.run.log(**{name: Term(x.sum(), "supervised_tokens", 0.0) for name, x in each.items()})
+
+    def measured(self, batch: Batch) -> "dict[str, Tensor | Term]":
+        """Return the mean rewards of replies to the prompts of an evaluation."""
+        from posttrain.blocks.rollouts.groups import ask_again, means_of
+
+        groups = ask_again(self.run, self.speaker, batch, self.eval_samples, self.seed, self.eval_temperature)
+        score(groups, named(self.rewards), self.scorers)
+        if batch.tokens:  # else it only keeps another rank company
+            self.ledgers[1].write(groups, self.run.step)
+        return means_of(groups)
+
+
+def gap_of(run: "Run") -> float:
+    """Return the mean difference between sampler and trainer in the step in hand, over all ranks."""
+    import torch
+
+    from posttrain.runtime.launch import all_reduce
+
+    mine = torch.as_tensor(run.metrics.values[GAP], dtype=torch.float32, device=run.fabric.device)
+    return float(all_reduce(run.fabric, mine.clone())) / run.metrics.updates
