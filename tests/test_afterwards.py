@@ -21,8 +21,8 @@ from posttrain.blocks.models.speculator.speculate import speculate
 from posttrain.cli import main
 from posttrain.errors import RecipeError
 from posttrain.recipes import load as recipes
-from posttrain.tools.evaluate import Result, compare, evaluate
-from posttrain.tools.merge import merge
+from posttrain.tools.afterwards.evaluate import Result, compare, evaluate
+from posttrain.tools.afterwards.merge import merge
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")  # peft still says gradient checkpointing
 SUMS = [{"prompt": f"{a}+{b}=", "response": str(a + b)} for a in range(4) for b in range(2)]
@@ -373,7 +373,7 @@ def test_a_run_is_one_page(run: Path, place: Path, tmp_path: Path, capsys: pytes
 
 
 def test_the_page_shows_what_a_policy_said(tmp_path: Path) -> None:
-    from posttrain.tools.view import page
+    from posttrain.tools.afterwards.view import page
 
     (tmp_path / "recipe.yaml").write_text("type: grpo\nmodel: {name_or_path: x}\n")
     reply = {

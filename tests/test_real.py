@@ -27,7 +27,7 @@ def real(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_it_says_what_the_capital_of_france_is(real: Path) -> None:
     from posttrain.blocks.models.exports import open_model
-    from posttrain.tools.chat import Talk
+    from posttrain.tools.afterwards.chat import Talk
 
     conversation = Talk(open_model(str(real)), max_new_tokens=20, temperature=0)
     assert "Paris" in conversation.say("What is the capital of France?")
@@ -43,7 +43,7 @@ def orders(folder: Path, count: int) -> None:
 def test_it_learns_and_every_proof_holds(real: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The recipe of `make demo-real` on fewer rows: the loss falls at once, and held-out messages are read better."""
     from posttrain.cli import main
-    from posttrain.tools.evaluate import compare, evaluate
+    from posttrain.tools.afterwards.evaluate import compare, evaluate
 
     orders(tmp_path, 48)
     where = [f"model.name_or_path={real}", f"data.sources.0={tmp_path}/train.jsonl", f"output_dir={tmp_path}/run"]

@@ -20,8 +20,8 @@ from smollm2 import smollm2  # noqa: E402
 import posttrain  # noqa: E402
 from posttrain.blocks.models.exports import open_model  # noqa: E402
 from posttrain.tools import plot  # noqa: E402
-from posttrain.tools.chat import Talk  # noqa: E402
-from posttrain.tools.evaluate import Result, evaluate, sentences, table  # noqa: E402
+from posttrain.tools.afterwards.chat import Talk  # noqa: E402
+from posttrain.tools.afterwards.evaluate import Result, evaluate, sentences, table  # noqa: E402
 
 FOLDER = Path("runs/real")
 HELD_OUT = 100
