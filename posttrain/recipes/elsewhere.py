@@ -84,6 +84,22 @@ TRL
   beta, loss_type               = `beta` and `loss_type` of `type: dpo`
   rpo_alpha, loss_weights       = `loss_type` of `type: dpo`, as `{sigmoid: 1, sft: 0.2}`
   precompute_ref_log_probs      = `precompute_reference` of `type: dpo`
+  GRPOTrainer(model, reward_funcs, args)  = `GRPOTrainer(model=..., data=PromptData(...), rewards=[...])`
+  reward_funcs, num_generations  = `rewards` and `group_size` of `type: grpo`
+  reward_weights                = `weight` of each of the `rewards`
+  max_completion_length         = `sampler.max_new_tokens`
+  max_prompt_length             = `data.max_length`
+  num_iterations                = `updates` of `type: grpo`
+  epsilon, epsilon_high         = `clip_low` and `clip_high` of `type: grpo`
+  delta                         = `loss_args` of `type: grpo`, as `{delta: 4.0}`
+  scale_rewards                 = `advantage` of `type: grpo`: group_std, batch_std, or group for none
+  importance_sampling_level     = `loss_type: gspo` for whole replies
+  vllm_importance_sampling_correction  = `correction` of `type: grpo`
+  use_vllm, vllm_mode           = nothing: the model in training says the replies itself
+  top_p, top_k, min_p           = nothing: what is sampled from must be what is trained
+  mask_truncated_completions    = `mask_truncated` of `type: grpo`
+  desirable_weight, undesirable_weight  = `good_weight` and `bad_weight` of `type: kto`
+  lmbda                         = `on_policy` of `type: on-policy-distill`
   TrainerCallback.on_step_end   = `@after("trainer.step")`
   compute_loss(model, inputs)   = `loss(batch)`
 Axolotl
@@ -226,7 +242,14 @@ NAMES = {
         "warmup_stable_decay": "`wsd`",
     },
     "data": dict.fromkeys(("chat_template", "alpaca", "sharegpt"), "`sft`, which recognises the schema"),
-    "trainer": {"pretraining": "`causal`", "pt": "`causal`", "rm": "`reward`"},
+    "trainer": {
+        "pretraining": "`causal`",
+        "pt": "`causal`",
+        "rm": "`reward`",
+        **{
+            name: f"`grpo` with `loss_type: {name}`" for name in ("ppo", "rloo", "gspo", "dapo", "dr_grpo", "reinforce")
+        },
+    },
 }
 """Kind of block -> names that others give to one, and what that is here."""
 
