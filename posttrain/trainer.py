@@ -19,6 +19,7 @@ from posttrain.blocks.optimizer import averaged, learning_rates, torch_optimizer
 from posttrain.errors import RecipeError, TrainingError
 from posttrain.interfaces import (
     Adding,
+    Blindfolded,
     CallbackBlock,
     DataBlock,
     Loader,
@@ -230,6 +231,8 @@ class Trainer(TrainerKeys):
         max_steps = self.horizon(loaders.train, rows_per_step)
         reseed(self.seed, -1, 0)  # the same initial weights on every rank
         model = self.model.build(fabric)
+        if isinstance(model, Blindfolded) and loaders.ledger.get("total", {}).get("images") == 0:
+            model.without_images()
         if self.sequence:
             self.sequence.validate(model)
         frozen = self.build_frozen(fabric, model)

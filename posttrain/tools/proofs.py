@@ -212,10 +212,11 @@ def export(twin: Twin) -> str:
     kind = json.loads((folder / "config.json").read_text())["model_type"] if not model.lora else None
     if kind is not None and kind not in transformers.CONFIG_MAPPING:
         raise Skipped(f"{kind} is no model of transformers")
-    ids = torch.arange(3, 35)[None] % run.model.module.hf.config.vocab_size  # type: ignore[union-attr, operator]
+    ids = torch.arange(3, 35)[None] % run.model.module.vocabulary  # type: ignore[operator]
     with torch.no_grad():
         ours = run.model.module.hf.eval()(input_ids=ids).logits.float()  # type: ignore[union-attr]
-        theirs = getattr(transformers, model.auto).from_pretrained(folder).eval()(input_ids=ids).logits.float()
+        again = model.auto_class(run.model.module.base.config)  # type: ignore[union-attr]
+        theirs = again.from_pretrained(folder).eval()(input_ids=ids).logits.float()
     difference = float((ours - theirs).abs().max())
     if difference > 1e-4:
         raise Failed(
