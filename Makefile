@@ -3,11 +3,12 @@ PYTHON ?= python3
 BIN := .venv/bin
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: help setup check test test-all test-faults test-vllm demo demo-real demo-distill demo-rl docs package changelog bench
+.PHONY: help setup check test test-all test-faults test-vllm demo demo-real demo-distill demo-rl demo-vision docs package changelog bench
 help:
 	@echo "make setup     .venv with posttrain and everything for developing it"
 	@echo "make demo      watch a model learn (under three minutes)"
 	@echo "make demo-real a real pretrained model learns a task (about ten minutes)"
+	@echo "make demo-vision  a tiny model of images and text learns to see (a few minutes)"
 	@echo "make demo-distill  make that model cheaper to serve: SwiftKV and a speculator"
 	@echo "make demo-rl   a real model learns to add from rewards alone (ten minutes, 93 MB to download)"
 	@echo "make test      the tests (under ten minutes on two cores)"
@@ -31,6 +32,9 @@ demo: setup
 
 demo-real: setup
 	OMP_NUM_THREADS=2 OMP_WAIT_POLICY=PASSIVE $(BIN)/python examples/real/demo.py
+
+demo-vision: setup
+	$(BIN)/python examples/vision/learn_to_see.py
 
 demo-distill: setup
 	OMP_NUM_THREADS=2 OMP_WAIT_POLICY=PASSIVE $(BIN)/python examples/distill/demo.py

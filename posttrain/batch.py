@@ -14,8 +14,9 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-Per = Literal["token", "target", "document", "example", "batch"]
-"""What there is one value for: a position of the rows, a supervised token, a document, an example, or the batch."""
+Per = Literal["token", "target", "span", "document", "example", "batch"]
+"""What there is one value for: a position of the rows, a supervised token, tokens that belong together (of an image), a
+document, an example, or the batch."""
 ABSENT: Any = None
 """Of what a data block of one's own need not give."""
 
@@ -25,7 +26,8 @@ class Extra:
     """Values beside tokens and masks, and what there is one of them for."""
 
     values: Any
-    """token: [..., rows, width]; target, document, example: [n, ...]; batch: anything."""
+    """token: [..., rows, width]; target, document, example: [n, ...]; span: a list for each document;
+    batch: anything."""
     per: Per = "batch"
 
 
@@ -52,6 +54,8 @@ class Layout:
     cu_seqlens_k: "Tensor | None" = None
     """int32 [documents + 1], where the keys of each begin, if they are not its own tokens."""
     max_seqlen_k: int | None = None
+    taken: "np.ndarray | None" = None
+    """int64 [tokens], on the host, where documents branch: the flat position that each token has in the batch."""
     sequence_group: Any = None
     """Ranks that have other columns of the same rows; then `cu_seqlens` are those of whole rows."""
     arguments: dict[str, Extra] = attrs.field(factory=dict)

@@ -1,6 +1,6 @@
-"""The command line: `posttrain train`, `check`, `show`, `prepare`, `plan`, `fit`, `blocks`, `plot`, `chat`, `eval`,
-`merge`, `push`, `convert`, `accept`, `doctor` and `synth`. What they do stands in `tools/commands.py`; here the command
-line is read.
+"""The command line: train, check, show, prepare, plan, fit, blocks, plot, view, chat, eval, merge, push, ...
+
+What they do stands in `tools/commands.py`; here the command line is read.
 
 Only the standard library is imported before a command runs, and only attrs, cattrs and yaml before its
 recipe is valid: help and error messages must not wait for torch.
@@ -111,6 +111,12 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     drawing.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folder of a run")
     drawing.add_argument("-o", "--output", type=Path, metavar="FILE", help="picture to write (RUN/curves.png)")
     drawing.add_argument("--metric", action="append", metavar="NAME", help="draw this metric; may be repeated")
+
+    viewing = _command(commands, "view", "make one page of a run: curves, samples, masks, rollouts, recipe",
+                       "posttrain view runs/first")  # fmt: skip
+    viewing.add_argument("run", type=Path, metavar="RUN", help="folder of a run")
+    viewing.add_argument("-o", "--output", type=Path, metavar="FILE", help="the page (RUN/view.html)")
+    viewing.add_argument("--step", type=int, metavar="N", help="of a policy: what it said in this step")
 
     converting = _command(commands, "convert", "write a recipe of ArcticTraining as one of posttrain",
                           "posttrain convert run-sft.yml -o recipe.yaml")  # fmt: skip

@@ -224,6 +224,14 @@ class Adding(Protocol):
 
 
 @runtime_checkable
+class Blindfolded(Protocol):
+    """A network that may see images, and need not."""
+
+    def without_images(self) -> None:
+        """Train nothing that only images would reach; called before optimizer and strategy see the network."""
+
+
+@runtime_checkable
 class Checked(Protocol):
     """A block or trainer that can say, without any effect, what is wrong with its values."""
 

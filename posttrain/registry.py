@@ -42,7 +42,7 @@ _HOMES = {
         f"posttrain.synth.clients.{name}" for name in ("openai", "anthropic", "vllm", "cortex", "transformers")
     ),
     "step": ("posttrain.synth.steps",),
-    "callback": ("posttrain.synth.pipelines.refresh",),
+    "callback": ("posttrain.synth.pipelines.refresh", "posttrain.synth.steps.answers"),
     "reward": ("posttrain.synth.rewards",),
 }
 """Kind -> modules that hold blocks of it, besides `posttrain.blocks` and `posttrain.trainers`. They are imported when

@@ -141,7 +141,7 @@ def _numbers(values: "dict[tuple[int, str], float | Tensor]", fabric: "Fabric") 
     on_device = {key: value for key, value in values.items() if isinstance(value, torch.Tensor)}
     numbers = {key: float(value) for key, value in values.items() if key not in on_device}
     if on_device:
-        stacked = torch.stack([value.float() for value in on_device.values()])
+        stacked = torch.stack([value.float().to(fabric.device) for value in on_device.values()])
         numbers |= dict(zip(on_device, stacked.tolist(), strict=True))
     return numbers
 

@@ -19,6 +19,7 @@ from posttrain.blocks.optimizer import averaged, learning_rates, torch_optimizer
 from posttrain.errors import RecipeError, TrainingError
 from posttrain.interfaces import (
     Adding,
+    Blindfolded,
     CallbackBlock,
     DataBlock,
     Loader,
@@ -31,7 +32,7 @@ from posttrain.keys import TrainerKeys
 from posttrain.run import Metrics, Run
 from posttrain.runtime import crash, folder
 from posttrain.runtime.identity import identity
-from posttrain.runtime.launch import all_reduce, make_fabric, reseed
+from posttrain.runtime.launch import all_reduce, make_fabric, on_device, reseed
 from posttrain.runtime.signals import Signals
 from posttrain.runtime.watchdog import Watchdog
 from posttrain.values import as_data, problems
@@ -137,13 +138,11 @@ class Trainer(TrainerKeys):
         Raises:
             TrainingError: its weight is 0, so there is nothing to learn from.
         """
-        import torch
-
         run, counts = self.run, [batch.counts for batch in batches]
         mine = {name: float(sum(count[name] for count in counts)) for name in counts[0]}
         found: dict[str, float | Tensor] = dict(mine)
         if run.fabric.world_size > 1:
-            sums = all_reduce(run.fabric, torch.tensor(list(mine.values()), device=run.fabric.device))
+            sums = all_reduce(run.fabric, on_device(run.fabric, list(mine.values())))
             found = dict(zip(mine, sums.unbind(), strict=True))
         if mine["weight"] == 0 and float(found["weight"]) == 0:  # only then is the device waited for
             raise TrainingError(
@@ -232,6 +231,8 @@ class Trainer(TrainerKeys):
         max_steps = self.horizon(loaders.train, rows_per_step)
         reseed(self.seed, -1, 0)  # the same initial weights on every rank
         model = self.model.build(fabric)
+        if isinstance(model, Blindfolded) and loaders.ledger.get("total", {}).get("images") == 0:
+            model.without_images()
         if self.sequence:
             self.sequence.validate(model)
         frozen = self.build_frozen(fabric, model)

@@ -21,8 +21,8 @@ from posttrain.blocks.models.speculator.speculate import speculate
 from posttrain.cli import main
 from posttrain.errors import RecipeError
 from posttrain.recipes import load as recipes
-from posttrain.tools.evaluate import Result, compare, evaluate
-from posttrain.tools.merge import merge
+from posttrain.tools.afterwards.evaluate import Result, compare, evaluate
+from posttrain.tools.afterwards.merge import merge
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")  # peft still says gradient checkpointing
 SUMS = [{"prompt": f"{a}+{b}=", "response": str(a + b)} for a in range(4) for b in range(2)]
@@ -351,3 +351,77 @@ def test_an_export_is_uploaded_with_a_card(
     assert "could not be uploaded to me/other" in refused.stderr
     assert "hf_secret" not in refused.stderr + refused.stdout
     assert push(str(tmp_path), "me/tiny").returncode == 2
+
+
+# -- view -----------------------------------------------------------------------------
+
+
+def test_a_run_is_one_page(run: Path, place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Curves, right answers, samples, rows with their masks, recipe and versions; what was said is no markup."""
+    evaluate(str(run), place / "sums.jsonl", "number", max_new_tokens=8)
+    (run / "samples.jsonl").write_text('{"step": 0, "prompt": "<b>3+1=", "reply": "</pre><script>"}\n{"step": 1, "pro')
+    lines = ["".join(json.dumps({"step": n, "time": n, "loss": 1 / n, "lr": 1e-3, "tokens": 5}) + "\n") for n in (1, 2)]
+    (run / "metrics.jsonl").write_text("".join(lines))
+    assert main(["view", str(run), "-o", str(tmp_path / "view.html")]) == 0
+    page = (tmp_path / "view.html").read_text()
+    assert "&lt;/pre&gt;&lt;script&gt;" in page and "<script" not in page
+    for said in ("loss by step", "100.0%", "67.6% to 100.0%", "name_or_path", "transformers", "10 tokens", "2 steps"):
+        assert said in page
+    assert "<mark>0&lt;|im_end|&gt;</mark>" in page
+    assert main(["view", str(place)]) == 2
+    assert "holds no recipe.yaml" in capsys.readouterr().err
+
+
+def test_the_page_shows_what_a_policy_said(tmp_path: Path) -> None:
+    from posttrain.tools.afterwards.view import page
+
+    (tmp_path / "recipe.yaml").write_text("type: grpo\nmodel: {name_or_path: x}\n")
+    reply = {
+        "text": "46",
+        "ids": [1],
+        "ended": True,
+        "reward": 1.0,
+        "rewards": {"exact": 1.0},
+        "failed": {},
+        "advantage": 0.5,
+    }
+    groups = [
+        {"step": n, "prompt": "rows.jsonl:1", "text": f"34+{n}=", "row": {}, "replies": [reply, reply]}
+        for n in range(20)
+    ]
+    (tmp_path / "rollouts.jsonl").write_text("".join(json.dumps(group) + "\n" for group in groups))
+    found = page(tmp_path)
+    assert "reward 1, advantage 0.5" in found
+    assert "34+0=" in found and "34+19=" in found and "34+10=" not in found
+
+
+# -- while it learns ------------------------------------------------------------------
+
+
+def test_right_answers_are_counted_while_a_model_learns(place: Path, tiny_model: Path, tmp_path: Path) -> None:
+    """At the end it knows the sums, and that model is the one that is kept."""
+    file = tmp_path / "learn.yaml"
+    file.write_text(f"""
+type: sft
+model: {{name_or_path: {tiny_model}}}
+data: {{sources: [{place}/sums.jsonl], eval_sources: [{place}/sums.jsonl], max_length: 64}}
+optimizer: {{lr: 1e-2}}
+micro_batch_size: 8
+max_steps: 150
+eval_every: 75
+accelerator: cpu
+logger: [jsonl]
+callbacks:
+  - {{type: right-answers, source: {place}/sums.jsonl, check_by: number, max_new_tokens: 8}}
+  - {{type: keep-best, metric: eval_right, mode: max}}
+output_dir: {tmp_path / "run"}
+""")
+    assert recipes.load(file).train().memory["keep-best"] == 1.0
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    shares = [line["eval_right"] for line in lines if "eval_right" in line]
+    assert len(shares) == 2
+    assert (
+        shares[-1] == evaluate(str(tmp_path / "run"), place / "sums.jsonl", "number", max_new_tokens=8).right.value == 1
+    )
+    with pytest.raises(RecipeError, match="there is no verifier 'nubmer'"):
+        recipes.load(file, ["callbacks.0.check_by=nubmer"])

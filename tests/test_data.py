@@ -545,7 +545,7 @@ REFUSED = {
     "an unknown role": ({"messages": [{"role": "narrator", "content": "x"}]}, r"unknown role 'narrator' \(known: system, developer, user"),
     "no role": ({"messages": [{"speaker": "me", "text": "x"}]}, "has the keys 'speaker', 'text', but no role"),
     "a call that is no JSON": ({"conversations": [{"from": "function_call", "value": "add(1)"}]}, "is no JSON"),
-    "an image": ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}]}, "other than text"),
+    "an image": ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}]}, "an image is dict, not a path"),
     "half a weight": (
         {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a", "weight": 0.5}]}, "weight 0.5: only 0",
     ),

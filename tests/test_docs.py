@@ -48,6 +48,7 @@ def test_recipes_are_valid(page: str, tiny_model: Path) -> None:
     for python in code(page, "python"):
         for name in re.findall(r'@(?:posttrain.block\("\w+", |reward\()"([\w-]+)"\)', python):
             Path(f"{name}.py").write_text(python)
+    Path("held.jsonl").write_text(Path("chats.jsonl").read_text())
     Path("pairs.jsonl").write_text('{"prompt": "?", "chosen": "yes", "rejected": "no"}\n')
     for number, text in enumerate(code(page, "yaml")):
         file = Path(f"recipe-{number}.yaml")
@@ -77,6 +78,24 @@ def test_the_data_block_reads_tickets(tiny_model: Path) -> None:
     )
     ledger = posttrain.load("recipe.yaml", ["data.sources.0=tickets.jsonl"]).prepare()
     assert ledger["total"]["documents"] == 1
+
+
+def test_sample_rows_can_be_trained_on(tiny_model: Path) -> None:
+    """The template of the tiny model knows no tools and no thoughts: those rows are only understood."""
+    from posttrain.blocks.data.rows.schemas import conversation
+
+    chats, same, pairs = code("data.md", "json")
+    rows = [json.loads(line) for text in (chats, same) for line in text.splitlines()]
+    found = [conversation(row) for row in rows]
+    assert [len(one["messages"]) for one in found] == [3, 2, 4, 3, 3, 3, 3]
+    assert all(one["messages"] == found[0]["messages"] for one in found[3:])
+    for kind, lines in (("sft", [rows[0], *rows[3:]]), ("dpo", [json.loads(line) for line in pairs.splitlines()])):
+        for number, row in enumerate(lines):
+            Path(f"{kind}-{number}.jsonl").write_text(json.dumps(row) + "\n")
+            recipe = RECIPE.replace("MODEL", str(tiny_model)).replace("type: sft", f"type: {kind}")
+            Path("recipe.yaml").write_text(recipe.replace("chats.jsonl", f"{kind}-{number}.jsonl"))
+            total = posttrain.load("recipe.yaml", ["data.max_length=128"]).prepare()["total"]
+            assert total.get("documents", total.get("pairs")) == 1
 
 
 def test_the_trainer_with_a_teacher_begins_at_no_distance(tiny_model: Path) -> None:
@@ -116,6 +135,18 @@ def test_commands_exist() -> None:
     assert len(ours) >= 5
     for arguments in ours:
         cli.parse_arguments(arguments)
+
+
+def test_the_reward_of_the_page_scores(tmp_path: Path) -> None:
+    from posttrain.blocks.rollouts.replies import Failure, Reply, Sample
+    from posttrain.registry import lookup
+
+    (text,) = [text for text in code("rl.md", "python") if "rank-of-length" in text]
+    Path("ranks.py").write_text(text)
+    runpy.run_path("ranks.py")
+    samples = [Sample("", text, {}, [], Reply([], [], True)) for text in ("abc", "", "a")]
+    found = lookup("reward", "rank-of-length")().build(None)(samples)
+    assert found == [1 - 2 / 3, Failure("it is empty"), 1 - 1 / 3]
 
 
 def test_scripts_of_pages_run(folder: Path) -> None:

@@ -14,7 +14,7 @@ runtime
 run
 blocks.layout blocks.optimizer blocks.joined blocks.scheduler blocks.losses
 blocks.optimizers
-blocks.parallel
+blocks.parallel blocks.images
 blocks.models
 blocks.data blocks.tokenizers blocks.checkpoints blocks.loggers
 blocks.rollouts

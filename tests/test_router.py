@@ -9,7 +9,7 @@ import pytest
 import torch
 from test_apart import ROWS, tiny
 from test_ranks import on_two_ranks
-from toy import metrics, trainer
+from toy import LLAMA, metrics, trainer
 from transformers import AutoConfig
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
@@ -46,6 +46,23 @@ def test_it_is_transformers_loss_of_each_document(kind: str) -> None:
     assert expected / tokens >= config.num_experts_per_tok  # 1 for each expert of a token would be balanced
 
 
+def test_the_z_loss_is_its_formula_and_pads_take_no_part() -> None:
+    torch.manual_seed(0)
+    net: Any = model(router_aux_loss=0.0, router_z_loss=0.01).build(None)  # type: ignore[arg-type]
+    net.eval()
+    net(lay(ROWS, 0))
+    assert list(net.terms) == ["router_z"]
+    expected = 0.0
+    for ids, _ in (document for row in ROWS for document in row):
+        with torch.no_grad():
+            found = net.base(input_ids=torch.from_numpy(ids)[None], output_router_logits=True, use_cache=False)
+        layers = [one.exp().sum(-1).log() ** 2 for one in found.router_logits]
+        expected += float(sum(layers).sum() / len(layers))  # type: ignore[union-attr, arg-type]
+    assert net.terms["router_z"].sum.item() == pytest.approx(expected, rel=1e-5)
+    with pytest.raises(RecipeError, match="router_z_loss: LlamaForCausalLM has no routers"):
+        HFModel(name_or_path="toy", random_init=True, config=LLAMA, router_z_loss=0.1).build(None)  # type: ignore[arg-type]
+
+
 def test_a_term_does_not_change_in_which_type_a_model_is_exported(tmp_path: Path) -> None:
     from transformers import AutoModelForCausalLM
 
@@ -73,8 +90,9 @@ def test_it_does_not_depend_on_the_cut(tmp_path: Path, packing: bool) -> None:
 
 
 def test_it_does_not_depend_on_the_ranks(tmp_path: Path) -> None:
-    run_of(tmp_path / "one")
-    on_two_ranks(tmp_path, "test_router", "run_of(folder, devices=2, micro_batch_size=2)")
+    run_of(tmp_path / "one", block=model(router_z_loss=0.1))
+    call = "run_of(folder, devices=2, micro_batch_size=2, block=model(router_z_loss=0.1))"
+    on_two_ranks(tmp_path, "test_router", call)
     for one, other in zip(metrics(tmp_path / "one"), metrics(tmp_path / "two"), strict=True):
         assert one == pytest.approx(other, abs=1e-5, rel=1e-4)
 

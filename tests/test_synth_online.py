@@ -408,3 +408,28 @@ def test_kill_9_pays_again_for_what_was_in_flight_at_most(server: Server, tmp_pa
     again = subprocess.run([sys.executable, "-c", CHILD, server.url, str(tmp_path)], capture_output=True, text=True)
     assert again.stdout.strip() == "300"
     assert server.paid_lines <= 300 + 8
+
+
+def test_a_terminal_shows_how_a_run_goes_unless_told_otherwise(
+    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import io
+
+    import rich.console
+
+    screen = io.StringIO()
+    real = rich.console.Console
+
+    def console(**given: Any) -> Any:
+        return real(file=screen, force_terminal=True, width=120, color_system=None)
+
+    monkeypatch.setattr(rich.console, "Console", console)
+    made = client(server, tmp_path)
+    made.add_chat_to_batch_task("hello", [{"role": "user", "content": "hi"}], model="m")
+    made.run("hello")
+    assert "1/1 done" in screen.getvalue()
+    seen = []
+    made.add_chat_to_batch_task("again", [{"role": "user", "content": "ho"}], model="m")
+    screen.truncate(0)
+    made.run("again", progress=seen.append)
+    assert seen and "done" not in screen.getvalue()

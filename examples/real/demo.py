@@ -20,8 +20,8 @@ from smollm2 import smollm2  # noqa: E402
 import posttrain  # noqa: E402
 from posttrain.blocks.models.exports import open_model  # noqa: E402
 from posttrain.tools import plot  # noqa: E402
-from posttrain.tools.chat import Talk  # noqa: E402
-from posttrain.tools.evaluate import Result, evaluate, sentences, table  # noqa: E402
+from posttrain.tools.afterwards.chat import Talk  # noqa: E402
+from posttrain.tools.afterwards.evaluate import Result, evaluate, sentences, table  # noqa: E402
 
 FOLDER = Path("runs/real")
 HELD_OUT = 100
@@ -50,7 +50,7 @@ def main() -> None:
     if not base.exists():
         base.symlink_to(smollm2())
 
-    question = json.loads((FOLDER / "held.jsonl").read_text().splitlines()[0])["messages"][0]["content"]
+    question = json.loads((FOLDER / "held.jsonl").read_text().splitlines()[1])["messages"][0]["content"]
     console.print(f"\n[bold]2. Before[/]\n{question}", markup=True)
     ask(str(base), question)
     console.print(f"\nthe same for {HELD_OUT} held-out messages ...")

@@ -1,5 +1,6 @@
 """Callback blocks that ship with posttrain."""
 
+import json
 from pathlib import Path
 from typing import Any, Literal
 
@@ -170,7 +171,10 @@ class NEFTune:
 
 @block("callback", "samples")
 class Samples:
-    """Print what the model replies to some prompts, before training and at every evaluation."""
+    """Print what the model replies to some prompts, before training and at every evaluation.
+
+    `samples.jsonl` in the run's folder keeps it.
+    """
 
     prompts: list[str]
     """The user's turns."""
@@ -179,7 +183,12 @@ class Samples:
 
     @before("trainer.fit")
     def start(self, trainer: Any) -> None:
-        """Reply before the first step."""
+        """Reply before the first step; what was said after the checkpoint that a run goes on from is said again."""
+        file = trainer.run.output_dir / "samples.jsonl"
+        if trainer.run.fabric.is_global_zero and file.exists():
+            lines = file.read_text(encoding="utf-8").splitlines(keepends=True)
+            kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] < trainer.run.step]
+            file.write_text("".join(kept), encoding="utf-8")
         self.reply(trainer)
 
     @after("trainer.evaluate")
@@ -198,13 +207,16 @@ class Samples:
             ids = run.model.module.generate(**asked, max_new_tokens=self.max_new_tokens, do_sample=False)
             said = run.tokenizer.decode(ids[0, asked["input_ids"].shape[1] :], skip_special_tokens=True)
             run.fabric.print(f"step {run.step}  {prompt!r} -> {said!r}")
+            if run.fabric.is_global_zero:
+                with (run.output_dir / "samples.jsonl").open("a", encoding="utf-8") as file:
+                    file.write(json.dumps({"step": run.step, "prompt": prompt, "reply": said}) + "\n")
 
 
 @block("callback", "profiler")
 class Profiler:
     """Record where the time of some steps goes, in `profile` of the run's folder.
 
-    `trace-rank-N.json` opens in https://ui.perfetto.dev; `operators.txt` is rank zero's table, the dearest first.
+    `trace-rank-N.json` opens in https://ui.perfetto.dev; `operators.txt` is rank zero's table, the slowest first.
     Recording slows the steps down.
     """
 

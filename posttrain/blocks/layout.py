@@ -27,6 +27,8 @@ class Column:
     per: Per
     """token: [tokens, *shape] of each document; it reaches the batch as [rows, width, *shape], zero in the padding.
     target: the same, but it reaches the batch in the order of `targets`, [n, *shape]. document: [*shape] of each.
+    span: of each document a list of objects, which say with `at` and `length` for which of its tokens they stand, and
+    with `hash` for what. No cut falls inside of one. They are plain data; the batch gets a list for each document.
     example: [*shape], or any JSON data."""
     dtype: str = "float32"
     """numpy's name of the type; `json` for plain data of an example, which stay on the host, as a list."""
@@ -50,6 +52,16 @@ class Example:
         """Return its tokens."""
         return sum(len(ids) for ids, _ in self.documents)
 
+    def alike(self, columns: Columns) -> bool:
+        """Whether all documents hold the same tokens, which stand for the same."""
+        import numpy as np
+
+        names = [name for name, column in columns.items() if column.per == "span"]
+        (first, _), *others = self.documents
+        hashes = [[[span["hash"] for span in spans] for spans in self.values[name]] for name in names]
+        same = all(one == each[0] for each in hashes for one in each)
+        return same and all(np.array_equal(ids, first) for ids, _ in others)
+
     def cut(self, parts: list[slice], columns: Columns) -> "Example":
         """Return the example with a part of each document, and the values of these parts."""
         documents = tuple((ids[part], mask[part]) for (ids, mask), part in zip(self.documents, parts, strict=True))
@@ -57,7 +69,15 @@ class Example:
         for name, column in columns.items():
             if column.per in ("token", "target"):
                 values[name] = tuple(one[part] for one, part in zip(values[name], parts, strict=True))
+            elif column.per == "span":
+                values[name] = tuple(map(inside, values[name], parts))
         return Example(documents, values)
+
+
+def inside(spans: list[dict[str, Any]], part: slice) -> list[dict[str, Any]]:
+    """Return the spans that lie in a part of a document, counted from where the part begins."""
+    there = (span for span in spans if part.start <= span["at"] < part.stop)
+    return [span | {"at": span["at"] - part.start} for span in there]
 
 
 def collate(rows: list[list[Example]], multiple: int = 1, *, pad_id: int = 0, columns: Columns | None = None) -> Batch:
@@ -151,6 +171,8 @@ def values_of(batch: Batch, examples: list[Example], name: str, column: Column) 
     import torch
 
     values = [example.values[name] for example in examples]
+    if column.per == "span":
+        return [spans for value in values for spans in value]
     if column.dtype == "json":
         return values
     if column.per == "example":
@@ -220,7 +242,26 @@ def collate_groups(
     if not packing:
         return batch
     sizes = [len(ids) for row in laid for ids, _ in row]
-    return attrs.evolve(batch, branch=branched(batch, sizes, [len(group.documents) for group in groups]))
+    ids = told_apart(batch, groups, columns or {})
+    return attrs.evolve(batch, branch=branched(batch, sizes, [len(group.documents) for group in groups], ids))
+
+
+def told_apart(batch: Batch, examples: list[Example], columns: Columns) -> "np.ndarray":
+    """Return the tokens of a batch, [rows * width], with those of different spans different: the placeholders of two
+    images are the same tokens, and their `hash` is not."""
+    ids: np.ndarray = batch.input_ids.numpy().reshape(-1)
+    names = [name for name, column in columns.items() if column.per == "span"]
+    if not names:
+        return ids
+    ids, known = ids.copy(), dict[str, int]()
+    sizes = [len(one) for example in examples for one, _ in example.documents]
+    begins = (end + 1 - size for end, size in zip(batch.ends.tolist(), sizes, strict=True))
+    each = [[example.values[name][n] for name in names] for example in examples for n in range(len(example.documents))]
+    for begin, lists in zip(begins, each, strict=True):
+        for span in (span for spans in lists for span in spans):
+            at = begin + span["at"]
+            ids[at : at + span["length"]] = -1 - known.setdefault(span["hash"], len(known))
+    return ids
 
 
 def collate_pairs(
@@ -243,7 +284,7 @@ def collate_pairs(
     return attrs.evolve(batch, weight=pairs, counted={"pairs": pairs}, extra=extra)
 
 
-def branched(batch: Batch, sizes: list[int], groups: list[int]) -> Layout:
+def branched(batch: Batch, sizes: list[int], groups: list[int], ids: "np.ndarray | None" = None) -> Layout:
     """Return a layout of groups without padding, and with the tokens that a group begins with only once.
 
     The first document of a group is one as before. Each other goes on from where it leaves the first: its queries are
@@ -254,6 +295,7 @@ def branched(batch: Batch, sizes: list[int], groups: list[int]) -> Layout:
         batch: of groups, as `lay` laid them.
         sizes: tokens of each document.
         groups: documents of each group.
+        ids: int64 [rows * width], what tells whether documents begin alike; their tokens by default.
 
     Returns:
         The layout: one row, whose `kv_index` names the token of each key.
@@ -261,7 +303,7 @@ def branched(batch: Batch, sizes: list[int], groups: list[int]) -> Layout:
     import numpy as np
     import torch
 
-    ids = batch.input_ids.numpy().reshape(-1)
+    ids = batch.input_ids.numpy().reshape(-1) if ids is None else ids
     begins = batch.ends.numpy() - np.array(sizes) + 1
     place = np.zeros(len(ids), dtype=np.int64)  # where each token of the batch is here
     kept, keys, queries, total, after = [], [], [], 0, iter(range(len(sizes)))
@@ -287,6 +329,7 @@ def branched(batch: Batch, sizes: list[int], groups: list[int]) -> Layout:
         input_ids=chosen(batch.input_ids),
         position_ids=chosen(batch.position_ids),
         kv_index=torch.from_numpy(np.concatenate(keys)),
+        taken=index,
         cu_seqlens=torch.from_numpy(np.cumsum([0, *queries], dtype=np.int32)),
         cu_seqlens_k=torch.from_numpy(np.cumsum([0, *sizes], dtype=np.int32)),
         max_seqlen=max(queries),

@@ -33,8 +33,7 @@ How a step is cut is among them; that its rows stay the same is checked when a c
 
 OURS = (
     "metrics.jsonl", "recipe.yaml", "failure.txt", "failure-rank-*.txt", "failure-rows*.jsonl", "skipped-rows*.jsonl",
-    "rollouts*.jsonl",
-    "evaluations*.jsonl",
+    "rollouts*.jsonl", "evaluations*.jsonl", "samples.jsonl",
 )  # fmt: skip
 """Files that a new start removes."""
 ADVICE = "give another output_dir, go on all the same with resume=force, or start anew with resume=never"

@@ -243,6 +243,35 @@ def all_reduce(fabric: "Fabric", tensor: "Tensor", op: str = "SUM") -> "Tensor":
     return tensor
 
 
+def on_device(fabric: "Fabric", numbers: list[float]) -> "Tensor":
+    """Return numbers on the device, float32 [n]; a GPU takes them when it comes to it, and the host does not wait."""
+    import torch
+
+    if fabric.device.type != "cuda":
+        return torch.tensor(numbers, device=fabric.device)
+    return torch.tensor(numbers, pin_memory=True).to(fabric.device, non_blocking=True)
+
+
+class Later:
+    """A number of the device that the host reads later: it waits for what was queued before it, and for no more."""
+
+    def __init__(self, number: "Tensor") -> None:
+        import torch
+
+        self.copy, self.event = number, None
+        if number.is_cuda:
+            self.copy = torch.empty(number.shape, dtype=number.dtype, pin_memory=True)
+            self.copy.copy_(number, non_blocking=True)
+            self.event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            self.event.record()
+
+    def read(self) -> float:
+        """Return the number."""
+        if self.event is not None:
+            self.event.synchronize()
+        return float(self.copy)
+
+
 def gather_rows(fabric: "Fabric", tensor: "Tensor") -> "list[Tensor]":
     """Return every rank's rows of a tensor [n, ...]; n may differ between ranks."""
     if fabric.world_size == 1:

@@ -44,7 +44,7 @@ def remove_checkpoint(folder: Path) -> None:
     if UNFINISHED.fullmatch(folder.name):  # nobody but us calls a folder so
         shutil.rmtree(folder)
     elif {path.name for path in folder.iterdir()} - set(_of_checkpoint(folder)):
-        _remove(folder, sorted(_of_checkpoint(folder)))  # the manifest first: without it, nothing is gone on from
+        _remove(folder, sorted(_of_checkpoint(folder)))  # the manifest first: without it, no run resumes from here
     else:
         shutil.rmtree(folder.rename(folder.with_suffix(f".tmp-old-{os.getpid()}")))
 

@@ -12,11 +12,10 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import TYPE_CHECKING
 
-from posttrain.runtime.launch import all_reduce
+from posttrain.runtime.launch import Later, all_reduce, on_device
 
 if TYPE_CHECKING:
     from lightning.fabric import Fabric
-    from torch import Tensor
 
 HANDLED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 MOMENT = 1.0
@@ -29,7 +28,7 @@ class Signals:
     def __init__(self) -> None:
         self.received: int | None = None
         self._when = 0.0
-        self._agreed: Tensor | None = None
+        self._agreed: Later | None = None
 
     @contextmanager
     def caught(self) -> Iterator[None]:
@@ -52,11 +51,9 @@ class Signals:
         """
         if fabric.world_size == 1:
             return self.received
-        import torch
-
-        last, flag = self._agreed, torch.tensor(float(self.received or 0), device=fabric.device)
-        self._agreed = all_reduce(fabric, flag, "MAX")
-        return int(last.item()) or None if last is not None else None
+        last, flag = self._agreed, on_device(fabric, [float(self.received or 0)])
+        self._agreed = Later(all_reduce(fabric, flag, "MAX"))
+        return int(last.read()) or None if last is not None else None
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if self.received is None:

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from posttrain.synth.pipelines.rows import Chat, Drop, Reply
     from posttrain.synth.pipelines.step import Step
     from posttrain.synth.rewards import VerifyReward
+    from posttrain.synth.steps.answers import RightAnswers
     from posttrain.synth.steps.compare import Compare
     from posttrain.synth.steps.decontaminate import Decontaminate
     from posttrain.synth.steps.dedup import Dedup
@@ -42,6 +43,7 @@ _HOMES = {
     "pipelines.rows": ("Chat", "Drop", "Reply"),
     "pipelines.step": ("Step",),
     "rewards": ("VerifyReward",),
+    "steps.answers": ("RightAnswers",),
     "steps.compare": ("Compare",),
     "steps.decontaminate": ("Decontaminate",),
     "steps.dedup": ("Dedup",),
@@ -59,9 +61,9 @@ _HOME_OF = {name: module for module, found in _HOMES.items() for name in found}
 
 __all__ = [
     "AnthropicSynth", "AzureOpenAISynth", "Chat", "Compare", "CortexSynth", "Decontaminate", "Dedup", "Drop",
-    "FewShot", "Filter", "Generate", "IncompleteTask", "Judge", "OpenAISynth", "Pair", "Pipeline", "Price", "Refresh",
-    "Reply", "Report", "Reward", "Split", "Step", "TaskStopped", "TransformersSynth", "Verify", "VerifyReward",
-    "VllmSynth", "verifier",
+    "FewShot", "Filter", "Generate", "IncompleteTask", "Judge", "OpenAISynth", "Pair", "Pipeline", "Price",
+    "Refresh", "Reply", "Report", "Reward", "RightAnswers", "Split", "Step", "TaskStopped", "TransformersSynth",
+    "Verify", "VerifyReward", "VllmSynth", "verifier",
 ]  # fmt: skip
 
 

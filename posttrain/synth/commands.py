@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from posttrain.errors import SynthError
-from posttrain.synth.ledger.session import Progress
+from posttrain.synth.ledger.live import shown
 from posttrain.synth.pipelines.recipe import SynthRecipe, load
 
 
@@ -18,7 +18,7 @@ def run(arguments: argparse.Namespace, made: SynthRecipe) -> int:
     if arguments.first:
         return first(arguments, made)
     try:
-        with live() as progress:
+        with shown() as progress:
             report = made.pipeline.run(
                 made.source, made.synth, made.task, max_cost=arguments.max_cost, max_requests=arguments.max_requests,
                 retry_failed=arguments.retry_failed, wait=not arguments.no_wait, progress=progress, say=say,
@@ -44,7 +44,7 @@ def first(arguments: argparse.Namespace, made: SynthRecipe) -> int:
 
     from posttrain.synth.pipelines.preview import preview
 
-    with live() as progress:
+    with shown() as progress:
         found = preview(
             made.pipeline, made.source, made.synth, made.task, arguments.first, max_cost=arguments.max_cost,
             max_requests=arguments.max_requests, retry_failed=arguments.retry_failed, progress=progress, say=say,
@@ -159,36 +159,3 @@ def _standing(counts: Any) -> str:
         f"{counts.done:,} of {counts.total:,} done, {counts.failed:,} failed, {counts.waiting:,} under way, "
         f"{left:,} not sent; {counts.input_tokens:,} + {counts.output_tokens:,} tokens, {cost}"
     )
-
-
-class live:
-    """One line that shows how a run goes, on a terminal; nothing elsewhere."""
-
-    def __enter__(self) -> Callable[[Progress], None]:
-        from rich.console import Console
-        from rich.live import Live
-        from rich.text import Text
-
-        console = Console(stderr=True)
-        self._live = Live(Text(""), console=console, refresh_per_second=4) if console.is_terminal else None
-        if self._live is None:
-            return lambda progress: None
-        live = self._live
-        live.start()
-        return lambda progress: live.update(Text(_line(progress)))
-
-    def __exit__(self, *exception: object) -> None:
-        if self._live is not None:
-            self._live.stop()
-
-
-def _line(progress: Progress) -> str:
-    left = progress.seconds_left
-    parts = [
-        f"{progress.done:,}/{progress.total:,} done", f"{progress.failed:,} failed",
-        f"{progress.in_flight:,} in flight",
-        f"{progress.input_tokens + progress.output_tokens:,} tokens",
-        "cost unknown" if progress.cost is None else f"${progress.cost:.4f}",
-        "" if left is None else f"{left:,.0f} s left", progress.note,
-    ]  # fmt: skip
-    return "  ".join(part for part in parts if part)

@@ -124,6 +124,15 @@ def plot(arguments: argparse.Namespace) -> None:
     say(str(target))
 
 
+def view(arguments: argparse.Namespace) -> None:
+    """Write the page of a run."""
+    from posttrain.tools.afterwards.view import write
+
+    target = arguments.output or arguments.run / "view.html"
+    write(arguments.run, target, arguments.step)
+    say(str(target))
+
+
 def plan(arguments: argparse.Namespace) -> int:
     """Print what a recipe takes of each device's memory; exit code 1 if that is more than there is."""
     from rich.console import Console
@@ -193,7 +202,7 @@ def accept(arguments: argparse.Namespace) -> None:
     """Measure how well the speculator of a run drafts, and draw it."""
     from rich.console import Console
 
-    from posttrain.tools.accept import measure
+    from posttrain.tools.afterwards.accept import measure
 
     found = measure(arguments.run_folder, arguments.prompts, arguments.max_new_tokens, arguments.drafts)
     Console().print(found.table())
@@ -207,7 +216,7 @@ def chat(arguments: argparse.Namespace) -> None:
     """Talk to a model, or have it answer a file."""
     from posttrain.blocks.models.exports import open_model
     from posttrain.errors import RecipeError
-    from posttrain.tools.chat import Talk, answer, talk
+    from posttrain.tools.afterwards.chat import Talk, answer, talk
     from posttrain.words import counted
 
     if arguments.output and not arguments.prompts:
@@ -227,19 +236,17 @@ def eval(arguments: argparse.Namespace) -> None:
     from rich.console import Console
 
     from posttrain.recipes.load import import_file
-    from posttrain.synth.commands import live
-    from posttrain.tools.evaluate import evaluate, sentences, table
+    from posttrain.tools.afterwards.evaluate import evaluate, sentences, table
 
     if arguments.code:
         import_file(arguments.code)
     results = []
     for model in arguments.models:
-        with live() as progress:
-            results.append(evaluate(
-                model, arguments.data, arguments.check, wanted=arguments.wanted, rows=arguments.rows,
-                max_new_tokens=arguments.max_new_tokens, system=arguments.system, output_dir=arguments.output,
-                device=arguments.device, progress=progress,
-            ))  # fmt: skip
+        results.append(evaluate(
+            model, arguments.data, arguments.check, wanted=arguments.wanted, rows=arguments.rows,
+            max_new_tokens=arguments.max_new_tokens, system=arguments.system, output_dir=arguments.output,
+            device=arguments.device,
+        ))  # fmt: skip
     Console().print(table(results))
     for sentence in sentences(results):
         say(sentence)
@@ -247,7 +254,7 @@ def eval(arguments: argparse.Namespace) -> None:
 
 def merge(arguments: argparse.Namespace) -> None:
     """Make one model of an adapter and its base."""
-    from posttrain.tools.merge import merge
+    from posttrain.tools.afterwards.merge import merge
     from posttrain.words import counted
 
     made = merge(arguments.run, arguments.output or Path(arguments.run) / "merged", arguments.dtype)
@@ -260,7 +267,7 @@ def merge(arguments: argparse.Namespace) -> None:
 
 def push(arguments: argparse.Namespace) -> None:
     """Upload an export."""
-    from posttrain.tools.push import card, push
+    from posttrain.tools.afterwards.push import card, push
 
     if arguments.card:
         say(card(arguments.run, arguments.repository).rstrip())

@@ -213,13 +213,13 @@ def export(twin: Twin) -> str:
     kind = json.loads((folder / "config.json").read_text())["model_type"] if not model.lora else None
     if kind is not None and kind not in transformers.CONFIG_MAPPING:
         raise Skipped(f"{kind} is no model of transformers")
-    ids = torch.arange(3, 35)[None] % run.model.module.hf.config.vocab_size  # type: ignore[union-attr, operator]
+    ids = torch.arange(3, 35)[None] % run.model.module.vocabulary  # type: ignore[operator]
     with torch.no_grad():
         ours = run.model.module.hf.eval()(input_ids=ids).logits.float()  # type: ignore[union-attr]
         if model.quantize:  # its adapters belong to a base that was rounded
             loaded = attach(HFModel(name_or_path=origin(str(folder))[0]).load(), folder)
         else:
-            loaded = getattr(transformers, model.auto).from_pretrained(folder)
+            loaded = model.auto_class(run.model.module.base.config).from_pretrained(folder)  # type: ignore[union-attr]
         theirs = loaded.eval()(input_ids=ids).logits.float()
     difference = float((ours - theirs).abs().max())
     if difference > 1e-4:

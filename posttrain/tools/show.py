@@ -4,6 +4,7 @@ import itertools
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING
 
+from posttrain.blocks.data.rows.sight import Box
 from posttrain.blocks.loggers.ledger import said
 from posttrain.words import counted
 
@@ -35,9 +36,10 @@ def tokens(previews: "Iterable[Preview]", console: "Console") -> None:
             told = read
             console.print(Text(f"{preview.source.rpartition(':')[0] or preview.source}: {told}"))
         supervised = sum(trained for _, trained, _ in preview.tokens)
-        counts.append((len(preview.tokens), supervised))
+        size = sum(token.tokens if isinstance(token, Box) else 1 for token, _, _ in preview.tokens)
+        counts.append((size, supervised))
         name = f"{preview.source} {preview.side}".rstrip()
-        title = Text(f"{name}  {counted(len(preview.tokens), 'token')}, {supervised:,} supervised")
+        title = Text(f"{name}  {counted(size, 'token')}, {supervised:,} supervised")
         console.print(Rule(title, align="left", characters=line))
         grid = Table.grid(padding=(0, 1))
         grid.add_column(justify="right", width=ROLE_WIDTH, style="cyan", overflow="fold")

@@ -5,6 +5,7 @@ operation by operation. So it holds for a network, a loss or an optimizer of one
 """
 
 import copy
+import logging
 import warnings
 import weakref
 from collections.abc import Iterable
@@ -25,11 +26,15 @@ from posttrain.blocks.parallel.strategy import FSDP, DeepSpeed
 from posttrain.errors import RecipeError
 from posttrain.run import Run
 from posttrain.runtime.launch import silence_libraries
+from posttrain.tools.vision.seen import UNKNOWN, constants, faked, fullest_of_images
 from posttrain.trainer import Trainer
 from posttrain.trainers.distill import DistillTrainer
 from posttrain.trainers.grpo import GRPOTrainer
 from posttrain.trainers.kto import KTOTrainer
+from posttrain.trainers.on_policy_distill import OnPolicyDistillTrainer
+from posttrain.trainers.online_dpo import OnlineDPOTrainer
 
+log = logging.getLogger("posttrain")
 BF16 = ("bf16-mixed", "bf16-true")
 
 
@@ -114,7 +119,7 @@ def _trace(trainer: Trainer) -> Traced:
     silence_libraries()
     fabric = Fabric(accelerator="cpu", devices=1, precision=precision)  # type: ignore[arg-type]
     fabric.to_device = lambda module: module  # type: ignore[method-assign]  # it has no weights to move
-    batch = fullest(trainer)
+    batch, seen = fullest(trainer), images_of_rows(trainer)
     with torch.device("meta"), weightless():
         network = fabric.strategy.precision.convert_module(trainer.model.build(fabric))
         kept = size_of(network.parameters())
@@ -123,7 +128,7 @@ def _trace(trainer: Trainer) -> Traced:
         if precision == "bf16-mixed" and (deepspeed or isinstance(trainer.strategy, FSDP)):  # they cast, not autocast
             network = network.to(torch.bfloat16)
         others = {} if answers_are_stored(trainer) else trainer.build_frozen(fabric, network)
-    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode, constants():
         for each in (network, *others.values()):  # from the meta device to fake tensors on the CPU
             replace_tensors(each, lambda _, tensor: torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu"))
         parts = groups(network)
@@ -131,7 +136,12 @@ def _trace(trainer: Trainer) -> Traced:
         if deepspeed and precision in BF16:  # bfloat16 beside float32 that the optimizer works in
             states = 4 * counts[True] + states * 4 * counts[True] // gradients
             kept, gradients = gathered(network.parameters(), 2), 2 * counts[True]
-        activations = peak(trainer, fabric, network, others, batch.map(mode.from_tensor))
+        activations = peak(trainer, fabric, network, others, faked(batch, mode))
+        if seen is not None:
+            try:
+                activations = max(activations, peak(trainer, fabric, network, others, faked(seen, mode)))
+            except UNKNOWN:
+                log.warning("what images take is not in the plan: this model does what depends on their numbers")
         low = 2 if "16" in precision else 4
         layers = [list(layer.parameters()) for layer in units(network)]
         sizes = [gathered(layer, low) for layer in layers]
@@ -184,7 +194,7 @@ def fullest(trainer: Trainer) -> Batch:
         RecipeError: the data block is not one of posttrain's.
     """
     data = trainer.data
-    if isinstance(trainer, GRPOTrainer):
+    if isinstance(trainer, GRPOTrainer | OnlineDPOTrainer | OnPolicyDistillTrainer):
         return read_by_the_host(full_groups(trainer))
     if not isinstance(data, Data):
         raise RecipeError(f"data: {type(data).__name__} does not say how long its rows are; a plan needs that")
@@ -198,19 +208,36 @@ def fullest(trainer: Trainer) -> Batch:
     return batch
 
 
-def full_groups(trainer: GRPOTrainer) -> Batch:
-    """Return a micro-batch of groups whose prompts and replies are as long as can be."""
+def full_groups(trainer: GRPOTrainer | OnlineDPOTrainer | OnPolicyDistillTrainer) -> Batch:
+    """Return a micro-batch of prompts and replies that are as long as can be."""
     from posttrain.blocks.rollouts.groups import batch_of
+    from posttrain.blocks.rollouts.pairs import pairs_of
     from posttrain.blocks.rollouts.replies import Group, Reply
 
-    tokens, n = trainer.sampler.max_new_tokens, trainer.group_size
+    tokens, n = trainer.sampler.max_new_tokens, 1
+    if not isinstance(trainer, OnPolicyDistillTrainer):
+        n = trainer.group_size
     prompt = [1 + i % 2 for i in range(trainer.data.max_length if isinstance(trainer.data, Data) else 1)]
     replies = [Reply([1 + (i >> bit) % 2 for bit in range(tokens)], [0.0] * tokens, True) for i in range(n)]
-    group = Group(0, prompt, {}, [], replies, rewards=[0.0] * n, advantages=[0.0] * n)
-    batch = batch_of([group] * trainer.micro_batch_size, pad_id=0, packing=trainer.branching, mask_truncated=False)
+    group = Group(0, prompt, {}, [], replies, rewards=[float(i) for i in range(n)], advantages=[0.0] * n)
+    groups = [group] * trainer.micro_batch_size
+    if isinstance(trainer, OnlineDPOTrainer):
+        return pairs_of(groups, 0)
+    if isinstance(trainer, OnPolicyDistillTrainer):
+        return batch_of(groups, pad_id=0, packing=True, mask_truncated=False)
+    batch = batch_of(groups, pad_id=0, packing=trainer.branching, mask_truncated=False)
     zeros = torch.zeros(len(batch.supervised))
     more = {"reference": trainer.beta > 0, "old": trainer.updates > 1}
     return batch.but(**{name: Extra(zeros, "target") for name, wanted in more.items() if wanted})
+
+
+def images_of_rows(trainer: Trainer) -> Batch | None:
+    """Return a micro-batch that is full of images, as the loop would give it to the loss; None if there are none."""
+    size, data = trainer.sequence.size if trainer.sequence else 1, trainer.data
+    made = fullest_of_images(trainer, -(-data.max_length // size)) if isinstance(data, Data) else None
+    if made is not None and getattr(trainer, "precompute_reference", False):
+        made = made.but(reference_log_probs=torch.zeros(len(made.supervised)))
+    return None if made is None else read_by_the_host(made)
 
 
 def one_pass(trainer: Trainer, fabric: Any, network: nn.Module, others: dict[str, nn.Module]) -> Run:

@@ -19,7 +19,9 @@ import attrs
 from posttrain.blocks.checkpoints.checkpoint import Resume
 from posttrain.blocks.data.data import Data
 from posttrain.blocks.data.rows.schemas import Refused
-from posttrain.blocks.data.sources import Source
+from posttrain.blocks.data.sources import Source, Told
+from posttrain.blocks.images.pixels import LONGEST_NAME, image_as_text
+from posttrain.blocks.images.processor import images_of
 from posttrain.blocks.layout import Example
 from posttrain.blocks.loggers.logger import JSONL
 from posttrain.blocks.models.model import HFModel
@@ -36,11 +38,15 @@ from posttrain.recipes import load as recipe
 from posttrain.runtime.launch import relaunch, silence_libraries
 from posttrain.trainer import Trainer
 from posttrain.trainers.grpo import GRPOTrainer
+from posttrain.trainers.on_policy_distill import OnPolicyDistillTrainer
+from posttrain.trainers.online_dpo import OnlineDPOTrainer
 
 READ = 256
 """Rows of each source to look at."""
 LONGEST = 512
 """Tokens of a document that the twin trains on, at most."""
+IMAGE_KEYS = ("images", "image", "path", "url", "image_url")
+"""Under which rows name files of images."""
 SHORT = 128
 """Tokens of a document that is quickly tried, at most; longer ones serve where there are no such."""
 
@@ -147,7 +153,8 @@ class Twin:
         file = self.folder / f"sample-{count}.jsonl"
         if not file.exists():
             draft = file.with_suffix(f".{os.getpid()}")
-            draft.write_text("".join(json.dumps(row.values, default=str) + "\n" for row in rows), encoding="utf-8")
+            lines = (json.dumps(elsewhere(row.values), default=as_text) + "\n" for row in rows)
+            draft.write_text("".join(lines), encoding="utf-8")
             draft.replace(file)
         longest = min(LONGEST, max(row.length for row in rows))
         cut = {} if isinstance(self.data, PromptData) else {"max_length": longest, "overflow": "truncate"}
@@ -172,6 +179,8 @@ class Twin:
                 made = kind.from_config(config, dtype=torch.float32, trust_remote_code=block.trust_remote_code)
             draft = folder.with_name(f"{name}.{os.getpid()}")
             made.save_pretrained(draft)
+            if (images := images_of(self.tokenizer)) is not None:
+                images.save_pretrained(draft)
             draft.rename(folder)
         changes: dict[str, Any] = {
             "name_or_path": str(folder), "config": {}, "dtype": "float32", "attn_implementation": "auto",
@@ -243,14 +252,38 @@ class Twin:
         )  # fmt: skip
 
 
+def elsewhere(values: dict[str, Any]) -> dict[str, Any]:
+    """Return a row that can be read from another folder: paths of images that begin beside its file are absolute."""
+    root = values.origin.source.folder.absolute() if isinstance(values, Told) else Path()
+
+    def moved(value: Any, key: str = "") -> Any:
+        if isinstance(value, dict):
+            return {name: moved(item, name) for name, item in value.items()}
+        if isinstance(value, list):
+            return [moved(item, key) for item in value]
+        named = key in IMAGE_KEYS and isinstance(value, str) and len(value) <= LONGEST_NAME
+        return str(root / value) if named and (root / value).is_file() else value
+
+    return {name: moved(value, name) for name, value in values.items()}
+
+
+def as_text(value: Any) -> str:
+    """Return what JSON cannot hold as text."""
+    try:
+        return image_as_text(value)
+    except TypeError:
+        return str(value)
+
+
 def short_replies(real: Trainer) -> dict[str, Any]:
     """Return what a method that samples is changed by: a few short replies in this process, whose rewards differ."""
-    if not isinstance(real, GRPOTrainer):
-        return {}
-    tokens = min(REPLY, real.sampler.max_new_tokens)
-    sampler = TransformersSampler(max_new_tokens=tokens, temperature=real.sampler.temperature)
-    changes: dict[str, Any] = {"sampler": sampler, "group_size": min(4, real.group_size), "mask_truncated": False}
-    return changes | {"rewards": [*real.rewards, Noise()]}
+    changes: dict[str, Any] = {}
+    if isinstance(real, GRPOTrainer | OnlineDPOTrainer | OnPolicyDistillTrainer):
+        tokens = min(REPLY, real.sampler.max_new_tokens)
+        changes["sampler"] = TransformersSampler(max_new_tokens=tokens, temperature=real.sampler.temperature)
+    if isinstance(real, GRPOTrainer | OnlineDPOTrainer):
+        changes |= {"group_size": min(4, real.group_size), "rewards": [*real.rewards, Noise()]}
+    return changes | ({"mask_truncated": False} if isinstance(real, GRPOTrainer) else {})
 
 
 @contextmanager

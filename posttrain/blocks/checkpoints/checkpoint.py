@@ -186,7 +186,7 @@ class HuggingFace:
     """Export the finished model."""
 
     def load(self, run: "Run") -> None:
-        """See whether there is room for the export; an exported model is a starting point, never gone on from.
+        """See whether there is room for the export; a run never resumes from an exported model.
 
         Raises:
             CheckpointError: there are files of a model in its folder that are not ours.

@@ -2,7 +2,7 @@
 
 A checkpoint is written aside, synced to disk, sealed by a manifest with checksums, and renamed: a folder named `step-N`
 is whole. There is no pointer to the latest one; the newest whose checksums hold is used, and a damaged one is named and
-passed over.
+skipped.
 """
 
 import hashlib
@@ -69,7 +69,7 @@ def newest_whole(folder: Path, fabric: "Fabric") -> tuple[Path | None, str | Non
         if (problem := next(filter(None, problems), None)) is None:
             return found, None
         damaged.append(f"{found}: {problem}")
-        log.warning("damaged checkpoint passed over: %s", damaged[-1])
+        log.warning("damaged checkpoint skipped: %s", damaged[-1])
     if damaged:
         return None, "no checkpoint in this folder is whole; start anew with resume=never\n  " + "\n  ".join(damaged)
     return None, None

@@ -10,6 +10,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from posttrain.blocks.images.pixels import image_as_text
 from posttrain.errors import DataError
 
 
@@ -52,7 +53,7 @@ def _line(row: Any, number: int) -> bytes:
     if not isinstance(row, dict):
         raise DataError(f"sources: row {number} is no dict, but {type(row).__name__}")
     try:
-        return json.dumps(row, ensure_ascii=False, allow_nan=False).encode() + b"\n"
+        return json.dumps(row, ensure_ascii=False, allow_nan=False, default=image_as_text).encode() + b"\n"
     except (TypeError, ValueError) as error:
         raise DataError(
             f"sources: row {number} cannot be kept: {error}; from a `datasets.Dataset` with such columns call "

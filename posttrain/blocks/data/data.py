@@ -8,7 +8,7 @@ from typing import Any, ClassVar, Literal
 
 import attrs
 from attrs.converters import optional as or_none
-from attrs.validators import and_, ge, gt, lt, min_len
+from attrs.validators import and_, ge, gt, le, lt, min_len
 
 from posttrain.batch import FIELDS, Batch
 from posttrain.blocks.data.cache import default_cache
@@ -19,14 +19,21 @@ from posttrain.blocks.data.rows.chat import ChatRenderer
 from posttrain.blocks.data.rows.messages import ROLES, Refused
 from posttrain.blocks.data.rows.pairs import CHOSEN, REJECTED, pair, pair_schema
 from posttrain.blocks.data.rows.schemas import Sample, conversation, schema
+from posttrain.blocks.data.rows.sight import InRow, Sight
 from posttrain.blocks.data.sources import Source, as_sources
 from posttrain.blocks.data.store import table
 from posttrain.blocks.data.streams import Stream, StreamEncoding
 from posttrain.blocks.data.views import Documents, Limits, by_share, documents, totals
+from posttrain.blocks.images.arrange import IMAGES, arrange
+from posttrain.blocks.images.pixels import Pictures
+from posttrain.blocks.images.processor import images_of
 from posttrain.blocks.layout import Column, Columns, Example, collate, collate_pairs
 from posttrain.errors import DataError
 from posttrain.interfaces import Loaders
 from posttrain.registry import block, key, suggest
+
+READING = 2
+"""Threads that decode images ahead."""
 
 
 @attrs.frozen
@@ -77,7 +84,10 @@ class Data:
     """Where tokenized rows are kept; $POSTTRAIN_CACHE or ~/.cache/posttrain by default."""
     window: int = key(2048, check=gt(0))
     """Rows of a stream that are shuffled and packed together."""
-
+    image_root: Path | None = key(None, convert=or_none(Path), also=("image_folder",))
+    """Where relative paths of images begin; beside the file that names them by default."""
+    max_megapixels: float = key(50.0, check=and_(gt(0), le(89)))
+    """Images with more million pixels are refused before they are decoded; above 89 Pillow takes them for an attack."""
     keep: list[str] = attrs.field(factory=list)
     """Columns of the rows that come along into batches, such as an answer for a reward to compare with:
     `batch["answer"]` is then a list with an entry for each example."""
@@ -122,7 +132,9 @@ class Data:
         Args:
             tokenizer: of the run; None where tokens mean nothing, as in a plan.
         """
-        return partial(collate, pad_id=pad_id(tokenizer), columns=self.columns)
+        return self.with_images(
+            partial(collate, pad_id=pad_id(tokenizer), columns=self.columns_of(tokenizer)), tokenizer
+        )
 
     def fullest(self, length: int) -> Example:
         """Return an example as large as can be: documents of `length` tokens, all of which are supervised."""
@@ -130,6 +142,40 @@ class Data:
 
         document = np.arange(length) % 2 + 1, np.ones(length, dtype=bool)
         return Example((document,), dict.fromkeys(self.keep))
+
+    def columns_of(self, tokenizer: Any) -> Columns:
+        """Return what examples carry for a tokenizer's model: also their images, if it sees any."""
+        seen = {IMAGES: Column("span", "json")} if images_of(tokenizer) is not None else {}
+        return {**self.columns, **seen}
+
+    def sight(self, tokenizer: Any) -> Sight | None:
+        """Return what knows the images of rows; None for a model that sees none."""
+        processor = images_of(tokenizer)
+        if processor is None:
+            return None
+        cache = self.cache_dir or default_cache()
+        pictures = Pictures(processor, self.max_megapixels, cache / "downloads", InRow(self.sample))
+        return Sight(pictures, tokenizer, self.image_root)
+
+    def sample(self, row: dict[str, Any]) -> Sample:
+        """Return what a row says."""
+        raise NotImplementedError
+
+    def with_images(self, lay: Callable[..., Batch], tokenizer: Any) -> Callable[[list[list[Example]], int], Batch]:
+        """Return a collator that also brings the images of its rows."""
+        sight = self.sight(tokenizer)
+        if sight is None:
+            return lay
+
+        def collated(rows: list[list[Example]], multiple: int = 1) -> Batch:
+            batch = lay(rows, multiple)
+            extra = dict(batch.extra)
+            spans = extra.pop(IMAGES).values
+            counted = {**batch.counted, IMAGES: sum(map(len, spans))}
+            batch = attrs.evolve(batch, extra=extra, counted=counted)
+            return arrange(batch, spans, sight.pictures.processor, sight.pictures.read)
+
+        return collated
 
     @property
     def streams(self) -> bool:
@@ -161,7 +207,8 @@ class Data:
         """Return loaders for one rank, and the ledger."""
         shape: dict[str, Any] = {
             "max_length": self.row_length, "packing": self.packing, "micro_batch_size": micro_batch_size, "rank": rank,
-            "world_size": world_size, "seed": seed, "collate": self.collator(tokenizer), "ahead": self.ahead,
+            "world_size": world_size, "seed": seed, "collate": self.collator(tokenizer),
+            "ahead": self.ahead if images_of(tokenizer) is None else max(self.ahead, READING),
         }  # fmt: skip
         if self.streams:
             return self._streaming(tokenizer, shape)
@@ -219,6 +266,12 @@ def names_of(sources: list[Source]) -> list[str]:
     return [f"{one} #{n + 1}" if one in labels[:n] else one for n, one in enumerate(labels)]
 
 
+def anchor_of(tokenizer: Any) -> str | None:
+    """Return what chat templates write where an image stands; None for a model that sees none."""
+    images = images_of(tokenizer)
+    return None if images is None else images.token
+
+
 def pad_id(tokenizer: Any) -> int:
     """Return what fills rows up."""
     return 0 if tokenizer is None else int(tokenizer.pad_token_id or 0)
@@ -241,6 +294,9 @@ class SFTData(Data):
     split_turns: bool = False
     """Make a document of each turn: what came before it is context, as the template shows it when the turn is
     generated. For reasoning models, whose templates leave out the thoughts of earlier turns."""
+    ignore_empty_think: bool = False
+    """Do not train `<think></think>` at the beginning of a reply if nothing stands in it, as templates of reasoning
+    models write it: the model would forget how to think."""
     template_args: dict[str, Any] = key(factory=dict, also=("chat_template_kwargs",))
     """More variables for the chat template (`enable_thinking`)."""
 
@@ -260,8 +316,14 @@ class SFTData(Data):
 
     def encoder(self, tokenizer: Any) -> Encoder:
         """Return what renders and tokenizes conversations."""
-        renderer = ChatRenderer(tokenizer, self.train_on, self.template_args, self.last_turn_only, self.split_turns)
-        return ChatEncoder(renderer, self.sample, schema if self.reads_schemas else None, columns=self.columns)
+        renderer = ChatRenderer(
+            tokenizer, self.train_on, self.template_args, self.last_turn_only, self.split_turns, anchor_of(tokenizer),
+            self.ignore_empty_think,
+        )  # fmt: skip
+        return ChatEncoder(
+            renderer, self.sample, schema if self.reads_schemas else None, columns=self.columns_of(tokenizer),
+            sight=self.sight(tokenizer),
+        )  # fmt: skip
 
     def sample(self, row: dict[str, Any]) -> Sample:
         """Return what a row says: one conversation."""
@@ -276,7 +338,7 @@ class SFTData(Data):
 class PreferenceData(Data):
     """Pairs of conversations that answer the same messages, one better than the other.
 
-    The two sides of a pair are never torn apart. `max_length` is that of a side; a packed row holds twice as many
+    The two sides of a pair stay together. `max_length` is that of a side; a packed row holds twice as many
     tokens. Rows whose sides are equal or empty are refused or dropped as `invalid` says.
     """
 
@@ -302,7 +364,9 @@ class PreferenceData(Data):
 
     def collator(self, tokenizer: Any) -> Callable[[list[list[Example]], int], Batch]:
         """Return what makes a batch of rows of pairs."""
-        return partial(collate_pairs, pad_id=pad_id(tokenizer), packing=self.packing, columns=self.columns)
+        columns = self.columns_of(tokenizer)
+        lay = partial(collate_pairs, pad_id=pad_id(tokenizer), packing=self.packing, columns=columns)
+        return self.with_images(lay, tokenizer)
 
     def fullest(self, length: int) -> Example:
         """Return a pair as large as can be."""
@@ -311,9 +375,16 @@ class PreferenceData(Data):
 
     def encoder(self, tokenizer: Any) -> Encoder:
         """Return what renders and tokenizes both sides."""
-        renderer = ChatRenderer(tokenizer, template_args=self.template_args)
+        renderer = ChatRenderer(tokenizer, template_args=self.template_args, anchor=anchor_of(tokenizer))
         ours = type(self).pair is PreferenceData.pair
-        return ChatEncoder(renderer, self.pair, pair_schema if ours else None, (CHOSEN, REJECTED), self.columns)
+        return ChatEncoder(
+            renderer, self.pair, pair_schema if ours else None, (CHOSEN, REJECTED), self.columns_of(tokenizer),
+            sight=self.sight(tokenizer),
+        )  # fmt: skip
+
+    def sample(self, row: dict[str, Any]) -> Sample:
+        """Return what a row says: both conversations."""
+        return self.pair(row)
 
     def pair(self, row: dict[str, Any]) -> Sample:
         """Return a row's chosen and rejected conversation; override it for a schema of your own (see pairs.py)."""

@@ -13,12 +13,16 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 import attrs
 
 from posttrain.blocks.data.rows.chat import ChatRenderer, Rendered, special_tokens
+from posttrain.blocks.data.rows.media import images_of
 from posttrain.blocks.data.rows.messages import Refused
+from posttrain.blocks.data.rows.offsets import supervised, tokenize
 from posttrain.blocks.data.rows.schemas import Reading, Sample, Schema
+from posttrain.blocks.data.rows.sight import Sight, bare, boxed, numbered
+from posttrain.blocks.images.arrange import IMAGES
 from posttrain.blocks.layout import Columns, Document, Example
 
 if TYPE_CHECKING:
-    import numpy as np
+    pass
 
 ACCESS = re.compile(r"""(?:\.|\[["']|get\(["'])(\w+)""")
 """How a template takes a key of a message: `m.name`, `m['name']`, `m.get('name')`."""
@@ -69,6 +73,8 @@ class ChatEncoder:
     """What examples carry: what `sample` gives, and otherwise columns of the row."""
     reading: Reading = attrs.field(factory=Reading)
     """Of the rows so far."""
+    sight: Sight | None = None
+    """What knows the images of rows, for a model that sees any."""
     special: re.Pattern[str] = attrs.field(init=False)
     """The tokenizer's control tokens."""
 
@@ -80,9 +86,14 @@ class ChatEncoder:
 
     def encode(self, rows: list[Values]) -> list[Encoded]:
         """Encode many rows at once; the tokenizer's own threads share the work."""
-        rendered = [self._rendered(row) for row in rows]
+        said = [self._said(row) for row in rows]
+        if self.sight is not None:
+            self.sight.look(
+                [(found[0], row) for found, row in zip(said, rows, strict=True) if isinstance(found, tuple)]
+            )
+        rendered = [self._rendered(found) for found in said]
         good = [side for found in rendered if not isinstance(found, Refused) for side in found[0]]
-        encodings = iter(tokenize(self.renderer.tokenizer, [side.text for side in good]))
+        encodings = iter(self._tokenized(good))
         found: list[Encoded] = []
         for row in rendered:
             found.append(row if isinstance(row, Refused) else self._encoded(*row, list(islice(encodings, len(row[0])))))
@@ -90,18 +101,22 @@ class ChatEncoder:
 
     def show(self, row: Values) -> list[list[Token]]:
         """Return the tokens of a row as text, with the role of the message that each belongs to."""
-        found = self._rendered(row)
+        said = self._said(row)
+        if self.sight is not None and not isinstance(said, Refused):
+            self.sight.look([(said[0], row)])
+        found = self._rendered(said)
         if isinstance(found, Refused):
             raise found
         sides, values = found
-        encodings = tokenize(self.renderer.tokenizer, [side.text for side in sides])
+        encodings = self._tokenized(sides)
         encoded = self._encoded(sides, values, encodings)
         if isinstance(encoded, Refused):
             raise encoded
         shown = []
-        for side, encoding, (_, mask) in zip(sides, encodings, encoded.documents, strict=True):
+        for n, (side, encoding, (_, mask)) in enumerate(zip(sides, encodings, encoded.documents, strict=True)):
             roles = [next((role for end, role in side.turns if at < end), "") for at, _ in encoding.offsets]
-            shown.append(list(zip(readable(encoding, side.text), mask.tolist(), roles, strict=True)))
+            tokens = list(zip(readable(encoding, side.text), mask.tolist(), roles, strict=True))
+            shown.append(boxed(tokens, encoded.values.get(IMAGES, ((),) * len(sides))[n]))
         return shown
 
     def fingerprint(self) -> str:
@@ -109,42 +124,78 @@ class ChatEncoder:
         renderer = self.renderer
         said = [
             renderer.templates[True], renderer.templates[False], sorted(renderer.train_on), renderer.template_args,
-            renderer.last_turn_only, renderer.split_turns,
+            renderer.last_turn_only, renderer.split_turns, *(["no empty thoughts"] * renderer.ignore_empty_think),
         ]  # fmt: skip
+        seen = [] if self.sight is None else [self.sight.fingerprint()]
         return _hash(
-            tokenizer_text(renderer.tokenizer), json.dumps(said, default=str), *self.sides, code_of(self.sample)
+            tokenizer_text(renderer.tokenizer), json.dumps(said, default=str), *self.sides, code_of(self.sample), *seen
         )
 
-    def _rendered(self, row: Values) -> tuple[list[Rendered], Values] | Refused:
+    def _said(self, row: Values) -> tuple[list[Values], Values] | Refused:
+        """Return the conversations of a row, and the values that go along."""
         self.reading.note(row, self.schema, self.columns)
         try:
             sample = self.sample(row)
-            values = sample.values | kept(row, self.columns.keys() - sample.values.keys())
-            found = [turn for one in sample.conversations for turn in self.renderer.documents(one)]
-            return [self._render(conversation) for conversation in found], values
+            values = sample.values | kept(row, self.columns.keys() - sample.values.keys() - {IMAGES})
+            conversations = sample.conversations if self.sight is None else numbered(sample.conversations)
+            return [turn for one in conversations for turn in self.renderer.documents(one)], values
+        except Refused as refused:
+            return refused
+
+    def _rendered(self, said: tuple[list[Values], Values] | Refused) -> tuple[list[Rendered], Values] | Refused:
+        if isinstance(said, Refused):
+            return said
+        try:
+            return [self._render(conversation) for conversation in said[0]], said[1]
         except Refused as refused:
             return refused
 
     def _render(self, conversation: Values) -> Rendered:
-        found = self.renderer.render(conversation)
+        images = [part for each in conversation["messages"] for part in images_of(each)]
+        if images and self.sight is None:
+            raise Refused("there are images, and the model sees none (or has no processor of images beside it)")
+        found = self.renderer.render(bare(conversation) if images else conversation)
         refuse_surrogates(found.text)
+        literal = False
         for _, start, end in found.pieces:
-            if control := self.special.search(found.text, start, end):
-                raise Refused(f"the text of a message holds the control token {control.group()}")
+            for control in self.special.finditer(found.text, start, end):
+                if self.sight is None or not self.sight.is_literal(control.group()):
+                    raise Refused(f"the text of a message holds the control token {control.group()}")
+                literal = True
+        if self.sight is not None:
+            found = self.sight.expanded(found, images, self.special if literal else None)
         return found
+
+    def _tokenized(self, sides: list[Rendered]) -> list[Any]:
+        found = tokenize(self.renderer.tokenizer, [side.text for side in sides])
+        if self.sight is None:
+            return found
+        return [self.sight.literal.encode(side.text, side.controls) if side.controls is not None else plain
+                for side, plain in zip(sides, found, strict=True)]  # fmt: skip
 
     def _encoded(self, sides: list[Rendered], values: Values, encodings: list[Any]) -> Encoded:
         import numpy as np
 
         documents: list[Document] = []
+        spans: list[list[Values]] = []
         for side, encoding in zip(sides, encodings, strict=True):
-            mask = supervised(encoding, side.spans)
+            mask, ids = supervised(encoding, side.spans), np.array(encoding.ids, dtype=np.uint32)
+            if self.sight is not None:
+                try:
+                    spans.append(self.sight.spans(side, encoding, ids))
+                except Refused as refused:
+                    return refused
+                for span in spans[-1]:  # nobody says a placeholder
+                    mask[span["at"] : span["at"] + span["length"]] = False
             if not mask[1:].any():
                 return Refused("no token of it would be supervised")
-            documents.append((np.array(encoding.ids, dtype=np.uint32), mask))
-        if len(self.sides) > 1 and all(np.array_equal(ids, documents[0][0]) for ids, _ in documents):
+            documents.append((ids, mask))
+        if self.sight is not None:
+            values = values | {IMAGES: tuple(spans)}
+        example = Example(tuple(documents), values)
+        if len(self.sides) > 1 and example.alike(self.columns):
             return Refused(f"{' and '.join(self.sides)} are equal")
-        return Example(tuple(documents), values)
+        return example
 
 
 @attrs.define
@@ -241,14 +292,6 @@ def apart(example: Example, sides: tuple[str, ...], columns: Columns) -> list[Ex
     return found
 
 
-def tokenize(tokenizer: Any, texts: list[str]) -> list[Any]:
-    """Return the encodings of texts, with nothing added, cut or padded."""
-    backend = tokenizer.backend_tokenizer
-    backend.no_truncation()
-    backend.no_padding()
-    return list(backend.encode_batch(texts, add_special_tokens=False))
-
-
 def refuse_surrogates(text: str) -> None:
     """Refuse text that no encoding can write; one such row would fail the whole batch.
 
@@ -260,37 +303,6 @@ def refuse_surrogates(text: str) -> None:
             text.encode()
         except UnicodeEncodeError:
             raise Refused("the text holds half of a UTF-16 surrogate pair") from None
-
-
-def supervised(encoding: Any, spans: list[tuple[int, int]]) -> "np.ndarray":
-    """Tell which tokens lie in a span, wholly or in part.
-
-    Only the edges of the spans are looked up: the offsets of all tokens as Python tuples cost more than the rest.
-
-    Args:
-        encoding: of the `tokenizers` library, [n] tokens.
-        spans: starts and ends, in characters.
-
-    Returns:
-        [n] booleans.
-    """
-    import numpy as np
-
-    mask = np.zeros(len(encoding), dtype=bool)
-    for start, end in spans:
-        first = _token_at(encoding, range(start, end))
-        last = _token_at(encoding, range(end - 1, start - 1, -1))
-        if first is None or last is None:
-            continue
-        while last + 1 < len(mask) and encoding.token_to_chars(last + 1)[0] < end:
-            last += 1  # more bytes of the span's last character
-        mask[first : last + 1] = True
-    return mask
-
-
-def _token_at(encoding: Any, characters: range) -> int | None:
-    """Return the token of the first of these characters that has one: a normalizer may have dropped some."""
-    return next((token for c in characters if (token := encoding.char_to_token(c)) is not None), None)
 
 
 def readable(encoding: Any, text: str) -> Iterator[str]:

@@ -47,6 +47,9 @@ class Reader(Protocol):
     def rows(self, at: Any) -> Iterator[tuple[Values, str, Any]]:
         """Yield (values, place, position after this row)."""
 
+    def row(self, at: Any) -> Values:
+        """Return the row at a position that `rows` gave, or the first."""
+
     def fingerprint(self, memory: Path | None = None) -> str:
         """Return a hash that changes with the content; `memory` is a folder in which hashes of files are kept."""
 
@@ -69,6 +72,15 @@ class LocalFiles:
                 raise DataError(f"{path} cannot be read: {error}") from error
             within = None
 
+    def row(self, at: Any) -> Values:
+        """Return the row at a position."""
+        index, within = at or (0, None)
+        if format_of(self.paths[index]) == ".parquet":
+            values = _parquet_row(self.paths[index], within or 0)
+            if values is not None:
+                return values
+        return next(self.rows(at))[0]
+
     def fingerprint(self, memory: Path | None = None) -> str:
         """Return the sha256 over names and bytes of all files."""
         whole = hashlib.sha256()
@@ -86,15 +98,25 @@ class ArrowRows:
 
     def rows(self, at: Any) -> Iterator[tuple[Values, str, Any]]:
         """Yield rows; the position is the number of the next row."""
-        number = at or 0
-        if number == len(self.dataset):  # `select` of nothing from the end is an IndexError
+        number, dataset = at or 0, undecoded(self.dataset)
+        if number == len(dataset):  # `select` of nothing from the end is an IndexError
             return
-        for batch in self.dataset.select(range(number, len(self.dataset))).iter(batch_size=512):
-            columns = list(batch)
-            for values in zip(*batch.values(), strict=True):
+        for batch in dataset.select(range(number, len(dataset))).iter(batch_size=512):
+            columns, held = (
+                (list(batch), batch.values())
+                if isinstance(batch, dict)
+                else (batch.column_names, batch.to_pydict().values())
+            )
+            for values in zip(*held, strict=True):
                 number += 1
                 row = {name: without_nulls(value) for name, value in zip(columns, values, strict=True)}
                 yield row, f"{self.label} row {number - 1}", number
+
+    def row(self, at: Any) -> Values:
+        """Return the row at a position."""
+        found = undecoded(self.dataset)[at or 0]
+        found = found if isinstance(found, dict) else {name: column[0] for name, column in found.to_pydict().items()}
+        return {name: without_nulls(value) for name, value in found.items()}
 
     def fingerprint(self, memory: Path | None = None) -> str:
         """Return the fingerprint that `datasets` keeps of the content."""
@@ -119,9 +141,18 @@ class HubStream:
             row = {name: without_nulls(value) for name, value in values.items()}
             yield row, f"{self.label} row {number - 1}", [number, dataset.state_dict()]
 
+    def row(self, at: Any) -> Values:
+        """Return the row at a position."""
+        return next(self.rows(at))[0]
+
     def fingerprint(self, memory: Path | None = None) -> str:
         """Refuse: what has not been read cannot be hashed."""
         raise DataError(f"{self.label} is a stream; streams are not cached")
+
+
+def undecoded(dataset: Any) -> Any:
+    """Return a dataset whose images stay as they are stored, as bytes or paths: nobody needs all of them decoded."""
+    return dataset.with_format("arrow") if "Image(" in repr(dataset.features) else dataset
 
 
 def format_of(path: Path) -> str | None:
@@ -317,6 +348,19 @@ def _parquet(path: Path, at: Any) -> Iterator[tuple[Values, int, Any]]:
                     yield {name: without_nulls(value) for name, value in values.items()}, number - 1, number
     except (pyarrow.ArrowException, ValueError, OverflowError) as error:  # the latter of texts and dates
         raise DataError(f"{path}: not a whole parquet file: {error}") from None
+
+
+def _parquet_row(path: Path, number: int) -> Values | None:
+    """Return a row of a parquet file; only its row group is read."""
+    from pyarrow import parquet
+
+    with parquet.ParquetFile(path) as file:
+        for group in range(file.num_row_groups):
+            if number < (rows := file.metadata.row_group(group).num_rows):
+                (values,) = file.read_row_group(group).slice(number, 1).to_pylist()
+                return {name: without_nulls(value) for name, value in values.items()}
+            number -= rows
+    return None
 
 
 def _text(path: Path, at: Any) -> Iterator[tuple[Values, int, Any]]:

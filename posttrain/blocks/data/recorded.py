@@ -126,11 +126,11 @@ class Recorder:
         ask = InStep(teacher(), self.run)
         examples = len(offsets) - 1
         left = sum(min(CHUNK, examples - chunk * CHUNK) for chunk in missing)
-        log.info("asking the network about %s of %s examples", f"{left:,}", f"{examples:,}")
+        log.info("recording the answers of the teacher or reference: %s of %s examples", f"{left:,}", f"{examples:,}")
         handles = {name: os.open(folder / name, os.O_WRONLY) for name in (*self.shapes, "done")}
         try:
             mine = missing[fabric.global_rank :: fabric.world_size]
-            for chunk in track(mine, "asking the network", disable=not (fabric.is_global_zero and sys.stderr.isatty())):
+            for chunk in track(mine, "recording answers", disable=not (fabric.is_global_zero and sys.stderr.isatty())):
                 indices = range(chunk * CHUNK, min((chunk + 1) * CHUNK, len(offsets) - 1))
                 for index, found in self._asked(loader, indices, offsets, ask):
                     for name, numbers in found.items():

@@ -58,6 +58,21 @@ KNOWN = {
 """Public datasets -> how their columns and splits are called. What a recipe says goes first."""
 
 
+@attrs.frozen
+class Origin:
+    """Where a row comes from."""
+
+    source: "Source"
+    at: Any
+    """The reader's position in front of it."""
+
+
+class Told(dict[str, Any]):
+    """The values of a row, which also say where they come from."""
+
+    origin: Origin
+
+
 @attrs.frozen(kw_only=True, slots=False)
 class Source:
     """Rows to train on.
@@ -153,9 +168,22 @@ class Source:
             if number == 0:
                 _check_columns(values, self.columns, place)
             number += 1
-            yield Row(_renamed(values, columns), number - 1, place), {"rows": number, "at": after}
+            named = Told(_renamed(values, columns))
+            named.origin = Origin(self, at)
+            yield Row(named, number - 1, place), {"rows": number, "at": after}
+            at = after
             if number == self.max_rows:
                 return
+
+    def row(self, reader: Reader, at: Any) -> dict[str, Any]:
+        """Return the row at a position, as `read` gives it."""
+        columns = {**self._known().columns, **self.columns} if not self.is_local else self.columns
+        return _renamed(reader.row(at), columns)
+
+    @property
+    def folder(self) -> Path:
+        """Where relative paths in its rows begin."""
+        return (self.path if self.path.is_dir() else self.path.parent) if self.is_local else Path()
 
     def fingerprint(self, reader: Reader, memory: Path | None = None) -> str:
         """Return a hash of the content and of how it is read; weights do not matter, they change no token."""

@@ -18,7 +18,7 @@ from posttrain.blocks.data.encode import Encoder, apart
 from posttrain.blocks.data.packing import chunks
 from posttrain.blocks.data.rows.schemas import Refused
 from posttrain.blocks.data.sources import Source
-from posttrain.blocks.layout import Column, Columns, Example
+from posttrain.blocks.layout import Column, Columns, Example, inside
 from posttrain.errors import DataError
 
 if TYPE_CHECKING:
@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 FORMAT = 4
 BATCH = 512
 EXAMPLES = 3
+NOTHING = b"[]"
+"""What an empty list is at rest."""
 ARRAYS = {
     "ids": "uint32", "mask": "bool", "offsets": "int64", "supervised": "int32", "rows": "int64",
 }  # fmt: skip
@@ -55,6 +57,8 @@ class Table:
     columns: Columns
     values: dict[str, Any]
     """Of each column: [tokens, ...], [documents, ...] or [examples, ...]; of plain data, what reads them."""
+    source: Source
+    """Where the rows can be read again."""
 
     def __getitem__(self, index: int) -> Example:
         """Return an example as it was tokenized."""
@@ -71,9 +75,19 @@ class Table:
         held = self.values[name]
         if column.per in ("token", "target"):
             return tuple(held[part] for part in parts)
+        if column.per == "span":
+            numbers = range(index * len(self.sides), (index + 1) * len(self.sides))
+            return tuple(
+                self._spans(held[n], part, int(self.offsets[n])) for n, part in zip(numbers, parts, strict=True)
+            )
         if column.per == "document":
             return tuple(held[index * len(self.sides) : (index + 1) * len(self.sides)])
         return held[index]
+
+    def _spans(self, spans: list[dict[str, Any]], part: slice, begin: int) -> list[dict[str, Any]]:
+        """Return the spans in a part of the table's tokens, of the document that begins there."""
+        found = inside(spans, slice(part.start - begin, part.stop - begin))
+        return [span | {"source": self.source} if "at_row" in span else span for span in found]
 
 
 @attrs.frozen(eq=False)
@@ -87,7 +101,16 @@ class Texts:
 
     def __getitem__(self, index: int) -> Any:
         """Return one of them."""
+        if self.offsets[index + 1] - self.offsets[index] == len(NOTHING):
+            return []
         return json.loads(self.content[self.offsets[index] : self.offsets[index + 1]].tobytes())
+
+    @property
+    def filled(self) -> "np.ndarray":
+        """int64 [k], the numbers of those that hold more than an empty list."""
+        import numpy as np
+
+        return np.flatnonzero(np.diff(self.offsets) > len(NOTHING))
 
 
 def table(source: Source, encoder: Encoder, cache: Path) -> Table:
@@ -103,23 +126,25 @@ def table(source: Source, encoder: Encoder, cache: Path) -> Table:
     reader = source.open()
     content = source.fingerprint(reader, cache / "hashes")
     said = f"{FORMAT} {content} {encoder.fingerprint()}"
+    if any(column.per == "span" for column in encoder.columns.values()):
+        said += str(source.folder.absolute())  # relative paths of images begin there
     if encoder.columns:
         said += json.dumps({name: attrs.astuple(column) for name, column in encoder.columns.items()})
     key = hashlib.sha256(said.encode()).hexdigest()[:32]
     folder = cache / key
-    if is_whole(folder):  # without the lock, so that a cache that may only be read can be used
-        return opened(folder, source.label)
+    if is_whole(folder) and not is_stale(found := opened(folder, source)):
+        return found  # without the lock, so that a cache that may only be read can be used
     try:
         cache.mkdir(parents=True, exist_ok=True)
         with FileLock(cache / f"{key}.lock"):
-            if not is_whole(folder):
+            if not is_whole(folder) or is_stale(opened(folder, source)):
                 build(source, reader, encoder, folder)
     except OSError as error:
         raise DataError(
             f"the cache folder {cache} cannot be written: {error.strerror or error}; "
             "set data.cache_dir or $POSTTRAIN_CACHE"
         ) from error
-    return opened(folder, source.label)
+    return opened(folder, source)
 
 
 def build(source: Source, reader: Any, encoder: Encoder, folder: Path) -> None:
@@ -141,7 +166,7 @@ def build(source: Source, reader: Any, encoder: Encoder, folder: Path) -> None:
             rows_in += len(batch)
             for row, found in zip(batch, encoder.encode([row.values for row in batch]), strict=True):
                 if isinstance(found, Refused):
-                    note(refused, str(found), row.place)
+                    note(refused, str(found), f"{row.place}: {found.detail}" if found.detail else row.place)
                     continue
                 for one in apart(found, encoder.sides, encoder.columns):
                     for ids, mask in one.documents:
@@ -199,8 +224,9 @@ def write_values(files: dict[str, Any], example: Example, columns: Columns) -> N
     for name, column in columns.items():
         value, file = example.values[name], files[f"column-{name}"]
         if column.dtype == "json":
-            file.write(json.dumps(value).encode())
-            files[f"column-{name}-offsets"].write(np.asarray(file.tell(), dtype="int64").tobytes())
+            for one in value if column.per == "span" else (value,):
+                file.write(json.dumps(one).encode())
+                files[f"column-{name}-offsets"].write(np.asarray(file.tell(), dtype="int64").tobytes())
         else:
             for one in (value,) if column.per == "example" else value:
                 file.write(np.asarray(one, dtype=column.dtype).tobytes())
@@ -223,7 +249,23 @@ def is_whole(folder: Path) -> bool:
         return False
 
 
-def opened(folder: Path, label: str) -> Table:
+def is_stale(found: Table) -> bool:
+    """Whether a file that a span names, such as an image, has gone or has changed since."""
+    for name, column in found.columns.items():
+        for index in found.values[name].filled.tolist() if column.per == "span" else ():
+            for span in found.values[name][index]:
+                if "state" not in span:
+                    continue
+                try:
+                    state = Path(span["path"]).stat()
+                except OSError:
+                    return True
+                if [state.st_size, state.st_mtime_ns] != span["state"]:
+                    return True
+    return False
+
+
+def opened(folder: Path, source: Source) -> Table:
     """Map a folder's arrays into memory."""
     import numpy as np
 
@@ -245,4 +287,12 @@ def opened(folder: Path, label: str) -> Table:
     arrays: dict[str, Any] = {name: mapped(name) for name in ARRAYS}
     said = {name: manifest[name] for name in ("rows_in", "refused", "reading")}
     held = {name: values(name, column) for name, column in columns.items()}
-    return Table(label=label, sides=tuple(manifest["sides"]), columns=columns, values=held, **said, **arrays)
+    return Table(
+        label=source.label,
+        source=source,
+        sides=tuple(manifest["sides"]),
+        columns=columns,
+        values=held,
+        **said,
+        **arrays,
+    )

@@ -14,7 +14,7 @@ from posttrain.blocks.data.readers import Row
 from posttrain.blocks.data.rows.schemas import Refused
 from posttrain.blocks.data.sources import Source
 from posttrain.blocks.data.store import note
-from posttrain.blocks.data.views import Limits, pieces
+from posttrain.blocks.data.views import Limits, images_of, pieces
 from posttrain.blocks.layout import Example
 from posttrain.errors import DataError
 from posttrain.words import counted
@@ -99,7 +99,7 @@ class StreamEncoding:
             if isinstance(encoded, Refused):
                 if self.limits.invalid == "error":
                     raise DataError(f"{row.place}: {encoded}; fix it, or leave such rows out with data.invalid=drop")
-                note(entry["dropped"], str(encoded), row.place)
+                note(entry["dropped"], str(encoded), f"{row.place}: {encoded.detail}" if encoded.detail else row.place)
             else:
                 for one in apart(encoded, self.encoder.sides, self.encoder.columns):
                     left += self._cut(one, row, entry)
@@ -124,7 +124,7 @@ class StreamEncoding:
             entry["tokens_cut"] += len(example)
             return []
         left = []
-        for piece in pieces(example, self.limits, self.encoder.sides):
+        for piece in pieces(example, self.limits, self.encoder.sides, self.encoder.columns):
             if piece.useless:
                 note(entry["dropped"], piece.useless, row.place)
             else:
@@ -147,6 +147,10 @@ class StreamEncoding:
         entry["documents" if len(self.encoder.sides) == 1 else "pairs"] += len(examples)
         entry["tokens"] += sum(len(ids) for ids, _ in documents)
         entry["supervised_tokens"] += sum(int(mask[1:].sum()) for _, mask in documents)
+        for name in (name for name, column in self.encoder.columns.items() if column.per == "span"):
+            for spans in (spans for example in examples for spans in example.values[name]):
+                for count, value in images_of(spans).items():
+                    entry[count] = entry.get(count, 0) + value
 
 
 def uniform(*numbers: int) -> float:

@@ -7,12 +7,16 @@ from typing import TYPE_CHECKING, Any
 import attrs
 
 from posttrain.blocks.data.store import Table
-from posttrain.blocks.layout import Example
+from posttrain.blocks.layout import Columns, Example
 from posttrain.errors import DataError
 from posttrain.words import counted
 
 if TYPE_CHECKING:
     import numpy as np
+
+
+IMAGE_COUNTS = ("images", "image_tokens", "images_shrunk")
+"""What a ledger says of images."""
 
 
 @attrs.frozen(eq=False)
@@ -62,7 +66,8 @@ class Limits:
     def advice(self) -> str:
         """What to do about rows that are too long."""
         *most, last = self.policies
-        return f"raise data.max_length, or set data.overflow to {', '.join(most)} or {last}"
+        choices = f"{', '.join(most)} or {last}" if most else last
+        return f"raise data.max_length, or set data.overflow to {choices}"
 
     @property
     def too_long(self) -> str:
@@ -103,6 +108,7 @@ def documents(
             "documents" if len(from_table.sides) == 1 else "pairs": len(begins),
             "tokens": int(sizes.sum()),
             "supervised_tokens": int(supervised.sum()),
+            **images_in(from_table, begins, sizes, examples),
         }
         source = np.full(len(begins), number, dtype=np.int16)
         parts.append((begins, sizes.astype(np.int32), supervised, source, examples))
@@ -113,6 +119,33 @@ def documents(
             "nothing is left to train on:\n" + "\n".join(f"  {name}: {found}" for name, found in ledger.items())
         )
     return Documents(tables, begins, sizes, supervised, source, example, weights), ledger
+
+
+def images_in(table: Table, begins: "np.ndarray", sizes: "np.ndarray", examples: "np.ndarray") -> dict[str, int]:
+    """Return how many images some views of a table hold, their tokens, and how many of them the model sees smaller than
+    they are; nothing for a model that sees none.
+
+    Args:
+        table: of the views.
+        begins, sizes: int64 [n, sides], of their documents.
+        examples: int64 [n], of the table.
+    """
+    import numpy as np
+
+    found: Counter[str] = Counter()
+    names = [name for name, column in table.columns.items() if column.per == "span"]
+    for name in names:
+        there = np.unique(table.values[name].filled // len(table.sides))
+        for n in np.flatnonzero(np.isin(examples, there)).tolist():
+            for spans in table.view(int(examples[n]), begins[n], begins[n] + sizes[n]).values[name]:
+                found.update(images_of(spans))
+    return {name: found[name] for name in IMAGE_COUNTS} if names else {}
+
+
+def images_of(spans: Iterable[dict[str, Any]]) -> dict[str, int]:
+    """Return how many images these are, their tokens, and how many are seen smaller than they are."""
+    counts = [(1, span["tokens"], int(span["shrunk"])) for span in spans]
+    return dict(zip(IMAGE_COUNTS, map(sum, zip(*counts, strict=True)), strict=True)) if counts else {}
 
 
 def by_share(found: Documents, shares: list[float]) -> Documents:
@@ -156,7 +189,10 @@ def cut(
         counts["dropped"][limits.too_long] = counts["too_long"]
     elif limits.overflow in ("truncate", "split"):
         for example, firsts in zip(chosen[long].tolist(), begins[long].tolist(), strict=True):
-            found += [(example, firsts, piece) for piece in pieces(from_table[example], limits, from_table.sides)]
+            found += [
+                (example, firsts, piece)
+                for piece in pieces(from_table[example], limits, from_table.sides, from_table.columns)
+            ]
     counts["dropped"] |= Counter(piece.useless for _, _, piece in found if piece.useless)
     useful = [(example, firsts, piece) for example, firsts, piece in found if not piece.useless]
     counts["tokens_cut"] = int(sizes[long].sum()) - sum(sum(piece.sizes) for _, _, piece in useful)
@@ -188,21 +224,46 @@ class Piece:
         return [part.stop - part.start for part in self.parts]
 
 
-def pieces(example: Example, limits: Limits, sides: tuple[str, ...]) -> Iterator[Piece]:
-    """Yield what is left of an example that is too long; only single documents are ever split into several pieces."""
-    import numpy as np
+def pieces(example: Example, limits: Limits, sides: tuple[str, ...], columns: Columns) -> Iterator[Piece]:
+    """Yield what is left of an example that is too long; only single documents are ever split into several pieces.
 
-    step, longest = limits.max_length, max(len(ids) for ids, _ in example.documents)
-    for begin in range(0, longest, step) if limits.overflow == "split" else [0]:
-        parts = [slice(begin, min(begin + step, len(ids))) for ids, _ in example.documents]
-        cut = [(ids[part], mask[part]) for (ids, mask), part in zip(example.documents, parts, strict=True)]
-        supervised = [int(mask[1:].sum()) for _, mask in cut]
+    What belongs together, as the tokens of an image do, is never cut: a piece ends before it.
+    """
+    split = limits.overflow == "split"
+    names = [name for name, column in columns.items() if column.per == "span"]
+    each = [[span for name in names for span in example.values[name][n]] for n in range(len(example.documents))]
+    cuts = [
+        list(parts_of(len(ids), limits.max_length, spans, split))
+        for (ids, _), spans in zip(example.documents, each, strict=True)
+    ]
+    for parts in zip(*cuts, strict=True):
+        piece = example.cut(list(parts), columns)
+        supervised = [int(mask[1:].sum()) for _, mask in piece.documents]
         useless = None
-        if not all(supervised):
+        if any(len(ids) > limits.max_length for ids, _ in piece.documents):
+            useless = "cut, an image has more tokens than data.max_length"
+        elif not all(supervised):
             useless = "cut, no supervised token is left"
-        elif len(cut) > 1 and all(np.array_equal(ids, cut[0][0]) for ids, _ in cut):
+        elif len(parts) > 1 and piece.alike(columns):
             useless = f"cut, {' and '.join(sides)} are equal"
-        yield Piece(parts, supervised, useless)
+        yield Piece(list(parts), supervised, useless)
+
+
+def parts_of(length: int, longest: int, spans: list[dict[str, Any]], split: bool) -> Iterator[slice]:
+    """Yield the parts of a document that are at most so long, or the first; a span that is longer is a part by itself.
+
+    >>> list(parts_of(10, 4, [{"at": 2, "length": 3}], True))
+    [slice(0, 2, None), slice(2, 6, None), slice(6, 10, None)]
+    """
+    begin = 0
+    while begin < length:
+        end = min(begin + longest, length)
+        if torn := next((span for span in spans if span["at"] < end < span["at"] + span["length"]), None):
+            end = torn["at"] if torn["at"] > begin else begin + torn["length"]
+        yield slice(begin, end)
+        if not split:
+            return
+        begin = end
 
 
 def refuse_invalid(tables: Iterable[Table], limits: Limits) -> None:

@@ -15,7 +15,10 @@ def ledger(found: dict[str, Any]) -> "Table":
 
     parts = [("", found), ("held out: ", found.get("eval", {}))]
     entries = [(prefix + source, entry) for prefix, part in parts for source, entry in part.get("sources", {}).items()]
-    known = ("rows_in", "dropped", "too_long", "tokens_cut", "documents", "pairs", "tokens", "supervised_tokens")
+    known = (
+        "rows_in", "dropped", "too_long", "tokens_cut", "documents", "pairs", "tokens", "supervised_tokens", "images",
+        "image_tokens", "images_shrunk",
+    )  # fmt: skip
     summed = [
         (name, {**entry, "dropped": sum(_count(n) for n in entry["dropped"].values())}) for name, entry in entries
     ]

@@ -42,6 +42,16 @@ class Way:
         return f"{self.attention} attention" + "".join(f", {name} by document" for name, _ in self.separated)
 
 
+@attrs.frozen
+class Sight:
+    """How images enter a network."""
+
+    blocks: bool
+    """Whether the tokens of an image see all of it, and not only what lies before them."""
+    language: tuple[str, ...]
+    """What the names of the language model's parameters begin with."""
+
+
 @attrs.define(eq=False)
 class Bounds:
     """Where the documents of the rows begin that a network is computing: [0, ..., rows * width]."""

@@ -63,6 +63,7 @@ def packed_attention(
     sequence_group: Any = None,
     softcap: float | None = None,
     s_aux: Tensor | None = None,
+    image_blocks: Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Causal attention within each document.
@@ -82,6 +83,8 @@ def packed_attention(
         sequence_group: ranks that each hold some columns of the rows; bounds are those of whole rows.
         softcap: scores are tanh(score / softcap) * softcap, as in Gemma 2.
         s_aux: [heads], what each head adds to the sum of its exponentials, as in gpt-oss: an attention sink.
+        image_blocks: int64 [rows, width], where tokens of one image see each other, as in Gemma 3: the number of the
+            image of each token, or -1.
         kwargs: of which `position_bias` is refused.
 
     Returns:
@@ -115,7 +118,8 @@ def packed_attention(
     if kwargs.get("position_bias") is not None:
         _refuse(module, "uses `position_bias`")
     chunk = _chunk_of(module)
-    if query.is_cuda and chunk is None and softcap is None and (low := _low_precision(query)) is not None:
+    kernel = query.is_cuda and chunk is None and softcap is None and image_blocks is None
+    if kernel and (low := _low_precision(query)) is not None:
         if dropout:
             _refuse(module, "uses attention dropout")
         assert max_length_q is not None and max_length_k is not None
@@ -139,12 +143,19 @@ def packed_attention(
     if kv_index is not None:
         assert query.shape[0] == 1, "documents branch within one long row"
         key, value = key.index_select(2, kv_index), value.index_select(2, kv_index)
+    blocks = None if image_blocks is None else _blocks(image_blocks, kv_index)
     bounds = cu_seq_lens_q.tolist(), cu_seq_lens_k.tolist()
     if chunk is not None:
         if kv_index is not None:
             _refuse(module, "attends in chunks, which documents that branch cannot")
         bounds = _chunked(bounds[0], chunk), _chunked(bounds[1], chunk)
-    return _by_document(query, key, value, *bounds, dropout, scaling, sliding_window, softcap, s_aux), None
+    return _by_document(query, key, value, *bounds, dropout, scaling, sliding_window, softcap, s_aux, blocks), None
+
+
+def _blocks(image_blocks: Tensor, kv_index: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Return the image of each query and of each key, counted over rows * width."""
+    flat = image_blocks.flatten()
+    return flat, flat if kv_index is None else flat.index_select(0, kv_index)
 
 
 def _low_precision(query: Tensor) -> torch.dtype | None:
@@ -182,15 +193,20 @@ def _by_document(
     window: int | None,
     softcap: float | None,
     sinks: Tensor | None,
+    blocks: tuple[Tensor, Tensor] | None,
 ) -> Tensor:
     widths = query.shape[2], key.shape[2]
     rows: list[list[Tensor]] = [[] for _ in range(query.shape[0])]
     for queries, keys in zip(itertools.pairwise(query_bounds), itertools.pairwise(key_bounds), strict=True):
         (row, own), (_, seen) = (_part(*bounds, width) for bounds, width in zip((queries, keys), widths, strict=True))
-        mask = _visible(queries[1] - queries[0], keys[1] - keys[0], window, query.device)
+        if blocks is None:
+            mask = _visible(queries[1] - queries[0], keys[1] - keys[0], window, query.device)
+        else:
+            mask = _seen_by_image(blocks[0][slice(*queries)], blocks[1][slice(*keys)], window)
         q, k, v = query[row : row + 1, :, own], key[row : row + 1, :, seen], value[row : row + 1, :, seen]
         if softcap is not None or sinks is not None:
-            mask = _seen(q.shape[2], k.shape[2], window, query.device)
+            if mask is None:
+                mask = _seen(q.shape[2], k.shape[2], window, query.device)
             rows[row].append(_scored(q, k, v, mask, dropout, scale, softcap, sinks))
             continue
         grouped = query.shape[1] != key.shape[1]
@@ -246,6 +262,20 @@ def _seen(queries: int, keys: int, window: int | None, device: torch.device) -> 
     """Return which keys each query sees, [queries, keys]: those up to itself, or as many of them as a window holds."""
     seen = torch.ones(queries, keys, dtype=torch.bool, device=device).tril(keys - queries)
     return seen if window is None else seen.triu(keys - queries + 1 - window)
+
+
+def _seen_by_image(queries: Tensor, keys: Tensor, window: int | None) -> Tensor:
+    """Return which keys each query sees, [queries, keys]: those up to itself and all of its image, inside the window,
+    which bounds what lies behind alone, as in transformers.
+
+    Args:
+        queries, keys: the image of each token, or -1.
+        window: how many of the last tokens are seen.
+    """
+    count, past = len(queries), len(keys) - len(queries)
+    ones = torch.ones(count, len(keys), dtype=torch.bool, device=queries.device)
+    seen = ones.tril(past) | ((queries[:, None] == keys) & (queries[:, None] >= 0))
+    return seen if window is None else seen & ones.triu(past + 1 - window)
 
 
 def _refuse(module: nn.Module, why: str) -> None:

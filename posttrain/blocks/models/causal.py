@@ -13,14 +13,15 @@ import transformers
 from torch import Tensor, nn
 
 from posttrain.batch import Batch, Layout, Term
+from posttrain.blocks.images.arrange import BLOCKS, IMAGES
 from posttrain.blocks.losses.cross_entropy import nll_sum, token_log_probs, top_log_probs, top_of
 from posttrain.blocks.losses.entropy import log_probs_and_entropy, of_logits
 from posttrain.blocks.models.activations import Offload
 from posttrain.blocks.models.adapters import QUANTIZED
-from posttrain.blocks.models.apart import Bounds, ByDocument, Way, by_document, decoder_of, separate
+from posttrain.blocks.models.apart import Bounds, ByDocument, Sight, Way, by_document, decoder_of, separate
 from posttrain.blocks.models.attention import CACHE, NAME, no_mask
-from posttrain.blocks.models.router import balance
-from posttrain.errors import TrainingError
+from posttrain.blocks.models.router import balance, small
+from posttrain.errors import RecipeError, TrainingError
 from posttrain.registry import suggest
 
 MAX_SHARD_SIZE = "5GB"
@@ -46,6 +47,8 @@ class PackedModel(nn.Module):
         """Where documents begin, for modules that compute by document; and whether each has a row of its own."""
         self.router_weight = 0.0
         """Of the loss that balances experts (see router.py)."""
+        self.router_z_weight = 0.0
+        """Of the loss that keeps the routers' logits small."""
         self.quiet = False
         """Whether it adds no terms, as a reference does not."""
         self.terms: dict[str, Term] = {}
@@ -56,6 +59,10 @@ class PackedModel(nn.Module):
         """How the base was quantized; exported beside adapters, which belong to it as it is then."""
         self.apart = ""
         """How the documents of rows are kept apart, in words."""
+        self.sight: Sight | None = None
+        """How images enter it; None if it sees none."""
+        self.blind = "the model knows no images"
+        """Why it sees none."""
 
     def add(self, name: str, term: Term) -> None:
         """Let a term take part in the loss of the micro-batch that is being computed; of several passes, the sum."""
@@ -90,8 +97,61 @@ class PackedModel(nn.Module):
         return int(self.base.get_input_embeddings().num_embeddings)
 
     def given(self, layout: Layout) -> dict[str, Any]:
-        """Return the arguments of the transformers model for a layout."""
-        return inputs(layout, masks=self.attention != NAME)
+        """Return the arguments of the transformers model for a layout; what it sees of images is computed apart.
+
+        Raises:
+            TrainingError: the layout has images, and the network cannot see them exactly.
+        """
+        given = inputs(layout, masks=self.attention != NAME)
+        images, blocks = (given.pop(name, None) for name in (IMAGES, BLOCKS))
+        if images is None:
+            return given
+        if self.sight is None:
+            raise TrainingError(f"the data holds images, and {self.blind}")
+        if layout.sequence_group is not None:
+            raise TrainingError("the data holds images, which `sequence` cannot cut into columns; leave it out")
+        features = self.base.base_model.get_image_features(**images, return_dict=True)
+        more = {BLOCKS: blocks} if self.sight.blocks else {}
+        return {**given, **more, "mm_encoder_outputs": {"image": features}}
+
+    def joined(self, found: Tensor) -> Tensor:
+        """Return what was found, in which all that is trained besides the language model takes part by a zero: without
+        images, nothing else would reach it, and strategies wait for every gradient."""
+        others = self.others()
+        return found if not others else found + torch.stack([p.sum() for p in others]).sum() * 0.0
+
+    @property
+    def seldom(self) -> list[nn.Module]:
+        """The modules that only images reach."""
+        if self.sight is None:
+            return []
+        language = self.sight.language
+        named = ((f"{name}.", part) for name, part in self.base.named_modules() if name)
+        return [part for name, part in named if not name.startswith(language) and not any(
+            prefix.startswith(name) for prefix in language)]  # fmt: skip
+
+    def without_images(self) -> None:
+        """Train nothing besides the language model: no image will be seen, and decay must not shrink the rest.
+
+        Raises:
+            RecipeError: then nothing would be trained.
+        """
+        for parameter in self.others():
+            parameter.requires_grad_(False)
+        if self.sight is not None:
+            self.sight, self.blind = None, "no row of it was known to hold any"
+        if not any(parameter.requires_grad for parameter in self.parameters()):
+            raise RecipeError("model.train: the data holds no images, so that only the language model can be trained")
+
+    def others(self) -> list[nn.Parameter]:
+        """Return the parameters besides those of the language model that are trained."""
+        if self.sight is None:
+            return []
+        return [
+            p
+            for name, p in self.base.named_parameters()
+            if p.requires_grad and not name.startswith(self.sight.language)
+        ]
 
     @property
     def attention(self) -> str:
@@ -119,25 +179,30 @@ class PackedModel(nn.Module):
 
     def hidden_states(self, layout: Layout) -> Tensor:
         """Return the last hidden states, [rows, width, size]."""
-        decoder = decoder_of(self.base)
+        decoder = self.base.base_model if IMAGES in layout.arguments else decoder_of(self.base)
         with self.running(layout):
             if self.unfolds:
                 return self.unfolded(lambda ids: decoder(input_ids=ids, use_cache=False).last_hidden_state, layout)
             output = decoder(**self.given(layout), **self.routed)
         self.add_router(output, layout)
-        return output.last_hidden_state  # type: ignore[no-any-return]
+        return self.joined(output.last_hidden_state)
 
     @property
     def routed(self) -> dict[str, bool]:
         """What makes the network give the logits of its routers, if they are wanted."""
-        return {"output_router_logits": True} if self.router_weight and not self.quiet else {}
+        wanted = (self.router_weight or self.router_z_weight) and not self.quiet
+        return {"output_router_logits": True} if wanted else {}
 
     def add_router(self, output: Any, layout: Layout) -> None:
-        """Add the balancing loss of the experts to that of the micro-batch."""
-        if self.routed:
-            top_k = self.base.config.get_text_config().num_experts_per_tok
-            logits = tuple(one for one in output.router_logits if one is not None)
+        """Add the losses of the routers to that of the micro-batch."""
+        if not self.routed:
+            return
+        top_k = self.base.config.get_text_config().num_experts_per_tok
+        logits = tuple(one for one in output.router_logits if one is not None)
+        if self.router_weight:
             self.add("router", balance(logits, layout, top_k, self.router_weight))
+        if self.router_z_weight:
+            self.add("router_z", small(logits, layout, self.router_z_weight))
 
     def unfolded(self, compute: Any, layout: Layout) -> Tensor:
         """Compute something with each document in a row of its own, [rows, width, ...]."""
@@ -239,13 +304,13 @@ class CausalLM(PackedModel):
                 logits = self.unfolded(lambda ids: self.base(input_ids=ids).logits, layout)
             return logits.flatten(0, 1).index_select(0, layout.supervised)
         flat = self.given(layout)
-        tokens = [name for name, extra in layout.arguments.items() if extra.per == "token"]
+        tokens = [name for name, extra in layout.arguments.items() if extra.per == "token" and name in flat]
         for name in ("input_ids", "position_ids", *tokens):  # one long row, since one index list serves all rows
             flat[name] = flat[name].flatten(-2).unsqueeze(-2)
         with self.running(layout):
             output = self.base(**flat, logits_to_keep=layout.supervised, **self.routed)
         self.add_router(output, layout)
-        return output.logits[0]  # type: ignore[no-any-return]
+        return self.joined(output.logits[0])
 
     @torch.no_grad()
     def top_log_probs(

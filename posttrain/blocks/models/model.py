@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import attrs
-from attrs.validators import ge, gt, optional
+from attrs.validators import ge, gt, min_len, optional
 
 from posttrain.blocks.models.adapters import attach, merge, origin
 from posttrain.errors import RecipeError
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from lightning.fabric import Fabric
     from torch import nn
 
-    from posttrain.blocks.models.apart import Way
+    from posttrain.blocks.models.apart import Sight, Way
 
 log = logging.getLogger("posttrain")
 HASHED = (".json", ".safetensors", ".bin")
@@ -57,16 +57,24 @@ class LoRA:
         if self != LoRA(start_from=self.start_from):
             yield "start_from", "the adapter has its own r, alpha, dropout and modules: leave the other keys out"
 
-    def apply(self, hf: Any, task: str) -> Any:
-        """Return the model with adapters, everything else frozen; `task` is peft's name of what the model does."""
+    def apply(self, hf: Any, task: str, linears: list[str]) -> Any:
+        """Return the model with adapters, everything else frozen.
+
+        Args:
+            hf: of transformers.
+            task: peft's name of what the model does.
+            linears: of a model of images and text, what `all-linear` means: the layers of the parts that are trained.
+        """
         if self.start_from is not None:
             return attach(hf, Path(self.start_from).expanduser(), task)
         try:
             from peft import LoraConfig, get_peft_model
         except ImportError:
             raise RecipeError("model.lora needs peft: pip install 'posttrain[peft]'") from None
+        every = self.target_modules == "all-linear" and hf.config.get_text_config() is not hf.config
         config = LoraConfig(
-            r=self.r, lora_alpha=self.alpha, lora_dropout=self.dropout, target_modules=self.target_modules,
+            r=self.r, lora_alpha=self.alpha, lora_dropout=self.dropout,
+            target_modules=linears if every else self.target_modules,
             task_type=task, **self.kwargs,
         )  # fmt: skip
         with warnings.catch_warnings():
@@ -110,11 +118,18 @@ class HFModel:
     (arXiv:2305.14314; extra `bnb`); of what is trained, with `lora`. Embeddings and head stay in `dtype`."""
     double_quantization: bool | None = key(None, also=("bnb_4bit_use_double_quant",))
     """Quantize the scales of 4-bit numbers, too, which is the default: 4.13 bits a number instead of 4.5."""
+    train: list[Literal["language", "projector", "tower"]] = key(
+        factory=lambda: ["language", "projector"], check=min_len(1)
+    )
+    """Which parts of a model of images and text are trained: the language model, the projector that hands on what was
+    seen, the tower that sees. Where the data hold no images, it is the language model alone."""
     freeze: list[str] = attrs.field(factory=list)
     """Patterns of parameter names that are not trained, such as `*.embed_tokens.*`."""
     router_aux_loss: float | None = key(None, also=("router_aux_loss_coef",), check=optional(ge(0)))
     """Weight of the loss that balances the experts of a mixture (see router.py). By default what the model's
     configuration says: its `router_aux_loss_coef` where `output_router_logits` is set, else 0."""
+    router_z_loss: float = key(0.0, check=ge(0))
+    """Weight of the loss that keeps the logits of a mixture's routers small; 0.001 is usual."""
     activation_checkpointing: bool | Literal["selective"] = key(False, also=("gradient_checkpointing",))
     """Keep one activation per layer and compute the rest again in the backward pass; `selective` also keeps attention
     and every second matrix product."""
@@ -176,17 +191,19 @@ class HFModel:
     def make(self, empty: bool, fabric: "Fabric | None" = None) -> "nn.Module":
         """Return the network, with weights unless it is to be empty."""
         from posttrain.blocks.models.activations import Compiled, checkpoint_activations, tile_mlps
-        from posttrain.blocks.models.router import router_weight
+        from posttrain.blocks.models.router import router_weight, z_weight
+        from posttrain.blocks.models.vision.parts import freeze_parts, linears
 
         hf = self.load(empty)
         way = self.way(hf)
-        freeze_towers(hf)
+        sight = self.sight(hf, way)
+        freeze_parts(hf, self.train, sight if isinstance(sight, str) else None)
         if self.liger:
             use_liger(hf)
         if self.quantize is not None:
             self.keep_as_bytes(hf, fabric)
         if self.lora is not None:
-            hf = self.lora.apply(hf, self.task)
+            hf = self.lora.apply(hf, self.task, linears(hf, self.train))
         self.freeze_parameters(hf)
         if self.tiled_mlp:
             tile_mlps(hf, self.tiled_mlp)
@@ -197,14 +214,16 @@ class HFModel:
             checkpoint_activations(hf, selective=self.activation_checkpointing == "selective")
         network: Any = self.wrap(hf)
         network.keep_apart(way)
+        network.sight, network.blind = (None, sight) if isinstance(sight, str) else (sight, "")
         if not way.proven and not empty:
             from posttrain.blocks.models.probe import confirm
 
             confirm(network, self.name_or_path)
         network.offload = self.offload_activations
         network.router_weight = router_weight(hf, self.router_aux_loss)
-        if network.router_weight and way.unfolds:
-            raise RecipeError("model.router_aux_loss: this model has no packed rows, and its routers are not read")
+        network.router_z_weight = z_weight(hf, self.router_z_loss)
+        if (network.router_weight or network.router_z_weight) and way.unfolds:
+            raise RecipeError("model: this model has no packed rows, and its routers are not read: no router loss")
         network.saved_as = self.saved_as()
         if self.quantize is not None:
             network.quantized = {"quantize": self.quantize, "double_quantization": self.doubly}
@@ -241,6 +260,19 @@ class HFModel:
         set_attention(hf, way.attention)
         log.info("%s: documents of a row are kept apart by %s", self.name_or_path, way)
         return way
+
+    def sight(self, hf: Any, way: "Way") -> "Sight | str":
+        """Return how images enter the model, which is tried with the processor beside it, or why they cannot."""
+        from posttrain.blocks.models.vision.sight import find_sight
+
+        if self.auto != "AutoModelForCausalLM":
+            return f"{type(hf).__name__} is trained on text alone"
+        return find_sight(hf, self.name_or_path, way, self.hub)
+
+    def sees_images(self) -> bool:
+        """Whether it is a model of images and text."""
+        config = self.read_config()
+        return self.auto == "AutoModelForCausalLM" and config.get_text_config() is not config
 
     def saved_as(self) -> str | None:
         """Return the half-precision type that the model's files are in, for exports; None to write what is trained."""
@@ -395,20 +427,6 @@ class RewardModel(HFModel):
         from posttrain.blocks.models.reward import Scorer
 
         return Scorer(hf)
-
-
-def freeze_towers(hf: Any) -> None:
-    """Freeze what a model of images and text has besides its language model: text does not reach it."""
-    from posttrain.blocks.models.apart import decoder_of
-
-    if hf.config.get_text_config() is hf.config:
-        return
-    language = {*decoder_of(hf).parameters(), *hf.get_output_embeddings().parameters()}
-    decoder = getattr(decoder_of(hf), "language_model", None)
-    if decoder is not None:  # what has image parts and the language model in it
-        language = {*decoder.parameters(), *hf.get_output_embeddings().parameters()}
-    for parameter in hf.parameters():
-        parameter.requires_grad_(parameter in language)
 
 
 def use_liger(hf: Any) -> None:

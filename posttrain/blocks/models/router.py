@@ -1,4 +1,6 @@
-"""The loss that balances the experts of a mixture (Fedus et al., arXiv:2101.03961, eq. 4 to 6), document by document.
+"""The losses of routers: one balances the experts of a mixture, the other keeps the routers' logits small.
+
+The first (Fedus et al., arXiv:2101.03961, eq. 4 to 6) is taken document by document.
 
 A product of two means over tokens is no mean over tokens: taken over a micro-batch, it would depend on how a step is
 cut. Taken over each document it is what transformers computes for a document alone, and its mean over all tokens of a
@@ -29,6 +31,17 @@ def router_weight(hf: Any, asked: float | None) -> float:
     return float(said.get("router_aux_loss_coef") or 0.0) if said.get("output_router_logits") else 0.0
 
 
+def z_weight(hf: Any, asked: float) -> float:
+    """Return how much the z-loss of a model's routers counts.
+
+    Raises:
+        RecipeError: it is asked for, but the model has no routers that give their logits.
+    """
+    if asked and not has_routers(hf):
+        raise RecipeError(f"model.router_z_loss: {type(hf).__name__} has no routers whose logits it gives")
+    return asked
+
+
 def has_routers(hf: Any) -> bool:
     """Whether a model says in which modules it routes."""
     return any("router_logits" in (getattr(part, "_can_record_outputs", None) or {}) for part in hf.modules())
@@ -56,3 +69,25 @@ def balance(logits: tuple[Tensor, ...], layout: Layout, top_k: int, weight: floa
     real = torch.zeros(documents, device=of.device).index_fill(0, of[layout.ends], 1.0)  # padding ends nowhere
     shares = (chosen * probability).sum(-1) / (len(logits) * tokens).clamp(min=1) ** 2  # [documents]
     return Term(experts * (real * tokens * shares).sum(), "tokens", weight)
+
+
+def small(logits: tuple[Tensor, ...], layout: Layout, weight: float) -> Term:
+    """Return the z-loss of the routers (Zoph et al., arXiv:2202.08906, eq. 5) as a term, whose count is tokens.
+
+    It is the square of the log of the sum of the exponentials of a token's logits, a mean over layers.
+
+    Args:
+        logits: [rows * width, experts] of each layer.
+        layout: of the documents.
+        weight: of the term.
+    """
+    total = torch.stack([layer.float().logsumexp(-1).square() for layer in logits]).mean(0)  # [rows * width]
+    return Term((total * real_tokens(layout, total)).sum(), "tokens", weight)
+
+
+def real_tokens(layout: Layout, like: Tensor) -> Tensor:
+    """Return 1 for each token of a document and 0 for padding, [rows * width]."""
+    seqlens = layout.cu_seqlens.diff().to(like.device)
+    of = torch.repeat_interleave(torch.arange(len(seqlens), device=like.device), seqlens, output_size=len(like))
+    real = torch.zeros(len(seqlens), device=like.device).index_fill(0, of[layout.ends], 1.0)  # padding ends nowhere
+    return real[of]

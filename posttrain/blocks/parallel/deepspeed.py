@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from posttrain.blocks.parallel.sharding import EveryMicroBatchSyncs, ShardingStrategy, replace_tensors, send, tensors_of
 from posttrain.blocks.parallel.shards import ParameterShard
-from posttrain.errors import CheckpointError
+from posttrain.errors import CheckpointError, RecipeError
 from posttrain.runtime.launch import silence_libraries
 from posttrain.runtime.precision import keeping_buffers
 
@@ -131,6 +131,11 @@ def partition(module: nn.Module, strategy: Any) -> None:
     """Cut a network up for ZeRO-3, parameter by parameter; its engine would first move all of it to the device."""
     if not strategy.zero_stage_3:
         return
+    if dist.get_world_size() > 1 and getattr(module, "seldom", None):
+        raise RecipeError(
+            "strategy: ZeRO-3 gathers what sees images where it is used, and would wait forever for a rank whose "
+            "rows hold none: use fsdp, or stage 2"
+        )
     import deepspeed
 
     if strategy.precision.precision.startswith("bf16"):  # as its engine does; buffers, such as angles, stay precise

@@ -41,9 +41,13 @@ class EveryMicroBatchSyncs(_BackwardSyncControl):
 
 
 def units(module: nn.Module) -> Iterator[nn.Module]:
-    """Yield the parts that transformers says must stay whole: the decoder layers."""
+    """Yield the parts that transformers says must stay whole: the decoder layers.
+
+    Not what only images reach (`seldom` of a network): ranks whose rows hold none would not gather it with the others.
+    """
     whole = {name for part in module.modules() for name in getattr(part, "_no_split_modules", None) or ()}
-    return (part for part in list(module.modules()) if type(part).__name__ in whole)
+    seldom = set(map(id, getattr(module, "seldom", ())))
+    return (part for part in list(module.modules()) if type(part).__name__ in whole and id(part) not in seldom)
 
 
 def tensors_of(module: nn.Module) -> dict[str, Tensor]:

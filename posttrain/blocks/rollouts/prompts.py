@@ -19,11 +19,11 @@ from posttrain.blocks.data.encode import (
     kept,
     readable,
     refuse_surrogates,
-    tokenize,
     tokenizer_text,
 )
 from posttrain.blocks.data.rows.chat import ChatRenderer, special_tokens
 from posttrain.blocks.data.rows.messages import Refused
+from posttrain.blocks.data.rows.offsets import tokenize
 from posttrain.blocks.data.rows.schemas import CHATS, REPLIES, SHARED, Reading, Schema, conversation, filled, prompt_of
 from posttrain.blocks.layout import Column, Columns, Example, collate
 from posttrain.registry import block, key

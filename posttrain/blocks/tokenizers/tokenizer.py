@@ -1,8 +1,12 @@
 """Tokenizer blocks."""
 
+import logging
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
+
+import attrs
 
 from posttrain.blocks.models.model import HFModel
 from posttrain.blocks.tokenizers.templates import NEEDED, template_text
@@ -10,6 +14,8 @@ from posttrain.errors import RecipeError
 from posttrain.interfaces import ModelBlock
 from posttrain.registry import block
 from posttrain.values import Secret, missing_folder
+
+log = logging.getLogger("posttrain")
 
 
 @block("tokenizer", "hf")
@@ -29,6 +35,8 @@ class HFTokenizer:
     """Branch, tag or commit of a hub tokenizer; the model's, if it is the model's own."""
     token: Secret | None = None
     """For a private hub tokenizer: `${HF_TOKEN}`; the model's, if it is the model's own."""
+    processor: dict[str, Any] = attrs.field(factory=dict)
+    """Arguments of the processor of images, such as `max_pixels`, for a model that sees them."""
 
     def check(self) -> Iterator[tuple[str, str]]:
         """Yield a path that leads nowhere."""
@@ -75,4 +83,27 @@ class HFTokenizer:
             tokenizer.pad_token = self.pad_token
         if tokenizer.pad_token is None:
             tokenizer.pad_token = tokenizer.eos_token
-        return tokenizer
+        return self.with_images(tokenizer, name, model, {"revision": revision, "token": secret})
+
+    def with_images(self, tokenizer: Any, name: str, model: ModelBlock, hub: dict[str, Any]) -> Any:
+        """Return the tokenizer with the processor of images, if the model sees any.
+
+        Raises:
+            RecipeError: the processor cannot be loaded, or `processor` has keys that mean nothing.
+        """
+        from posttrain.blocks.images.processor import load, seeing
+
+        config = images = None
+        if isinstance(model, HFModel):
+            with suppress(OSError, ValueError):  # what the model will say of it tells more
+                config = model.read_config()
+        if config is not None and config.get_text_config() is not config:
+            try:
+                images = load(name, tokenizer, config, hub, self.processor)
+            except RecipeError as error:
+                if self.processor:
+                    raise
+                log.warning("%s; it can be trained on text alone, and exports have no processor", error)
+        if images is None and self.processor:
+            raise RecipeError(f"tokenizer.processor: there is no processor of images beside {name!r}")
+        return tokenizer if images is None else seeing(tokenizer, images)

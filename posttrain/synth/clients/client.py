@@ -21,6 +21,7 @@ from posttrain.synth.clients.structured import How, as_asked
 from posttrain.synth.errors import IncompleteTask
 from posttrain.synth.ledger import results
 from posttrain.synth.ledger.keys import CHAT, Scrubber, canonical, content_hash, counted, estimates, in_order, scrubbed
+from posttrain.synth.ledger.live import shown, silent
 from posttrain.synth.ledger.pricing import Budget, Plan, Price, within
 from posttrain.synth.ledger.results import Reasoning, Response
 from posttrain.synth.ledger.session import Progress, Session
@@ -177,7 +178,7 @@ class Synth:
 
     def run(
         self, task_name: str, *, max_cost: float | None = None, max_requests: int | None = None, wait: bool = True,
-        retry_failed: bool = False, progress: Callable[[Progress], None] = lambda progress: None,
+        retry_failed: bool = False, progress: Callable[[Progress], None] | None = None,
     ) -> Counts:  # fmt: skip
         """Send what has no result yet, and return how the task stands; results stay in the ledger.
 
@@ -187,7 +188,7 @@ class Synth:
             max_requests: requests that this run may send (the client's, unless given).
             wait: stay until batches are finished. Otherwise submit them, take in those that are, and return.
             retry_failed: also send again what the server has refused for good.
-            progress: called a few times a second.
+            progress: called a few times a second; by default a terminal has a line that shows how it goes.
 
         Raises:
             TaskStopped: something concerns the whole task: a bound, a quota, a key, a server that stays away.
@@ -199,9 +200,10 @@ class Synth:
         max_cost = self.max_cost if max_cost is None else max_cost
         max_requests = self.max_requests if max_requests is None else max_requests
         self._hold(task_name, max_cost, max_requests)
-        session = self._session(task, task_name, max_cost, max_requests, progress, wait)
-        with scrubbed(self.scrubber), _interruptible(session):
-            self.send(session)
+        with shown(progress) as report, scrubbed(self.scrubber):
+            session = self._session(task, task_name, max_cost, max_requests, report, wait)
+            with _interruptible(session):
+                self.send(session)
         if session.stopping.is_set():
             counts = self.ledger.counts(task)
             raise KeyboardInterrupt(
@@ -212,7 +214,7 @@ class Synth:
     def execute_batch_task(
         self, task_name: str, on_error: OnError = "raise", *, max_cost: float | None = None,
         max_requests: int | None = None, wait: bool = True, retry_failed: bool = False,
-        progress: Callable[[Progress], None] = lambda progress: None,
+        progress: Callable[[Progress], None] | None = None,
     ) -> list[Response]:  # fmt: skip
         """Run a task and return its responses: as many as were added, in their order, always. See `run`.
 
@@ -368,7 +370,7 @@ class Synth:
         return Session(self.ledger, task, name, budget, self.scrubber, progress, report, wait)
 
     def _step(self, name: str, work: Callable[[BatchRun], Any]) -> Any:
-        session = self._session(self._task(name), name, self.max_cost, self.max_requests, lambda progress: None, True)
+        session = self._session(self._task(name), name, self.max_cost, self.max_requests, silent, True)
         with scrubbed(self.scrubber):
             return with_batches(self.batch_service(), session, work)
 

@@ -43,7 +43,7 @@ class Pipeline:
     def run(
         self, rows: Source | Iterable[Row], client: Synth, task: str = "pipeline", *, max_cost: float | None = None,
         max_requests: int | None = None, wait: bool = True, retry_failed: bool = False, send: bool = True,
-        progress: Callable[[Progress], None] = lambda progress: None, say: Callable[[str], None] = lambda text: None,
+        progress: Callable[[Progress], None] | None = None, say: Callable[[str], None] = lambda text: None,
     ) -> Report:  # fmt: skip
         """Take the rows through all steps, and return what came of them.
 
@@ -56,7 +56,7 @@ class Pipeline:
             wait: stay until batches are finished; otherwise stop at the first step that is waiting for one.
             retry_failed: also send again what a server has refused for good.
             send: false stops at the first step that has something to send, and says how much.
-            progress: called a few times a second while a step sends.
+            progress: called a few times a second while a step sends; by default a terminal shows it.
             say: called with a line about each step that sends.
 
         Raises:
@@ -84,7 +84,8 @@ class Pipeline:
 
     def _take(
         self, report: Report, rows: Iterator[Row], client: Synth, *, max_cost: float | None, max_requests: int | None,
-        wait: bool, retry_failed: bool, send: bool, progress: Callable[[Progress], None], say: Callable[[str], None],
+        wait: bool, retry_failed: bool, send: bool, progress: Callable[[Progress], None] | None,
+        say: Callable[[str], None],
     ) -> None:  # fmt: skip
         """Take the rows through the steps, as far as it goes."""
         incoming = report.begin(rows)

@@ -54,7 +54,7 @@ class Preview:
 def preview(
     pipeline: Pipeline, rows: Source | Iterable[Row], client: Synth, task: str, first: int, *,
     max_cost: float | None = None, max_requests: int | None = None, retry_failed: bool = False,
-    progress: Callable[[Progress], None] = lambda progress: None, say: Callable[[str], None] = lambda text: None,
+    progress: Callable[[Progress], None] | None = None, say: Callable[[str], None] = lambda text: None,
 ) -> Preview:  # fmt: skip
     """Take the first rows through all steps, one request at a time where the run itself makes batches.
 

@@ -93,6 +93,7 @@ class Refresh:
             TrainingError: there are none.
         """
         from posttrain.synth.clients.transformers import TransformersSynth
+        from posttrain.synth.ledger.live import silent
         from posttrain.synth.pipelines.pipeline import Pipeline
 
         network: Any = run.model.module.hf
@@ -102,7 +103,7 @@ class Refresh:
             work_dir=_folder_for(file.with_suffix(""), fingerprint(network)),  # type: ignore[call-arg]  # of the base
             batch_size=self.batch_size,
         )
-        report = Pipeline(list(self.steps)).run(self.source, client, "steps")
+        report = Pipeline(list(self.steps)).run(self.source, client, "steps", progress=silent)
         if not report.stages[-1].rows_out:
             reasons = "; ".join(f"{n:,} {why}" for stage in report.stages for why, n in stage.dropped.items())
             raise TrainingError(f"callbacks: refresh: nothing came of the prompts after pass {run.epoch}: {reasons}")

@@ -14,6 +14,7 @@ from typing import Any
 import attrs
 
 from posttrain.blocks.data.rows.markers import END, START, Marker, Piece, without_markers
+from posttrain.blocks.data.rows.media import images_of
 from posttrain.blocks.data.rows.messages import (
     REASONING,
     Ranges,
@@ -26,7 +27,10 @@ from posttrain.blocks.data.rows.messages import (
 )
 from posttrain.blocks.data.rows.spans import Layout
 from posttrain.errors import DataError
+from posttrain.words import counted
 
+NO_THOUGHT = re.compile(r"\s*(?:<think>\s*)?</think>\s*")
+"""Where the prompt opens the thinking, the reply only closes it."""
 TAG = re.compile(r"</?[A-Za-z_]\w*>")
 STOPS = (
     "<|im_end|>", "<|eot_id|>", "<|eom_id|>", "<end_of_turn>", "<|end|>", "<|return|>", "<|call|>", "</s>",
@@ -50,6 +54,12 @@ class Rendered:
     """What is trained."""
     turns: list[tuple[int, str]]
     """End and role of each message found, in the order of the text."""
+    anchors: list[tuple[int, int]] = attrs.field(factory=list)
+    """Where images stand; a text of a message that looks alike is none of them."""
+    images: list[tuple[int, int, dict[str, Any]]] = attrs.field(factory=list)
+    """Start and end of what became of each of them, and what is stored of it."""
+    controls: list[tuple[int, int]] | None = None
+    """Where the template's own control tokens are, if a message holds the text of one."""
 
 
 @attrs.define
@@ -66,6 +76,10 @@ class ChatRenderer:
     """Train nothing in front of the last message of a user."""
     split_turns: bool = False
     """Make a document of each turn (see `documents`)."""
+    anchor: str | None = None
+    """What the template writes where an image stands; None if the model sees none."""
+    ignore_empty_think: bool = False
+    """Leave `<think></think>` at the beginning of a reply untrained, if nothing stands in it."""
     templates: dict[bool, str] = attrs.field(init=False)
     """Jinja text for conversations without and with tools; the same for most tokenizers."""
     stops: re.Pattern[str] = attrs.field(init=False)
@@ -82,7 +96,7 @@ class ChatRenderer:
         self.templates = {with_tools: self._template(with_tools) for with_tools in (False, True)}
         special = set(special_tokens(self.tokenizer))
         self.stops = re.compile("|".join(map(re.escape, sorted(stop_tokens(self.tokenizer), key=len, reverse=True))))
-        mentioned = {tag for text in self.templates.values() for tag in TAG.findall(text)} - special
+        mentioned = {tag for text in self.templates.values() for tag in TAG.findall(text)} - special - {self.anchor}
         self.tags = re.compile("(" + "|".join(map(re.escape, sorted(mentioned))) + ")") if mentioned else None
         self.prompt = self._generation_prompt()
 
@@ -166,11 +180,31 @@ class ChatRenderer:
         )
         layout.refuse_left_out(marker.pieces, trained)
         spans = [span for index, characters in trained.items() for span in layout.spans(index, characters)]
+        if self.ignore_empty_think:
+            found_empty = [NO_THOUGHT.match(text, start, end) for start, end in spans]
+            spans = [(empty.end() if empty else start, end)
+                     for (start, end), empty in zip(spans, found_empty, strict=True)]  # fmt: skip
         if conversation.get("tools") and self._plain(messages, conversation, hidden=True) == text:
             raise Refused("the chat template leaves out the tools that the conversation may use")
         if not spans:
             raise Refused(self._nothing(messages))
-        return Rendered(text, pieces, spans, layout.turns())
+        return Rendered(text, pieces, spans, layout.turns(), self._anchors(text, pieces, messages))
+
+    def _anchors(
+        self, text: str, pieces: list[tuple[Piece, int, int]], messages: list[dict[str, Any]]
+    ) -> list[tuple[int, int]]:
+        """Return where the template itself has written that an image stands.
+
+        Raises:
+            Refused: there are more or fewer such places than images.
+        """
+        if self.anchor is None:
+            return []
+        places = [found.span() for found in re.finditer(re.escape(self.anchor), text)]
+        own = [(a, b) for a, b in places if not any(start < b and a < end for _, start, end in pieces)]
+        if len(own) != (count := sum(len(images_of(each)) for each in messages)):
+            raise Refused(f"the chat template writes {self.anchor} {len(own)} times for {counted(count, 'image')}")
+        return own
 
     def _nothing(self, messages: list[dict[str, Any]]) -> str:
         """Say why no message is trained."""

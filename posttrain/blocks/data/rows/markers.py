@@ -43,7 +43,10 @@ class Marker:
         if isinstance(content, str):
             marked["content"] = self._text(content, index, "content")
         elif isinstance(content, list):
-            marked["content"] = [p | {"text": self._text(p["text"], index, "content")} for p in content]
+            marked["content"] = [
+                part | {"text": self._text(part["text"], index, "content")} if "text" in part else part
+                for part in content
+            ]
         reasoning = next((message[name] for name in REASONING if isinstance(message.get(name), str)), None)
         if reasoning is not None:
             text = self._text(reasoning, index, "reasoning")

@@ -7,7 +7,10 @@ import json
 from collections.abc import Collection, Iterator
 from typing import Any
 
-Message = dict[str, Any]
+from posttrain.blocks.data.rows.media import Message, image_part, images_of
+from posttrain.blocks.data.rows.refused import Refused, Unplaced, Unrendered
+
+__all__ = ["Message", "Refused", "Unplaced", "Unrendered", "mark", "message", "text_of", "unmarked", "variants"]
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
 ALIASES = {
@@ -31,18 +34,6 @@ REASONING = ("reasoning_content", "thinking", "reasoning")
 KEYS = {"role", "content", "from", "value", "tool_calls", "function_call", "tool_call_id", *REASONING, *MARKS}
 """Keys of a message that are read, or that say only to whom a tool answers; templates may know others."""
 Ranges = list[tuple[int, int]]
-
-
-class Refused(Exception):
-    """A row that cannot become training data; the message is the reason that the ledger counts."""
-
-
-class Unrendered(Refused):
-    """A row that the chat template itself refuses."""
-
-
-class Unplaced(Refused):
-    """A row that the chat template shows whole, but in which the trained part cannot be told."""
 
 
 def message(found: Any, roles: Collection[str] = ROLES) -> Message:
@@ -72,24 +63,29 @@ def message(found: Any, roles: Collection[str] = ROLES) -> Message:
         rest = {key: value for key, value in rest.items() if key != "function_call"} | {"tool_calls": [legacy]}
     if calls := rest.get("tool_calls"):
         rest["tool_calls"] = [_call(call) for call in listed(calls, "tool_calls")]
-    _check_content(content, may_be_null=bool(rest.get("tool_calls")), role=role)
+    content = _checked(content, may_be_null=bool(rest.get("tool_calls")), role=role)
     return {"role": role} | ({} if content is None else {"content": content}) | rest
 
 
 def text_of(content: Any) -> str:
-    """Return content, which may come in parts or be missing, as text."""
-    return "".join(part["text"] for part in content) if isinstance(content, list) else content or ""
+    """Return content, which may come in parts or be missing, as text; images have none."""
+    return "".join(part.get("text", "") for part in content) if isinstance(content, list) else content or ""
 
 
 def variants(messages: list[Message]) -> Iterator[list[Message]]:
     """Yield messages as they are, then in other spellings that mean the same: which one works depends on the template.
 
-    These are: every content as text, every content in parts, and null where there is none (beside tool calls).
+    These are: every content as text (where there are no images), every content in parts, and null where there is none
+    (beside tool calls).
     """
     yield messages
     text = [m | {"content": text_of(m.get("content"))} for m in messages]
-    parts = [m | {"content": [{"type": "text", "text": m["content"]}]} for m in text]
-    for other in (text, parts, [{"content": None} | m for m in messages]):
+    parts = [
+        m if images_of(m) else m | {"content": [{"type": "text", "text": plain["content"]}]}
+        for m, plain in zip(messages, text, strict=True)
+    ]
+    plain = [] if any(map(images_of, messages)) else [text]
+    for other in (*plain, parts, [{"content": None} | m for m in messages]):
         if other != messages:
             yield other
 
@@ -149,20 +145,25 @@ def listed(value: Any, column: str) -> list[Any]:
     return value
 
 
-def _check_content(content: Any, may_be_null: bool, role: str) -> None:
+def _checked(content: Any, may_be_null: bool, role: str) -> Any:
+    """Return the content of a message, with parts that are images as `media.image_part` writes them."""
     if content is None:
         if not may_be_null:
             raise Refused(f"the content of a message of role {role!r} is null")
     elif isinstance(content, list):
-        if not all(map(_is_text, content)):
-            raise Refused("a message has content parts other than text")
+        return [_part(part) for part in content]
     elif not isinstance(content, str):
         raise Refused(f"the content of a message is {type(content).__name__}, not text")
+    return content
 
 
-def _is_text(part: Any) -> bool:
-    """Whether a part of a message's content is text and nothing else."""
-    return isinstance(part, dict) and isinstance(part.get("text"), str) and part.get("type", "text").endswith("text")
+def _part(part: Any) -> Any:
+    if isinstance(part, dict):
+        if (image := image_part(part)) is not None:
+            return image
+        if isinstance(part.get("text"), str) and part.get("type", "text").endswith("text"):
+            return part
+    raise Refused("a message has content parts other than text and images")
 
 
 def _parsed(content: Any, role: str) -> list[Any]:

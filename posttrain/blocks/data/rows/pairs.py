@@ -10,6 +10,7 @@ import math
 import re
 from typing import Any
 
+from posttrain.blocks.data.rows.media import placed
 from posttrain.blocks.data.rows.schemas import (
     CHATS,
     REPLIES,
@@ -131,7 +132,7 @@ def _side(row: dict[str, Any], name: str, prompt: list[Message]) -> dict[str, An
         replies = conversation({"messages": said})["messages"]
         if replies[0]["role"] in ("assistant", "tool"):
             whole["messages"] = [*prompt, *replies]
-    return whole
+    return whole | {"messages": placed(whole["messages"], row)}
 
 
 def _dialogue(text: str, name: str) -> list[Message]:

@@ -11,6 +11,7 @@ from typing import Any
 
 import attrs
 
+from posttrain.blocks.data.rows.media import column_of, placed
 from posttrain.blocks.data.rows.messages import KEYS, ROLES, Message, Refused, listed, message, text_of, tool
 from posttrain.errors import DataError
 
@@ -34,8 +35,6 @@ VERDICTS = ("label", "kto_tag")
 """Columns that say of a reply whether it is a good one (KTO)."""
 SHARED = (*SYSTEM, *TOOLS, "chat_template_kwargs")
 """Columns that are read beside those of any schema."""
-MEDIA = ("images", "image", "videos", "video", "audios", "audio")
-"""Columns of what is no text."""
 
 
 @attrs.frozen
@@ -141,8 +140,6 @@ def conversation(row: dict[str, Any], roles: Collection[str] = ROLES) -> dict[st
         DataError: the columns fit no schema.
     """
     found = schema(row)
-    if media := next((name for name in MEDIA if isinstance(row.get(name), list | dict) and row[name]), None):
-        raise Refused(f"there are {media}, and only text can be trained")
     if bad := next((name for name in VERDICTS if _says_no(row.get(name))), None):
         raise Refused(f"{bad!r} is false: the reply is one to avoid (KTO), not one to learn")
     if found.name in CHATS:
@@ -152,7 +149,8 @@ def conversation(row: dict[str, Any], roles: Collection[str] = ROLES) -> dict[st
         messages = [*prompt_of(row, ask), *_turn(row[reply], "assistant")]
     if not messages:
         raise Refused("the conversation is empty")
-    made: dict[str, Any] = {"messages": _led(row, [message(each, roles) for each in messages])}
+    said = placed([message(each, roles) for each in messages], row)
+    made: dict[str, Any] = {"messages": _led(row, said)}
     if tools := next((row[name] for name in TOOLS if filled(row.get(name))), None):
         made |= {"tools": found_tools} if (found_tools := [tool(each) for each in listed(tools, "tools")]) else {}
     if variables := row.get("chat_template_kwargs"):
@@ -188,7 +186,7 @@ def beside(row: dict[str, Any]) -> list[str]:
     """Return the columns that are read beside those of any schema."""
     groups = (SYSTEM, TOOLS, ("chat_template_kwargs",), *((name,) for name in VERDICTS))
     firsts = (next((name for name in names if filled(row.get(name))), None) for names in groups)
-    return [name for name in firsts if name]
+    return [name for name in (*firsts, column_of(row)) if name]
 
 
 def _led(row: dict[str, Any], messages: list[Message]) -> list[Message]:

@@ -160,6 +160,6 @@ class Layout:
         messages = list(self.messages)
         content = messages[piece.message]["content"]
         if not isinstance(content, str):
-            content = content[0]["text"] if len(content) == 1 else ""
+            content = content[0].get("text", "") if len(content) == 1 else ""
         messages[piece.message] = messages[piece.message] | {"content": content.lstrip()}
         return self.plain(messages) != self.text

@@ -8,7 +8,7 @@ import attrs
 from posttrain.blocks.models.speculator.model import SpeculatorModel
 from posttrain.errors import RecipeError
 from posttrain.recipes import load as recipe
-from posttrain.tools.chat import asked
+from posttrain.tools.afterwards.chat import asked
 
 if TYPE_CHECKING:
     from rich.table import Table

@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from posttrain.blocks.models.exports import Opened
 
 Message = dict[str, Any]
+PROMPT = "\001\033[1;36m\002> \001\033[0m\002"
+"""What stands between 1 and 2 has no width, as readline must know."""
 HELP = "Ctrl-D ends, Ctrl-C stops a reply, /new begins another conversation."
 
 
@@ -177,7 +179,7 @@ def asked(file: Path) -> Iterator[list[Message]]:
 def _lines(at_terminal: bool) -> Iterator[str]:
     while True:
         try:
-            line = input("\033[1;36m> \033[0m" if at_terminal else "").strip()
+            line = input(PROMPT if at_terminal else "").strip()
         except EOFError:
             return
         except KeyboardInterrupt:

@@ -9,14 +9,14 @@ import math
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import attrs
 
-from posttrain.blocks.data.rows.schemas import CHATS, REPLIES, conversation
 from posttrain.blocks.data.sources import Source
 from posttrain.blocks.models.exports import export_of
-from posttrain.errors import DataError, RecipeError
+from posttrain.errors import RecipeError
+from posttrain.synth.steps.answers import ID, asked
 from posttrain.synth.steps.verify import Verify
 
 if TYPE_CHECKING:
@@ -24,8 +24,6 @@ if TYPE_CHECKING:
 
 Z = 1.959964
 """Standard errors to either side that hold 95 % of a normal distribution."""
-ID = "row"
-"""Column that numbers the rows, so that two models can be compared on the same ones."""
 
 
 class Interval(NamedTuple):
@@ -99,7 +97,7 @@ def compare(first: Result, second: Result) -> Comparison:
 def evaluate(
     model: str, data: Path, check: str | Callable[..., bool | float] = "exact", *, wanted: str | None = None,
     rows: int | None = None, max_new_tokens: int = 256, system: str | None = None, batch_size: int = 32,
-    output_dir: Path | None = None, device: str = "auto", progress: Callable[[Any], None] = lambda progress: None,
+    output_dir: Path | None = None, device: str = "auto",
 ) -> Result:  # fmt: skip
     """Have a model answer the rows of a file, and check its replies. Greedy: the likeliest token each time.
 
@@ -115,7 +113,6 @@ def evaluate(
         batch_size: prompts that are answered together.
         output_dir: where the replies go; by default `evals` in the run's folder, or here.
         device: `cpu`, `cuda`, `mps`, or what there is.
-        progress: called a few times a second.
 
     Raises:
         RecipeError: the model, the file or the check is not what it should be.
@@ -135,8 +132,8 @@ def evaluate(
     client = TransformersSynth(work_dir=work, name_or_path=place, batch_size=batch_size, device=device)  # type: ignore[call-arg]
     asks = Generate(body={"temperature": 0, "max_tokens": max_new_tokens})  # type: ignore[call-arg]  # of the base
     called = check if isinstance(check, str) else check.__name__
-    questions = list(asked(data, rows, system, wanted))
-    report = Pipeline([asks, checks]).run(questions, client, f"{data.stem}-{called}", progress=progress)
+    questions = list(asked(Source(name_or_path=str(data)), rows, system, wanted))
+    report = Pipeline([asks, checks]).run(questions, client, f"{data.stem}-{called}")
     scored = list(report.rows())
     result = Result(
         model, {row[ID]: float(row["score"]) for row in scored},
@@ -145,35 +142,6 @@ def evaluate(
     )  # fmt: skip
     _write(result, data, called)
     return result
-
-
-def asked(data: Path, rows: int | None, system: str | None, wanted: str | None) -> Iterator[dict[str, Any]]:
-    """Yield the rows of a file: number, conversation to answer (`prompt`), right answer, and their other columns.
-
-    Raises:
-        RecipeError: a row has no answer to compare with, or the file holds no rows.
-    """
-    source, number = Source(name_or_path=str(data)), -1
-    for number, row in enumerate(row for row, _ in source.read(source.open())):
-        if number == rows:
-            break
-        try:
-            messages = conversation(row.values)["messages"]
-        except DataError as error:
-            raise RecipeError(f"{row.place}: {error}") from error
-        if messages[-1]["role"] != "assistant" and wanted is None:
-            raise RecipeError(
-                f"{row.place}: no reply at the end to compare with: say by --wanted in which column it is"
-            )
-        answer = messages[-1]["content"] if messages[-1]["role"] == "assistant" else None
-        prompt = messages[:-1] if messages[-1]["role"] == "assistant" else messages
-        if system is not None:
-            prompt = [{"role": "system", "content": system}, *prompt]
-        taken = {*CHATS, *REPLIES, *(name for replies in REPLIES.values() for name in replies), ID, "score", "model"}
-        kept = {name: value for name, value in row.values.items() if name not in taken or name == wanted}
-        yield {"answer": answer, **kept, ID: number, "prompt": prompt}
-    if number < 0:
-        raise RecipeError(f"{data} holds no rows")
 
 
 def table(results: list[Result]) -> "Table":

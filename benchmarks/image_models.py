@@ -1,0 +1,116 @@
+"""The processor of a model type by its defaults, and what becomes of packed images through it: for models.py.
+
+A type comes with no tokenizer. It gets one of bytes, with every control token that its processor names.
+"""
+
+import contextlib
+import importlib
+import inspect
+import re
+import sys
+import warnings
+from pathlib import Path
+
+import transformers
+from transformers.models.auto.image_processing_auto import IMAGE_PROCESSOR_MAPPING_NAMES
+from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES
+
+from posttrain.blocks.images.processor import Processor, _class
+from posttrain.blocks.models import probe
+from posttrain.blocks.models.vision.sight import tried
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
+from conftest import byte_tokenizer
+
+TOKEN = re.compile(r"""["'](<[^"'\s{}]+>|\[[A-Z_]+\])["']""")
+NAMED = re.compile(r"tokenizer\.(\w+_token)(?:_id)?\b")
+TILES = {"vision_config": {"image_size": 256, "patch_size": 32}, "scale_factor": 2}
+CHANGES = {"gemma3": {"mm_tokens_per_image": 49}, "idefics3": TILES, "smolvlm": TILES}
+"""What the default configuration of a type lacks to see images."""
+ARGUMENTS = {
+    "gemma3": {"image_seq_length": 49}, "idefics3": {"image_seq_len": 16}, "smolvlm": {"image_seq_len": 16},
+}  # fmt: skip
+"""What its processor must be told to fit that."""
+
+
+def fitted(images, config):
+    """Return an image processor that makes images as large as the tower of a configuration takes them."""
+    vision = getattr(config, "vision_config", None)
+    side, patch = getattr(vision, "image_size", None), getattr(vision, "patch_size", None)
+    side, patch = (x[0] if isinstance(x, list | tuple) else x for x in (side, patch))
+    if patch and isinstance(getattr(images, "patch_size", None), int):
+        images.patch_size = patch
+    for name in ("merge_size", "temporal_patch_size"):
+        for part in (vision, config):
+            value = getattr(part, name, None) or getattr(part, f"spatial_{name}", None)
+            if value and getattr(images, name, None):
+                setattr(images, name, value)
+    if not side or getattr(images, "merge_size", None):
+        return images
+    for name, times in (("size", 2), ("crop_size", 1), ("max_image_size", 1)):
+        held = getattr(images, name, None)
+        if held:
+            keys = [
+                key
+                for key in ("height", "width", "shortest_edge", "longest_edge")
+                if key in dict(held) and dict(held)[key]
+            ]
+            setattr(images, name, type(held)(**{key: side * (times if key == "longest_edge" else 1) for key in keys}))
+    return images
+
+
+def seen(kind: str, config, way) -> str:
+    """Say what becomes of the images of a type: exact, and how, or why not."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            processor = processor_of(kind, config)
+    except Exception as error:
+        return f"not tried: {type(error).__name__}: {' '.join(str(error).split())[:110]}"
+    if way.unfolds or not way.proven:
+        return "refused: documents have rows of their own"
+    try:
+        with probe.on_the_side():
+            found = tried(config, processor, way)
+    except Exception as error:
+        return f"not tried: {type(error).__name__}: {' '.join(str(error).split())[:110]}"
+    if isinstance(found, str):
+        return f"refused: {found}"
+    return "exact, each image sees all of itself" if found else "exact"
+
+
+def processor_of(kind: str, config) -> Processor:
+    """Return the processor of a type, made from its defaults and its configuration."""
+    name = PROCESSOR_MAPPING_NAMES[kind]
+    module = importlib.import_module(f"transformers.{transformers._class_to_module[name]}") if "pixtral" not in str(
+        transformers._class_to_module[name]) else None  # fmt: skip
+    cls = _class(name)
+    source = inspect.getsource(module or sys.modules[cls.__module__])
+    tokens = ["<|im_start|>", "<|im_end|>", "<|pad|>", *dict.fromkeys(TOKEN.findall(source))]
+    attributes = {n for n in NAMED.findall(source) if n not in ("pad_token", "eos_token", "bos_token", "unk_token")}
+    tokens += [f"<{n}>" for n in sorted(attributes)]
+    tokenizer = byte_tokenizer(None, list(dict.fromkeys(tokens)))
+    for n in attributes:
+        token = f"<{n}>"
+        setattr(tokenizer, n, token)
+        setattr(tokenizer, f"{n}_id", tokenizer.convert_tokens_to_ids(token))
+    made = IMAGE_PROCESSOR_MAPPING_NAMES[kind]
+    made = made.get("pil") or made.get("torchvision") if isinstance(made, dict) else made
+    images = getattr(transformers, made)
+    with contextlib.suppress(Exception):
+        images = getattr(importlib.import_module(f"transformers.{transformers._class_to_module[made]}"), made)
+    known = inspect.signature(cls.__init__).parameters
+    said = {}
+    for n in known:
+        for part in (config, getattr(config, "vision_config", None)):
+            if n not in said and n not in ("self", "tokenizer", "chat_template") and getattr(part, n, None) is not None:
+                said[n] = getattr(part, n)
+    if "num_additional_image_tokens" in known:
+        said["num_additional_image_tokens"] = 1  # what CLIP puts in front, and its features leave out
+    said |= ARGUMENTS.get(kind, {})
+    theirs = cls(fitted(images(), config), tokenizer, **said)
+    anchor = getattr(theirs, "image_token_id", None) or tokenizer.convert_tokens_to_ids(theirs.image_token)
+    for n in ("image_token_id", "image_token_index"):
+        if n in config.to_dict():
+            setattr(config, n, anchor)
+    return Processor(theirs, tokenizer, config, {})

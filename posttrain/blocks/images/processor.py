@@ -1,0 +1,280 @@
+"""What a model of images wants of them: the processor of transformers, on Pillow alone, and what it makes of an image.
+
+How many tokens an image becomes depends on its size and on nothing else, so that rows can be tokenized, packed and cut
+without pixels. A processor is asked about each size once.
+"""
+
+import copy
+import importlib
+import inspect
+import json
+import sys
+import threading
+import types
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import attrs
+
+from posttrain.errors import RecipeError
+from posttrain.registry import suggest
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+    from torch import Tensor
+
+INSTALL = "pip install 'posttrain[vision]'"
+VIDEO = "video_preprocessor_config.json"
+GREY = (90, 120, 30)
+"""Of the images that a processor is asked about: some models take black ones for padding."""
+
+
+@attrs.frozen
+class Expansion:
+    """What the placeholder of an image of some size becomes."""
+
+    text: str
+    tokens: int
+    """How many of its tokens the network replaces by what it sees."""
+    shrunk: bool
+    """Whether the network sees fewer pixels than the image has."""
+
+
+class Processor:
+    """The processor of a model of images and text."""
+
+    def __init__(self, theirs: Any, tokenizer: Any, config: Any, said: dict[str, Any]) -> None:
+        """Wrap a processor of transformers.
+
+        Args:
+            theirs: the processor; it gets a copy of the tokenizer.
+            tokenizer: of the run.
+            config: of the model.
+            said: what the processor was made of.
+        """
+        self.theirs, self.config, self.said = theirs, config, said
+        theirs.tokenizer = copy.copy(tokenizer)
+        theirs.chat_template = tokenizer.chat_template
+        self.token = str(theirs.image_token)
+        """What a chat template writes where an image stands."""
+        self.token_id = image_token_of(config)
+        """What the network replaces by what it sees."""
+        self.known: dict[tuple[int, int], Expansion] = {}
+        self.lock = threading.Lock()
+
+    @cached_property
+    def skeleton(self) -> Any:
+        """The model without weights: it knows its positions, and what it takes of an image."""
+        import torch
+        import transformers
+
+        with torch.device("meta"):
+            return transformers.AutoModelForImageTextToText.from_config(self.config)
+
+    @cached_property
+    def taken(self) -> set[str]:
+        """Names of what the network takes of images."""
+        return {*inspect.signature(self.skeleton.get_image_features).parameters, "image_grid_thw"}
+
+    def process(self, images: "list[Image]") -> "tuple[dict[str, Tensor], list[str]]":
+        """Return the tensors of images that the network takes, and what the placeholder of each becomes."""
+        said = self.theirs._merge_kwargs(return_tensors="np")["images_kwargs"]  # torch would copy pixel by pixel
+        text = [self.token * len(images)]  # one document, which some processors want to know
+        nested = self.theirs.prepare_inputs_layout(images=list(images), text=text)[0]
+        found, texts = self.theirs._process_images(nested, **said)
+        return {name: as_tensor(found[name]) for name in found if name in self.taken}, texts
+
+    def expansion(self, size: tuple[int, int]) -> Expansion:
+        """Return what the placeholder of an image of a size becomes, in pixels of width and height."""
+        from PIL.Image import new
+
+        with self.lock:
+            if size not in self.known:
+                tensors, (text,) = self.process([new("RGB", size, GREY)])
+                ids = self.theirs.tokenizer(text, add_special_tokens=False)["input_ids"]
+                frames = getattr(self.theirs.image_processor, "temporal_patch_size", 1)  # an image is shown so often
+                seen = tensors["pixel_values"].numel() // 3 // frames
+                self.known[size] = Expansion(text, ids.count(self.token_id), seen < size[0] * size[1])
+            return self.known[size]
+
+    def positions(self, ids: "Tensor", grids: "Tensor") -> "Tensor":
+        """Return the positions of a document's tokens, [axes, tokens], for a model that has several axes of them.
+
+        Args:
+            ids: int64 [tokens].
+            grids: of its images, as the processor gives them.
+        """
+        kinds = (ids == self.token_id).long()
+        found = self.skeleton.base_model.get_rope_index(ids[None], mm_token_type_ids=kinds[None], image_grid_thw=grids)
+        positions: Tensor = found[0][:, 0]
+        return positions
+
+    @cached_property
+    def has_axes(self) -> bool:
+        """Whether positions of images have several axes (time, height and width)."""
+        return hasattr(self.skeleton.base_model, "get_rope_index")
+
+    @property
+    def controls(self) -> set[str]:
+        """Control tokens that stand for images and what surrounds them."""
+        special = {str(t.content) for t in self.theirs.tokenizer.added_tokens_decoder.values() if t.special}
+        text = self.expansion((64, 64)).text
+        return {token for token in special if token in text} | {self.token}
+
+    def fingerprint(self) -> str:
+        """Return what decides how images are processed, as text."""
+        made = {**self.theirs.to_dict(), "image_processor": self.theirs.image_processor.to_dict(), "tokenizer": None}
+        tried = [self.expansion(size).text for size in ((64, 64), (33, 200))]
+        return json.dumps([type(self.theirs).__name__, made, self.token_id, tried], default=str, sort_keys=True)
+
+    def save_pretrained(self, folder: Path) -> None:
+        """Write what `AutoProcessor` loads, tokenizer and chat template included, and its part for videos as it was."""
+        self.theirs.save_pretrained(folder)
+        file = Path(folder) / "processor_config.json"
+        written = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+        if missing := {n: v for n, v in self.said.items() if n == "video_processor" and n not in written}:
+            file.write_text(json.dumps(written | missing, indent=2) + "\n", encoding="utf-8")
+
+
+def as_tensor(values: Any) -> "Tensor":
+    """Return an array as a tensor; a processor may give a list of them."""
+    import numpy as np
+    import torch
+
+    return torch.from_numpy(np.ascontiguousarray(values))
+
+
+class Seeing:
+    """Mixed into the class of a tokenizer whose model sees images: it has their processor, and saves it."""
+
+    images: Processor
+
+    def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> Any:
+        """Save tokenizer and processor."""
+        found = super().save_pretrained(save_directory, *args, **kwargs)  # type: ignore[misc]
+        self.images.save_pretrained(Path(save_directory))
+        return found
+
+
+def seeing(tokenizer: Any, images: Processor) -> Any:
+    """Return a tokenizer that knows the processor of its model's images.
+
+    Its class is changed, which keeps its name, since transformers writes that into files.
+    """
+    kind = type(tokenizer)
+    tokenizer.__class__ = type(kind.__name__, (Seeing, kind), {"__module__": kind.__module__})
+    tokenizer.images = images
+    return tokenizer
+
+
+def images_of(tokenizer: Any) -> Processor | None:
+    """Return the processor of the images of a tokenizer's model, if it sees any."""
+    return tokenizer.images if isinstance(tokenizer, Seeing) else None
+
+
+def load(name: str, tokenizer: Any, config: Any, hub: dict[str, Any], changes: dict[str, Any]) -> Processor | None:
+    """Return the processor that lies beside a model; None if there is none, or Pillow is not installed.
+
+    Args:
+        name: folder or hub name.
+        tokenizer: of the run.
+        config: of the model.
+        hub: how it is to be fetched.
+        changes: arguments of the processor that a recipe gives.
+
+    Raises:
+        RecipeError: it does not take such arguments, or needs a package that is not installed.
+    """
+    from transformers import ProcessorMixin
+
+    try:
+        import PIL  # noqa: F401
+    except ImportError:
+        return None
+    try:
+        said = ProcessorMixin.get_processor_dict(name, **hub)[0]
+        kind = said.get("processor_class") or _class_said(name, hub)
+    except OSError:  # it is no folder, and not on the hub
+        return None
+    if kind is None:
+        return None
+    try:
+        theirs = _class(kind).from_pretrained(name, **hub, **changes)
+    except (ImportError, OSError, ValueError) as error:
+        raise RecipeError(f"the processor of images of {name!r} cannot be loaded: {error}") from error
+    _refuse_unknown(theirs, changes)
+    return Processor(theirs, tokenizer, config, said)
+
+
+def _class_said(name: str, hub: dict[str, Any]) -> str | None:
+    """Return the class of processor that the file of an image processor names, if there is one."""
+    from transformers.utils import cached_file
+
+    for file in ("preprocessor_config.json", "tokenizer_config.json"):
+        found = cached_file(name, file, **hub, _raise_exceptions_for_missing_entries=False,
+                            _raise_exceptions_for_connection_errors=False)  # fmt: skip
+        if found and (kind := json.loads(Path(found).read_text(encoding="utf-8")).get("processor_class")):
+            return str(kind)
+    return None
+
+
+def _class(name: str) -> Any:
+    """Return a class of processor; without torchvision, one that leaves videos out, which cannot be read then."""
+    import transformers
+    from transformers.utils import is_torchvision_available
+
+    if is_torchvision_available():
+        return getattr(transformers, name)
+    with without_torchvision():
+        module = importlib.import_module(f"transformers.{transformers._class_to_module[name]}")
+    theirs = getattr(module, name)
+    kept = [part for part in theirs.get_attributes() if part in ("image_processor", "tokenizer")]
+    init = theirs.__init__  # transformers looks at its code, so it must not be wrapped
+    videos = inspect.signature(init).parameters.get("video_processor")
+    if videos is not None and videos.default is inspect.Parameter.empty:
+        defaults = (None, *(init.__defaults__ or ()))
+        init = types.FunctionType(init.__code__, init.__globals__, "__init__", defaults, init.__closure__)
+    said = {
+        "__init__": init,
+        "get_attributes": classmethod(lambda cls: kept),
+        "check_argument_for_proper_class": lambda *_: None,
+        "__module__": theirs.__module__,
+    }
+    return type(name, (theirs,), said)
+
+
+@contextmanager
+def without_torchvision() -> Iterator[None]:
+    """Let a processor that imports a helper from a module of torchvision's find it in that of Pillow."""
+    wanted, there = "transformers.models.pixtral.image_processing_pixtral", "image_processing_pil_pixtral"
+    if wanted in sys.modules:
+        yield
+        return
+    sys.modules[wanted] = importlib.import_module(f"transformers.models.pixtral.{there}")
+    try:
+        yield
+    finally:
+        del sys.modules[wanted]
+
+
+def _refuse_unknown(theirs: Any, changes: dict[str, Any]) -> None:
+    """Refuse arguments that would change nothing.
+
+    Raises:
+        RecipeError: there are some.
+    """
+    known = set(getattr(theirs.image_processor.valid_kwargs, "__annotations__", {}))
+    known |= set(theirs.image_processor.to_dict())
+    for name in changes:
+        if name not in known:
+            kind = type(theirs.image_processor).__name__
+            raise RecipeError(f"tokenizer.processor: {kind} has no key {name!r}{suggest(name, known)}")
+
+
+def image_token_of(config: Any) -> int:
+    """Return the token that a network replaces by what it sees."""
+    found = getattr(config, "image_token_id", None)
+    return int(config.image_token_index if found is None else found)
