@@ -132,7 +132,8 @@ def model(folder: Path, hidden: int = 64, seen: int = 64, patch: int = 4) -> Non
             "intermediate_size": 3 * seen, "vision_use_head": False,
         },
         mm_tokens_per_image=4, image_token_id=words.convert_tokens_to_ids("<seen>"),
-        boi_token_index=words.convert_tokens_to_ids("<image>"), eoi_token_index=words.convert_tokens_to_ids("<image end>"),
+        boi_token_index=words.convert_tokens_to_ids("<image>"),
+        eoi_token_index=words.convert_tokens_to_ids("<image end>"),
     )  # fmt: skip
     config.save_pretrained(folder)
     images = Gemma3ImageProcessorPil(size={"height": SIDE, "width": SIDE})

@@ -64,7 +64,7 @@ TRL
   bnb_4bit_use_double_quant     = `model.double_quantization`, on by default
   eval_strategy, eval_steps     = `eval_every`
   logging_steps                 = `log_every`
-  report_to                     = `logger`, a list such as `[console, tensorboard]`
+  report_to                     = `logger`, a list such as `[console, wandb]`
   run_name, logging_dir         = `output_dir`
   save_steps, save_strategy     = `checkpoint.every` of a `resume` block
   save_total_limit              = `checkpoint.keep` of a `resume` block
@@ -145,7 +145,8 @@ Axolotl
   rl_beta, dpo_beta             = `beta` of `type: dpo`
   sequence_parallel_degree, context_parallel_size  = `sequence`, as `{type: ulysses, size: 8}`
   use_tensorboard               = `logger: [tensorboard]`
-  wandb_project, use_wandb, use_mlflow  = nothing that ships: a `logger` block around Lightning's takes a few lines
+  wandb_project, use_wandb       = `{type: wandb, project: ...}` in `logger`
+  use_mlflow                    = `{type: mlflow}` in `logger`
   auto_resume_from_checkpoints  = nothing: the same command again goes on
   special_tokens                = `tokenizer.pad_token`; others are the tokenizer's own
   plugins                       = `code`
@@ -218,14 +219,13 @@ ArcticTraining
   exit_iteration_this_run       = `stop_after`
   scheduler: {type: wds, num_decay_steps: N}  = `scheduler: {type: wsd, decay: 10%}`
   ref_model                     = `reference` of `type: dpo`, or nothing: a copy of the model
-  wandb                         = nothing that ships: a `logger` block around Lightning's takes a few lines
+  wandb                         = `{type: wandb, project: ...}` in `logger`
   kill_switch_path              = nothing: SIGTERM and SIGUSR1 save and end a run
 """
 """Library, then `theirs = ours`; ours with code in backticks. Keys of one meaning may share a line."""
 
 NAMES = {
     "logger": {
-        "wandb": "nothing that ships: a `logger` block around Lightning's takes a few lines",
         "all": "a list, such as `[console, tensorboard, jsonl]`",
         "none": "an empty list, `[]`",
     },
