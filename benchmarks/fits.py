@@ -66,10 +66,25 @@ def total(shape: dict[str, Any], model: dict[str, Any], more: dict[str, Any], le
     return found.total, found.trained + found.frozen
 
 
+def fixed(shape: dict[str, Any], model: dict[str, Any], more: dict[str, Any]) -> tuple[int, int]:
+    """Return the parameters of a shape, and the bytes that weights, gradients and optimizer take when all are trained."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    with torch.device("meta"):
+        config = AutoConfig.for_model(**{"model_type": "llama", "num_key_value_heads": 8, **shape})
+        hf = AutoModelForCausalLM.from_config(config)
+    count = sum(p.numel() for p in hf.parameters())
+    return count, count * (0 if "lora" in model else 8 if more else 16)
+
+
 def longest(shape: dict[str, Any], model: dict[str, Any], more: dict[str, Any]) -> tuple[list[str], int, int]:
     """Return the longest row that fits on each card, in words, the bytes at the shorter length, and the parameters."""
     short, long = LENGTHS
-    (low, count), (high, _) = (total(shape, model, more, length) for length in LENGTHS)
+    count, least = fixed(shape, model, more)
+    if least > max(CARDS) * (1 - SPARE) * 2**30:  # without one activation
+        return ["-"] * len(CARDS), least, count
+    (low, _), (high, _) = (total(shape, model, more, length) for length in LENGTHS)
     slope = (high - low) / (long - short)
     found = []
     for card in CARDS:

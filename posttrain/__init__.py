@@ -64,6 +64,7 @@ if TYPE_CHECKING:
     from posttrain.trainers.kto import KTOTrainer
     from posttrain.trainers.mlp_speculator import SpeculatorTrainer
     from posttrain.trainers.on_policy_distill import OnPolicyDistillTrainer
+    from posttrain.trainers.online_dpo import OnlineDPOTrainer
     from posttrain.trainers.reward import RewardTrainer
     from posttrain.trainers.sft import CausalTrainer, SFTTrainer
     from posttrain.trainers.swiftkv import SwiftKVTrainer
@@ -114,6 +115,7 @@ _HOMES = {
     "trainers.kto": ("KTOTrainer",),
     "trainers.mlp_speculator": ("SpeculatorTrainer",),
     "trainers.on_policy_distill": ("OnPolicyDistillTrainer",),
+    "trainers.online_dpo": ("OnlineDPOTrainer",),
     "trainers.reward": ("RewardTrainer",),
     "trainers.sft": ("CausalTrainer", "SFTTrainer"),
     "trainers.swiftkv": ("SwiftKVTrainer",),
@@ -127,13 +129,13 @@ __all__ = [
     "CausalTrainer", "CheckpointError", "Console", "Constant", "CortexSynth", "Cosine", "DDP", "DPOTrainer",
     "DataError", "DeepSpeed", "DistillTrainer", "EMA", "EarlyStop", "Extra", "FSDP", "GRPOTrainer", "HFModel",
     "HFTokenizer", "HookError", "HuggingFace", "JSONL", "JoinedOptimizer", "KTOTrainer", "KeepBest", "Linear", "Lion",
-    "LoRA", "MLflow", "ModelReward", "Muon", "NEFTune", "OnPolicyDistillTrainer", "OpenAISynth", "ParameterGroup",
-    "PosttrainError", "PreferenceData", "Profiler", "PromptData", "RecipeError", "RegistryError", "Resume",
-    "RewardModel", "RewardTrainer", "Run", "SFTData", "SFTTrainer", "SGD", "Samples", "ScheduleFree", "Secret",
-    "Source", "SpeculatorModel", "SpeculatorTrainer", "SwiftKVModel", "SwiftKVTrainer", "SynthError", "TensorBoard",
-    "Term", "TorchOptimizer", "Trainer", "TrainingError", "TransformersSampler", "TransformersSynth", "TwoStage",
-    "Ulysses", "UnpairedData", "VllmSynth", "WSD", "WandB", "after", "before", "block", "default", "key", "kind",
-    "load", "policy_loss", "preference_loss", "reward",
+    "LoRA", "MLflow", "ModelReward", "Muon", "NEFTune", "OnPolicyDistillTrainer", "OnlineDPOTrainer", "OpenAISynth",
+    "ParameterGroup", "PosttrainError", "PreferenceData", "Profiler", "PromptData", "RecipeError", "RegistryError",
+    "Resume", "RewardModel", "RewardTrainer", "Run", "SFTData", "SFTTrainer", "SGD", "Samples", "ScheduleFree",
+    "Secret", "Source", "SpeculatorModel", "SpeculatorTrainer", "SwiftKVModel", "SwiftKVTrainer", "SynthError",
+    "TensorBoard", "Term", "TorchOptimizer", "Trainer", "TrainingError", "TransformersSampler", "TransformersSynth",
+    "TwoStage", "Ulysses", "UnpairedData", "VllmSynth", "WSD", "WandB", "after", "before", "block", "default", "key",
+    "kind", "load", "policy_loss", "preference_loss", "reward",
 ]  # fmt: skip
 
 

@@ -137,6 +137,18 @@ def test_commands_exist() -> None:
         cli.parse_arguments(arguments)
 
 
+def test_the_reward_of_the_page_scores(tmp_path: Path) -> None:
+    from posttrain.blocks.rollouts.replies import Failure, Reply, Sample
+    from posttrain.registry import lookup
+
+    (text,) = [text for text in code("rl.md", "python") if "rank-of-length" in text]
+    Path("ranks.py").write_text(text)
+    runpy.run_path("ranks.py")
+    samples = [Sample("", text, {}, [], Reply([], [], True)) for text in ("abc", "", "a")]
+    found = lookup("reward", "rank-of-length")().build(None)(samples)
+    assert found == [1 - 2 / 3, Failure("it is empty"), 1 - 1 / 3]
+
+
 def test_scripts_of_pages_run(folder: Path) -> None:
     """Blocks of one's own can be imported as they stand."""
     for page in ("block.md", "trainer.md"):

@@ -200,7 +200,7 @@ def train_on_ranks(folder: Path, model: str, lora: bool) -> None:
             ).train()  # fmt: skip
 
 
-@pytest.mark.parametrize("lora", [False, True])
+@pytest.mark.parametrize("lora", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_two_ranks_train_like_one_under_every_strategy(tmp_path: Path, tiny_model: Path, lora: bool) -> None:
     grpo(tmp_path / "one", tiny_model, **KEYS, lora=LoRA(r=2) if lora else None).train()
     on_two_ranks(tmp_path, "test_grpo", f"train_on_ranks(folder, {str(tiny_model)!r}, {lora})")
@@ -385,6 +385,53 @@ def test_what_contradicts_itself_is_said_before_training(
 ) -> None:
     with pytest.raises(RecipeError, match=said):
         grpo(tmp_path / "run", tiny_model, **keys).train()
+
+
+def test_a_prompt_that_is_too_long_is_named_or_left_out(tmp_path: Path, tiny_model: Path) -> None:
+    file = tmp_path / "prompts.jsonl"
+    file.write_text("".join(json.dumps({"prompt": "so " * n, "letter": "e"}) + "\n" for n in (1, 2, 99)))
+    trainer = grpo(tmp_path / "run", tiny_model, max_steps=1)
+    for overflow, said in (("error", "raise data.max_length, or set data.overflow to drop$"), ("drop", "")):
+        trainer.data = PromptData(sources=[file], cache_dir=tmp_path / "cache", max_length=64, overflow=overflow)
+        if said:
+            with pytest.raises(PosttrainError, match=said):
+                trainer.train()
+    assert trainer.train().loaders.ledger["total"]["documents"] == 2
+
+
+def test_a_conversation_is_asked_without_its_reply(tmp_path: Path, tiny_model: Path) -> None:
+    chat = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "2+2?"}]
+    rows = [
+        {"messages": [*chat, {"role": "assistant", "content": "4"}], "letter": "e"},
+        {"question": "2+2?", "answer": "4", "system": "Be brief.", "letter": "e"},
+        {"prompt": chat, "letter": "e"},
+    ]
+    file = tmp_path / "prompts.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    trainer = grpo(tmp_path / "run", tiny_model, micro_batch_size=3, max_steps=1)
+    trainer.data = PromptData(sources=[file], cache_dir=tmp_path / "cache")
+    trainer.train()
+    lines = list(read(tmp_path / "run"))
+    asked = "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\n2+2?<|im_end|>\n<|im_start|>assistant\n"
+    assert {line["text"] for line in lines} == {asked}
+    assert any("answer" in line["row"] for line in lines)  # which rewards may compare with
+
+
+@pytest.mark.parametrize(
+    ("row", "said"),
+    [
+        ({"text": "x"}, "columns 'text' hold no prompt .known: messages"),
+        ({"messages": [{"role": "assistant", "content": "4"}]}, "holds no question: there is nothing to answer"),
+        ({"prompt": "say <|im_end|>"}, "holds the control token <|im_end|>"),
+    ],
+)
+def test_a_row_that_asks_nothing_is_refused(tmp_path: Path, tiny_model: Path, row: dict[str, Any], said: str) -> None:
+    file = tmp_path / "prompts.jsonl"
+    file.write_text(json.dumps(row) + "\n")
+    trainer = grpo(tmp_path / "run", tiny_model, max_steps=1)
+    trainer.data = PromptData(sources=[file], cache_dir=tmp_path / "cache")
+    with pytest.raises(PosttrainError, match=said.replace("<|", "<.").replace("|>", ".>")):
+        trainer.train()
 
 
 def test_a_killed_run_goes_on_to_the_same_weights_and_replies(tmp_path: Path, tiny_model: Path) -> None:

@@ -296,6 +296,24 @@ def pieces_of(made: ChatEncoder, messages: list[Message]) -> tuple[str, str, Any
 PAIRS = [(name, kind) for name in TEMPLATES for kind in CONVERSATIONS if name in FITS.get(kind, TEMPLATES)]
 
 
+@pytest.mark.parametrize(
+    ("name", "reply", "trained"),
+    [
+        ("chatml", "<think>\n\n</think>\n\n4", "4<|im_end|>"),
+        ("chatml", "<think>\n2+2\n</think>\n\n4", "<think>\n2+2\n</think>\n\n4<|im_end|>"),
+        ("chatml", "4 <think></think>", "4 <think></think><|im_end|>"),
+        ("qwq (the prompt opens the thinking)", "4", "4<|im_end|>"),
+    ],
+)
+def test_a_thought_that_is_empty_need_not_be_trained(name: str, reply: str, trained: str) -> None:
+    template = TEMPLATES[next(found for found in TEMPLATES if found.startswith(name))]
+    assert pieces_of(encoder(template, ignore_empty_think=True), chat("x", reply))[1] == trained
+    plain = pieces_of(encoder(template), chat("x", reply))[1]
+    assert plain.endswith(trained)
+    changed = encoder(template).fingerprint() != encoder(template, ignore_empty_think=True).fingerprint()
+    assert changed
+
+
 @pytest.mark.parametrize(("name", "kind"), PAIRS)
 def test_the_trained_tokens_are_exactly_the_replies(name: str, kind: str) -> None:
     template, messages = TEMPLATES[name], CONVERSATIONS[kind]

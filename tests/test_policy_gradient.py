@@ -94,9 +94,10 @@ def estimates(folder: Path, steps: int, temperature: float, **keys: Any) -> tupl
     ("temperature", "keys", "scale"),
     [
         (1.0, {"loss_type": "rloo"}, 1.0),
-        (0.7, {"loss_type": "rloo"}, 1.0),
-        (1.0, {"loss_type": "dr_grpo"}, 7 / 8 / 2),  # a baseline of 8 that includes the reply; two tokens at most
-        (1.0, {"loss_type": "reinforce"}, 7 / 8),
+        pytest.param(0.7, {"loss_type": "rloo"}, 1.0, marks=pytest.mark.slow),
+        # A baseline of 8 that includes the reply; two tokens at most.
+        pytest.param(1.0, {"loss_type": "dr_grpo"}, 7 / 8 / 2, marks=pytest.mark.slow),
+        pytest.param(1.0, {"loss_type": "reinforce"}, 7 / 8, marks=pytest.mark.slow),
     ],
 )
 def test_the_estimate_is_the_gradient_of_the_expected_reward(
@@ -113,6 +114,7 @@ def test_the_estimate_is_the_gradient_of_the_expected_reward(
     assert float(torch.cosine_similarity(mean, exact, dim=0)) > 0.99
 
 
+@pytest.mark.slow
 def test_dividing_by_the_spread_of_a_group_is_another_objective(folder: Path) -> None:
     """So that the test above can fail."""
     each, exact = estimates(folder, 400, 1.0, loss_type="grpo")
@@ -120,7 +122,10 @@ def test_dividing_by_the_spread_of_a_group_is_another_objective(folder: Path) ->
     assert abs(float(along.mean()) - 1) > 5 * float(along.std() / math.sqrt(len(along)))
 
 
-@pytest.mark.parametrize("loss", ["grpo", "dr_grpo", "dapo", "gspo", "cispo", "sapo", "ppo", "rloo"])
+SLOW = [pytest.param(loss, marks=pytest.mark.slow) for loss in ("grpo", "dr_grpo", "gspo", "cispo", "sapo", "ppo")]
+
+
+@pytest.mark.parametrize("loss", ["dapo", "rloo", *SLOW])
 def test_a_bandit_is_solved(folder: Path, loss: str) -> None:
     model = HFModel(name_or_path=str(folder / "m"), random_init=True, config={"initializer_range": 0.1})
     keys: dict[str, Any] = {"loss_type": loss, "rewards": [arm], "group_size": 16, "entropy": 0.01, "model": model}

@@ -18,7 +18,9 @@ from posttrain.blocks.models.quantized.quantize import quantize
 from posttrain.blocks.models.quantized.sizes import groups
 from posttrain.cli import main
 from posttrain.errors import RecipeError
-from posttrain.tools import plan
+from posttrain.runtime.folder import difference
+from posttrain.tools import plan, proofs
+from posttrain.tools.twin import Twin
 from posttrain.trainers.dpo import DPOTrainer
 
 bnb = pytest.importorskip("bitsandbytes")
@@ -280,3 +282,20 @@ def test_without_bitsandbytes_the_extra_is_named(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setitem(__import__("sys").modules, "bitsandbytes", None)
     with pytest.raises(RecipeError, match=r"pip install 'posttrain\[bnb\]'"):
         network(**QLORA).build(None)
+
+
+def test_a_key_that_has_come_since_and_is_empty_is_no_other_recipe() -> None:
+    """Folders of earlier versions know neither `quantize` nor `groups`."""
+    old = {"model": {"lora": None}, "optimizer": {"lr": 1.0}}
+    new = {"model": {"lora": None, "quantize": None}, "optimizer": {"lr": 1.0, "groups": None, "args": {}}}
+    assert difference(old, new) == []
+    new["model"]["quantize"] = "nf4"
+    assert difference(old, new) == ['model.quantize: null there, "nf4" here']
+    assert 'model.quantize: "nf4" there, null here' in difference(new, old)
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # peft still says gradient checkpointing
+def test_a_twin_proves_the_export_of_adapters_on_a_quantized_base(tiny_model: Path, sums: Path, tmp_path: Path) -> None:
+    file = recipe(tmp_path, tiny_model, sums)
+    twin = Twin(file, ["model.quantize=nf4", "model.lora={r: 4}"], tmp_path)
+    assert proofs.export(twin).endswith("differ by 0 at most")

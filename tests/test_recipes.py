@@ -348,7 +348,7 @@ def test_every_key_that_the_tables_name_exists():
         ("load_in_4bit: true", "`load_in_4bit` of TRL is here: `model.quantize: nf4`"),
         ("cutoff_len: 10", "`cutoff_len` of LLaMA-Factory is here: `data.max_length`"),
         ("overflow: drop", "SFTTrainer has no such key; it belongs to 'data': write `data.overflow`"),
-        ("logger: [wandb]", "what others call 'wandb' is here: nothing that ships"),
+        ("logger: [all]", "what others call 'all' is here: a list, such as"),
         ("optimizer: adamw_torch", "what others call 'adamw_torch' is here: `adamw`"),
         ("optimizer: {warmup_steps: 5}", "AdamW has no such key; `warmup_steps` of TRL is here: `scheduler.warmup`"),
     ],

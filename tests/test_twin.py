@@ -94,6 +94,7 @@ def test_what_samples_passes(make: Any) -> None:
     assert "sampler and trainer within" in found["first loss"].figure
 
 
+@pytest.mark.slow
 def test_verdicts_and_teachers_of_what_is_said_pass(make: Any, tiny_model: Path) -> None:
     verdicts = [
         json.loads(line) | {"label": n % 2 == 0} for n, line in enumerate(Path("chats.jsonl").read_text().splitlines())
@@ -101,7 +102,9 @@ def test_verdicts_and_teachers_of_what_is_said_pass(make: Any, tiny_model: Path)
     Path("verdicts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in verdicts))
     assert failing(make(type="kto", data={"type": "unpaired", "sources": ["verdicts.jsonl"]})) == set()
     keys = {"teacher": {"name_or_path": str(tiny_model)}, "data": {"type": "prompts", "sources": ["chats.jsonl"]}}
-    assert failing(make(type="on-policy-distill", sampler={"max_new_tokens": 8}, **keys)) == set()
+    assert failing(make(type="on-policy-distill", **keys)) == set()
+    rewards = [{"type": "verify", "function": "exact", "wanted": "response"}]
+    assert failing(make(type="online-dpo", rewards=rewards, data=keys["data"])) == set()
 
 
 def test_methods_with_models_of_their_own_pass(make: Any, tiny_model: Path) -> None:

@@ -98,7 +98,7 @@ def main(overrides: list[str]) -> None:
         sys.exit(f"stopped after {run.step} of {run.max_steps} steps: {run.stop}")
     samples = [sampled(run.output_dir, step) for step in (0, run.step)]
     console.print(comparison(rows, before, answers(run.output_dir / "huggingface", prompts), samples))
-    plot.curves([run.output_dir], ["reward", "eval_reward"], run.output_dir / "curves.png")
+    plot.curves([run.output_dir], ["reward", "entropy"], run.output_dir / "curves.png")
     places = Table.grid(padding=(0, 2))
     places.add_row("trained in", f"{seconds:.0f} s, from {run.step * run.rows_per_step * trainer.group_size:,} replies")
     places.add_row("curves", str(run.output_dir / "curves.png"))

@@ -256,7 +256,7 @@ def _length(theirs: Values, made: Values, notes: Notes) -> None:
 def _outputs(theirs: Values, made: Values, notes: Notes) -> None:
     folder = _section(theirs, "logger", notes).get("output_dir", "/dev/null")
     if theirs.pop("wandb", {}).get("enable"):
-        notes.append("wandb: no logger block of this kind; a logger block of a few lines can be (docs/block.md)")
+        notes.append("wandb: add {type: wandb, project: ...} to logger, and pip install 'posttrain[wandb]'")
     checkpoints = []
     for one in _entries(theirs.pop("checkpoint", None), "checkpoint", "type"):
         kind, target = one.pop("type", ""), one.pop("output_dir", None)

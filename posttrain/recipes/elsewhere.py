@@ -64,7 +64,7 @@ TRL
   bnb_4bit_use_double_quant     = `model.double_quantization`, on by default
   eval_strategy, eval_steps     = `eval_every`
   logging_steps                 = `log_every`
-  report_to                     = `logger`, a list such as `[console, tensorboard]`
+  report_to                     = `logger`, a list such as `[console, wandb]`
   run_name, logging_dir         = `output_dir`
   save_steps, save_strategy     = `checkpoint.every` of a `resume` block
   save_total_limit              = `checkpoint.keep` of a `resume` block
@@ -84,6 +84,22 @@ TRL
   beta, loss_type               = `beta` and `loss_type` of `type: dpo`
   rpo_alpha, loss_weights       = `loss_type` of `type: dpo`, as `{sigmoid: 1, sft: 0.2}`
   precompute_ref_log_probs      = `precompute_reference` of `type: dpo`
+  GRPOTrainer(model, reward_funcs, args)  = `GRPOTrainer(model=..., data=PromptData(...), rewards=[...])`
+  reward_funcs, num_generations  = `rewards` and `group_size` of `type: grpo`
+  reward_weights                = `weight` of each of the `rewards`
+  max_completion_length         = `sampler.max_new_tokens`
+  max_prompt_length             = `data.max_length`
+  num_iterations                = `updates` of `type: grpo`
+  epsilon, epsilon_high         = `clip_low` and `clip_high` of `type: grpo`
+  delta                         = `loss_args` of `type: grpo`, as `{delta: 4.0}`
+  scale_rewards                 = `advantage` of `type: grpo`: group_std, batch_std, or group for none
+  importance_sampling_level     = `loss_type: gspo` for whole replies
+  vllm_importance_sampling_correction  = `correction` of `type: grpo`
+  use_vllm, vllm_mode           = nothing: the model in training says the replies itself
+  top_p, top_k, min_p           = nothing: what is sampled from must be what is trained
+  mask_truncated_completions    = `mask_truncated` of `type: grpo`
+  desirable_weight, undesirable_weight  = `good_weight` and `bad_weight` of `type: kto`
+  lmbda                         = `on_policy` of `type: on-policy-distill`
   TrainerCallback.on_step_end   = `@after("trainer.step")`
   compute_loss(model, inputs)   = `loss(batch)`
 Axolotl
@@ -129,7 +145,8 @@ Axolotl
   rl_beta, dpo_beta             = `beta` of `type: dpo`
   sequence_parallel_degree, context_parallel_size  = `sequence`, as `{type: ulysses, size: 8}`
   use_tensorboard               = `logger: [tensorboard]`
-  wandb_project, use_wandb, use_mlflow  = nothing that ships: a `logger` block around Lightning's takes a few lines
+  wandb_project, use_wandb       = `{type: wandb, project: ...}` in `logger`
+  use_mlflow                    = `{type: mlflow}` in `logger`
   auto_resume_from_checkpoints  = nothing: the same command again goes on
   special_tokens                = `tokenizer.pad_token`; others are the tokenizer's own
   plugins                       = `code`
@@ -202,14 +219,13 @@ ArcticTraining
   exit_iteration_this_run       = `stop_after`
   scheduler: {type: wds, num_decay_steps: N}  = `scheduler: {type: wsd, decay: 10%}`
   ref_model                     = `reference` of `type: dpo`, or nothing: a copy of the model
-  wandb                         = nothing that ships: a `logger` block around Lightning's takes a few lines
+  wandb                         = `{type: wandb, project: ...}` in `logger`
   kill_switch_path              = nothing: SIGTERM and SIGUSR1 save and end a run
 """
 """Library, then `theirs = ours`; ours with code in backticks. Keys of one meaning may share a line."""
 
 NAMES = {
     "logger": {
-        "wandb": "nothing that ships: a `logger` block around Lightning's takes a few lines",
         "all": "a list, such as `[console, tensorboard, jsonl]`",
         "none": "an empty list, `[]`",
     },
@@ -226,7 +242,14 @@ NAMES = {
         "warmup_stable_decay": "`wsd`",
     },
     "data": dict.fromkeys(("chat_template", "alpaca", "sharegpt"), "`sft`, which recognises the schema"),
-    "trainer": {"pretraining": "`causal`", "pt": "`causal`", "rm": "`reward`"},
+    "trainer": {
+        "pretraining": "`causal`",
+        "pt": "`causal`",
+        "rm": "`reward`",
+        **{
+            name: f"`grpo` with `loss_type: {name}`" for name in ("ppo", "rloo", "gspo", "dapo", "dr_grpo", "reinforce")
+        },
+    },
 }
 """Kind of block -> names that others give to one, and what that is here."""
 

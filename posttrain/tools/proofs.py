@@ -25,6 +25,7 @@ from posttrain.blocks.data.data import SFTData
 from posttrain.blocks.data.encode import ChatEncoder
 from posttrain.blocks.data.rows.chat import stop_tokens
 from posttrain.blocks.data.rows.schemas import Refused
+from posttrain.blocks.models.adapters import attach, origin
 from posttrain.blocks.models.model import HFModel
 from posttrain.blocks.rollouts.prompts import PromptData
 from posttrain.errors import PosttrainError, RecipeError
@@ -215,8 +216,11 @@ def export(twin: Twin) -> str:
     ids = torch.arange(3, 35)[None] % run.model.module.vocabulary  # type: ignore[operator]
     with torch.no_grad():
         ours = run.model.module.hf.eval()(input_ids=ids).logits.float()  # type: ignore[union-attr]
-        again = model.auto_class(run.model.module.base.config)  # type: ignore[union-attr]
-        theirs = again.from_pretrained(folder).eval()(input_ids=ids).logits.float()
+        if model.quantize:  # its adapters belong to a base that was rounded
+            loaded = attach(HFModel(name_or_path=origin(str(folder))[0]).load(), folder)
+        else:
+            loaded = model.auto_class(run.model.module.base.config).from_pretrained(folder)  # type: ignore[union-attr]
+        theirs = loaded.eval()(input_ids=ids).logits.float()
     difference = float((ours - theirs).abs().max())
     if difference > 1e-4:
         raise Failed(

@@ -31,6 +31,8 @@ from posttrain.trainer import Trainer
 from posttrain.trainers.distill import DistillTrainer
 from posttrain.trainers.grpo import GRPOTrainer
 from posttrain.trainers.kto import KTOTrainer
+from posttrain.trainers.on_policy_distill import OnPolicyDistillTrainer
+from posttrain.trainers.online_dpo import OnlineDPOTrainer
 
 log = logging.getLogger("posttrain")
 BF16 = ("bf16-mixed", "bf16-true")
@@ -192,7 +194,7 @@ def fullest(trainer: Trainer) -> Batch:
         RecipeError: the data block is not one of posttrain's.
     """
     data = trainer.data
-    if isinstance(trainer, GRPOTrainer):
+    if isinstance(trainer, GRPOTrainer | OnlineDPOTrainer | OnPolicyDistillTrainer):
         return read_by_the_host(full_groups(trainer))
     if not isinstance(data, Data):
         raise RecipeError(f"data: {type(data).__name__} does not say how long its rows are; a plan needs that")
@@ -206,16 +208,24 @@ def fullest(trainer: Trainer) -> Batch:
     return batch
 
 
-def full_groups(trainer: GRPOTrainer) -> Batch:
-    """Return a micro-batch of groups whose prompts and replies are as long as can be."""
+def full_groups(trainer: GRPOTrainer | OnlineDPOTrainer | OnPolicyDistillTrainer) -> Batch:
+    """Return a micro-batch of prompts and replies that are as long as can be."""
     from posttrain.blocks.rollouts.groups import batch_of
+    from posttrain.blocks.rollouts.pairs import pairs_of
     from posttrain.blocks.rollouts.replies import Group, Reply
 
-    tokens, n = trainer.sampler.max_new_tokens, trainer.group_size
+    tokens, n = trainer.sampler.max_new_tokens, 1
+    if not isinstance(trainer, OnPolicyDistillTrainer):
+        n = trainer.group_size
     prompt = [1 + i % 2 for i in range(trainer.data.max_length if isinstance(trainer.data, Data) else 1)]
     replies = [Reply([1 + (i >> bit) % 2 for bit in range(tokens)], [0.0] * tokens, True) for i in range(n)]
-    group = Group(0, prompt, {}, [], replies, rewards=[0.0] * n, advantages=[0.0] * n)
-    batch = batch_of([group] * trainer.micro_batch_size, pad_id=0, packing=trainer.branching, mask_truncated=False)
+    group = Group(0, prompt, {}, [], replies, rewards=[float(i) for i in range(n)], advantages=[0.0] * n)
+    groups = [group] * trainer.micro_batch_size
+    if isinstance(trainer, OnlineDPOTrainer):
+        return pairs_of(groups, 0)
+    if isinstance(trainer, OnPolicyDistillTrainer):
+        return batch_of(groups, pad_id=0, packing=True, mask_truncated=False)
+    batch = batch_of(groups, pad_id=0, packing=trainer.branching, mask_truncated=False)
     zeros = torch.zeros(len(batch.supervised))
     more = {"reference": trainer.beta > 0, "old": trainer.updates > 1}
     return batch.but(**{name: Extra(zeros, "target") for name, wanted in more.items() if wanted})

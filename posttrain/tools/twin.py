@@ -38,6 +38,8 @@ from posttrain.recipes import load as recipe
 from posttrain.runtime.launch import relaunch, silence_libraries
 from posttrain.trainer import Trainer
 from posttrain.trainers.grpo import GRPOTrainer
+from posttrain.trainers.on_policy_distill import OnPolicyDistillTrainer
+from posttrain.trainers.online_dpo import OnlineDPOTrainer
 
 READ = 256
 """Rows of each source to look at."""
@@ -275,12 +277,13 @@ def as_text(value: Any) -> str:
 
 def short_replies(real: Trainer) -> dict[str, Any]:
     """Return what a method that samples is changed by: a few short replies in this process, whose rewards differ."""
-    if not isinstance(real, GRPOTrainer):
-        return {}
-    tokens = min(REPLY, real.sampler.max_new_tokens)
-    sampler = TransformersSampler(max_new_tokens=tokens, temperature=real.sampler.temperature)
-    changes: dict[str, Any] = {"sampler": sampler, "group_size": min(4, real.group_size), "mask_truncated": False}
-    return changes | {"rewards": [*real.rewards, Noise()]}
+    changes: dict[str, Any] = {}
+    if isinstance(real, GRPOTrainer | OnlineDPOTrainer | OnPolicyDistillTrainer):
+        tokens = min(REPLY, real.sampler.max_new_tokens)
+        changes["sampler"] = TransformersSampler(max_new_tokens=tokens, temperature=real.sampler.temperature)
+    if isinstance(real, GRPOTrainer | OnlineDPOTrainer):
+        changes |= {"group_size": min(4, real.group_size), "rewards": [*real.rewards, Noise()]}
+    return changes | ({"mask_truncated": False} if isinstance(real, GRPOTrainer) else {})
 
 
 @contextmanager

@@ -20,10 +20,10 @@ from posttrain.blocks.losses.surrogate import (
 )
 from posttrain.blocks.models.model import HFModel
 from posttrain.blocks.rollouts.prompts import PromptData
-from posttrain.blocks.rollouts.rewards import as_rewards, named, score
+from posttrain.blocks.rollouts.rewards import as_rewards
 from posttrain.blocks.rollouts.sampler import TransformersSampler
 from posttrain.errors import TrainingError
-from posttrain.interfaces import DataBlock, ModelBlock, RewardBlock, Sampler, SamplerBlock, Scorer
+from posttrain.interfaces import DataBlock, ModelBlock, RewardBlock, SamplerBlock
 from posttrain.registry import block, default, key
 from posttrain.trainer import Trainer
 
@@ -92,9 +92,7 @@ class GRPOTrainer(Trainer):
     """Of these replies; 0 for the likeliest tokens. By default the sampler's."""
     branching: bool = True
     """Compute the prompt of a group once, where the model's attention can. False pads instead: the same result."""
-    speaker: Sampler = attrs.field(init=False, repr=False)
-    scorers: dict[str, Scorer] = attrs.field(init=False, repr=False)
-    ledgers: tuple[Any, Any] = attrs.field(init=False, repr=False)
+    replies: Any = attrs.field(init=False, repr=False)
 
     @property
     def updates_per_step(self) -> int:  # type: ignore[override]
@@ -138,26 +136,20 @@ class GRPOTrainer(Trainer):
 
     def setup(self) -> "Run":
         """Build what speaks, what scores and what remembers, too."""
-        from posttrain.blocks.rollouts.ledger import EVALUATIONS, Rollouts
+        from posttrain.blocks.rollouts.scored import Scored
 
         run = super().setup()
-        self.speaker, self.ledgers = self.sampler.build(run), (Rollouts(run), Rollouts(run, EVALUATIONS))
-        self.scorers = {name: one.build(run) for name, one in named(self.rewards).items()}
+        self.replies = Scored(run, self.sampler, self.rewards, self.seed)
         return run
 
     # -- a step -----------------------------------------------------------------------
 
     def made(self, batches: list[Batch]) -> list[Batch]:
         """Return what was said to the prompts, and how much better than expected it is."""
-        from posttrain.blocks.rollouts.advantages import compare
-        from posttrain.blocks.rollouts.groups import ask, batch_of
+        from posttrain.blocks.rollouts.groups import batch_of
 
         run = self.run
-        groups = ask(run, self.speaker, batches, self.group_size, self.seed)
-        every = [group for some in groups for group in some]
-        score(every, named(self.rewards), self.scorers)
-        compare(every, self.compared, run.fabric)
-        self.ledgers[0].write(every, run.step + 1)
+        groups = self.replies.groups(batches, self.group_size, self.compared)
         keys: dict[str, Any] = {"packing": self.branching, "mask_truncated": self.mask_truncated}
         found = [batch_of(some, pad_id=pad_id(run.tokenizer), **keys) for some in groups]
         return [self.answered(run.to_device(batch)) for batch in found]
@@ -185,7 +177,7 @@ class GRPOTrainer(Trainer):
             TrainingError: they do not.
         """
         losses = [self.update(batches) for _ in range(self.updates)]
-        if self.max_gap is not None and (gap := gap_of(self.run)) > self.max_gap:
+        if self.max_gap is not None and (gap := gap_of(self.run)) is not None and gap > self.max_gap:
             raise TrainingError(
                 f"step {self.run.step + 1}: log-probabilities of sampler and trainer differ by {gap:.3g} on average "
                 f"(max_gap is {self.max_gap:g}): what speaks is not the model in training as it is now"
@@ -209,34 +201,32 @@ class GRPOTrainer(Trainer):
             terms["kl"] = Term(kl.sum(), "supervised_tokens", self.beta)
         entropy = entropy if self.entropy else entropy.detach()
         terms["entropy"] = Term(entropy.sum(), "supervised_tokens", -self.entropy)
-        self.note(new.detach(), old, batch)
+        self.note(new.detach(), old, batch, replies)
         return terms
 
-    def note(self, new: "Tensor", old: "Tensor", batch: Batch) -> None:
+    def note(self, new: "Tensor", old: "Tensor", batch: Batch, replies: Replies) -> None:
         """Log what is known of the replies, and how far the policy has moved since they were said."""
         each = {
             GAP: (old - batch["sampled"]).abs(), "policy/moved": ((new - old).exp() - 1).abs(),
-            "policy/clipped": self.surrogate.clipped(new, old),
+            "policy/clipped": self.surrogate.clipped(new, old, replies),
         }  # fmt: skip
         self.run.log(**{name: Term(total, f"{name}, known", 0.0) for name, total in batch["facts"].items()})
         self.run.log(**{name: Term(x.sum(), "supervised_tokens", 0.0) for name, x in each.items()})
 
     def measured(self, batch: Batch) -> "dict[str, Tensor | Term]":
         """Return the mean rewards of replies to the prompts of an evaluation."""
-        from posttrain.blocks.rollouts.groups import ask_again, means_of
-
-        groups = ask_again(self.run, self.speaker, batch, self.eval_samples, self.seed, self.eval_temperature)
-        score(groups, named(self.rewards), self.scorers)
-        if batch.tokens:  # else it only keeps another rank company
-            self.ledgers[1].write(groups, self.run.step)
-        return means_of(groups)
+        found: dict[str, Tensor | Term] = self.replies.means(batch, self.eval_samples, self.eval_temperature)
+        return found
 
 
-def gap_of(run: "Run") -> float:
-    """Return the mean difference between sampler and trainer in the step in hand, over all ranks."""
+def gap_of(run: "Run") -> float | None:
+    """Return the mean difference between sampler and trainer in the step in hand, over all ranks; None if a loss of
+    one's own does not log it."""
     import torch
 
     from posttrain.runtime.launch import all_reduce
 
+    if GAP not in run.metrics.values:
+        return None
     mine = torch.as_tensor(run.metrics.values[GAP], dtype=torch.float32, device=run.fabric.device)
     return float(all_reduce(run.fabric, mine.clone())) / run.metrics.updates

@@ -298,6 +298,9 @@ class SFTData(Data):
     split_turns: bool = False
     """Make a document of each turn: what came before it is context, as the template shows it when the turn is
     generated. For reasoning models, whose templates leave out the thoughts of earlier turns."""
+    ignore_empty_think: bool = False
+    """Do not train `<think></think>` at the beginning of a reply if nothing stands in it, as templates of reasoning
+    models write it: the model would forget how to think."""
     template_args: dict[str, Any] = key(factory=dict, also=("chat_template_kwargs",))
     """More variables for the chat template (`enable_thinking`)."""
 
@@ -318,8 +321,9 @@ class SFTData(Data):
     def encoder(self, tokenizer: Any) -> Encoder:
         """Return what renders and tokenizes conversations."""
         renderer = ChatRenderer(
-            tokenizer, self.train_on, self.template_args, self.last_turn_only, self.split_turns, anchor_of(tokenizer)
-        )
+            tokenizer, self.train_on, self.template_args, self.last_turn_only, self.split_turns, anchor_of(tokenizer),
+            self.ignore_empty_think,
+        )  # fmt: skip
         return ChatEncoder(
             renderer, self.sample, schema if self.reads_schemas else None, columns=self.columns_of(tokenizer),
             sight=self.sight(tokenizer),

@@ -127,7 +127,7 @@ class ChatEncoder:
         renderer = self.renderer
         said = [
             renderer.templates[True], renderer.templates[False], sorted(renderer.train_on), renderer.template_args,
-            renderer.last_turn_only, renderer.split_turns,
+            renderer.last_turn_only, renderer.split_turns, *(["no empty thoughts"] * renderer.ignore_empty_think),
         ]  # fmt: skip
         seen = [] if self.sight is None else [self.sight.fingerprint()]
         return _hash(

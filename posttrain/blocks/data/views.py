@@ -66,7 +66,8 @@ class Limits:
     def advice(self) -> str:
         """What to do about rows that are too long."""
         *most, last = self.policies
-        return f"raise data.max_length, or set data.overflow to {', '.join(most)} or {last}"
+        choices = f"{', '.join(most)} or {last}" if most else last
+        return f"raise data.max_length, or set data.overflow to {choices}"
 
     @property
     def too_long(self) -> str:

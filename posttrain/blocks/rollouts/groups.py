@@ -76,13 +76,17 @@ def batch_of(groups: list[Group], *, pad_id: int, packing: bool, mask_truncated:
         mask_truncated: whether nothing is learned from replies that were cut off.
 
     Returns:
-        What `collate_groups` returns, with the counts `replies` and `groups`, the columns above, and `facts`: sums of
-        what is to be logged, by name, each a mean over the count `NAME, known`.
+        What `collate_groups` returns, with the count `replies`, the columns above, and what `with_facts` adds.
     """
     examples = [_example(group, mask_truncated) for group in groups]
     batch = collate_groups([examples], pad_id=pad_id, packing=packing, columns=COLUMNS)
-    counted: dict[str, float] = {"replies": len(batch["lengths"]), "groups": len(groups)}
-    facts: dict[str, torch.Tensor] = {}
+    return with_facts(batch.but(counted={"replies": len(batch["lengths"]), **batch.counted}), groups)
+
+
+def with_facts(batch: Batch, groups: list[Group]) -> Batch:
+    """Return a batch with `facts`: sums of what is to be logged of groups, by name, each a mean over the count
+    `NAME, known`."""
+    counted, facts = dict[str, float](), dict[str, torch.Tensor]()
     for name, values in facts_of(groups).items():
         every = [one for some in values for one in some]
         counted[f"{name}, known"] = len(every)

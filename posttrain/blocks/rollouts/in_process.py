@@ -75,6 +75,7 @@ class InProcess:
         said: list[tuple[list[int], list[float]]] = [([], []) for _ in range(rows)]
         ended, alive = [False] * rows, torch.arange(rows, device=device)
         for t in range(self.max_new_tokens):
+            self.run.watchdog.beat()  # long replies are no hang
             tokens, values = drawn(logits, uniform[alive, t], temperature)
             over = (tokens[:, None] == self.ends).any(1).tolist()
             for i, token, value, end in zip(alive.tolist(), tokens.tolist(), values.tolist(), over, strict=True):

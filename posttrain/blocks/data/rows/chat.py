@@ -29,6 +29,8 @@ from posttrain.blocks.data.rows.spans import Layout
 from posttrain.errors import DataError
 from posttrain.words import counted
 
+NO_THOUGHT = re.compile(r"\s*(?:<think>\s*)?</think>\s*")
+"""Where the prompt opens the thinking, the reply only closes it."""
 TAG = re.compile(r"</?[A-Za-z_]\w*>")
 STOPS = (
     "<|im_end|>", "<|eot_id|>", "<|eom_id|>", "<end_of_turn>", "<|end|>", "<|return|>", "<|call|>", "</s>",
@@ -76,6 +78,8 @@ class ChatRenderer:
     """Make a document of each turn (see `documents`)."""
     anchor: str | None = None
     """What the template writes where an image stands; None if the model sees none."""
+    ignore_empty_think: bool = False
+    """Leave `<think></think>` at the beginning of a reply untrained, if nothing stands in it."""
     templates: dict[bool, str] = attrs.field(init=False)
     """Jinja text for conversations without and with tools; the same for most tokenizers."""
     stops: re.Pattern[str] = attrs.field(init=False)
@@ -176,6 +180,10 @@ class ChatRenderer:
         )
         layout.refuse_left_out(marker.pieces, trained)
         spans = [span for index, characters in trained.items() for span in layout.spans(index, characters)]
+        if self.ignore_empty_think:
+            found_empty = [NO_THOUGHT.match(text, start, end) for start, end in spans]
+            spans = [(empty.end() if empty else start, end)
+                     for (start, end), empty in zip(spans, found_empty, strict=True)]  # fmt: skip
         if conversation.get("tools") and self._plain(messages, conversation, hidden=True) == text:
             raise Refused("the chat template leaves out the tools that the conversation may use")
         if not spans:
