@@ -18,6 +18,7 @@ from collections import Counter
 from pathlib import Path
 
 import attrs
+import image_models
 import numpy as np
 import torch
 import transformers
@@ -195,6 +196,8 @@ def main() -> None:
             )
         parts.append(f"## {title}\n\n{len(rows)} types: {summary(rows)}.\n\n{table(rows)}\n")
         print(f"{title}: {summary(rows)}")
+    if not chosen.only:
+        parts.append(image_models.section(IMAGES, CHANGES))
     if chosen.write:
         head = (
             "# Models\n\nEvery architecture of transformers was made tiny, with random weights, and its packed rows were "

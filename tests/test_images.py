@@ -356,3 +356,27 @@ def test_an_argument_that_the_processor_does_not_know_is_refused(folder: Any, ti
         HFTokenizer(processor={"max_pixel": 9}).build(HFModel(name_or_path=str(folder("qwen2_5_vl"))))
     with pytest.raises(RecipeError, match="there is no processor of images beside"):
         HFTokenizer(processor={"max_pixels": 9}).build(HFModel(name_or_path=str(tiny_model)))
+
+
+def test_data_that_cannot_take_images_refuses_them(folder: Any, tmp_path: Path) -> None:
+    from posttrain.blocks.data.unpaired import UnpairedData
+    from posttrain.blocks.rollouts.prompts import PromptData
+
+    (tmp_path / "a.png").write_bytes(png(0))
+    tokenizer = HFTokenizer().build(HFModel(name_or_path=str(folder("llava"))))
+    rows = [{"messages": [ask(Path("a.png"), "what?"), reply("a")], "label": True, "answer": "a"}]
+    source = str(written(tmp_path, rows))
+    with pytest.raises(DataError, match="there are images, and .* this kind of data takes none"):
+        UnpairedData(sources=[source], cache_dir=tmp_path / "c").build(tokenizer, 1, 0, 1, 0)
+    asked = str(written(tmp_path, [{"messages": [ask(Path("a.png"), "what?")]}], "prompts.jsonl"))
+    with pytest.raises(DataError, match="there are images, and replies to them cannot be sampled yet"):
+        PromptData(sources=[asked], cache_dir=tmp_path / "c").build(tokenizer, 1, 0, 1, 0)
+
+
+def test_plain_text_trains_on_a_model_that_sees_images(folder: Any, tmp_path: Path) -> None:
+    from posttrain import CausalData
+
+    tokenizer = HFTokenizer().build(HFModel(name_or_path=str(folder("qwen3_vl"))))
+    source = str(written(tmp_path, [{"text": "some words"}]))
+    (batch,) = CausalData(sources=[source], cache_dir=tmp_path / "c").build(tokenizer, 1, 0, 1, 0).train.one_pass()
+    assert batch.supervised_tokens == 10

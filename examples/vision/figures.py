@@ -1,6 +1,7 @@
 """Draws pictures of coloured figures with questions about them, and makes a tiny model of images and text for them.
 
-One or two figures stand in the quarters of a picture of 24 x 24 pixels. Colour, shape, place and number are asked.
+One to three figures stand in the quarters of a picture of 24 x 24 pixels. How many is asked, and of a single one also
+color, shape and place.
 """
 
 import base64
@@ -17,7 +18,7 @@ COLORS = {
 }  # fmt: skip
 SHAPES = ("circle", "square", "triangle", "cross")
 PLACES = {"top left": (0, 0), "top right": (1, 0), "bottom left": (0, 1), "bottom right": (1, 1)}
-NUMBERS = ("one", "two")
+NUMBERS = ("one", "two", "three")
 SIDE, CELL = 24, 12
 """Pixels of a picture, and of a quarter of it."""
 TEMPLATE = (
@@ -26,7 +27,7 @@ TEMPLATE = (
     "{% if add_generation_prompt %}<reply> {% endif %}"
 )
 WORDS = (
-    "how many figures are there ? what color is the which shape where", *COLORS, *SHAPES, *PLACES, *NUMBERS,
+    "how many figures are there ? what color is it which shape where", *COLORS, *SHAPES, *PLACES, *NUMBERS,
 )  # fmt: skip
 
 
@@ -34,7 +35,7 @@ def draw(rng: random.Random):
     """Return a picture, and its figures as (color, shape, place); no two have the same color or the same shape."""
     from PIL import Image, ImageDraw
 
-    count = rng.randint(1, 2)
+    count = rng.choice([1, 1, 1, 2, 3])
     chosen = (rng.sample(list(known), count) for known in (COLORS, SHAPES, PLACES))
     figures = list(zip(*chosen, strict=True))
     ground = tuple(rng.randint(0, 60) for _ in range(3))
@@ -64,15 +65,11 @@ def figure(pen, shape: str, box: list[float], color: tuple[int, ...]) -> None:
 
 
 def questions(rng: random.Random, figures: list[tuple[str, str, str]]) -> list[tuple[str, str]]:
-    """Return a question of each kind about some figures, in any order, with their answers."""
-    color, shape, place = rng.choice(figures)
-    other = rng.choice(figures)
-    found = [
-        ("how many figures are there ?", NUMBERS[len(figures) - 1]),
-        (f"what color is the {shape} ?", color),
-        (f"which shape is {other[0]} ?", other[1]),
-        (f"where is the {color} {shape} ?", place),
-    ]
+    """Return questions about some figures, in any order, with their answers; of several only how many there are."""
+    found = [("how many figures are there ?", NUMBERS[len(figures) - 1])]
+    if len(figures) == 1:
+        ((color, shape, place),) = figures
+        found += [("what color is it ?", color), ("which shape is it ?", shape), ("where is it ?", place)]
     return rng.sample(found, len(found))
 
 
@@ -102,42 +99,37 @@ def tokenizer():
     made = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     made.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     made.decoder = decoders.WordPiece(prefix="##")  # puts spaces between words
-    seen = {"image_token": "<seen>", "boi_token": "<image>", "eoi_token": "<image end>"}
     return PreTrainedTokenizerFast(
         tokenizer_object=made, pad_token="<pad>", eos_token="<end>", unk_token="<unk>", chat_template=TEMPLATE,
-        additional_special_tokens=["<user>", "<reply>"], extra_special_tokens=seen,
+        additional_special_tokens=["<user>", "<reply>", "<image>"],
     )  # fmt: skip
 
 
-def model(folder: Path, hidden: int = 64, seen: int = 64, patch: int = 4) -> None:
-    """Write the configuration of a tiny Gemma 3, its tokenizer and its processor; there are no weights.
-
-    A picture is four tokens, one for each quarter: the mean of what the tower makes of its patches. So the tower has
-    to find out what is drawn; the language model cannot see single patches.
-    """
+def model(folder: Path, patch: int = 6, hidden: int = 64, seen: int = 48) -> None:
+    """Write the configuration of a tiny LLaVA, its tokenizer and its processor; there are no weights."""
     import transformers
-    from transformers.models.gemma3.image_processing_pil_gemma3 import Gemma3ImageProcessorPil
+    from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
     words = tokenizer()
-    layers = {"num_hidden_layers": 3, "num_attention_heads": 4}
-    config = transformers.Gemma3Config(
+    common = {"intermediate_size": 3 * hidden, "num_hidden_layers": 3, "num_attention_heads": 4}
+    config = transformers.LlavaConfig(
         text_config={
-            "vocab_size": len(words), "hidden_size": hidden, "intermediate_size": 3 * hidden, **layers,
-            "num_key_value_heads": 4, "head_dim": hidden // 4, "query_pre_attn_scalar": hidden // 4,
-            "max_position_embeddings": 512, "sliding_window": 64, "initializer_range": 0.06,
-            "pad_token_id": words.pad_token_id, "eos_token_id": words.eos_token_id, "bos_token_id": None,
+            "model_type": "llama", "vocab_size": len(words), "hidden_size": hidden, **common, "num_key_value_heads": 4,
+            "max_position_embeddings": 512, "pad_token_id": words.pad_token_id, "eos_token_id": words.eos_token_id,
+            "bos_token_id": None, "initializer_range": 0.06,
         },
         vision_config={
-            "model_type": "siglip_vision_model", "image_size": SIDE, "patch_size": patch, "hidden_size": seen, **layers,
-            "intermediate_size": 3 * seen, "vision_use_head": False,
+            "model_type": "clip_vision_model", "image_size": SIDE, "patch_size": patch, "hidden_size": seen, **common,
+            "intermediate_size": 3 * seen, "projection_dim": seen, "initializer_range": 0.06,
         },
-        mm_tokens_per_image=4, image_token_id=words.convert_tokens_to_ids("<seen>"),
-        boi_token_index=words.convert_tokens_to_ids("<image>"),
-        eoi_token_index=words.convert_tokens_to_ids("<image end>"),
+        image_token_id=words.convert_tokens_to_ids("<image>"), vision_feature_layer=-1,
     )  # fmt: skip
     config.save_pretrained(folder)
-    images = Gemma3ImageProcessorPil(size={"height": SIDE, "width": SIDE})
-    transformers.Gemma3Processor(images, words, chat_template=TEMPLATE, image_seq_length=4).save_pretrained(folder)
+    images = CLIPImageProcessorPil(size={"shortest_edge": SIDE}, crop_size={"height": SIDE, "width": SIDE})
+    transformers.LlavaProcessor(
+        images, words, patch_size=patch, vision_feature_select_strategy="default", num_additional_image_tokens=1,
+        chat_template=TEMPLATE,
+    ).save_pretrained(folder)  # fmt: skip
 
 
 def make(folder: Path, train: int = 20_000, test: int = 400) -> None:

@@ -31,7 +31,7 @@ def questions(count: int) -> list[dict]:
     found = []
     for number, line in enumerate((FOLDER / "data" / "test.jsonl").read_text().splitlines()[:count]):
         messages = json.loads(line)["messages"]
-        asked = 2 * (number % 4)
+        asked = 2 * (number % (len(messages) // 2))
         image = base64.b64decode(messages[0]["content"][0]["base64"])
         found.append({"image": image, "question": messages[asked]["content"][-1]["text"],
                       "right": messages[asked + 1]["content"]})  # fmt: skip

@@ -63,6 +63,8 @@ class Data:
 
     policies: ClassVar[tuple[str, ...]] = ("drop", "truncate", "split")
     """What may happen to documents that are too long, besides an error."""
+    takes_images: ClassVar[bool] = False
+    """Whether rows may hold images, for a model that sees any."""
     ahead: ClassVar[int] = 0
     """Threads that read and collate while others are trained on; for rows that take long to read, as images do."""
 
@@ -145,13 +147,13 @@ class Data:
 
     def columns_of(self, tokenizer: Any) -> Columns:
         """Return what examples carry for a tokenizer's model: also their images, if it sees any."""
-        seen = {IMAGES: Column("span", "json")} if images_of(tokenizer) is not None else {}
-        return {**self.columns, **seen}
+        seen = self.takes_images and images_of(tokenizer) is not None
+        return {**self.columns, **({IMAGES: Column("span", "json")} if seen else {})}
 
     def sight(self, tokenizer: Any) -> Sight | None:
         """Return what knows the images of rows; None for a model that sees none."""
         processor = images_of(tokenizer)
-        if processor is None:
+        if processor is None or not self.takes_images:
             return None
         cache = self.cache_dir or default_cache()
         pictures = Pictures(processor, self.max_megapixels, cache / "downloads", InRow(self.sample))
@@ -286,6 +288,8 @@ def once(sources: list[Source]) -> list[Source]:
 class SFTData(Data):
     """Conversations; the replies in them are trained."""
 
+    takes_images: ClassVar[bool] = True
+
     train_on: list[str] = key(factory=lambda: ["assistant"], check=min_len(1))
     """Roles whose messages are trained, from behind the generation prompt through the end-of-turn token. What a
     message says of itself goes first: `weight: 0`, `train: false`, `train_detail` (see docs/data.md)."""
@@ -343,6 +347,7 @@ class PreferenceData(Data):
     """
 
     policies: ClassVar[tuple[str, ...]] = ("drop", "truncate")
+    takes_images: ClassVar[bool] = True
 
     max_length: int = key(2048, check=gt(1))
     """Tokens that each side may have; a packed row holds twice as many."""

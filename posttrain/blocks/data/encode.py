@@ -26,6 +26,9 @@ if TYPE_CHECKING:
 
 ACCESS = re.compile(r"""(?:\.|\[["']|get\(["'])(\w+)""")
 """How a template takes a key of a message: `m.name`, `m['name']`, `m.get('name')`."""
+NO_IMAGES = (
+    "there are images, and the model sees none, or its processor cannot be used, or this kind of data takes none"
+)
 Values: TypeAlias = dict[str, Any]
 Encoded: TypeAlias = Example | Refused
 """What the row became, or why it cannot be trained on."""
@@ -153,7 +156,7 @@ class ChatEncoder:
     def _render(self, conversation: Values) -> Rendered:
         images = [part for each in conversation["messages"] for part in images_of(each)]
         if images and self.sight is None:
-            raise Refused("there are images, and the model sees none (or has no processor of images beside it)")
+            raise Refused(NO_IMAGES)
         found = self.renderer.render(bare(conversation) if images else conversation)
         refuse_surrogates(found.text)
         literal = False

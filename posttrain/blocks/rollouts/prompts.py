@@ -22,6 +22,7 @@ from posttrain.blocks.data.encode import (
     tokenizer_text,
 )
 from posttrain.blocks.data.rows.chat import ChatRenderer, special_tokens
+from posttrain.blocks.data.rows.media import images_of
 from posttrain.blocks.data.rows.messages import Refused
 from posttrain.blocks.data.rows.offsets import tokenize
 from posttrain.blocks.data.rows.schemas import CHATS, REPLIES, SHARED, Reading, Schema, conversation, filled, prompt_of
@@ -157,6 +158,8 @@ class PromptEncoder:
                 raise Refused(f"the column {self.text_column!r} is missing, empty or not text")
             return text, []
         found = self.prompt(row)
+        if any(map(images_of, found["messages"])):
+            raise Refused("there are images, and replies to them cannot be sampled yet")
         text = self.renderer.asked(found)
         said = [each["content"] for each in found["messages"] if isinstance(each.get("content"), str)]
         for control in special_tokens(self.tokenizer):
