@@ -22,6 +22,7 @@ from posttrain.trainers.sft import SFTTrainer
 
 ROOT = Path(__file__).parent.parent
 MARGIN = 94
+LINK = re.compile(r"(!?)\[([^\]]*)\]\(([^)\s#]+)(#[^)]*)?\)")
 HOMES = {
     "README.md": "index.md",
     "CHANGELOG.md": "changes.md",
@@ -50,6 +51,8 @@ def on_files(files: Files, config: Any) -> Files:
 def on_page_markdown(markdown: str, page: Any, config: Any, files: Files) -> str:
     """Put in what a page includes, and let its links lead to pages."""
     here = page.file.src_uri
+    if not page.file.generated_by:  # what it links to is beside it in the repository, and may be a page elsewhere
+        markdown = LINK.sub(lambda m: link(m, Path("docs") / Path(here).parent, here), markdown)
     markdown = re.sub(r"<!-- elsewhere (\S+) -->", lambda m: elsewhere.table(m[1]), markdown)
     markdown = re.sub(r'<!-- include (\S+)(?: "(.+?)")? -->', lambda m: section(m[1], m[2], here), markdown)
     markdown = markdown.replace("<!-- files -->", every_file())
@@ -84,7 +87,7 @@ def section(name: str, heading: str | None, here: str) -> str:
         found = re.search(rf"^{re.escape(heading)}\n(.*?)(?=^#{{1,{len(level)}}} |\Z)", text, re.M | re.S)
         assert found, f"{name} has no section {heading!r}"
         text = found[0]
-    return re.sub(r"(!?)\[([^\]]*)\]\(([^)\s#]+)(#[^)]*)?\)", lambda m: link(m, Path(name).parent, here), text)
+    return LINK.sub(lambda m: link(m, Path(name).parent, here), text)
 
 
 def link(found: "re.Match[str]", folder: Path, here: str) -> str:
@@ -93,6 +96,8 @@ def link(found: "re.Match[str]", folder: Path, here: str) -> str:
     if "://" in target:
         return found[0]
     path = (ROOT / folder / target).resolve().relative_to(ROOT)
+    if path.parts[:2] == ("docs", "recipes"):  # made here
+        return found[0]
     assert (ROOT / path).exists(), f"{folder}: {path} does not exist"
     home = HOMES.get(str(path)) or (str(path.relative_to("docs")) if path.parts[0] == "docs" else None)
     home = home or (str(path) if path.suffix == ".png" else None)
