@@ -137,9 +137,9 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     measuring = _command(commands, "eval", "count right replies on rows of your own, and compare models on them",
                          "posttrain eval base-model runs/first --data held.jsonl --check number")  # fmt: skip
     measuring.add_argument("models", nargs="+", metavar="MODEL", help=f"{_MODEL}; compared with the first one")
-    measuring.add_argument(
-        "--data", type=Path, required=True, metavar="FILE", help="chats that end with the right reply"
-    )
+    what = measuring.add_mutually_exclusive_group(required=True)
+    what.add_argument("--data", type=Path, metavar="FILE", help="chats that end with the right reply")
+    what.add_argument("--tasks", metavar="NAMES", help="tasks of lm-evaluation-harness, such as gsm8k,hellaswag")
     measuring.add_argument("--check", default="exact", metavar="NAME",
                            help="exact, number, math, code, json_schema, or one of your --code (exact)")  # fmt: skip
     measuring.add_argument("--wanted", metavar="COLUMN", help="another column with the right answer, tests or schema")
@@ -147,6 +147,8 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     measuring.add_argument("--rows", type=_count, metavar="N", help="only the first N rows")
     measuring.add_argument("--system", metavar="TEXT", help="said before each prompt")
     measuring.add_argument("--max-new-tokens", type=_count, default=256, metavar="N", help="of each reply (256)")
+    measuring.add_argument("--shots", type=int, metavar="N", help="with --tasks: examples in each prompt")
+    measuring.add_argument("--task-folder", type=Path, metavar="FOLDER", help="with --tasks: your own, in its YAML")
     measuring.add_argument(
         "-o", "--output", type=Path, metavar="FOLDER", help="for the replies (evals in RUN, or here)"
     )

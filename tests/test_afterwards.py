@@ -1,6 +1,7 @@
 """What comes after training: `posttrain chat`, `eval`, `merge` and `push`."""
 
 import base64
+import importlib.util
 import io
 import json
 import os
@@ -229,6 +230,37 @@ def test_intervals_and_mcnemar_by_known_values() -> None:
     found = compare(Result("w", worse, 0, {}, Path()), Result("b", better, 0, {}, Path()))
     assert (found.better, found.worse, found.p_value) == (5, 1, 14 / 64)
     assert found.difference.value == pytest.approx(0.4)
+
+
+def test_tasks_of_the_harness_need_the_harness_and_are_checked(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With it installed, a task of one's own is run; CI has it not, and is told what to install."""
+    rows = [{"question": "3+1=", "answer": "4"}, {"question": "1+1=", "answer": "7"}]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "sums.yaml").write_text(f"""
+task: own_sums
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {tmp_path}/rows.jsonl}}}}
+test_split: test
+output_type: generate_until
+doc_to_text: "{{{{question}}}}"
+doc_to_target: "{{{{answer}}}}"
+generation_kwargs: {{until: ["<|im_end|>"], max_gen_toks: 8, do_sample: false}}
+metric_list: [{{metric: exact_match, aggregation: mean, higher_is_better: true}}]
+""")
+    arguments = ["eval", str(run), "--tasks", "own_sums", "--task-folder", str(tmp_path), "-o", str(tmp_path / "out")]
+    code = main(arguments)
+    found = capsys.readouterr()
+    if importlib.util.find_spec("lm_eval") is None:
+        assert code == 2
+        assert "pip install 'posttrain[eval]'" in found.err
+        return
+    assert code == 0
+    assert "0.5000" in found.out
+    assert (tmp_path / "out" / "lm-eval-own_sums.json").is_file()
+    assert main([*arguments[:3], "own_smus", *arguments[4:]]) == 2
+    assert "no task 'own_smus'; did you mean 'own_sums'?" in capsys.readouterr().err
 
 
 # -- merge ----------------------------------------------------------------------------

@@ -125,9 +125,11 @@ def test_two_sided_clipping_bounds_what_a_bad_reply_can_weigh() -> None:
 
 
 def test_what_is_clipped_is_told() -> None:
-    new, old, *_ = laid()
-    assert Surrogate("dapo", {}).clipped(new, old).tolist() == [True, True, False, True, False, True]
-    assert not Surrogate("reinforce", {}).clipped(new, old).any()
+    new, old, _, replies = laid()
+    assert Surrogate("dapo", {}).clipped(new, old, replies).tolist() == [True, True, False, True, False, True]
+    assert not Surrogate("reinforce", {}).clipped(new, old, replies).any()
+    wide = Surrogate("gspo", {"clip_low": 0.05, "clip_high": 0.05})  # of replies: means of 0.1, 0.02 and -0.18
+    assert wide.clipped(new, old, replies).tolist() == [True, True, False, True, True, True]
 
 
 def test_a_loss_of_ones_own_is_used_and_its_shape_checked() -> None:

@@ -238,6 +238,9 @@ def eval(arguments: argparse.Namespace) -> None:
     from posttrain.recipes.load import import_file
     from posttrain.tools.afterwards.evaluate import evaluate, sentences, table
 
+    if arguments.tasks:
+        _tasks(arguments)
+        return
     if arguments.code:
         import_file(arguments.code)
     results = []
@@ -250,6 +253,24 @@ def eval(arguments: argparse.Namespace) -> None:
     Console().print(table(results))
     for sentence in sentences(results):
         say(sentence)
+
+
+def _tasks(arguments: argparse.Namespace) -> None:
+    from rich.console import Console
+
+    from posttrain.tools.afterwards.harness import run_tasks, table
+
+    tasks = [name.strip() for name in arguments.tasks.split(",") if name.strip()]
+    results = [
+        run_tasks(
+            model, tasks, rows=arguments.rows, shots=arguments.shots, folder=arguments.task_folder,
+            output_dir=arguments.output, device=arguments.device,
+        )
+        for model in arguments.models
+    ]  # fmt: skip
+    Console().print(table(results))
+    for result in results:
+        say(f"all of it: {result.file}")
 
 
 def merge(arguments: argparse.Namespace) -> None:

@@ -23,6 +23,7 @@ EXTRAS = {
     "cortex": ("cryptography", "Snowflake key-pair tokens"),
     "schema": ("jsonschema", "synth: verify by JSON schema"),
     "plot": ("matplotlib", "posttrain plot, posttrain accept"),
+    "eval": ("lm_eval", "posttrain eval --tasks"),
     "wandb": ("wandb", "logger: wandb"),
     "mlflow": ("mlflow", "logger: mlflow"),
 }

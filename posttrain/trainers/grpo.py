@@ -201,14 +201,14 @@ class GRPOTrainer(Trainer):
             terms["kl"] = Term(kl.sum(), "supervised_tokens", self.beta)
         entropy = entropy if self.entropy else entropy.detach()
         terms["entropy"] = Term(entropy.sum(), "supervised_tokens", -self.entropy)
-        self.note(new.detach(), old, batch)
+        self.note(new.detach(), old, batch, replies)
         return terms
 
-    def note(self, new: "Tensor", old: "Tensor", batch: Batch) -> None:
+    def note(self, new: "Tensor", old: "Tensor", batch: Batch, replies: Replies) -> None:
         """Log what is known of the replies, and how far the policy has moved since they were said."""
         each = {
             GAP: (old - batch["sampled"]).abs(), "policy/moved": ((new - old).exp() - 1).abs(),
-            "policy/clipped": self.surrogate.clipped(new, old),
+            "policy/clipped": self.surrogate.clipped(new, old, replies),
         }  # fmt: skip
         self.run.log(**{name: Term(total, f"{name}, known", 0.0) for name, total in batch["facts"].items()})
         self.run.log(**{name: Term(x.sum(), "supervised_tokens", 0.0) for name, x in each.items()})

@@ -102,7 +102,7 @@ def ppo(
     return _clipped((new - old).exp(), advantages, clip_low, clip_high, delta)
 
 
-@policy_loss("gspo", over="replies")
+@policy_loss("gspo", over="replies", whole=True)
 def gspo(
     new: "Tensor", old: "Tensor", advantages: "Tensor", replies: Replies,
     *, clip_low: float = 3e-4, clip_high: float = 4e-4, delta: float | None = None,

@@ -56,6 +56,8 @@ class PolicyLoss:
     function: PolicyFunction
     over: Over
     advantage: Advantage
+    whole: bool
+    """Whether what it clips is the ratio of a whole reply."""
 
     @property
     def options(self) -> dict[str, Any]:
@@ -68,7 +70,9 @@ LOSSES: dict[str, PolicyLoss] = {}
 F = TypeVar("F", bound=Callable[..., Any])
 
 
-def policy_loss(*names: str, over: Over = "tokens", advantage: Advantage = "group_std") -> Callable[[F], F]:
+def policy_loss(
+    *names: str, over: Over = "tokens", advantage: Advantage = "group_std", whole: bool = False
+) -> Callable[[F], F]:
     """Give a function of your own a name that recipes can use: `loss_type: name`.
 
     Args:
@@ -76,6 +80,7 @@ def policy_loss(*names: str, over: Over = "tokens", advantage: Advantage = "grou
         over: what it is a mean over, counted over the whole step and all ranks: it returns the loss of each token, or
             of each reply.
         advantage: how rewards become advantages, unless the recipe says otherwise.
+        whole: whether what it clips is the ratio of a whole reply (for the metric `policy/clipped` alone).
 
     Raises:
         RegistryError: the name is taken by a function of another module.
@@ -86,7 +91,7 @@ def policy_loss(*names: str, over: Over = "tokens", advantage: Advantage = "grou
             known = LOSSES.get(name)
             if known is not None and inspect.getmodule(known.function) is not inspect.getmodule(function):
                 raise RegistryError(f"the policy loss {name!r} exists already; give yours another name")
-            LOSSES[name] = PolicyLoss(function, over, advantage)
+            LOSSES[name] = PolicyLoss(function, over, advantage, whole)
         return function
 
     return register
@@ -137,9 +142,10 @@ class Surrogate:
             )
         return losses
 
-    def clipped(self, new: "Tensor", old: "Tensor") -> "Tensor":
+    def clipped(self, new: "Tensor", old: "Tensor", replies: Replies) -> "Tensor":
         """Return for each token whether its ratio is outside of the clip range; none is where nothing is clipped."""
-        ratio, options = (new - old).exp(), self.options
+        moved, options = new - old, self.options
+        ratio = (replies.means(moved)[replies.index] if self.loss.whole else moved).exp()
         low, high = (options.get(name) for name in ("clip_low", "clip_high"))
         below = ratio < 1 - low if low is not None else ratio < 0
         above = ratio > 1 + high if high is not None else ratio < 0
