@@ -180,10 +180,9 @@ def compare(arguments: argparse.Namespace) -> None:
     sys.stdout.write("|---|---|---|---|---|---|---|\n")
     for setting in SETTINGS if not arguments.only else [arguments.only]:
         said = sum(alone(arguments, "plan", setting)["plan"].values())
-        rows = {"": alone(arguments, "train", setting)}
-        if arguments.trl and setting in ("full", "lora", "qlora nf4", "qlora nf4, checkpointing"):
-            rows[" (TRL)"] = alone(arguments, "trl", setting)
-        for name, found in rows.items():
+        both = arguments.trl and setting in ("full", "lora", "qlora nf4", "qlora nf4, checkpointing")
+        for name in ("", " (TRL)") if both else ("",):
+            found = alone(arguments, "trl" if name else "train", setting)
             shown = (f"{said / 1e6:,.0f}", f"{said / found['peak']:.2f}") if not name else ("", "")
             held = f"{found['held']:.3f}" if found.get("held") else ""
             sys.stdout.write(
