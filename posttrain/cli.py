@@ -153,6 +153,7 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
         "-o", "--output", type=Path, metavar="FOLDER", help="for the replies (evals in RUN, or here)"
     )
     _device(measuring)
+    measuring.set_defaults(command="measure")
 
     merging = _command(commands, "merge", "make one model of an adapter and its base, and prove that it is the same",
                        "posttrain merge runs/lora -o runs/lora/merged")  # fmt: skip

@@ -80,7 +80,7 @@ def test_an_adapter_is_trained_on(tmp_path: Path, first: Path, tiny_model: Path)
     assert all("lora_" in name for name in trained)
     said = json.loads((tmp_path / "huggingface" / "adapter_config.json").read_text())
     assert (said["base_model_name_or_path"], said["r"]) == (str(tiny_model), 4)
-    before = LoRA(start_from=str(first)).apply(AutoModelForCausalLM.from_pretrained(tiny_model), "CAUSAL_LM")
+    before = LoRA(start_from=str(first)).apply(AutoModelForCausalLM.from_pretrained(tiny_model), "CAUSAL_LM", [])
     expected = with_peft(first, AutoModelForCausalLM.from_pretrained(tiny_model))
     torch.testing.assert_close(logits(before), expected, rtol=0, atol=0)
     shapes = {"start_from": str(first), "r": 8}

@@ -57,3 +57,30 @@ def test_a_missing_extra_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(RecipeError, match=r"pip install 'posttrain\[deepspeed\]'"):
         posttrain.DeepSpeed().build()
+
+
+def test_a_process_alone_takes_another_port_if_its_own_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    import os
+    from types import SimpleNamespace
+
+    import torch
+    from lightning.fabric.plugins.environments.lightning import LightningEnvironment
+
+    from posttrain.blocks.parallel import deepspeed
+
+    monkeypatch.delenv("MASTER_PORT", raising=False)
+    environment, tried = LightningEnvironment(), list[int]()
+
+    def join() -> None:
+        os.environ["MASTER_PORT"] = str(environment.main_port)
+        tried.append(environment.main_port)
+        if len(tried) == 1:
+            raise torch.distributed.DistNetworkError("EADDRINUSE")
+
+    alone = SimpleNamespace(cluster_environment=environment, world_size=1, _init_deepspeed_distributed=join)
+    strategy = next(one for one in vars(deepspeed).values() if hasattr(one, "_join"))
+    strategy._join(alone)
+    assert len(set(tried)) == 2
+    tried.clear()
+    with pytest.raises(torch.distributed.DistNetworkError):
+        strategy._join(SimpleNamespace(**{**vars(alone), "world_size": 2}))

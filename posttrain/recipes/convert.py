@@ -196,7 +196,7 @@ def _optimizer(theirs: Values, top: Values, notes: Notes) -> Values:
     rate = theirs.pop("learning_rate", None) or theirs.pop("lr", None) or late or 5e-4
     made: Values = {"lr": rate, "weight_decay": theirs.pop("weight_decay", 0.1)}
     betas = theirs.pop("betas", None)
-    made |= {"betas": betas} if betas and list(betas) != [0.9, 0.999] else {}
+    made |= {"betas": betas} if betas and betas != [0.9, 0.999] else {}
     return made | theirs
 
 

@@ -231,7 +231,7 @@ def chat(arguments: argparse.Namespace) -> None:
     return None
 
 
-def eval(arguments: argparse.Namespace) -> None:
+def measure(arguments: argparse.Namespace) -> None:
     """Count right replies, and compare models."""
     from rich.console import Console
 

@@ -6,12 +6,14 @@ accumulation window counts; and DeepSpeed clips at 1.0 unless told otherwise.
 
 import argparse
 import importlib
+import os
 from collections.abc import Iterator
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from lightning.fabric.accelerators.cuda import CUDAAccelerator
+from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 from lightning.fabric.strategies.deepspeed import DeepSpeedStrategy
 from lightning.fabric.utilities.seed import reset_seed
 from torch import Tensor, nn
@@ -176,10 +178,22 @@ class Engine(ShardingStrategy, DeepSpeedStrategy):
         comm.build_shm_op = lambda: None
         reset_seed()
         self._set_world_ranks()
-        self._init_deepspeed_distributed()
+        self._join()
         if not self._config_initialized:
             self._format_config()
             self._config_initialized = True
+
+    def _join(self) -> None:
+        """Make the process group; a process alone takes another port if its own was taken in the meantime."""
+        environment = self.cluster_environment
+        try:
+            self._init_deepspeed_distributed()
+        except torch.distributed.DistNetworkError:
+            if self.world_size > 1 or not isinstance(environment, LightningEnvironment):
+                raise
+            environment._main_port = -1
+            os.environ.pop("MASTER_PORT", None)
+            self._init_deepspeed_distributed()
 
     def _initialize_engine(
         self, model: nn.Module, optimizer: Any = None, scheduler: Any = None
