@@ -60,6 +60,8 @@ def convert(path: Path) -> tuple[str, Notes]:
         made = converted(theirs, notes)
     except RecipeError as error:
         raise RecipeError(f"{path}: {error}") from None
+    except (TypeError, AttributeError) as error:  # a list where theirs is a text, and the like
+        raise RecipeError(f"{path}: a value is of another kind than in a recipe of ArcticTraining ({error})") from error
     _, problems = structure(made)
     for key, message in problems:
         if unknown := "no such key" in message:
