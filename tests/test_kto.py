@@ -97,6 +97,7 @@ def train_on_ranks(folder: Path, model: str) -> None:
             kto(folder / name, Path(model), **cut).train()
 
 
+@pytest.mark.slow
 def test_two_ranks_train_like_one_under_every_strategy(tmp_path: Path, tiny_model: Path) -> None:
     kto(tmp_path / "one", tiny_model).train()
     on_two_ranks(tmp_path, "test_kto", f"train_on_ranks(folder, {str(tiny_model)!r})")

@@ -83,6 +83,7 @@ def test_a_template_that_adds_an_empty_thought_passes(make: Any) -> None:
     assert failing(twin) == set()
 
 
+@pytest.mark.slow
 def test_what_samples_passes(make: Any) -> None:
     """Also where the recipe's own reward gives random weights nothing at all."""
     keys: dict[str, Any] = {"rewards": [{"type": "verify", "function": "exact", "wanted": "response"}], "beta": 0.1}
