@@ -1,7 +1,8 @@
-"""The pictures and the style of the page that `view` makes: a funnel, a histogram, the differences of two texts."""
+"""What the pages that `view` makes are put together from: a page without scripts, sections, tables, pictures, texts."""
 
 import difflib
 import re
+from collections.abc import Iterable, Sequence
 from html import escape
 
 from posttrain.synth.pipelines.report import Report
@@ -38,6 +39,31 @@ del { background:var(--badwash); color:var(--bad); text-decoration:none; border-
 details { margin:8px 0 } summary { cursor:pointer; color:var(--soft) }
 .bad { color:var(--bad) } .good { color:var(--good) }
 """
+
+
+def document(title: str, parts: Iterable[str], style: str = STYLE) -> str:
+    """Return a page of HTML that loads nothing and runs nothing: a policy in it forbids all but its own style."""
+    return (
+        '<!doctype html><html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        "<meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; style-src 'unsafe-inline'\">"
+        f"<title>{escape(title)}</title><style>{style}</style></head><body>{''.join(parts)}</body></html>\n"
+    )
+
+
+def section(title: str, content: str, note: str = "") -> str:
+    """Return a part of a page under a heading; nothing if there is nothing in it."""
+    said = f'<p class="note">{escape(note)}</p>' if note else ""
+    return f"<section><h2>{escape(title)}</h2>{said}{content}</section>" if content else ""
+
+
+def table(head: Iterable[str], rows: Sequence[Iterable[str]]) -> str:
+    """Return a table; nothing if it has no rows."""
+    if not rows:
+        return ""
+    names = "".join(f"<th>{escape(name)}</th>" for name in head)
+    body = "".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
+    return f'<div class="wide"><table><thead><tr>{names}</tr></thead><tbody>{body}</tbody></table></div>'
 
 
 def funnel(report: Report) -> str:

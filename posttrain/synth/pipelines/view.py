@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from posttrain.errors import DataError
-from posttrain.synth.pipelines.pictures import STYLE, differences, funnel, histogram
+from posttrain.synth.pipelines.pictures import differences, document, funnel, histogram, section, table
 from posttrain.synth.pipelines.report import CELLS, Report, Stage, cells, dollars, plain
 from posttrain.synth.pipelines.rows import Row, answered, as_text, transcript
 
@@ -29,27 +29,16 @@ LONGEST = 6_000
 
 def page(report: Report) -> str:
     """Return the page of a report as HTML."""
-    title = escape(report.task)
     parts = [
-        f"<h1>{title}</h1>", f'<p class="note">{_summary(report)}</p>',
-        _section("From rows to data", funnel(report) + _table(report) + _facts(report)),
-        _section("What failed", _troubles(report)), _section("Models", models(report), MODELS_NOTE),
+        f"<h1>{escape(report.task)}</h1>", f'<p class="note">{_summary(report)}</p>',
+        section("From rows to data", funnel(report) + _table(report) + _facts(report)),
+        section("What failed", _troubles(report)), section("Models", models(report), MODELS_NOTE),
         *_last(report), *_dropped(report),
     ]  # fmt: skip
-    return (
-        '<!doctype html><html lang="en"><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        "<meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; style-src 'unsafe-inline'\">"
-        f"<title>{title}</title><style>{STYLE}</style></head><body>{''.join(parts)}</body></html>\n"
-    )
+    return document(report.task, parts)
 
 
 # -- sections -------------------------------------------------------------------------
-
-
-def _section(title: str, content: str, note: str = "") -> str:
-    said = f'<p class="note">{escape(note)}</p>' if note else ""
-    return f"<section><h2>{escape(title)}</h2>{said}{content}</section>" if content else ""
 
 
 def _summary(report: Report) -> str:
@@ -67,14 +56,11 @@ def _summary(report: Report) -> str:
 
 def _table(report: Report) -> str:
     names = ("step", *CELLS)
-    head = "".join(f"<th>{name}</th>" for name in names)
-    rows = ""
+    rows = []
     for stage in report.stages:
         found = [f"{stage.number} {stage.name}", *cells(stage)]
-        found += [""] * (len(names) - len(found))
-        rows += "<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in found) + "</tr>"
-    note = '<p class="note">in + new = out + dropped</p>'
-    return f'<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></div>{note}'
+        rows.append(found + [""] * (len(names) - len(found)))
+    return table(names, rows) + '<p class="note">in + new = out + dropped</p>'
 
 
 def _troubles(report: Report) -> str:
@@ -97,14 +83,12 @@ def models(report: Report) -> str:
     names = sorted({*scores, *chosen, *rejected})
     if len(names) < 2:
         return ""
-    lines = ""
+    lines = []
     for name in names:
         found = scores.get(name, [])
         mean = f"{sum(found) / len(found):.3g}" if found else ""
-        cells_ = (name, f"{len(found):,}" if found else "", mean, f"{chosen[name]:,}", f"{rejected[name]:,}")
-        lines += "<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in cells_) + "</tr>"
-    head = "".join(f"<th>{n}</th>" for n in ("model", "scored", "mean score", "chosen", "rejected"))
-    return f'<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>{lines}</tbody></table></div>'
+        lines.append((name, f"{len(found):,}" if found else "", mean, f"{chosen[name]:,}", f"{rejected[name]:,}"))
+    return table(("model", "scored", "mean score", "chosen", "rejected"), lines)
 
 
 def _facts(report: Report) -> str:
@@ -124,14 +108,14 @@ def _last(report: Report) -> Iterator[str]:
         sampled = len(values) < stage.rows_out
         note += f"; {len(values):,} of {stage.rows_out:,} rows" + (", evenly spread" if sampled else "")
         note += ". Upright: how many rows; across: the score"
-        yield _section("Scores", histogram(values, "how often each score occurs"), note)
+        yield section("Scores", histogram(values, "how often each score occurs"), note)
     last = report.stages[-1]
     rows = [row for row, _ in _sample(report.folder / last.file, last.rows_out, SHOWN)]
     note = f"{len(rows):,} of {last.rows_out:,}, evenly spread" if len(rows) < last.rows_out else f"All {len(rows):,}"
     if rows and all("chosen" in row and "rejected" in row for row in rows):
-        yield _section("Pairs", "".join(map(_pair, rows)), f"{note}. Marked: words that only one of the two has.")
+        yield section("Pairs", "".join(map(_pair, rows)), f"{note}. Marked: words that only one of the two has.")
     else:
-        yield _section("Rows", "".join(map(_row, rows)), note)
+        yield section("Rows", "".join(map(_row, rows)), note)
 
 
 def _dropped(report: Report) -> Iterator[str]:
@@ -150,7 +134,7 @@ def _dropped(report: Report) -> Iterator[str]:
             inside = "".join(_row(row, row["dropped"]["detail"]) for row in shown.get(reason, []))
             head = f"{escape(stage.name)}: {escape(reason)} <b>{count:,}</b>"
             found += f"<details><summary>{head}</summary>{inside}</details>"
-    yield _section(
+    yield section(
         "Dropped", found, f"Up to {SHOWN_DROPPED} rows of each reason; `posttrain synth export --dropped` has all."
     )
 

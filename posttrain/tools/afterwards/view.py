@@ -15,7 +15,7 @@ from typing import Any
 from posttrain import yaml12
 from posttrain.blocks.rollouts.ledger import read
 from posttrain.errors import DataError, PosttrainError, RecipeError
-from posttrain.synth.pipelines.pictures import STYLE, WIDTH
+from posttrain.synth.pipelines.pictures import STYLE, WIDTH, document, section, table
 from posttrain.words import duration, human
 
 HEIGHT = 150
@@ -61,31 +61,21 @@ def page(run: Path, step: int | None = None) -> str:
         raise RecipeError(f"{run} holds no recipe.yaml: give the folder of a run")
     recipe = yaml12.parse(file.read_text(encoding="utf-8"), lambda line: (line, f"line {line}")).data
     lines = list(_lines(run / "metrics.jsonl"))
-    title = escape(run.absolute().name)
+    title = run.absolute().name
     parts = [
-        f"<h1>{title}</h1>", f'<p class="note">{_summary(recipe, lines)}</p>', _failure(run),
-        _section("Curves", curves(lines), "Across: the optimizer step. Pale: each step; full: smoothed"),
-        _section("Right answers", _evals(run), "By posttrain eval, with 95 % intervals"),
-        _section("What it said", _samples(run), "By the callback samples: the same prompts at different steps"),
-        _section("Rollouts", _rollouts(run, step), f"Step {step}" if step else "The first groups and the last ones"),
-        _section("Data", _data(run) + _masks(run), "What became of the rows, and the first of them. Marked: trained"),
-        _section("Recipe", f'<pre class="card">{escape(_recipe(recipe))}</pre>'),
-        _section("Versions", _versions(run)),
+        f"<h1>{escape(title)}</h1>", f'<p class="note">{_summary(recipe, lines)}</p>', _failure(run),
+        section("Curves", curves(lines), "Across: the optimizer step. Pale: each step; full: smoothed"),
+        section("Right answers", _evals(run), "By posttrain eval, with 95 % intervals"),
+        section("What it said", _samples(run), "By the callback samples: the same prompts at different steps"),
+        section("Rollouts", _rollouts(run, step), f"Step {step}" if step else "The first groups and the last ones"),
+        section("Data", _data(run) + _masks(run), "What became of the rows, and the first of them. Marked: trained"),
+        section("Recipe", f'<pre class="card">{escape(_recipe(recipe))}</pre>'),
+        section("Versions", _versions(run)),
     ]  # fmt: skip
-    return (
-        '<!doctype html><html lang="en"><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        "<meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; style-src 'unsafe-inline'\">"
-        f"<title>{title}</title><style>{STYLE}{MORE}</style></head><body>{''.join(parts)}</body></html>\n"
-    )
+    return document(title, parts, STYLE + MORE)
 
 
 # -- sections -------------------------------------------------------------------------
-
-
-def _section(title: str, content: str, note: str = "") -> str:
-    said = f'<p class="note">{escape(note)}</p>' if note else ""
-    return f"<section><h2>{escape(title)}</h2>{said}{content}</section>" if content else ""
 
 
 def _summary(recipe: dict[str, Any], lines: list[dict[str, Any]]) -> str:
@@ -173,7 +163,7 @@ def _evals(run: Path) -> str:
             f"{said['rows']:,}",
         )
         rows.append(cells)
-    return _table(("data", "right", "95 %", "rows"), rows)
+    return table(("data", "right", "95 %", "rows"), rows)
 
 
 def _samples(run: Path) -> str:
@@ -220,7 +210,7 @@ def _data(run: Path) -> str:
     names = [name for name in ("rows_in", "documents", "pairs", "tokens", "supervised_tokens")
              if any(source.get(name) for source in sources.values())]  # fmt: skip
     rows = [(source, *(f"{said.get(name, 0):,}" for name in names), _dropped(said)) for source, said in sources.items()]
-    return _table(("source", *(name.replace("_", " ") for name in names), "dropped"), rows)
+    return table(("source", *(name.replace("_", " ") for name in names), "dropped"), rows)
 
 
 def _dropped(said: dict[str, Any]) -> str:
@@ -265,15 +255,7 @@ def _recipe(recipe: dict[str, Any]) -> str:
 def _versions(run: Path) -> str:
     file = run / "versions.json"
     found = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
-    return _table(("", ""), [(name, str(value)) for name, value in found.items()])
-
-
-def _table(head: tuple[str, ...], rows: list[Any]) -> str:
-    if not rows:
-        return ""
-    names = "".join(f"<th>{escape(name)}</th>" for name in head)
-    body = "".join("<tr>" + "".join(f"<td>{escape(str(cell))}</td>" for cell in row) + "</tr>" for row in rows)
-    return f'<div class="wide"><table><thead><tr>{names}</tr></thead><tbody>{body}</tbody></table></div>'
+    return table(("", ""), [(name, str(value)) for name, value in found.items()])
 
 
 def _lines(file: Path) -> Iterator[dict[str, Any]]:
