@@ -457,3 +457,14 @@ output_dir: {tmp_path / "run"}
     )
     with pytest.raises(RecipeError, match="there is no verifier 'nubmer'"):
         recipes.load(file, ["callbacks.0.check_by=nubmer"])
+
+
+def test_the_card_has_the_last_evaluation_and_reads_metrics_that_a_crash_cut(tmp_path: Path) -> None:
+    from posttrain.tools.afterwards.push import card
+
+    (tmp_path / "recipe.yaml").write_text("type: sft\nmodel: {name_or_path: org/base}\n")
+    lines = [{"step": 1, "loss": 2.0, "eval_loss": 3.0}, {"step": 2, "loss": 1.0}, {"step": 3, "loss": 0.5}]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"step": 4, "lo')
+    found = card(tmp_path, "me/tiny")
+    for said in ("| step | 3 |", "| loss | 0.5 |", "| eval_loss | 3 |", "base_model: org/base"):
+        assert said in found

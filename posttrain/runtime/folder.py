@@ -100,8 +100,7 @@ def _claim(run: "Run", resume: str, stack: ExitStack) -> str | None:
         if resume == "never" and saved.exists():
             remove_run(folder, OURS)
         if resume != "never" and saved.exists():
-            text = saved.read_text(encoding="utf-8")
-            run.recipe_before = yaml12.parse(text, lambda line: (line, f"{saved}:{line}")).data
+            run.recipe_before = recipe_of(folder)
             differs = difference(run.recipe_before, run.recipe)
             if differs and resume != "force":
                 return f"{folder} holds a run of another recipe:\n  " + "\n  ".join(differs) + f"\n{ADVICE}"
@@ -115,6 +114,19 @@ def _claim(run: "Run", resume: str, stack: ExitStack) -> str | None:
     except (RecipeError, UnicodeDecodeError):
         return f"{folder}/recipe.yaml is damaged; give another output_dir, or start anew with resume=never"
     return None
+
+
+def recipe_of(run: Path) -> dict[str, Any]:
+    """Return the recipe that a run has written into its folder, as plain data.
+
+    Raises:
+        RecipeError: there is none, or it is damaged.
+    """
+    file = run / "recipe.yaml"
+    if not file.is_file():
+        raise RecipeError(f"{run} holds no recipe.yaml: give the folder of a run")
+    found: dict[str, Any] = yaml12.parse(file.read_text(encoding="utf-8"), lambda line: (line, f"{file}:{line}")).data
+    return found
 
 
 def _write(file: Path, text: str) -> None:

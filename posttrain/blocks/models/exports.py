@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 import attrs
 
-from posttrain import yaml12
 from posttrain.blocks.models.adapters import CONFIG
 from posttrain.blocks.models.model import HFModel
 from posttrain.errors import RecipeError
+from posttrain.runtime.folder import recipe_of
 from posttrain.values import missing_folder
 
 if TYPE_CHECKING:
@@ -59,8 +59,7 @@ def export_of(name: str) -> str:
     run = Path(name).expanduser()
     if not (run / "recipe.yaml").is_file() or _is_model(run):
         return name
-    said = yaml12.parse((run / "recipe.yaml").read_text(encoding="utf-8"), lambda line: (line, f"line {line}")).data
-    blocks = [block for block in said.get("checkpoint", []) if block.get("type") == "huggingface"]
+    blocks = [block for block in recipe_of(run).get("checkpoint", []) if block.get("type") == "huggingface"]
     folder = Path((blocks[0].get("output_dir") if blocks else None) or run / "huggingface")
     if _is_model(folder):
         return str(folder)

@@ -14,6 +14,8 @@ from posttrain.synth.steps.verify import Verify
 
 if TYPE_CHECKING:
     from posttrain.run import Run
+    from posttrain.synth.clients.client import Synth
+    from posttrain.synth.pipelines.report import Report
 
 ID = "row"
 """Column that numbers the rows, so that two models can be compared on the same ones."""
@@ -74,23 +76,42 @@ class RightAnswers:
         """
         from posttrain.synth.clients.transformers import TransformersSynth
         from posttrain.synth.ledger.live import silent
-        from posttrain.synth.pipelines.pipeline import Pipeline
         from posttrain.synth.pipelines.refresh import fingerprint
-        from posttrain.synth.steps.generate import Generate
 
         network: Any = run.model.module.hf
         client = TransformersSynth(
             loaded=(network, run.tokenizer), weights=f"step-{run.step}-{fingerprint(network)}",
             work_dir=run.output_dir / "answers", batch_size=self.batch_size,  # type: ignore[call-arg]  # of the base
         )  # fmt: skip
-        asks: Any = Generate(body={"temperature": 0, "max_tokens": self.max_new_tokens})  # type: ignore[call-arg]
-        steps = [asks, Verify(function=self.check_by, wanted=self.wanted)]
+        checks = Verify(function=self.check_by, wanted=self.wanted)
         rows = list(asked(self.source, self.rows, None, self.wanted))
-        report = Pipeline(steps).run(rows, client, f"step-{run.step}", retry_failed=True, progress=silent)
+        report = answer(
+            rows, client, checks, self.max_new_tokens, f"step-{run.step}", retry_failed=True, progress=silent
+        )
         scores = [float(row["score"]) for row in report.rows()]
         if not scores:
             raise RecipeError(f"callbacks: right-answers: no reply was checked: {report.stages[-1].dropped}")
         return sum(scores) / len(scores)
+
+
+def answer(
+    rows: list[dict[str, Any]], client: "Synth", checks: Verify, max_new_tokens: int, task: str, **options: Any
+) -> "Report":
+    """Have a client answer rows with the likeliest replies, check them, and return the report.
+
+    Args:
+        rows: of `asked`.
+        client: whose model answers.
+        checks: what a right reply is.
+        max_new_tokens: of each reply.
+        task: name of the work in the client's ledger.
+        options: of `Pipeline.run`.
+    """
+    from posttrain.synth.pipelines.pipeline import Pipeline
+    from posttrain.synth.steps.generate import Generate
+
+    asks = Generate(body={"temperature": 0, "max_tokens": max_new_tokens})  # type: ignore[call-arg]  # of the base
+    return Pipeline([asks, checks]).run(rows, client, task, **options)
 
 
 def asked(source: Source, rows: int | None, system: str | None, wanted: str | None) -> Iterator[dict[str, Any]]:

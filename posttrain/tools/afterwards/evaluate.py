@@ -9,14 +9,14 @@ import math
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import attrs
 
 from posttrain.blocks.data.sources import Source
 from posttrain.blocks.models.exports import export_of
 from posttrain.errors import RecipeError
-from posttrain.synth.steps.answers import ID, asked
+from posttrain.synth.steps.answers import ID, answer, asked
 from posttrain.synth.steps.verify import Verify
 
 if TYPE_CHECKING:
@@ -119,8 +119,6 @@ def evaluate(
         SynthError: the ledger cannot be written.
     """
     from posttrain.synth.clients.transformers import TransformersSynth
-    from posttrain.synth.pipelines.pipeline import Pipeline
-    from posttrain.synth.steps.generate import Generate
 
     place = export_of(model)
     checks = Verify(function=check, wanted=wanted)
@@ -130,10 +128,9 @@ def evaluate(
     if output_dir is not None or place == model:  # several models share it
         work = work / _file_name(model)
     client = TransformersSynth(work_dir=work, name_or_path=place, batch_size=batch_size, device=device)  # type: ignore[call-arg]
-    asks = Generate(body={"temperature": 0, "max_tokens": max_new_tokens})  # type: ignore[call-arg]  # of the base
     called = check if isinstance(check, str) else check.__name__
     questions = list(asked(Source(name_or_path=str(data)), rows, system, wanted))
-    report = Pipeline([asks, checks]).run(questions, client, f"{data.stem}-{called}")
+    report = answer(questions, client, checks, max_new_tokens, f"{data.stem}-{called}")
     scored = list(report.rows())
     result = Result(
         model, {row[ID]: float(row["score"]) for row in scored},
@@ -175,6 +172,11 @@ def sentences(results: list[Result]) -> Iterator[str]:
         )
     for result in results:
         yield f"replies: posttrain synth view {result.folder}"
+
+
+def summaries(run: Path) -> list[dict[str, Any]]:
+    """Return what each evaluation of a run has come to, as it was written."""
+    return [json.loads(file.read_text(encoding="utf-8")) for file in sorted(run.glob("evals/*/summary.json"))]
 
 
 def _write(result: Result, data: Path, check: str) -> None:

@@ -5,7 +5,11 @@ import os
 from pathlib import Path
 from typing import Any
 
-from posttrain.errors import CheckpointError, RecipeError
+from posttrain import yaml12
+from posttrain.errors import CheckpointError, PosttrainError, RecipeError
+from posttrain.runtime.folder import recipe_of
+from posttrain.tools import plot
+from posttrain.tools.afterwards.evaluate import summaries
 
 CARD = "README.md"
 WAYS = {"mlp-speculator": "text-generation", "reward": "text-classification"}
@@ -58,12 +62,7 @@ def card(run: Path, repository: str) -> str:
     Raises:
         RecipeError: the folder holds no run.
     """
-    if not (run / "recipe.yaml").is_file():
-        raise RecipeError(f"{run} holds no recipe.yaml: give the folder of a run")
-    from posttrain import yaml12
-
-    text = (run / "recipe.yaml").read_text(encoding="utf-8")
-    recipe = yaml12.parse(text, lambda line: (line, f"line {line}")).data
+    recipe = recipe_of(run)
     base, kind = str(recipe["model"].get("name_or_path", "")), str(recipe["type"])
     hub = {"base_model": base} if base and not Path(base).exists() and not recipe["model"].get("random_init") else {}
     adapter = bool(recipe["model"].get("lora"))
@@ -98,14 +97,13 @@ def _total(count: Any) -> int:
 
 
 def _results(run: Path) -> list[str]:
-    file = run / "metrics.jsonl"
-    if not file.exists():
+    try:
+        curves = plot.read(run)
+    except PosttrainError:  # it logged none
         return []
-    last: dict[str, Any] = {}
-    for line in file.read_text(encoding="utf-8").splitlines():
-        last |= json.loads(line)
-    wanted = [name for name in last if name in ("step", "loss", "epoch", "tokens") or name.startswith("eval/")]
-    rows = "\n".join(f"| {name} | {last[name]:,.6g} |" for name in wanted if isinstance(last[name], int | float))
+    last = {"step": max(steps[-1] for steps, _ in curves.values())} | {name: y[-1] for name, (_, y) in curves.items()}
+    wanted = [name for name in last if name in ("step", "loss", "epoch", "tokens") or name.startswith("eval_")]
+    rows = "\n".join(f"| {name} | {last[name]:,.6g} |" for name in wanted)
     return [f"## Results\n\n| metric | last value |\n|---|---|\n{rows}"]
 
 
@@ -113,8 +111,7 @@ def _evals(run: Path) -> list[str]:
     rows = [
         f"| {_shown(said['data'])} | {said['check']} | {said['right']:.1%} "
         f"[{said['interval_95'][0]:.1%}, {said['interval_95'][1]:.1%}] | {said['rows']:,} |"
-        for file in sorted(run.glob("evals/*/summary.json"))
-        for said in [_json(file)]
+        for said in summaries(run)
     ]  # fmt: skip
     head = "## Right replies (`posttrain eval`)\n\n| data | check | right, 95 % interval | rows |\n|---|---|---|---|\n"
     return [head + "\n".join(rows)] if rows else []
@@ -128,7 +125,6 @@ def _versions(run: Path) -> list[str]:
 
 def _without_keys(recipe: dict[str, Any]) -> str:
     """Return a recipe as YAML, with folders of this machine by their names alone."""
-    from posttrain import yaml12
 
     def cleaned(value: Any) -> Any:
         if isinstance(value, dict):

@@ -15,7 +15,10 @@ from typing import Any
 from posttrain import yaml12
 from posttrain.blocks.rollouts.ledger import read
 from posttrain.errors import DataError, PosttrainError, RecipeError
+from posttrain.runtime.folder import recipe_of
 from posttrain.synth.pipelines.pictures import STYLE, WIDTH, document, section, table
+from posttrain.tools.afterwards.evaluate import summaries
+from posttrain.tools.plot import smooth
 from posttrain.words import duration, human
 
 HEIGHT = 150
@@ -56,10 +59,7 @@ def page(run: Path, step: int | None = None) -> str:
     Raises:
         RecipeError: the folder holds no run, or nothing was said in that step.
     """
-    file = run / "recipe.yaml"
-    if not file.is_file():
-        raise RecipeError(f"{run} holds no recipe.yaml: give the folder of a run")
-    recipe = yaml12.parse(file.read_text(encoding="utf-8"), lambda line: (line, f"line {line}")).data
+    recipe = recipe_of(run)
     lines = list(_lines(run / "metrics.jsonl"))
     title = run.absolute().name
     parts = [
@@ -116,7 +116,8 @@ def curves(lines: list[dict[str, Any]]) -> str:
 def _curve(name: str, points: list[tuple[float, float]]) -> str:
     """Return one curve as a picture; smoothed where it has many points, each with noise."""
     points = points[:: max(1, len(points) // POINTS)]
-    low, high = min(y for _, y in points), max(y for _, y in points)
+    xs, ys = [x for x, _ in points], [y for _, y in points]
+    low, high = min(ys), max(ys)
     first, last = points[0][0], points[-1][0]
     left, right, bottom = 66, WIDTH // 2 - 10, HEIGHT - 24
     across, upright = (right - left) / ((last - first) or 1), (bottom - 10) / ((high - low) or 1)
@@ -126,7 +127,7 @@ def _curve(name: str, points: list[tuple[float, float]]) -> str:
 
     noisy = len(points) > NOISY and not name.startswith(("lr", "eval_"))
     drawn = f'<polyline class="raw" points="{path(points)}"/>' if noisy else ""
-    drawn += f'<polyline class="line" points="{path(_smooth(points) if noisy else points)}"/>'
+    drawn += f'<polyline class="line" points="{path(list(zip(xs, smooth(ys), strict=True)) if noisy else points)}"/>'
     if len(points) == 1:
         drawn = f'<circle class="kept" cx="{left}" cy="{bottom}" r="3"/>'
     texts = [
@@ -142,19 +143,9 @@ def _curve(name: str, points: list[tuple[float, float]]) -> str:
     )
 
 
-def _smooth(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
-    """Return an exponential moving average, without the bias of its beginning."""
-    mean, weight, made = 0.0, 0.0, []
-    for x, y in points:
-        mean, weight = 0.9 * mean + 0.1 * y, 0.9 * weight + 0.1
-        made.append((x, mean / weight))
-    return made
-
-
 def _evals(run: Path) -> str:
     rows = []
-    for file in sorted(run.glob("evals/*/summary.json")):
-        said = json.loads(file.read_text(encoding="utf-8"))
+    for said in summaries(run):
         low, high = said["interval_95"]
         cells = (
             f"{said['data']} ({said['check']})",
