@@ -2,7 +2,7 @@
 
 `sft` is the shortest: a loss, and nothing else. `dpo`, `kto`, `reward` and `distill` train from preferences, verdicts
 and teachers, `grpo`, `online_dpo` and `on_policy_distill` from what the model itself says; `swiftkv` and
-`mlp_speculator` make models cheaper to serve.
+`mlp_speculator` make models cheaper to serve. What several of them share is in `reference` and `rewarded`.
 """
 
 from posttrain.trainers import (

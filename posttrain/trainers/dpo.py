@@ -13,24 +13,20 @@ from posttrain.blocks.losses.objective import NAMED, Objective
 from posttrain.blocks.models.model import HFModel
 from posttrain.interfaces import DataBlock, ModelBlock
 from posttrain.registry import block, default, key
-from posttrain.trainer import Trainer
+from posttrain.trainers.reference import ReferenceTrainer
 
 if TYPE_CHECKING:
-    from lightning.fabric import Fabric
-    from torch import Tensor, nn
+    from torch import Tensor
 
     from posttrain.run import Run
 
 
 @block("trainer", "dpo")
-class DPOTrainer(Trainer):
+class DPOTrainer(ReferenceTrainer):
     """Direct preference optimization, and other losses of the same pairs (`posttrain/blocks/losses/preference.py`)."""
 
     model: ModelBlock = default(HFModel, required=True)
     data: DataBlock = default(PreferenceData, required=True)
-    reference: ModelBlock | None = default(HFModel, optional=True, also=("ref_model",))
-    """The model to stay close to; by default a frozen copy of `model` as it is at the start, and with LoRA `model`
-    without its adapters."""
     precompute_reference: bool = key(False, also=("precompute_ref_log_probs",))
     """Ask the reference once for all pairs before training, keep its answers in the cache, and free its memory."""
     loss_type: str | list[str] | dict[str, float] = "sigmoid"
@@ -70,14 +66,10 @@ class DPOTrainer(Trainer):
         elif self.precompute_reference and isinstance(self.data, Data) and self.data.streams:
             yield "precompute_reference", "cannot be asked ahead about a stream, which is read while training"
 
-    def build_frozen(self, fabric: "Fabric", model: "nn.Module") -> "dict[str, nn.Module]":
-        """Add the reference: a copy of the policy, unless there is a model of its own or adapters to switch off."""
-        from posttrain.blocks.models.frozen import reference_of
-
-        frozen = super().build_frozen(fabric, model)
-        if self.objective.needs_reference and self.reference is None:
-            frozen["reference"] = reference_of(model, fabric)
-        return frozen
+    @property
+    def needs_reference(self) -> bool:
+        """Whether one of the losses looks at the reference."""
+        return self.objective.needs_reference
 
     def prepare(self) -> dict[str, Any]:
         """Tokenize, and record what the reference says if it is to be asked only once."""

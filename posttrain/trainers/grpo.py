@@ -4,10 +4,10 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import attrs
-from attrs.validators import ge, gt, min_len, optional
+from attrs.validators import ge, gt, optional
 
 from posttrain.batch import Batch, Extra, Term
-from posttrain.blocks.data.data import Data, pad_id
+from posttrain.blocks.data.data import pad_id
 from posttrain.blocks.losses import policy  # noqa: F401 - registers the losses
 from posttrain.blocks.losses.surrogate import (
     Advantage,
@@ -19,17 +19,13 @@ from posttrain.blocks.losses.surrogate import (
     divergence_from,
 )
 from posttrain.blocks.models.model import HFModel
-from posttrain.blocks.rollouts.prompts import PromptData
-from posttrain.blocks.rollouts.rewards import as_rewards
-from posttrain.blocks.rollouts.sampler import TransformersSampler
 from posttrain.errors import TrainingError
-from posttrain.interfaces import DataBlock, ModelBlock, RewardBlock, SamplerBlock
+from posttrain.interfaces import ModelBlock
 from posttrain.registry import block, default, key
-from posttrain.trainer import Trainer
+from posttrain.trainers.rewarded import RewardedTrainer
 
 if TYPE_CHECKING:
-    from lightning.fabric import Fabric
-    from torch import Tensor, nn
+    from torch import Tensor
 
     from posttrain.run import Run
 
@@ -38,16 +34,11 @@ GAP = "sampler/gap"
 
 
 @block("trainer", "grpo")
-class GRPOTrainer(Trainer):
+class GRPOTrainer(RewardedTrainer):
     """Group relative policy optimization: the model answers each prompt several times, rewards score the replies, and
     the better ones of each group become likelier."""
 
     model: ModelBlock = default(HFModel, required=True)
-    data: DataBlock = default(PromptData, required=True)
-    rewards: list[RewardBlock] = key(check=min_len(1), convert=as_rewards, also=("reward_funcs",))
-    """What replies are worth: the weighted sum of these."""
-    sampler: SamplerBlock = default(TransformersSampler)
-    """What says the replies."""
     group_size: int = key(8, check=gt(0), also=("num_generations",))
     """Replies to each prompt."""
     loss_type: str = "dapo"
@@ -71,9 +62,6 @@ class GRPOTrainer(Trainer):
     kl: Kind = "unbiased"
     """How that divergence is estimated: k1, k2, k3 (Schulman), or k3 times the ratio to the policy that sampled, which
     alone has its value and its gradient."""
-    reference: ModelBlock | None = default(HFModel, optional=True, also=("ref_model",))
-    """The model to stay close to, with `beta`; by default a frozen copy of `model` as it is at the start, and with LoRA
-    `model` without its adapters."""
     entropy: float = key(0.0, check=ge(0))
     """Weight of the policy's mean entropy, which is made larger."""
     correction: Correction = "none"
@@ -92,7 +80,6 @@ class GRPOTrainer(Trainer):
     """Of these replies; 0 for the likeliest tokens. By default the sampler's."""
     branching: bool = True
     """Compute the prompt of a group once, where the model's attention can. False pads instead: the same result."""
-    replies: Any = attrs.field(init=False, repr=False)
 
     @property
     def updates_per_step(self) -> int:  # type: ignore[override]
@@ -109,38 +96,20 @@ class GRPOTrainer(Trainer):
         yield from super().check()
         problems = list(self.surrogate.problems())
         yield from (("loss_args" if name in self.loss_args else name, message) for name, message in problems)
-        if isinstance(self.data, Data) and not isinstance(self.data, PromptData):
-            yield "data", f"this trainer needs prompts (type: prompts), and {type(self.data).__name__} gives replies"
         if not problems and self.group_size == 1 and (how := self.compared) != "batch":
             yield "group_size", f"the advantage {how!r} compares a reply with others to the same prompt: 2 or more"
         if self.reference is not None and not self.beta:
             yield "reference", "has no use while beta is 0"
-        if self.sequence:
-            yield "sequence", "ranks cannot share rows whose replies are still to be said"
 
     @property
     def compared(self) -> Advantage:
         """How rewards become advantages."""
         return self.advantage or self.surrogate.loss.advantage
 
-    # -- what is built ----------------------------------------------------------------
-
-    def build_frozen(self, fabric: "Fabric", model: "nn.Module") -> "dict[str, nn.Module]":
-        """Add the reference, if the loss looks at one."""
-        from posttrain.blocks.models.frozen import reference_of
-
-        frozen = super().build_frozen(fabric, model)
-        if self.beta and self.reference is None:
-            frozen["reference"] = reference_of(model, fabric)
-        return frozen
-
-    def setup(self) -> "Run":
-        """Build what speaks, what scores and what remembers, too."""
-        from posttrain.blocks.rollouts.scored import Scored
-
-        run = super().setup()
-        self.replies = Scored(run, self.sampler, self.rewards, self.seed)
-        return run
+    @property
+    def needs_reference(self) -> bool:
+        """Whether the loss looks at the reference: with `beta`."""
+        return bool(self.beta)
 
     # -- a step -----------------------------------------------------------------------
 

@@ -11,15 +11,14 @@ from posttrain.blocks.data.unpaired import UnpairedData
 from posttrain.blocks.models.model import HFModel
 from posttrain.interfaces import DataBlock, ModelBlock
 from posttrain.registry import block, default, key
-from posttrain.trainer import Trainer
+from posttrain.trainers.reference import ReferenceTrainer
 
 if TYPE_CHECKING:
-    from lightning.fabric import Fabric
-    from torch import Tensor, nn
+    from torch import Tensor
 
 
 @block("trainer", "kto")
-class KTOTrainer(Trainer):
+class KTOTrainer(ReferenceTrainer):
     """Kahneman-Tversky optimization (Ethayarajh et al., arXiv:2402.01306).
 
     The point from which gains and losses are counted is the divergence from the reference, estimated over all rows of
@@ -28,9 +27,6 @@ class KTOTrainer(Trainer):
 
     model: ModelBlock = default(HFModel, required=True)
     data: DataBlock = default(UnpairedData, required=True)
-    reference: ModelBlock | None = default(HFModel, optional=True, also=("ref_model",))
-    """The model to stay close to; by default a frozen copy of `model` as it is at the start, and with LoRA `model`
-    without its adapters."""
     beta: float = key(0.1, check=gt(0))
     """Scale of rewards: higher ties the model closer to the reference."""
     good_weight: float = key(1.0, check=ge(0), also=("desirable_weight",))
@@ -46,15 +42,6 @@ class KTOTrainer(Trainer):
             yield "data", f"this trainer needs verdicts (type: unpaired), and {type(self.data).__name__} gives none"
         if self.sequence:
             yield "sequence", "ranks cannot share rows that are compared with replies of other rows"
-
-    def build_frozen(self, fabric: "Fabric", model: "nn.Module") -> "dict[str, nn.Module]":
-        """Add the reference: a copy of the policy, unless there is a model of its own or adapters to switch off."""
-        from posttrain.blocks.models.frozen import reference_of
-
-        frozen = super().build_frozen(fabric, model)
-        if self.reference is None:
-            frozen["reference"] = reference_of(model, fabric)
-        return frozen
 
     def together(self, batches: Iterable[Batch]) -> Iterable[Batch]:
         """Yield the batches with the estimated divergence, a mean over all of them."""

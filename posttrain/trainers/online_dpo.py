@@ -1,32 +1,26 @@
 """Online preference training: the model says the pairs itself, and rewards tell which side is the better one."""
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import attrs
-from attrs.validators import ge, gt, min_len, optional
+from attrs.validators import ge, gt, optional
 
 from posttrain.batch import Batch, Term
-from posttrain.blocks.data.data import Data, pad_id
+from posttrain.blocks.data.data import pad_id
 from posttrain.blocks.losses import preference  # noqa: F401 - registers the losses
 from posttrain.blocks.losses.objective import Objective
 from posttrain.blocks.models.model import HFModel
-from posttrain.blocks.rollouts.prompts import PromptData
-from posttrain.blocks.rollouts.rewards import as_rewards
-from posttrain.blocks.rollouts.sampler import TransformersSampler
-from posttrain.interfaces import DataBlock, ModelBlock, RewardBlock, SamplerBlock
+from posttrain.interfaces import ModelBlock
 from posttrain.registry import block, default, key
-from posttrain.trainer import Trainer
+from posttrain.trainers.rewarded import RewardedTrainer
 
 if TYPE_CHECKING:
-    from lightning.fabric import Fabric
-    from torch import Tensor, nn
-
-    from posttrain.run import Run
+    from torch import Tensor
 
 
 @block("trainer", "online-dpo")
-class OnlineDPOTrainer(Trainer):
+class OnlineDPOTrainer(RewardedTrainer):
     """Online direct preference optimization (Guo et al., arXiv:2402.04792): of several replies to each prompt, the best
     and the worst are a pair.
 
@@ -34,23 +28,14 @@ class OnlineDPOTrainer(Trainer):
     """
 
     model: ModelBlock = default(HFModel, required=True)
-    data: DataBlock = default(PromptData, required=True)
-    rewards: list[RewardBlock] = key(check=min_len(1), convert=as_rewards, also=("reward_funcs",))
-    """What replies are worth: the weighted sum of these."""
-    sampler: SamplerBlock = default(TransformersSampler)
-    """What says the replies."""
     group_size: int = key(2, check=ge(2), also=("num_generations",))
     """Replies to each prompt, of which the best and the worst are a pair."""
-    reference: ModelBlock | None = default(HFModel, optional=True, also=("ref_model",))
-    """The model to stay close to; by default a frozen copy of `model` as it is at the start, and with LoRA `model`
-    without its adapters."""
     loss_type: str = "sigmoid"
     """A loss of single pairs with a reference, as in `type: dpo`: sigmoid (DPO), hinge, ipo, robust, ..."""
     beta: float | None = key(None, check=optional(gt(0)))
     """Scale of rewards: higher ties the model closer to the reference. By default the loss's own: 0.1."""
     loss_args: dict[str, float | bool] = attrs.field(factory=dict)
     """Further options of the loss."""
-    replies: Any = attrs.field(init=False, repr=False)
 
     @property
     def objective(self) -> Objective:
@@ -60,31 +45,10 @@ class OnlineDPOTrainer(Trainer):
     def check(self) -> Iterator[tuple[str, str]]:
         """Yield what contradicts itself."""
         yield from super().check()
-        if isinstance(self.data, Data) and not isinstance(self.data, PromptData):
-            yield "data", f"this trainer needs prompts (type: prompts), and {type(self.data).__name__} gives replies"
         if found := list(self.objective.problems()):
             yield from found
         elif self.objective.over_step or self.objective.takes("mean_lengths") or not self.objective.needs_reference:
             yield "loss_type", f"{self.loss_type} is no loss of single pairs with a reference"
-        if self.sequence:
-            yield "sequence", "ranks cannot share rows whose replies are still to be said"
-
-    def build_frozen(self, fabric: "Fabric", model: "nn.Module") -> "dict[str, nn.Module]":
-        """Add the reference: a copy of the policy, unless there is a model of its own or adapters to switch off."""
-        from posttrain.blocks.models.frozen import reference_of
-
-        frozen = super().build_frozen(fabric, model)
-        if self.reference is None:
-            frozen["reference"] = reference_of(model, fabric)
-        return frozen
-
-    def setup(self) -> "Run":
-        """Build what speaks, what scores and what remembers, too."""
-        from posttrain.blocks.rollouts.scored import Scored
-
-        run = super().setup()
-        self.replies = Scored(run, self.sampler, self.rewards, self.seed)
-        return run
 
     def made(self, batches: list[Batch]) -> list[Batch]:
         """Return pairs of what was said to the prompts."""
