@@ -7,7 +7,7 @@ export OMP_NUM_THREADS ?= 1
 help:
 	@echo "make setup     .venv with posttrain and everything for developing it"
 	@echo "make demo      watch a model learn (under three minutes)"
-	@echo "make demo-real a real pretrained model learns a task (about ten minutes)"
+	@echo "make demo-real a real pretrained model learns a task (six minutes)"
 	@echo "make demo-vision  a tiny model of images and text learns to see (a few minutes)"
 	@echo "make demo-distill  make that model cheaper to serve: SwiftKV and a speculator"
 	@echo "make demo-rl   a real model learns to add from rewards alone (ten minutes, 93 MB to download)"

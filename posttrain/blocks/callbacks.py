@@ -184,11 +184,10 @@ class Samples:
     @before("trainer.fit")
     def start(self, trainer: Any) -> None:
         """Reply before the first step; what was said after the checkpoint that a run goes on from is said again."""
-        file = trainer.run.output_dir / "samples.jsonl"
-        if trainer.run.fabric.is_global_zero and file.exists():
-            lines = file.read_text(encoding="utf-8").splitlines(keepends=True)
-            kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] < trainer.run.step]
-            file.write_text("".join(kept), encoding="utf-8")
+        from posttrain.blocks.loggers.console import forget_after
+
+        if trainer.run.fabric.is_global_zero:
+            forget_after(trainer.run.output_dir / "samples.jsonl", trainer.run.step - 1)
         self.reply(trainer)
 
     @after("trainer.evaluate")

@@ -185,9 +185,7 @@ class JSONLLogger:
     """One JSON object per step, in the order of steps."""
 
     def __init__(self, path: Path, step: int) -> None:
-        if path.exists():
-            kept = [line for line in path.read_text().splitlines(keepends=True) if _step(line) <= step]
-            path.write_text("".join(kept))
+        forget_after(path, step)
         self.file = path.open("a")
 
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
@@ -207,6 +205,13 @@ class JSONLLogger:
         """Close the file."""
         with suppress(OSError):  # of what could not be written before
             self.file.close()
+
+
+def forget_after(path: Path, step: int) -> None:
+    """Remove the lines of later steps from a file of JSON lines: they will be written again."""
+    if path.exists():
+        kept = [line for line in path.read_text(encoding="utf-8").splitlines() if _step(line) <= step]
+        path.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
 
 
 def _step(line: str) -> float:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 import attrs
 from attrs.validators import ge, gt, min_len, optional
 
-from posttrain.blocks.models.adapters import attach, merge, origin
+from posttrain.blocks.models.adapters import CONFIG, attach, merge, origin
 from posttrain.errors import RecipeError
 from posttrain.registry import block, key
 from posttrain.values import Secret, as_data, missing_folder
@@ -52,8 +52,8 @@ class LoRA:
         """Yield a folder that is no adapter, and keys that would do nothing."""
         if self.start_from is None:
             return
-        if not (Path(self.start_from).expanduser() / "adapter_config.json").is_file():
-            yield "start_from", missing_folder(self.start_from) or f"{self.start_from} holds no adapter_config.json"
+        if not (Path(self.start_from).expanduser() / CONFIG).is_file():
+            yield "start_from", missing_folder(self.start_from) or f"{self.start_from} holds no {CONFIG}"
         if self != LoRA(start_from=self.start_from):
             yield "start_from", "the adapter has its own r, alpha, dropout and modules: leave the other keys out"
 

@@ -56,17 +56,15 @@ def balance(logits: tuple[Tensor, ...], layout: Layout, top_k: int, weight: floa
         top_k: experts of a token.
         weight: of the term.
     """
-    seqlens = layout.cu_seqlens.diff().to(logits[0].device)
-    documents, experts = len(seqlens), logits[0].shape[-1]
-    of = torch.repeat_interleave(torch.arange(documents, device=seqlens.device), seqlens, output_size=len(logits[0]))
+    experts = logits[0].shape[-1]
+    of, tokens, real = documents_of(layout, logits[0])
+    documents = len(tokens)
     chosen, probability = (torch.zeros(documents, experts, device=of.device) for _ in range(2))
     for layer in logits:
         probabilities = layer.float().softmax(-1)
         picked = torch.zeros_like(probabilities).scatter_(1, probabilities.topk(top_k, -1).indices, 1.0)
         chosen = chosen.index_add(0, of, picked)
         probability = probability.index_add(0, of, probabilities)
-    tokens = seqlens.float()
-    real = torch.zeros(documents, device=of.device).index_fill(0, of[layout.ends], 1.0)  # padding ends nowhere
     shares = (chosen * probability).sum(-1) / (len(logits) * tokens).clamp(min=1) ** 2  # [documents]
     return Term(experts * (real * tokens * shares).sum(), "tokens", weight)
 
@@ -81,13 +79,20 @@ def small(logits: tuple[Tensor, ...], layout: Layout, weight: float) -> Term:
         layout: of the documents.
         weight: of the term.
     """
+    of, _, real = documents_of(layout, logits[0])
     total = torch.stack([layer.float().logsumexp(-1).square() for layer in logits]).mean(0)  # [rows * width]
-    return Term((total * real_tokens(layout, total)).sum(), "tokens", weight)
+    return Term((total * real[of]).sum(), "tokens", weight)
 
 
-def real_tokens(layout: Layout, like: Tensor) -> Tensor:
-    """Return 1 for each token of a document and 0 for padding, [rows * width]."""
+def documents_of(layout: Layout, like: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the document of each token, [rows * width]; how many tokens each has, and 1 for it or 0 if it is padding,
+    [documents] each.
+
+    Args:
+        layout: of the documents.
+        like: [rows * width, ...], on the device that is meant.
+    """
     seqlens = layout.cu_seqlens.diff().to(like.device)
     of = torch.repeat_interleave(torch.arange(len(seqlens), device=like.device), seqlens, output_size=len(like))
     real = torch.zeros(len(seqlens), device=like.device).index_fill(0, of[layout.ends], 1.0)  # padding ends nowhere
-    return real[of]
+    return of, seqlens.float(), real
