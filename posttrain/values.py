@@ -59,6 +59,13 @@ def missing_folder(name: str) -> str | None:
     return f"there is no folder {name}{suggest(path.name, beside)}"
 
 
+def similar_folder(name: str) -> str:
+    """Return "; did you mean 'runs/first'?" if something is called so beside a path that is not there; or nothing."""
+    path = Path(name).expanduser()
+    beside = [str(path.parent / found.name) for found in path.parent.iterdir()] if path.parent.is_dir() else []
+    return suggest(str(path), beside)
+
+
 def as_data(value: Any) -> Any:
     """Return the plain data of a recipe that makes this trainer, block or value.
 

@@ -17,7 +17,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from posttrain.blocks.models.exports import end_of_turn, open_model
+from posttrain.blocks.models.exports import end_of_turn, export_of, open_model
 from posttrain.blocks.models.speculator.speculate import speculate
 from posttrain.cli import main
 from posttrain.errors import RecipeError
@@ -131,6 +131,21 @@ def test_swiftkv_and_speculators_answer(place: Path, run: Path, tmp_path: Path) 
     shared = trained(place, "shared", base, ", num_key_value_layers: 1", "type: swiftkv\nmax_steps: 2\n")
     assert type(open_model(str(shared)).hf).__name__ == "LlamaSwiftKVForCausalLM"
     assert main(["chat", str(shared), "--prompts", str(tmp_path / "p.txt"), "-o", str(tmp_path / "kv")]) == 0
+
+
+def test_a_name_that_is_a_slip_is_noticed_before_the_hub_is_asked(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.chdir(run.parent)
+    (run.parent / "runs").mkdir(exist_ok=True)
+    (run.parent / "runs" / "first").mkdir(exist_ok=True)
+    assert export_of("runs/firts") == "runs/firts"
+    assert (
+        "there is no folder runs/firts here, so it is looked for on the hub; did you mean 'runs/first'?" in caplog.text
+    )
+    caplog.clear()
+    assert export_of("Qwen/Qwen3-0.6B") == "Qwen/Qwen3-0.6B"
+    assert caplog.text == ""
 
 
 def test_what_cannot_be_talked_to_is_refused(place: Path, tiny_model: Path, tmp_path: Path) -> None:

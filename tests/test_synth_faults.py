@@ -315,7 +315,7 @@ def test_a_refused_batch_of_which_lines_were_paid_says_so(server: Server, tmp_pa
 # -- being told to wait, and outages --------------------------------------------------
 
 
-@pytest.mark.parametrize("header", ["0", formatdate(time.time() - 50, usegmt=True)])
+@pytest.mark.parametrize("header", ["0", formatdate(time.time() - 50, usegmt=True)], ids=["0", "a date"])
 def test_a_server_that_asks_for_no_wait_is_not_asked_in_a_hot_loop(
     server: Server, tmp_path: Path, header: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

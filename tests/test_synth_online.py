@@ -147,7 +147,11 @@ def test_a_storm_uses_up_no_attempts_and_is_one_pause_for_all_lanes(server: Serv
     assert server.paid_lines == 60
 
 
-@pytest.mark.parametrize("header", ["1", "0.5", formatdate(time.time() - 5, usegmt=True), "soon", "-3", ""])
+@pytest.mark.parametrize(  # ids of their own: workers that collect in different seconds must find the same tests
+    "header",
+    ["1", "0.5", formatdate(time.time() - 5, usegmt=True), "soon", "-3", ""],
+    ids=["1", "0.5", "a date", "soon", "-3", "nothing"],
+)
 def test_retry_after_is_understood_in_every_form(server: Server, tmp_path: Path, header: str) -> None:
     made = client(server, tmp_path)
     add(made, 2)

@@ -331,13 +331,11 @@ def _name(data: Any) -> str:
 
 def _origin(name: str) -> str:
     """Return the name of a model; of one that is no folder, that it will be looked for on the hub: it may be a typo."""
-    from posttrain.registry import suggest
+    from posttrain.values import similar_folder
 
-    path = Path(name).expanduser()
-    if path.exists():
+    if Path(name).expanduser().exists():
         return name
-    beside = [str(path.parent / found.name) for found in path.parent.iterdir()] if path.parent.is_dir() else []
-    return f"{name} (from the hub: there is no such folder here{suggest(name, beside)})"
+    return f"{name} (from the hub: there is no such folder here{similar_folder(name)})"
 
 
 def _previews(trainer: "Trainer", count: int) -> Any:

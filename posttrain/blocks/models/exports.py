@@ -12,7 +12,7 @@ from posttrain.blocks.models.adapters import CONFIG
 from posttrain.blocks.models.model import HFModel
 from posttrain.errors import RecipeError
 from posttrain.runtime.folder import recipe_of
-from posttrain.values import missing_folder
+from posttrain.values import missing_folder, similar_folder
 
 if TYPE_CHECKING:
     from posttrain.blocks.models.speculator.network import MLPSpeculator
@@ -57,6 +57,8 @@ def export_of(name: str) -> str:
     if problem := missing_folder(name):
         raise RecipeError(problem)
     run = Path(name).expanduser()
+    if not run.exists() and (hint := similar_folder(name)):
+        log.warning("there is no folder %s here, so it is looked for on the hub%s", name, hint)
     if not (run / "recipe.yaml").is_file() or _is_model(run):
         return name
     blocks = [block for block in recipe_of(run).get("checkpoint", []) if block.get("type") == "huggingface"]
