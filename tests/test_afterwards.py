@@ -184,6 +184,17 @@ def test_the_end_of_a_turn_is_read_off_the_template(tiny_model: Path) -> None:
     assert end_of_turn(tokenizer) is None
 
 
+@pytest.mark.parametrize(
+    "row", ['{"messages": []}', '{"prompt": ""}', '{"x": 1}', '{"messages": [{"role": "system", "content": "s"}]}']
+)
+def test_a_row_that_asks_nothing_is_a_message_with_its_place(run: Path, tmp_path: Path, row: str) -> None:
+    (tmp_path / "rows.jsonl").write_text(row + "\n")
+    for command in (["chat", str(run), "--prompts"], ["eval", str(run), "--data"]):
+        assert main([*command, str(tmp_path / "rows.jsonl")]) == 2
+    with pytest.raises(RecipeError, match=r"rows.jsonl:1: "):
+        evaluate(str(run), tmp_path / "rows.jsonl", output_dir=tmp_path)
+
+
 # -- eval -----------------------------------------------------------------------------
 
 

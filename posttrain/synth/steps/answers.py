@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 from attrs.validators import gt
 
-from posttrain.blocks.data.rows.schemas import CHATS, REPLIES, conversation
+from posttrain.blocks.data.rows.schemas import CHATS, REPLIES, Refused, conversation
 from posttrain.blocks.data.sources import Source
 from posttrain.errors import DataError, RecipeError
 from posttrain.hooks import after, before
@@ -126,7 +126,7 @@ def asked(source: Source, rows: int | None, system: str | None, wanted: str | No
             break
         try:
             messages = conversation(row.values)["messages"]
-        except DataError as error:
+        except (Refused, DataError) as error:
             raise RecipeError(f"{row.place}: {error}") from error
         if messages[-1]["role"] != "assistant" and wanted is None:
             raise RecipeError(

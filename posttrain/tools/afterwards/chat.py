@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import attrs
 
-from posttrain.errors import RecipeError
+from posttrain.errors import DataError, RecipeError
 
 if TYPE_CHECKING:
     from posttrain.blocks.models.exports import Opened
@@ -157,10 +157,11 @@ def asked(file: Path) -> Iterator[list[Message]]:
     """Yield the conversations of a file up to what is to be answered.
 
     Raises:
-        RecipeError: it cannot be read.
+        RecipeError: a row asks nothing.
     """
-    from posttrain.blocks.data.rows.schemas import conversation
+    from posttrain.blocks.data.rows.refused import Refused
     from posttrain.blocks.data.sources import Source
+    from posttrain.blocks.rollouts.prompts import asked as prompt_in
 
     if file.suffix == ".txt":
         lines = filter(str.strip, file.read_text(encoding="utf-8").splitlines())
@@ -168,12 +169,10 @@ def asked(file: Path) -> Iterator[list[Message]]:
         return
     source = Source(name_or_path=str(file))
     for row, _ in source.read(source.open()):
-        alone = row.values.get("prompt") if not {"completion", "response"} & row.values.keys() else None
-        if isinstance(alone, str):
-            yield [{"role": "user", "content": alone}]
-            continue
-        messages = alone or conversation(row.values)["messages"]
-        yield messages[:-1] if messages[-1]["role"] == "assistant" else messages
+        try:
+            yield prompt_in(row.values)["messages"]
+        except (Refused, DataError) as error:
+            raise RecipeError(f"{row.place}: {error}") from error
 
 
 def _lines(at_terminal: bool) -> Iterator[str]:
