@@ -1,7 +1,6 @@
 """`posttrain push`: a run's export on the Hugging Face hub, with a model card made of what the run has written down."""
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +38,7 @@ def push(run: Path, repository: str, private: bool, revision: str | None = None)
     folder = Path(export_of(str(run)))
     if not folder.is_dir():
         raise RecipeError(f"{run} is no folder of a run")
-    api = HfApi(library_name="posttrain", endpoint=os.environ.get("HF_ENDPOINT"))
+    api = HfApi(library_name="posttrain")
     try:
         api.create_repo(repository, private=private, exist_ok=True)
         if revision:
