@@ -1,10 +1,11 @@
 """A real pretrained model, fetched by pip: it answers, it is proven, it learns. Slow, and skipped where pip finds nothing."""
 
-import importlib
 import json
+import runpy
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -34,10 +35,9 @@ def test_it_says_what_the_capital_of_france_is(real: Path) -> None:
     assert "Rome" in conversation.say("And of Italy?")  # it knows what was asked before
 
 
-def orders(folder: Path, count: int) -> None:
-    sys.path.insert(0, str(EXAMPLES / "real"))
-    make_data: Any = importlib.import_module("make_data")
-    make_data.write(folder, train=count, held_out=8)
+def script(name: str) -> Any:
+    """A script of examples/real: by its path, since other examples have a `make_data` too."""
+    return SimpleNamespace(**runpy.run_path(str(EXAMPLES / "real" / f"{name}.py")))
 
 
 def test_it_learns_and_every_proof_holds(real: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -45,7 +45,7 @@ def test_it_learns_and_every_proof_holds(real: Path, tmp_path: Path, capsys: pyt
     from posttrain.cli import main
     from posttrain.tools.afterwards.evaluate import compare, evaluate
 
-    orders(tmp_path, 48)
+    script("make_data").write(tmp_path, train=48, held_out=8)
     where = [f"model.name_or_path={real}", f"data.sources.0={tmp_path}/train.jsonl", f"output_dir={tmp_path}/run"]
     recipe = str(EXAMPLES / "real" / "recipe.yaml")
     assert main(["check", recipe, "--twin", *where]) == 0
@@ -53,7 +53,7 @@ def test_it_learns_and_every_proof_holds(real: Path, tmp_path: Path, capsys: pyt
     assert main(["train", recipe, *where]) == 0
     losses = [json.loads(line)["loss"] for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert losses[-1] < 0.3 * losses[0]
-    checks: Any = importlib.import_module("checks")
+    checks = script("checks")
     before, after = (
         evaluate(
             str(model), tmp_path / "held.jsonl", checks.same_json, max_new_tokens=60, output_dir=tmp_path / "evals"
