@@ -331,9 +331,9 @@ def _name(data: Any) -> str:
 
 def _origin(name: str) -> str:
     """Return the name of a model; of one that is no folder, that it will be looked for on the hub: it may be a typo."""
-    from posttrain.values import similar_folder
+    from posttrain.values import expanded, similar_folder
 
-    if Path(name).expanduser().exists():
+    if expanded(name).exists():
         return name
     return f"{name} (from the hub: there is no such folder here{similar_folder(name)})"
 

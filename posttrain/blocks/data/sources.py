@@ -24,7 +24,7 @@ from posttrain.blocks.data.readers import (
 )
 from posttrain.errors import DataError
 from posttrain.registry import key, suggest
-from posttrain.values import Secret
+from posttrain.values import Secret, expanded
 
 
 @attrs.frozen
@@ -128,10 +128,7 @@ class Source:
     @property
     def path(self) -> Path:
         """The name as a path."""
-        try:
-            return Path(self.name_or_path).expanduser()
-        except RuntimeError:
-            raise DataError(f"name_or_path: {self.name_or_path}: there is no such user") from None
+        return expanded(self.name_or_path)
 
     @property
     def is_local(self) -> bool:

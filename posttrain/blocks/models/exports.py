@@ -12,7 +12,7 @@ from posttrain.blocks.models.adapters import CONFIG
 from posttrain.blocks.models.model import HFModel
 from posttrain.errors import RecipeError
 from posttrain.runtime.folder import recipe_of
-from posttrain.values import missing_folder, similar_folder
+from posttrain.values import expanded, missing_folder, similar_folder
 
 if TYPE_CHECKING:
     from posttrain.blocks.models.speculator.network import MLPSpeculator
@@ -56,7 +56,7 @@ def export_of(name: str) -> str:
     """
     if problem := missing_folder(name):
         raise RecipeError(problem)
-    run = Path(name).expanduser()
+    run = expanded(name)
     if not run.exists() and (hint := similar_folder(name)):
         log.warning("there is no folder %s here, so it is looked for on the hub%s", name, hint)
     if not (run / "recipe.yaml").is_file() or _is_model(run):
@@ -147,6 +147,6 @@ def _is_model(folder: Path) -> bool:
 
 def _config(place: str) -> dict[str, Any]:
     """Return the configuration in a local folder, as it stands there; nothing of an adapter or a hub model."""
-    file = Path(place).expanduser() / "config.json"
+    file = expanded(place) / "config.json"
     found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
     return found

@@ -16,7 +16,7 @@ from attrs.validators import ge, gt, min_len, optional
 from posttrain.blocks.models.adapters import CONFIG, attach, merge, origin
 from posttrain.errors import RecipeError
 from posttrain.registry import block, key
-from posttrain.values import Secret, as_data, missing_folder
+from posttrain.values import Secret, as_data, expanded, missing_folder
 
 if TYPE_CHECKING:
     from lightning.fabric import Fabric
@@ -52,7 +52,7 @@ class LoRA:
         """Yield a folder that is no adapter, and keys that would do nothing."""
         if self.start_from is None:
             return
-        if not (Path(self.start_from).expanduser() / CONFIG).is_file():
+        if not (expanded(self.start_from) / CONFIG).is_file():
             yield "start_from", missing_folder(self.start_from) or f"{self.start_from} holds no {CONFIG}"
         if self != LoRA(start_from=self.start_from):
             yield "start_from", "the adapter has its own r, alpha, dropout and modules: leave the other keys out"
@@ -66,7 +66,7 @@ class LoRA:
             linears: of a model of images and text, what `all-linear` means: the layers of the parts that are trained.
         """
         if self.start_from is not None:
-            return attach(hf, Path(self.start_from).expanduser(), task)
+            return attach(hf, expanded(self.start_from), task)
         try:
             from peft import LoraConfig, get_peft_model
         except ImportError:
