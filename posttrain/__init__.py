@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from posttrain.blocks.losses.objective import preference_loss
     from posttrain.blocks.losses.surrogate import policy_loss
     from posttrain.blocks.models.model import HFModel, LoRA, RewardModel
+    from posttrain.blocks.models.quantized.aware import QAT
     from posttrain.blocks.models.speculator.model import SpeculatorModel
     from posttrain.blocks.models.swiftkv.model import SwiftKVModel
     from posttrain.blocks.optimizer import AdamW, ParameterGroup
@@ -80,6 +81,7 @@ _HOMES = {
     "blocks.loggers.services": ("CSV", "MLflow", "WandB"),
     "blocks.rollouts.prompts": ("PromptData",),
     "blocks.models.model": ("HFModel", "LoRA", "RewardModel"),
+    "blocks.models.quantized.aware": ("QAT",),
     "blocks.optimizer": ("AdamW", "ParameterGroup"),
     "blocks.optimizers.blocks": (
         "SGD", "AdamW8bit", "AdamWBF16", "Adafactor", "Lion", "Muon", "ScheduleFree", "TorchOptimizer",
@@ -128,14 +130,14 @@ __all__ = [
     "Adafactor", "AdamW", "AdamW8bit", "AdamWBF16", "Auto", "AzureOpenAISynth", "Batch", "CSV", "CausalData",
     "CausalTrainer", "CheckpointError", "Console", "Constant", "CortexSynth", "Cosine", "DDP", "DPOTrainer",
     "DataError", "DeepSpeed", "DistillTrainer", "EMA", "EarlyStop", "Extra", "FSDP", "GRPOTrainer", "HFModel",
-    "HFTokenizer", "HookError", "HuggingFace", "JSONL", "JoinedOptimizer", "KTOTrainer", "KeepBest", "Linear", "Lion",
-    "LoRA", "MLflow", "ModelReward", "Muon", "NEFTune", "OnPolicyDistillTrainer", "OnlineDPOTrainer", "OpenAISynth",
-    "ParameterGroup", "PosttrainError", "PreferenceData", "Profiler", "PromptData", "RecipeError", "RegistryError",
-    "Resume", "RewardModel", "RewardTrainer", "Run", "SFTData", "SFTTrainer", "SGD", "Samples", "ScheduleFree",
-    "Secret", "Source", "SpeculatorModel", "SpeculatorTrainer", "SwiftKVModel", "SwiftKVTrainer", "SynthError",
-    "TensorBoard", "Term", "TorchOptimizer", "Trainer", "TrainingError", "TransformersSampler", "TransformersSynth",
-    "TwoStage", "Ulysses", "UnpairedData", "VllmSynth", "WSD", "WandB", "after", "before", "block", "default", "key",
-    "kind", "load", "policy_loss", "preference_loss", "reward",
+    "HFTokenizer", "HookError", "HuggingFace", "JSONL", "JoinedOptimizer", "KTOTrainer", "KeepBest", "Linear",
+    "Lion", "LoRA", "MLflow", "ModelReward", "Muon", "NEFTune", "OnPolicyDistillTrainer", "OnlineDPOTrainer",
+    "OpenAISynth", "ParameterGroup", "PosttrainError", "PreferenceData", "Profiler", "PromptData", "QAT",
+    "RecipeError", "RegistryError", "Resume", "RewardModel", "RewardTrainer", "Run", "SFTData", "SFTTrainer", "SGD",
+    "Samples", "ScheduleFree", "Secret", "Source", "SpeculatorModel", "SpeculatorTrainer", "SwiftKVModel",
+    "SwiftKVTrainer", "SynthError", "TensorBoard", "Term", "TorchOptimizer", "Trainer", "TrainingError",
+    "TransformersSampler", "TransformersSynth", "TwoStage", "Ulysses", "UnpairedData", "VllmSynth", "WSD", "WandB",
+    "after", "before", "block", "default", "key", "kind", "load", "policy_loss", "preference_loss", "reward",
 ]  # fmt: skip
 
 

@@ -161,6 +161,15 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     merging.add_argument("-o", "--output", type=Path, metavar="FOLDER", help="for the model (RUN/merged)")
     merging.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="of the files (that of the base)")
 
+    rounding = _command(commands, "quantize", "make the weights 4 or 8 bits, and say how far the model is from before",
+                        "posttrain quantize runs/qat -o runs/qat/int4")  # fmt: skip
+    rounding.add_argument("run", metavar="RUN", help="folder of a run, best one with model.qat, or a model")
+    rounding.add_argument("-o", "--output", type=Path, metavar="FOLDER", help="for the model (RUN/quantized)")
+    rounding.add_argument("--weights", choices=("int4", "int8"), help="of a model that was not trained for it")
+    rounding.add_argument("--activations", choices=("int8",), help="with --weights: round what enters layers, too")
+    rounding.add_argument("--group-size", type=int, metavar="N", help="with --weights: numbers with one scale (32)")
+    rounding.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="of the rest (as in the files)")
+
     pushing = _command(commands, "push", "upload what a run has exported to the hub, with a model card",
                        "posttrain push runs/first my-name/my-model --private")  # fmt: skip
     pushing.add_argument("run", type=Path, metavar="RUN", help="folder of a run")
