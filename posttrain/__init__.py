@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     )  # fmt: skip
     from posttrain.blocks.parallel.sequence import Ulysses
     from posttrain.blocks.parallel.strategy import DDP, FSDP, Auto, DeepSpeed
+    from posttrain.blocks.rollouts.engines.vllm import VllmServerSampler
     from posttrain.blocks.rollouts.prompts import PromptData
     from posttrain.blocks.rollouts.rewards import ModelReward, reward
     from posttrain.blocks.rollouts.sampler import TransformersSampler
@@ -78,6 +79,7 @@ _HOMES = {
     "blocks.data.data": ("CausalData", "PreferenceData", "SFTData"),
     "blocks.loggers.logger": ("Console", "JSONL", "TensorBoard"),
     "blocks.loggers.services": ("CSV", "MLflow", "WandB"),
+    "blocks.rollouts.engines.vllm": ("VllmServerSampler",),
     "blocks.rollouts.prompts": ("PromptData",),
     "blocks.models.model": ("HFModel", "LoRA", "RewardModel"),
     "blocks.optimizer": ("AdamW", "ParameterGroup"),
@@ -134,8 +136,8 @@ __all__ = [
     "Resume", "RewardModel", "RewardTrainer", "Run", "SFTData", "SFTTrainer", "SGD", "Samples", "ScheduleFree",
     "Secret", "Source", "SpeculatorModel", "SpeculatorTrainer", "SwiftKVModel", "SwiftKVTrainer", "SynthError",
     "TensorBoard", "Term", "TorchOptimizer", "Trainer", "TrainingError", "TransformersSampler", "TransformersSynth",
-    "TwoStage", "Ulysses", "UnpairedData", "VllmSynth", "WSD", "WandB", "after", "before", "block", "default", "key",
-    "kind", "load", "policy_loss", "preference_loss", "reward",
+    "TwoStage", "Ulysses", "UnpairedData", "VllmServerSampler", "VllmSynth", "WSD", "WandB", "after", "before",
+    "block", "default", "key", "kind", "load", "policy_loss", "preference_loss", "reward",
 ]  # fmt: skip
 
 
