@@ -81,6 +81,8 @@ def test_at_first_nothing_has_moved(tmp_path: Path, tiny_model: Path, lora: Any)
     assert first["policy/moved"] == 0.0
     assert first["policy/clipped"] == 0.0
     assert first["kl"] == pytest.approx(0.0, abs=1e-9)
+    assert first["sampler/kl"] < 1e-7
+    assert first["sampler/max_ratio"] == pytest.approx(1.0, abs=1e-4)
     assert first["sampler/gap"] < 1e-5  # what the sampler said of its tokens is what the trainer says
     assert 0 < first["entropy"] < math.log(261) + 1e-4
 

@@ -15,6 +15,7 @@ from posttrain.blocks.losses.surrogate import (
     Kind,
     Replies,
     Surrogate,
+    bounded,
     correction,
     divergence_from,
 )
@@ -80,6 +81,8 @@ class GRPOTrainer(RewardedTrainer):
     """Of these replies; 0 for the likeliest tokens. By default the sampler's."""
     branching: bool = True
     """Compute the prompt of a group once, where the model's attention can. False pads instead: the same result."""
+    widest: Any = attrs.field(init=False, repr=False, default=0.0)
+    """Of the step in hand, the largest |log p(sampler) - log p(trainer)| of a sampled token."""
 
     @property
     def updates_per_step(self) -> int:  # type: ignore[override]
@@ -145,8 +148,10 @@ class GRPOTrainer(RewardedTrainer):
         Raises:
             TrainingError: they do not.
         """
+        self.widest = 0.0
         losses = [self.update(batches) for _ in range(self.updates)]
-        if self.max_gap is not None and (gap := gap_of(self.run)) is not None and gap > self.max_gap:
+        gap = gap_of(self.run, self.widest)
+        if self.max_gap is not None and gap is not None and gap > self.max_gap:
             raise TrainingError(
                 f"step {self.run.step + 1}: log-probabilities of sampler and trainer differ by {gap:.3g} on average "
                 f"(max_gap is {self.max_gap:g}): what speaks is not the model in training as it is now"
@@ -175,10 +180,15 @@ class GRPOTrainer(RewardedTrainer):
 
     def note(self, new: "Tensor", old: "Tensor", batch: Batch, replies: Replies) -> None:
         """Log what is known of the replies, and how far the policy has moved since they were said."""
+        gap = old - batch["sampled"]
         each = {
-            GAP: (old - batch["sampled"]).abs(), "policy/moved": ((new - old).exp() - 1).abs(),
+            GAP: gap.abs(), "sampler/kl": gap.exp() - 1 - gap, "policy/moved": ((new - old).exp() - 1).abs(),
             "policy/clipped": self.surrogate.clipped(new, old, replies),
         }  # fmt: skip
+        if self.correction != "none":
+            each["sampler/corrected"] = bounded(gap, replies, self.correction, self.correction_cap)
+        if batch.weight and len(gap):
+            self.widest = gap.abs().max().clamp(min=self.widest)
         self.run.log(**{name: Term(total, f"{name}, known", 0.0) for name, total in batch["facts"].items()})
         self.run.log(**{name: Term(x.sum(), "supervised_tokens", 0.0) for name, x in each.items()})
 
@@ -188,14 +198,17 @@ class GRPOTrainer(RewardedTrainer):
         return found
 
 
-def gap_of(run: "Run") -> float | None:
-    """Return the mean difference between sampler and trainer in the step in hand, over all ranks; None if a loss of
-    one's own does not log it."""
+def gap_of(run: "Run", widest: Any) -> float | None:
+    """Return the mean difference between sampler and trainer in the step in hand, over all ranks, and log the largest
+    ratio of their probabilities; None if a loss of one's own does not log it."""
     import torch
 
     from posttrain.runtime.launch import all_reduce
 
     if GAP not in run.metrics.values:
         return None
-    mine = torch.as_tensor(run.metrics.values[GAP], dtype=torch.float32, device=run.fabric.device)
-    return float(all_reduce(run.fabric, mine.clone())) / run.metrics.updates
+    mine, most = (
+        torch.as_tensor(x, device=run.fabric.device).float().clone() for x in (run.metrics.values[GAP], widest)
+    )
+    run.log(**{"sampler/max_ratio": all_reduce(run.fabric, most, "MAX").exp()})
+    return float(all_reduce(run.fabric, mine)) / run.metrics.updates

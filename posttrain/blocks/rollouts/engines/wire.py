@@ -66,10 +66,12 @@ class Server:
     def update(self, folder: Path, digests: dict[str, str], version: str) -> None:
         """Let the server load the weights in a folder, and forget what it has computed with others."""
         self.post("/pause", mode="wait")
-        self.post("/start_weight_update")
-        self.post("/update_weights", {"update_info": {"folder": str(folder), "digests": digests}})
-        self.post("/finish_weight_update", {"weight_version": version})
-        self.post("/resume")
+        try:
+            self.post("/start_weight_update")
+            self.post("/update_weights", {"update_info": {"folder": str(folder), "digests": digests}})
+            self.post("/finish_weight_update", {"weight_version": version})
+        finally:
+            self.post("/resume")
 
     def checksums(self) -> dict[str, str]:
         """Return what the server's own parameters hash to, by their names there."""
