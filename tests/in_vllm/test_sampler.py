@@ -13,7 +13,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent))
 from test_synth import save, serve
 
-from posttrain import JSONL, AdamW, Constant, GRPOTrainer, HFModel, PromptData, VllmServerSampler
+from posttrain import JSONL, AdamW, Constant, GRPOTrainer, HFModel, LoRA, PromptData, VllmServerSampler
 from posttrain.blocks.rollouts.engines import served
 from posttrain.blocks.rollouts.engines.weights import digests, write
 from posttrain.errors import TrainingError
@@ -41,7 +41,8 @@ def train(folder: Path, model: Path, url: str, **keys: Any) -> Any:
     source.write_text("".join(json.dumps({"prompt": f"say {n}"}) + "\n" for n in range(4)))
     sampling = {"max_new_tokens": 12, "tolerance": 1e-4, "temperature": 0.8, **keys.pop("sampling", {})}
     trainer = GRPOTrainer(
-        model=HFModel(name_or_path=str(model)), data=PromptData(sources=[source], cache_dir=folder.parent / "cache"),
+        model=keys.pop("policy", HFModel(name_or_path=str(model))),
+        data=PromptData(sources=[source], cache_dir=folder.parent / "cache"),
         sampler=VllmServerSampler(base_url=url, **sampling), rewards=[vowels], group_size=4, micro_batch_size=4,
         optimizer=AdamW(lr=1e-2), scheduler=Constant(), logger=[JSONL()], checkpoint=[], log_every=1,
         accelerator="cpu", output_dir=folder, **{"max_steps": 4, **keys},
@@ -67,6 +68,13 @@ def test_steps_are_sampled_by_an_engine_that_holds_the_weights_of_each(
     assert version.endswith("-4")
     network, ids = run.model.module.base, [7, 8, 9, 10]
     assert abs(said(server, ids) - truth(network, ids)).max() > 1e-2  # it holds the weights before the last update
+
+
+def test_adapters_are_merged_on_the_way(tmp_path: Path, model: Path, server: str) -> None:
+    lora = HFModel(name_or_path=str(model), lora=LoRA(r=4, alpha=64))
+    run = train(tmp_path / "run", model, server, policy=lora)
+    assert max(line["sampler/gap"] for line in lines(tmp_path / "run")) < 1e-4
+    assert [name for name, p in run.model.named_parameters() if p.requires_grad and "lora" not in name] == []
 
 
 def said(server: str, ids: list[int]) -> torch.Tensor:

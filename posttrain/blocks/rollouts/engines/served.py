@@ -35,7 +35,7 @@ class Served:
     def __init__(self, run: "Run", block: "VllmServerSampler") -> None:
         self.run, self.block, self.ends = run, block, ends_of(run)
         key = block.api_key.reveal() if block.api_key else None
-        self.servers = [Server(url, key, block.timeout) for url in block.base_url]
+        self.servers = [Server(url, key, block.timeout) for url in block.urls]
         self.folder = (block.folder or run.output_dir / "weights").absolute()
         self.watch, self.version, self.sent = Watch(run), "", 0
         self.name = run.fabric.broadcast(uuid.uuid4().hex[:8])

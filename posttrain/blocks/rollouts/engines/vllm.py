@@ -17,11 +17,6 @@ if TYPE_CHECKING:
     from posttrain.run import Run
 
 
-def as_urls(given: Any) -> Any:
-    """Return a list of URLs, of which one may have been given by itself."""
-    return [given] if isinstance(given, str) else given
-
-
 @block("sampler", "vllm-server")
 class VllmServerSampler:
     """vLLM servers say the replies, with the weights of the run: they are sent whenever they have changed, and after
@@ -31,7 +26,7 @@ class VllmServerSampler:
     its tokens come back as ids, with their log-probabilities.
     """
 
-    base_url: list[str] = key(convert=as_urls, check=min_len(1))
+    base_url: str | list[str] = key(check=min_len(1))
     """Servers that serve this run alone, such as `http://localhost:8000`, started as docs/rl.md says. Several share the
     prompts."""
     max_new_tokens: int = key(256, check=gt(0), also=("max_completion_length",))
@@ -52,6 +47,11 @@ class VllmServerSampler:
     """Prompts that are in flight at most, of each rank."""
     timeout: float = key(600.0, check=gt(0))
     """Seconds that a request, or a transfer, may take."""
+
+    @property
+    def urls(self) -> list[str]:
+        """Where the servers are."""
+        return [self.base_url] if isinstance(self.base_url, str) else self.base_url
 
     def check(self) -> Iterator[tuple[str, str]]:
         """Yield what vLLM would change without a word."""

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from posttrain.blocks.models.causal import without_bars
 from posttrain.runtime.launch import all_reduce
 
 if TYPE_CHECKING:
@@ -46,10 +47,11 @@ def write(run: "Run", folder: Path) -> dict[str, str]:
     parameters = run.strategy.full_parameters(run)
     if not run.fabric.is_global_zero:
         return {}
-    if hasattr(module.hf, "peft_config"):
-        module.base.save_pretrained(folder, state_dict=merged(module.base))
-    else:
-        module.save_pretrained(folder, state_dict=parameters)
+    with without_bars():
+        if hasattr(module.hf, "peft_config"):
+            module.base.save_pretrained(folder, state_dict=merged(module.base))
+        else:
+            module.save_pretrained(folder, state_dict=parameters)
     return digests(folder)
 
 

@@ -5,6 +5,7 @@ Sources: vLLM 0.32, entrypoints/scale_out/token_in_token_out/protocol.py and ent
 """
 
 import weakref
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,12 @@ WHOLE = {
 """The whole distribution, whatever the model's generation_config.json says: that is what the trainer computes."""
 
 
+ATTEMPTS = 3
+"""For a connection that breaks; vLLM also closes one after an error."""
+ONCE = ("/start_weight_update", "/update_weights", "/finish_weight_update")
+"""What may have been done although the answer was lost."""
+
+
 class Server:
     """One vLLM server."""
 
@@ -42,12 +49,16 @@ class Server:
         Raises:
             TrainingError: there is none, or it is an error.
         """
-        try:
-            answer = self.http.post(path, json=body, params=query)
-        except httpx.HTTPError as error:
-            raise TrainingError(
-                f"vLLM at {self.url} does not answer ({path}: {type(error).__name__} {error}); start it with\n  {START}"
-            ) from None
+        for left in range(1 if path in ONCE else ATTEMPTS, 0, -1):
+            try:
+                answer = self.http.post(path, json=body, params=query)
+                break
+            except httpx.HTTPError as error:
+                if left == 1 or not isinstance(error, httpx.NetworkError | httpx.RemoteProtocolError):
+                    what = f"{path}: {type(error).__name__} {error}"
+                    raise TrainingError(
+                        f"vLLM at {self.url} does not answer ({what}); start it with\n  {START}"
+                    ) from None
         if answer.status_code in (404, 405):
             raise TrainingError(f"vLLM at {self.url} has no {path}; start it with\n  {START}")
         if answer.status_code != 200:
@@ -70,8 +81,11 @@ class Server:
             self.post("/start_weight_update")
             self.post("/update_weights", {"update_info": {"folder": str(folder), "digests": digests}})
             self.post("/finish_weight_update", {"weight_version": version})
-        finally:
-            self.post("/resume")
+        except TrainingError:
+            with suppress(TrainingError):  # the first one says more
+                self.post("/resume")
+            raise
+        self.post("/resume")
 
     def checksums(self) -> dict[str, str]:
         """Return what the server's own parameters hash to, by their names there."""
