@@ -108,15 +108,15 @@ def _example(group: Group, mask_truncated: bool) -> Example:
 
 
 def facts_of(groups: list[Group]) -> dict[str, list[list[float]]]:
-    """Return what is to be known of replies, by name: for each group a value of each reply, or of the group."""
+    """Return what is to be known of replies, by name: for each group a value of each reply, or of the group. The names
+    are the same for all groups of a step, on all ranks."""
     found: dict[str, list[list[float]]] = {
         "reward": [[one for one in group.rewards if one is not None] for group in groups]
     }
     for name in groups[0].parts if groups else ():
         said = [group.parts[name] for group in groups]
         found[f"reward/{name}"] = [[one for one in some if not isinstance(one, Failure)] for some in said]
-        if any(isinstance(one, Failure) for some in said for one in some):
-            found[f"failed/{name}"] = [[float(isinstance(one, Failure)) for one in some] for some in said]
+        found[f"failed/{name}"] = [[float(isinstance(one, Failure)) for one in some] for some in said]
     found["failed"] = [[float(one is None) for one in group.rewards] for group in groups]
     found["flat"] = [[float(group.flat)] for group in groups]
     found["reply/tokens"] = [[float(len(one.ids)) for one in group.replies] for group in groups]
