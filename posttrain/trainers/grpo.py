@@ -20,14 +20,17 @@ from posttrain.blocks.losses.surrogate import (
     divergence_from,
 )
 from posttrain.blocks.models.model import HFModel
+from posttrain.blocks.rollouts.prompts import PromptData
 from posttrain.errors import TrainingError
-from posttrain.interfaces import ModelBlock
+from posttrain.interfaces import DataBlock, EnvironmentBlock, Loaders, ModelBlock
 from posttrain.registry import block, default, key
 from posttrain.trainers.rewarded import RewardedTrainer
 
 if TYPE_CHECKING:
+    from lightning.fabric import Fabric
     from torch import Tensor
 
+    from posttrain.blocks.rollouts.scored import Scored
     from posttrain.run import Run
 
 GAP = "sampler/gap"
@@ -56,6 +59,12 @@ class GRPOTrainer(RewardedTrainer):
     loss_args: dict[str, float] = attrs.field(factory=dict)
     """Further options of the loss: `delta`, the upper bound of the ratio where the advantage is negative (two-sided
     clipping); `tau_positive` and `tau_negative` of sapo."""
+    environment: EnvironmentBlock | None = None
+    """Answers the policy after each of its turns, until the conversation ends: `type: tools`, or one of your own. By
+    default a reply is one turn."""
+    resample: int = key(0, check=ge(0))
+    """How often a prompt whose replies are all worth the same is answered anew in its step, so that it teaches
+    something (DAPO's dynamic sampling, with the same prompt); `resampled` is logged."""
     updates: int = key(1, check=gt(0), also=("num_iterations",))
     """Optimizer updates on the same replies."""
     beta: float = key(0.0, check=ge(0))
@@ -101,6 +110,8 @@ class GRPOTrainer(RewardedTrainer):
         yield from (("loss_args" if name in self.loss_args else name, message) for name, message in problems)
         if not problems and self.group_size == 1 and (how := self.compared) != "batch":
             yield "group_size", f"the advantage {how!r} compares a reply with others to the same prompt: 2 or more"
+        if self.environment is not None and isinstance(self.data, PromptData) and self.data.text_column is not None:
+            yield "environment", "needs conversations, and data.text_column names plain text"
         if self.reference is not None and not self.beta:
             yield "reference", "has no use while beta is 0"
 
@@ -113,6 +124,30 @@ class GRPOTrainer(RewardedTrainer):
     def needs_reference(self) -> bool:
         """Whether the loss looks at the reference: with `beta`."""
         return bool(self.beta)
+
+    def load_data(self, fabric: "Fabric", tokenizer: Any, data: DataBlock) -> Loaders:
+        """Return the loaders, of prompts that list the tools of the environment."""
+        tools = self.environment.tools if self.environment is not None else []
+        if tools and isinstance(data, PromptData):
+            data = attrs.evolve(data, tools=[*data.tools, *tools])
+        return super().load_data(fabric, tokenizer, data)
+
+    def scored(self, run: "Run") -> "Scored":
+        """Return what lets the policy speak, perhaps with an environment, and scores what it says."""
+        from posttrain.blocks.rollouts.scored import Scored
+
+        args = self.data.template_args if isinstance(self.data, PromptData) else {}
+        return Scored(run, self.sampler, self.rewards, self.seed, self.environment, args, self.resample)
+
+    @property
+    def gives_rewards(self) -> bool:
+        """Whether the environment does."""
+        return self.environment is not None and self.environment.weight != 0
+
+    @property
+    def longest(self) -> int:
+        """The most tokens that the policy may say to a prompt."""
+        return self.sampler.max_new_tokens * (self.environment.max_turns if self.environment is not None else 1)
 
     # -- a step -----------------------------------------------------------------------
 
@@ -162,7 +197,7 @@ class GRPOTrainer(RewardedTrainer):
         """Return the terms of the loss: the policy's, the divergence from the reference, the entropy."""
         new, entropy = self.run.model(batch, "policy", temperature=self.sampler.temperature)
         old = batch.get("old", new.detach())
-        replies = Replies(batch["document"], batch["lengths"], self.sampler.max_new_tokens)
+        replies = Replies(batch["document"], batch["lengths"], self.longest)
         advantages = batch["advantages"]
         if self.correction != "none":
             weights = correction(old, batch["sampled"], replies, self.correction, self.correction_cap)
