@@ -35,9 +35,11 @@ if TYPE_CHECKING:
     )  # fmt: skip
     from posttrain.blocks.parallel.sequence import Ulysses
     from posttrain.blocks.parallel.strategy import DDP, FSDP, Auto, DeepSpeed
+    from posttrain.blocks.rollouts.engines.vllm import VllmServerSampler
     from posttrain.blocks.rollouts.prompts import PromptData
     from posttrain.blocks.rollouts.rewards import ModelReward, reward
     from posttrain.blocks.rollouts.sampler import TransformersSampler
+    from posttrain.blocks.rollouts.turns.tools import ToolEnvironment, tool
     from posttrain.blocks.scheduler import WSD, Constant, Cosine, Linear, TwoStage
     from posttrain.blocks.tokenizers.tokenizer import HFTokenizer
     from posttrain.errors import (
@@ -79,6 +81,7 @@ _HOMES = {
     "blocks.data.data": ("CausalData", "PreferenceData", "SFTData"),
     "blocks.loggers.logger": ("Console", "JSONL", "TensorBoard"),
     "blocks.loggers.services": ("CSV", "MLflow", "WandB"),
+    "blocks.rollouts.engines.vllm": ("VllmServerSampler",),
     "blocks.rollouts.prompts": ("PromptData",),
     "blocks.models.model": ("HFModel", "LoRA", "RewardModel"),
     "blocks.models.quantized.aware": ("QAT",),
@@ -90,6 +93,7 @@ _HOMES = {
     "blocks.losses.surrogate": ("policy_loss",),
     "blocks.rollouts.rewards": ("ModelReward", "reward"),
     "blocks.rollouts.sampler": ("TransformersSampler",),
+    "blocks.rollouts.turns.tools": ("ToolEnvironment", "tool"),
     "blocks.scheduler": ("Constant", "Cosine", "Linear", "TwoStage", "WSD"),
     "blocks.parallel.sequence": ("Ulysses",),
     "blocks.data.sources": ("Source",),
@@ -135,9 +139,10 @@ __all__ = [
     "OpenAISynth", "ParameterGroup", "PosttrainError", "PreferenceData", "Profiler", "PromptData", "QAT",
     "RecipeError", "RegistryError", "Resume", "RewardModel", "RewardTrainer", "Run", "SFTData", "SFTTrainer", "SGD",
     "Samples", "ScheduleFree", "Secret", "Source", "SpeculatorModel", "SpeculatorTrainer", "SwiftKVModel",
-    "SwiftKVTrainer", "SynthError", "TensorBoard", "Term", "TorchOptimizer", "Trainer", "TrainingError",
-    "TransformersSampler", "TransformersSynth", "TwoStage", "Ulysses", "UnpairedData", "VllmSynth", "WSD", "WandB",
-    "after", "before", "block", "default", "key", "kind", "load", "policy_loss", "preference_loss", "reward",
+    "SwiftKVTrainer", "SynthError", "TensorBoard", "Term", "ToolEnvironment", "TorchOptimizer", "Trainer",
+    "TrainingError", "TransformersSampler", "TransformersSynth", "TwoStage", "Ulysses", "UnpairedData",
+    "VllmServerSampler", "VllmSynth", "WSD", "WandB", "after", "before", "block", "default", "key", "kind", "load",
+    "policy_loss", "preference_loss", "reward", "tool",
 ]  # fmt: skip
 
 
