@@ -29,6 +29,10 @@ class Chat:
     body: dict[str, Any] = attrs.field(factory=dict)
     """Everything else of the request."""
     endpoint: str = CHAT
+    to: str = ""
+    """Who answers, if not the step's client: a name of the step's `others`."""
+    about: Any = attrs.field(default=None, eq=False)
+    """What the step wants to find again beside the reply; it is not sent."""
 
 
 @attrs.frozen
@@ -38,6 +42,8 @@ class Reply:
     body: dict[str, Any] | None = None
     error: dict[str, Any] | None = None
     """`{"code", "message", ...}`, see `posttrain.synth.ledger.results`."""
+    chat: Chat | None = attrs.field(default=None, repr=False)
+    """What it answers."""
 
     @property
     def choice(self) -> dict[str, Any]:

@@ -29,19 +29,27 @@ class Step:
 
     @property
     def rounds(self) -> int:
-        """How often what `again` returns is asked."""
+        """How many waves of requests, of what `again` and `then` return, may follow the first one."""
         return 0
 
     def again(self, chat: Chat, reply: Reply) -> Chat | None:
         """Return what to ask in place of a reply that is of no use; None takes the reply."""
         return None
 
+    def then(self, row: Row, replies: list[Reply]) -> list[Chat]:
+        """Return what to ask next about a row, once all that was asked is answered; nothing ends it.
+
+        Called more than once, like `chats`: a function of the row and its replies alone.
+        """
+        return []
+
     def fold(self, row: Row, replies: list[Reply]) -> Iterable[Row | Drop]:
         """Return what becomes of a row.
 
         Args:
             row: not to be changed.
-            replies: one for each of `chats(row)`, in that order; failures included.
+            replies: one for each of `chats(row)`, then for each of what `then` returned, in that order; failures
+                included. `reply.chat` is what each answers.
         """
         return [row]
 
@@ -61,6 +69,11 @@ class Step:
     @property
     def sent(self) -> dict[str, Any]:
         """What every request holds besides model and messages."""
+        return {}
+
+    @property
+    def others(self) -> dict[str, SynthBlock]:
+        """Who answers besides the step's client: chats name them by `to`."""
         return {}
 
     def __or__(self, other: "Step | Pipeline") -> Pipeline:
