@@ -1,7 +1,6 @@
 """What passes between the steps of a pipeline: rows of columns, requests, replies, and what is dropped."""
 
 import json
-import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -16,7 +15,6 @@ from posttrain.synth.ledger.replies import calls_of, reasoning_of, text_of
 Row = dict[str, Any]
 """Columns of plain JSON data."""
 Message = dict[str, Any]
-PLACE = re.compile(r"\{\{|\}\}|\{(\w+)\}")
 
 
 @attrs.frozen
@@ -107,19 +105,6 @@ def column(row: Mapping[str, Any], name: str) -> Any:
     if name not in row:
         raise DataError(f"there is no column {name!r}{suggest(name, row)} (columns: {', '.join(row)})")
     return row[name]
-
-
-def filled(template: str, row: Mapping[str, Any]) -> str:
-    """Put the columns of a row into a template.
-
-    >>> filled("{{{a}}}: {b}", {"a": 1, "b": "x{a}"})
-    '{1}: x{a}'
-    """
-
-    def value(found: re.Match[str]) -> str:
-        return found[0][0] if not found[1] else as_text(column(row, found[1]))
-
-    return PLACE.sub(value, template)
 
 
 def as_text(value: Any) -> str:

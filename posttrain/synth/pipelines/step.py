@@ -12,7 +12,8 @@ import attrs
 from posttrain.interfaces import SynthBlock
 from posttrain.registry import key
 from posttrain.synth.pipelines.pipeline import Pipeline
-from posttrain.synth.pipelines.rows import Chat, Drop, Reply, Row
+from posttrain.synth.pipelines.rows import Chat, Drop, Message, Reply, Row, asked
+from posttrain.synth.pipelines.templates import Syntax, filled, problem
 
 
 class Step:
@@ -135,4 +136,36 @@ class Template:
     role: str = key()
     """system, user or assistant."""
     content: str = key()
-    """Text; `{column}` stands for a column of the row, `{{` and `}}` for braces."""
+    """Text; `{column}` stands for a column of the row, `{{` and `}}` for braces. With `syntax: jinja`, Jinja."""
+
+
+@attrs.frozen(kw_only=True, slots=False)
+class Prompting(Step):
+    """Base of steps that make what they ask from a row."""
+
+    template: str | None = None
+    """The user's turn; `{column}` stands for a column. Without it, and without `messages`, the row's own `prompt` or
+    conversation is asked."""
+    messages: list[Template] = attrs.field(factory=list)
+    """The conversation to send, where one turn is not enough."""
+    syntax: Syntax = "braces"
+    """Of templates: `{column}`, or `jinja`, whose variables are the columns of the row. A column that a row lacks is an
+    error in both."""
+
+    def check(self) -> Iterator[tuple[str, str]]:
+        """Yield what contradicts, and templates that are none."""
+        if self.template is not None and self.messages:
+            yield "template", "is the user's turn of `messages`; give one of the two"
+        if self.template is not None and (wrong := problem(self.template, self.syntax)):
+            yield "template", wrong
+        for number, message in enumerate(self.messages):
+            if wrong := problem(message.content, self.syntax):
+                yield "messages", f"entry {number}: {wrong}"
+
+    def prompt(self, row: Row) -> list[Message]:
+        """Return the messages to send about a row."""
+        if self.template is not None:
+            return [{"role": "user", "content": filled(self.template, row, self.syntax)}]
+        if self.messages:
+            return [{"role": m.role, "content": filled(m.content, row, self.syntax)} for m in self.messages]
+        return asked(row)
