@@ -33,6 +33,8 @@ KINDS: dict[str, tuple[dict[str, Any], str]] = {
         "RotaryEmbedding",
     ),
     "phi3 longrope": ({"rope_parameters": LONGROPE}, "RotaryEmbedding"),
+    "qwen3": ({}, "packed attention"),
+    "gemma3_text": ({}, "packed attention"),
     "mixtral": ({}, "packed attention"),
     "gpt_oss": ({}, "packed attention"),  # attention sinks, windows
     "gemma2": ({}, "packed attention"),  # soft caps

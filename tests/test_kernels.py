@@ -54,21 +54,22 @@ ATTENTIONS: dict[str, dict[str, Any]] = {
 
 
 def attended(
-    rows: int = 1, size: int = 16, values: int | None = None, groups: int = 4, s_aux: bool = False, **keys: Any
-) -> list[torch.Tensor]:
+    rows: int = 1, size: int = 16, values: int | None = None, groups: int = 4, s_aux: bool = False,
+    device: str = "cpu", **keys: Any,
+) -> list[torch.Tensor]:  # fmt: skip
     """Return what four heads give for four documents, and its gradients by queries, keys, values and sinks."""
     random = torch.Generator().manual_seed(0)
     shapes = [(4, size), (groups, size), (groups, values or size)]
     made = [torch.randn(rows, n, 24 // rows, of, generator=random).half().float() for n, of in shapes]
     made += [torch.randn(4, generator=random)] if s_aux else []
-    given = [x.requires_grad_() for x in made]
-    bounds = torch.tensor(BOUNDS if rows == 1 else [0, 5, 12, 19, 24], dtype=torch.int32)
-    with torch.autocast("cpu", dtype=torch.float16, enabled=bool(kernels.DEVICES & {"cpu"})):
+    given = [x.to(device).requires_grad_() for x in made]
+    bounds = torch.tensor(BOUNDS if rows == 1 else [0, 5, 12, 19, 24], dtype=torch.int32, device=device)
+    with torch.autocast(device, dtype=torch.float16, enabled=device in kernels.DEVICES):
         out, _ = packed_attention(
             torch.nn.Module(), *given[:3], None, cu_seq_lens_q=bounds, cu_seq_lens_k=bounds, max_length_q=10,
             max_length_k=10, s_aux=given[3] if s_aux else None, **keys,
         )  # fmt: skip
-    weights = torch.linspace(-1, 1, out.numel()).view(out.shape)
+    weights = torch.linspace(-1, 1, out.numel(), device=device).view(out.shape)
     return [out.detach(), *torch.autograd.grad((out.float() * weights).sum(), given)]
 
 
