@@ -197,10 +197,12 @@ class HFModel:
     def make(self, empty: bool, fabric: "Fabric | None" = None) -> "nn.Module":
         """Return the network, with weights unless it is to be empty."""
         from posttrain.blocks.models.activations import Compiled, checkpoint_activations, tile_mlps
+        from posttrain.blocks.models.kernels import use_grouped_experts
         from posttrain.blocks.models.router import router_weight, z_weight
         from posttrain.blocks.models.vision.parts import freeze_parts, linears
 
         hf = self.load(empty)
+        use_grouped_experts(hf)
         way = self.way(hf)
         sight = self.sight(hf, way)
         freeze_parts(hf, self.train, sight if isinstance(sight, str) else None)
