@@ -42,6 +42,8 @@ def main(argv: list[str] | None = None) -> int:
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
     logging.getLogger("huggingface_hub").propagate = False  # it prints by itself, and every line would be there twice
     first_rank = os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0"
+    for library in ("bitsandbytes", "torchao", "torch.utils._pytree"):  # they tell of kernels for other machines
+        logging.getLogger(library).setLevel(logging.ERROR)
     logging.getLogger("posttrain").setLevel(logging.INFO if first_rank else logging.ERROR)
     try:
         return int(getattr(commands, arguments.command)(arguments) or 0)
