@@ -72,6 +72,7 @@ class VllmServerSampler:
             raise RecipeError("sampler: adapters cannot be merged for vLLM while parameters are in shards; use ddp")
         if module.quantized is not None:
             raise RecipeError(
-                "sampler: a quantized base has no whole weights to send to vLLM; leave model.quantize out"
+                "sampler: vLLM gets whole weights, and would not round them as training does; leave model.quantize "
+                "and model.qat out"
             )
         return Served(run, self)
