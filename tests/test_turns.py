@@ -385,3 +385,42 @@ def test_flat_groups_are_sampled_anew_as_often_as_they_may(tmp_path: Path, tiny_
             assert ([one["ids"] for one in line["replies"]] == once[line["prompt"]]) is (line["resampled"] == 0)
             assert line["resampled"] == resample or len({one["reward"] for one in line["replies"]}) > 1
     assert before["flat"] > last["flat"]
+
+
+# -- judges ---------------------------------------------------------------------------
+
+
+def test_a_judge_scores_replies_and_nothing_is_paid_twice(tmp_path: Path, tiny_model: Path, server: Any) -> None:
+    from posttrain.synth import OpenAISynth
+    from posttrain.synth.rewards import JudgeReward
+
+    def judged(body: dict[str, Any]) -> tuple[int, dict[str, Any]]:
+        length = len(body["messages"][-1]["content"]) % 6
+        said = json.dumps({"rationale": "", "score": length}) if length else "no idea"
+        choice = {"index": 0, "message": {"role": "assistant", "content": said}, "finish_reason": "stop"}
+        return 200, {"id": "c", "choices": [choice], "usage": {"prompt_tokens": 1, "completion_tokens": 1}}
+
+    server.answer = judged
+    client = OpenAISynth(base_url=server.url, api_key="k", work_dir=tmp_path / "ledger", mode="online")
+    judge = JudgeReward(model="j", rubric="Good is what is as long as {letter}.", client=client, asks_again=0)
+    keys: dict[str, Any] = {"environment": None, "rewards": [judge, digest], "max_steps": 1}
+    last = quiz(tmp_path / "run", tiny_model, **keys).train().last
+    paid = server.paid_lines
+    assert 0 < last["failed/judge"] < 1
+    scores = [one["rewards"].get("judge") for one in lines_of(tmp_path / "run")]
+    assert {1.0, 2.0, 3.0, 4.0, 5.0, None} >= set(scores)
+    assert len(set(scores)) > 2
+    failed = {one["failed"]["judge"] for one in lines_of(tmp_path / "run") if one["failed"]}
+    assert failed == {"no score: the reply gives no score on the scale (quality)"}
+    quiz(tmp_path / "run", tiny_model, **keys, resume="never").train()
+    assert server.paid_lines == paid
+    assert [one["rewards"].get("judge") for one in lines_of(tmp_path / "run")] == scores
+
+
+def test_a_judge_without_a_client_is_refused(tmp_path: Path, tiny_model: Path) -> None:
+    from posttrain.synth import OpenAISynth
+    from posttrain.synth.rewards import JudgeReward
+
+    for client, said in ((None, "say where the judge is"), (OpenAISynth(api_key="k"), "batches, which take hours")):
+        with pytest.raises(RecipeError, match=f"client: .*{said}"):
+            quiz(tmp_path / "run", tiny_model, rewards=[JudgeReward(model="j", rubric="good", client=client)]).train()
