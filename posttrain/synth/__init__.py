@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from posttrain.synth.pipelines.report import Report
     from posttrain.synth.pipelines.rows import Chat, Drop, Reply
     from posttrain.synth.pipelines.step import Step
-    from posttrain.synth.rewards import VerifyReward
+    from posttrain.synth.rewards import JudgeReward, VerifyReward
     from posttrain.synth.steps.answers import RightAnswers
     from posttrain.synth.steps.compare import Compare
     from posttrain.synth.steps.decontaminate import Decontaminate
@@ -42,7 +42,7 @@ _HOMES = {
     "pipelines.report": ("Report",),
     "pipelines.rows": ("Chat", "Drop", "Reply"),
     "pipelines.step": ("Step",),
-    "rewards": ("VerifyReward",),
+    "rewards": ("JudgeReward", "VerifyReward"),
     "steps.answers": ("RightAnswers",),
     "steps.compare": ("Compare",),
     "steps.decontaminate": ("Decontaminate",),
@@ -61,8 +61,8 @@ _HOME_OF = {name: module for module, found in _HOMES.items() for name in found}
 
 __all__ = [
     "AnthropicSynth", "AzureOpenAISynth", "Chat", "Compare", "CortexSynth", "Decontaminate", "Dedup", "Drop",
-    "FewShot", "Filter", "Generate", "IncompleteTask", "Judge", "OpenAISynth", "Pair", "Pipeline", "Price",
-    "Refresh", "Reply", "Report", "Reward", "RightAnswers", "Split", "Step", "TaskStopped", "TransformersSynth",
+    "FewShot", "Filter", "Generate", "IncompleteTask", "Judge", "JudgeReward", "OpenAISynth", "Pair", "Pipeline",
+    "Price", "Refresh", "Reply", "Report", "Reward", "RightAnswers", "Split", "Step", "TaskStopped", "TransformersSynth",
     "Verify", "VerifyReward", "VllmSynth", "verifier",
 ]  # fmt: skip
 
