@@ -15,13 +15,14 @@ from test_ranks import on_two_ranks
 from toy import metrics
 from transformers import AutoTokenizer
 
-from posttrain import Resume, ToolEnvironment, TransformersSampler, before, block, tool
+from posttrain import Resume, TransformersSampler, before, block
 from posttrain.blocks.data.rows.chat import ChatRenderer
 from posttrain.blocks.rollouts.ledger import read
 from posttrain.blocks.rollouts.replies import Call, Outcome, Turn
 from posttrain.blocks.rollouts.turns.calls import HERMES, Convention, convention
 from posttrain.blocks.tokenizers.templates import TEMPLATES
 from posttrain.errors import PosttrainError, RecipeError, TrainingError
+from posttrain.synth import ToolEnvironment, tool
 
 STOP = list("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789 .,")
 """So that a random model ends its turns."""
@@ -34,7 +35,7 @@ class Quiz:
     max_turns: int = 4
     max_tokens: int = 400
     weight: float = 1.0
-    tools: list[dict[str, Any]] = []
+    specs: list[dict[str, Any]] = []
 
     def reset(self, row: dict[str, Any]) -> Any:
         asked: list[str] = []
@@ -287,11 +288,11 @@ def adder(a: int, b: int = 0) -> int:
 
 
 def test_tools_tell_their_results_and_what_went_wrong() -> None:
-    environment = ToolEnvironment(functions=["adder"], seconds=0.05)
-    assert [made["function"]["name"] for made in environment.tools] == ["adder"]
+    environment = ToolEnvironment(tools=["adder"], seconds=0.05)
+    assert [made["function"]["name"] for made in environment.specs] == ["adder"]
     told = {
-        '{"a": 2, "b": 3}': "5", '{"a": -1}': "error: no negative numbers", '{"a": 99}': "error: it took longer than",
-        '{"c": 1}': "error: adder() got an unexpected keyword",
+        '{"a": 2, "b": 3}': "5", '{"a": -1}': "Error: ValueError: no negative numbers", '{"a": 99}': "Error: it took longer than",
+        '{"c": 1}': "Error: the arguments do not fit: ",
     }  # fmt: skip
     for arguments, wanted in told.items():
         outcome = environment.reset({}).step(Turn("", [Call("adder", json.loads(arguments))]))
@@ -299,17 +300,17 @@ def test_tools_tell_their_results_and_what_went_wrong() -> None:
         assert (said["role"], said["name"]) == ("tool", "adder")
         assert said["content"].startswith(wanted)
     unknown = environment.reset({}).step(Turn("", [Call("addr", {})]))
-    assert unknown.messages[0]["content"] == "error: there is no tool 'addr'; there is adder"
-    assert environment.reset({}).step(Turn("", [], "no JSON")).messages[0]["content"] == "error: no JSON"
+    assert unknown.messages[0]["content"] == "Error: there is no tool 'addr'; did you mean 'adder'? (there are: adder)"
+    assert environment.reset({}).step(Turn("", [], "no JSON")).messages[0]["content"] == "Error: no JSON"
     assert not environment.reset({}).step(Turn("42")).messages
 
 
 @pytest.mark.parametrize(
     ("keys", "said"),
     [
-        ({"environment": ToolEnvironment(functions=["addr"])}, "there is no tool 'addr'; did you mean 'adder'"),
+        ({"environment": ToolEnvironment(tools=["addr"])}, "there is no tool 'addr'; did you mean 'adder'"),
         ({"environment": None, "rewards": []}, "rewards: give at least one"),
-        ({"environment": ToolEnvironment(functions=["adder"]), "rewards": []}, "rewards: give at least one"),
+        ({"environment": ToolEnvironment(tools=["adder"]), "rewards": []}, "rewards: give at least one"),
     ],
 )
 def test_what_contradicts_itself_is_said_before_training(
@@ -323,8 +324,8 @@ def test_tools_that_the_template_leaves_out_are_refused_unless_the_prompt_says_t
     tmp_path: Path, tiny_model: Path
 ) -> None:
     with pytest.raises(PosttrainError, match="the chat template leaves out the tools"):
-        quiz(tmp_path / "run", tiny_model, environment=ToolEnvironment(functions=["adder"])).train()
-    quiet = ToolEnvironment(functions=["adder"], announce=False)
+        quiz(tmp_path / "run", tiny_model, environment=ToolEnvironment(tools=["adder"])).train()
+    quiet = ToolEnvironment(tools=["adder"], announce=False)
     assert quiz(tmp_path / "run", tiny_model, environment=quiet).train().last["turns"] == 1.0
 
 
@@ -350,13 +351,13 @@ def test_a_policy_that_calls_is_told_the_result_and_goes_on(
         return [[Reply(ids, [-1.0] * len(ids), True) for _ in range(n)] for _ in prompts]
 
     monkeypatch.setattr(InProcess, "sample", says)
-    environment = ToolEnvironment(functions=["adder"], announce=False)
+    environment = ToolEnvironment(tools=["adder"], announce=False)
     rewards = [share, digest]
     last = quiz(tmp_path / "run", tiny_model, environment=environment, max_gap=None, rewards=rewards).train().last
     assert last["turns"] == 3.0
     tail = seen[-1].split("<|im_start|>assistant\n", 1)[1]
     assert tail == (
-        f"{turns[0]}\n<|im_start|>tool\nerror: the call is no JSON: Expecting property name enclosed in double quotes: "
+        f"{turns[0]}\n<|im_start|>tool\nError: the call is no JSON: Expecting property name enclosed in double quotes: "
         f"line 2 column 2 (char 17)<|im_end|>\n<|im_start|>assistant\n{turns[1]}\n<|im_start|>tool\n1<|im_end|>\n"
         "<|im_start|>assistant\n"
     )

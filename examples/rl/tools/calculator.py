@@ -7,7 +7,8 @@ import random
 import sys
 from pathlib import Path
 
-from posttrain import reward, tool
+from posttrain import reward
+from posttrain.synth import tool
 
 OPERATORS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv}
 

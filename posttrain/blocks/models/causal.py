@@ -19,7 +19,7 @@ from posttrain.blocks.losses.entropy import log_probs_and_entropy, of_logits
 from posttrain.blocks.models.activations import Offload
 from posttrain.blocks.models.adapters import QUANTIZED
 from posttrain.blocks.models.apart import Bounds, ByDocument, Sight, Way, by_document, decoder_of, separate
-from posttrain.blocks.models.attention import CACHE, NAME, no_mask
+from posttrain.blocks.models.attention import CACHE, NAME, known_on_host, no_mask
 from posttrain.blocks.models.router import balance, small
 from posttrain.errors import RecipeError, TrainingError
 from posttrain.registry import suggest
@@ -219,7 +219,7 @@ class PackedModel(nn.Module):
     def unfolded(self, compute: Any, layout: Layout) -> Tensor:
         """Compute something with each document in a row of its own, [rows, width, ...]."""
         self.bounds.at = None  # its modules see documents already
-        found: Tensor = by_document(compute, layout.bounds, False, (layout.input_ids,), {})
+        found: Tensor = by_document(compute, Bounds(layout.bounds), False, (layout.input_ids,), {})
         return found
 
     def save_pretrained(self, folder: Path, state_dict: dict[str, Tensor] | None = None) -> None:
@@ -374,6 +374,8 @@ def inputs(layout: Layout, masks: bool = False) -> dict[str, Any]:
     """
     more = {"kv_index": layout.kv_index, "sequence_group": layout.sequence_group}
     branches = layout.cu_seqlens_k is not None
+    known_on_host(layout.cu_seqlens, layout.bounds)
+    known_on_host(layout.cu_seqlens_k, layout.bounds_k)
     return {
         "input_ids": layout.input_ids,
         "position_ids": layout.position_ids,

@@ -10,17 +10,16 @@ from attrs.validators import gt
 
 from posttrain.batch import Batch
 from posttrain.blocks.data.data import Data, pad_id
-from posttrain.blocks.data.encode import (
+from posttrain.blocks.data.encoding.encoders import (
     Encoded,
     Encoder,
     Token,
     Values,
-    code_of,
     kept,
     readable,
     refuse_surrogates,
-    tokenizer_text,
 )
+from posttrain.blocks.data.encoding.fingerprints import code_of, tokenizer_text
 from posttrain.blocks.data.rows.chat import ChatRenderer, special_tokens
 from posttrain.blocks.data.rows.media import images_of
 from posttrain.blocks.data.rows.messages import Refused
