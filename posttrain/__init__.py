@@ -39,7 +39,6 @@ if TYPE_CHECKING:
     from posttrain.blocks.rollouts.prompts import PromptData
     from posttrain.blocks.rollouts.rewards import ModelReward, reward
     from posttrain.blocks.rollouts.sampler import TransformersSampler
-    from posttrain.blocks.rollouts.turns.tools import ToolEnvironment, tool
     from posttrain.blocks.scheduler import WSD, Constant, Cosine, Linear, TwoStage
     from posttrain.blocks.tokenizers.tokenizer import HFTokenizer
     from posttrain.errors import (
@@ -93,7 +92,6 @@ _HOMES = {
     "blocks.losses.surrogate": ("policy_loss",),
     "blocks.rollouts.rewards": ("ModelReward", "reward"),
     "blocks.rollouts.sampler": ("TransformersSampler",),
-    "blocks.rollouts.turns.tools": ("ToolEnvironment", "tool"),
     "blocks.scheduler": ("Constant", "Cosine", "Linear", "TwoStage", "WSD"),
     "blocks.parallel.sequence": ("Ulysses",),
     "blocks.data.sources": ("Source",),
@@ -139,10 +137,10 @@ __all__ = [
     "OpenAISynth", "ParameterGroup", "PosttrainError", "PreferenceData", "Profiler", "PromptData", "QAT",
     "RecipeError", "RegistryError", "Resume", "RewardModel", "RewardTrainer", "Run", "SFTData", "SFTTrainer", "SGD",
     "Samples", "ScheduleFree", "Secret", "Source", "SpeculatorModel", "SpeculatorTrainer", "SwiftKVModel",
-    "SwiftKVTrainer", "SynthError", "TensorBoard", "Term", "ToolEnvironment", "TorchOptimizer", "Trainer",
+    "SwiftKVTrainer", "SynthError", "TensorBoard", "Term", "TorchOptimizer", "Trainer",
     "TrainingError", "TransformersSampler", "TransformersSynth", "TwoStage", "Ulysses", "UnpairedData",
     "VllmServerSampler", "VllmSynth", "WSD", "WandB", "after", "before", "block", "default", "key", "kind", "load",
-    "policy_loss", "preference_loss", "reward", "tool",
+    "policy_loss", "preference_loss", "reward",
 ]  # fmt: skip
 
 

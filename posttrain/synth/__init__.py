@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from posttrain.synth.clients.openai import AzureOpenAISynth, OpenAISynth
     from posttrain.synth.clients.transformers import TransformersSynth
     from posttrain.synth.clients.vllm import VllmSynth
+    from posttrain.synth.environments import ToolEnvironment
     from posttrain.synth.errors import IncompleteTask, TaskStopped
     from posttrain.synth.ledger.pricing import Price
     from posttrain.synth.pipelines.pipeline import Pipeline
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
     from posttrain.synth.pipelines.report import Report
     from posttrain.synth.pipelines.rows import Chat, Drop, Reply
     from posttrain.synth.pipelines.step import Step
-    from posttrain.synth.rewards import VerifyReward
+    from posttrain.synth.rewards import JudgeReward, VerifyReward
     from posttrain.synth.steps.alike.decontaminate import Decontaminate
     from posttrain.synth.steps.alike.dedup import Dedup
     from posttrain.synth.steps.answers import RightAnswers
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "clients.anthropic": ("AnthropicSynth",),
+    "environments": ("ToolEnvironment",),
     "clients.cortex": ("CortexSynth",),
     "errors": ("IncompleteTask", "TaskStopped"),
     "clients.openai": ("AzureOpenAISynth", "OpenAISynth"),
@@ -47,7 +49,7 @@ _HOMES = {
     "pipelines.report": ("Report",),
     "pipelines.rows": ("Chat", "Drop", "Reply"),
     "pipelines.step": ("Step",),
-    "rewards": ("VerifyReward",),
+    "rewards": ("JudgeReward", "VerifyReward"),
     "steps.answers": ("RightAnswers",),
     "steps.compare": ("Compare",),
     "steps.alike.decontaminate": ("Decontaminate",),
@@ -71,9 +73,10 @@ _HOME_OF = {name: module for module, found in _HOMES.items() for name in found}
 
 __all__ = [
     "AnthropicSynth", "AzureOpenAISynth", "Chat", "Compare", "Complete", "Converse", "CortexSynth", "Decontaminate",
-    "Dedup", "Drop", "FewShot", "Filter", "Generate", "IncompleteTask", "Judge", "McpServer", "OpenAISynth", "Pair",
-    "Pipeline", "Price", "Refresh", "Rename", "Reply", "Report", "Reward", "RightAnswers", "Sample", "Split",
-    "Step", "TaskStopped", "TransformersSynth", "User", "Verify", "VerifyReward", "VllmSynth", "tool", "verifier",
+    "Dedup", "Drop", "FewShot", "Filter", "Generate", "IncompleteTask", "Judge", "JudgeReward", "McpServer",
+    "OpenAISynth", "Pair", "Pipeline", "Price", "Refresh", "Rename", "Reply", "Report", "Reward", "RightAnswers",
+    "Sample", "Split", "Step", "TaskStopped", "ToolEnvironment", "TransformersSynth", "User", "Verify",
+    "VerifyReward", "VllmSynth", "tool", "verifier",
 ]  # fmt: skip
 
 
