@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from posttrain.synth.clients.anthropic import AnthropicSynth
+    from posttrain.synth.clients.bedrock import BedrockSynth
     from posttrain.synth.clients.cortex import CortexSynth
+    from posttrain.synth.clients.gemini import GeminiSynth
     from posttrain.synth.clients.openai import AzureOpenAISynth, OpenAISynth
     from posttrain.synth.clients.transformers import TransformersSynth
     from posttrain.synth.clients.vllm import VllmSynth
@@ -38,6 +40,8 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "clients.anthropic": ("AnthropicSynth",),
+    "clients.bedrock": ("BedrockSynth",),
+    "clients.gemini": ("GeminiSynth",),
     "clients.cortex": ("CortexSynth",),
     "errors": ("IncompleteTask", "TaskStopped"),
     "clients.openai": ("AzureOpenAISynth", "OpenAISynth"),
@@ -70,10 +74,11 @@ _HOMES = {
 _HOME_OF = {name: module for module, found in _HOMES.items() for name in found}
 
 __all__ = [
-    "AnthropicSynth", "AzureOpenAISynth", "Chat", "Compare", "Complete", "Converse", "CortexSynth", "Decontaminate",
-    "Dedup", "Drop", "FewShot", "Filter", "Generate", "IncompleteTask", "Judge", "McpServer", "OpenAISynth", "Pair",
-    "Pipeline", "Price", "Refresh", "Rename", "Reply", "Report", "Reward", "RightAnswers", "Sample", "Split",
-    "Step", "TaskStopped", "TransformersSynth", "User", "Verify", "VerifyReward", "VllmSynth", "tool", "verifier",
+    "AnthropicSynth", "AzureOpenAISynth", "BedrockSynth", "Chat", "Compare", "Complete", "Converse", "CortexSynth",
+    "Decontaminate", "Dedup", "Drop", "FewShot", "Filter", "GeminiSynth", "Generate", "IncompleteTask", "Judge",
+    "McpServer", "OpenAISynth", "Pair", "Pipeline", "Price", "Refresh", "Rename", "Reply", "Report", "Reward",
+    "RightAnswers", "Sample", "Split", "Step", "TaskStopped", "TransformersSynth", "User", "Verify", "VerifyReward",
+    "VllmSynth", "tool", "verifier",
 ]  # fmt: skip
 
 
