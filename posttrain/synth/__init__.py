@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from posttrain.synth.steps.sample import Sample
     from posttrain.synth.steps.turns.converse import Converse, User
     from posttrain.synth.steps.turns.mcp import McpServer
+    from posttrain.synth.steps.turns.search import Search
     from posttrain.synth.steps.turns.tools import tool
     from posttrain.synth.steps.verify import Verify, verifier
 
@@ -65,6 +66,7 @@ _HOMES = {
     "steps.sample": ("Sample",),
     "steps.turns.converse": ("Converse", "User"),
     "steps.turns.mcp": ("McpServer",),
+    "steps.turns.search": ("Search",),
     "steps.turns.tools": ("tool",),
     "steps.verify": ("Verify", "verifier"),
     "clients.transformers": ("TransformersSynth",),
@@ -77,8 +79,8 @@ __all__ = [
     "AnthropicSynth", "AzureOpenAISynth", "BedrockSynth", "Chat", "Compare", "Complete", "Converse", "CortexSynth",
     "Decontaminate", "Dedup", "Drop", "FewShot", "Filter", "GeminiSynth", "Generate", "IncompleteTask", "Judge",
     "McpServer", "OpenAISynth", "Pair", "Pipeline", "Price", "Refresh", "Rename", "Reply", "Report", "Reward",
-    "RightAnswers", "Sample", "Split", "Step", "TaskStopped", "TransformersSynth", "User", "Verify", "VerifyReward",
-    "VllmSynth", "tool", "verifier",
+    "RightAnswers", "Sample", "Search", "Split", "Step", "TaskStopped", "TransformersSynth", "User", "Verify",
+    "VerifyReward", "VllmSynth", "tool", "verifier",
 ]  # fmt: skip
 
 
