@@ -53,6 +53,8 @@ class Layout:
     """int64 [keys], where documents branch: the flat position of each key, query by query."""
     cu_seqlens_k: "Tensor | None" = None
     """int32 [documents + 1], where the keys of each begin, if they are not its own tokens."""
+    bounds_k: list[int] = attrs.field(factory=list)
+    """The same as numbers, on the host."""
     max_seqlen_k: int | None = None
     taken: "np.ndarray | None" = None
     """int64 [tokens], on the host, where documents branch: the flat position that each token has in the batch."""

@@ -16,7 +16,7 @@ from transformers import AutoConfig
 
 from posttrain.blocks.layout import lay
 from posttrain.blocks.models import probe
-from posttrain.blocks.models.apart import ByDocument, Way, by_document, groups
+from posttrain.blocks.models.apart import Bounds, ByDocument, Way, by_document, groups
 from posttrain.blocks.models.causal import CausalLM
 from posttrain.blocks.models.model import HFModel
 from posttrain.blocks.models.tiny import tiny
@@ -33,6 +33,8 @@ KINDS: dict[str, tuple[dict[str, Any], str]] = {
         "RotaryEmbedding",
     ),
     "phi3 longrope": ({"rope_parameters": LONGROPE}, "RotaryEmbedding"),
+    "qwen3": ({}, "packed attention"),
+    "gemma3_text": ({}, "packed attention"),
     "mixtral": ({}, "packed attention"),
     "gpt_oss": ({}, "packed attention"),  # attention sinks, windows
     "gemma2": ({}, "packed attention"),  # soft caps
@@ -174,7 +176,7 @@ def test_what_a_module_gives_by_document_lies_where_its_tokens_were() -> None:
     x = torch.arange(24.0).view(2, 12, 1)
     found, other = by_document(
         lambda x, positions, flag, attention_mask: ((x.cumsum(1), positions), flag),
-        [0, 5, 12, 13, 24],
+        Bounds([0, 5, 12, 13, 24]),
         False,
         (x,),
         {"positions": torch.arange(24).view(2, 12), "flag": 7, "attention_mask": torch.ones(2, 12)},

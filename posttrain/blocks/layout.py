@@ -332,6 +332,8 @@ def branched(batch: Batch, sizes: list[int], groups: list[int], ids: "np.ndarray
         taken=index,
         cu_seqlens=torch.from_numpy(np.cumsum([0, *queries], dtype=np.int32)),
         cu_seqlens_k=torch.from_numpy(np.cumsum([0, *sizes], dtype=np.int32)),
+        bounds=np.cumsum([0, *queries]).tolist(),
+        bounds_k=np.cumsum([0, *sizes]).tolist(),
         max_seqlen=max(queries),
         max_seqlen_k=max(sizes),
         supervised=torch.from_numpy(place[batch.supervised.numpy()]),

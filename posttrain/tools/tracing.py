@@ -18,7 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
-from posttrain.batch import Batch, Extra, Layout
+from posttrain.batch import Batch, Extra
 from posttrain.blocks.data.data import Data
 from posttrain.blocks.models.quantized.sizes import Group, groups
 from posttrain.blocks.parallel.sharding import replace_tensors, units, weightless
@@ -30,7 +30,6 @@ from posttrain.tools.vision.seen import UNKNOWN, constants, faked, fullest_of_im
 from posttrain.trainer import Trainer
 from posttrain.trainers.distill import DistillTrainer
 from posttrain.trainers.grpo import GRPOTrainer
-from posttrain.trainers.kto import KTOTrainer
 from posttrain.trainers.on_policy_distill import OnPolicyDistillTrainer
 from posttrain.trainers.online_dpo import OnlineDPOTrainer
 
@@ -195,14 +194,12 @@ def fullest(trainer: Trainer) -> Batch:
     """
     data = trainer.data
     if isinstance(trainer, GRPOTrainer | OnlineDPOTrainer | OnPolicyDistillTrainer):
-        return read_by_the_host(full_groups(trainer))
+        return full_groups(trainer)
     if not isinstance(data, Data):
         raise RecipeError(f"data: {type(data).__name__} does not say how long its rows are; a plan needs that")
     size = trainer.sequence.size if trainer.sequence else 1
     rows = [[data.fullest(-(-data.max_length // size))] for _ in range(trainer.micro_batch_size)]
-    batch = read_by_the_host(data.collator(None)(rows, 1))
-    if isinstance(trainer, KTOTrainer):
-        batch = batch.but(others=Extra(read_by_the_host(batch["others"])))
+    batch = data.collator(None)(rows, 1)
     if getattr(trainer, "precompute_reference", False):
         batch = batch.but(reference_log_probs=torch.zeros(len(batch.supervised)))
     return batch
@@ -237,7 +234,7 @@ def images_of_rows(trainer: Trainer) -> Batch | None:
     made = fullest_of_images(trainer, -(-data.max_length // size)) if isinstance(data, Data) else None
     if made is not None and getattr(trainer, "precompute_reference", False):
         made = made.but(reference_log_probs=torch.zeros(len(made.supervised)))
-    return None if made is None else read_by_the_host(made)
+    return made
 
 
 def one_pass(trainer: Trainer, fabric: Any, network: nn.Module, others: dict[str, nn.Module]) -> Run:
@@ -254,17 +251,6 @@ def one_pass(trainer: Trainer, fabric: Any, network: nn.Module, others: dict[str
 def answers_are_stored(trainer: Trainer) -> bool:
     """Whether references and teachers are asked before training, and their memory is free again."""
     return bool(getattr(trainer, "stored", False) or getattr(trainer, "precompute_reference", False))
-
-
-def read_by_the_host(batch: Batch) -> Batch:
-    """Return a batch with the bounds of its documents as arrays: attention on CPUs looks at them."""
-
-    def seen(layout: Layout) -> dict[str, Any]:
-        bounds = {"cu_seqlens": layout.cu_seqlens, "cu_seqlens_k": layout.cu_seqlens_k}
-        return {name: tensor.numpy() for name, tensor in bounds.items() if tensor is not None}
-
-    branch = None if batch.branch is None else attrs.evolve(batch.branch, **seen(batch.branch))
-    return attrs.evolve(batch, branch=branch, **seen(batch))
 
 
 def state_of(trainer: Trainer, network: nn.Module) -> int:

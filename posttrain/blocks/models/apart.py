@@ -52,6 +52,31 @@ class Sight:
     """What the names of the language model's parameters begin with."""
 
 
+@attrs.frozen(eq=False)
+class Plan:
+    """How the tokens of rows are laid out as batches of documents, on a device."""
+
+    batches: list[Tensor]
+    """int64 [documents, longest] each, the flat positions of their tokens; padding repeats a document's last."""
+    real: list[Tensor]
+    """int64 [tokens] each, the places in a flat batch that are not padding."""
+    back: Tensor
+    """int64 [rows * width], where each token of the rows is among the real ones of all batches."""
+
+    @classmethod
+    def of(cls, bounds: list[int], singly: bool, device: torch.device) -> "Plan":
+        """Work it out on the host, which does not wait for a GPU to take it."""
+
+        def given(values: np.ndarray) -> Tensor:
+            found = torch.from_numpy(values)
+            return found.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else found.to(device)
+
+        found = list(groups(bounds, singly))
+        order = np.concatenate([index[real] for index, real in found])
+        batches, places = [given(index) for index, _ in found], [given(np.flatnonzero(real)) for _, real in found]
+        return cls(batches, places, given(np.argsort(order)))
+
+
 @attrs.define(eq=False)
 class Bounds:
     """Where the documents of the rows begin that a network is computing: [0, ..., rows * width]."""
@@ -59,6 +84,17 @@ class Bounds:
     at: list[int] | None = None
     """None while it computes something else, such as a generation. It stays after a pass that has a backward
     one, in which activations may be computed again."""
+    _of: list[int] | None = None
+    _plans: dict[tuple[bool, torch.device], Plan] = attrs.field(factory=dict)
+
+    def plan(self, singly: bool, device: torch.device) -> Plan:
+        """Return how documents become batches; it is worked out once for all modules."""
+        assert self.at is not None
+        if self._of is not self.at:
+            self._of, self._plans = self.at, {}
+        if (singly, device) not in self._plans:
+            self._plans[singly, device] = Plan.of(self.at, singly, device)
+        return self._plans[singly, device]
 
 
 class ByDocument:
@@ -71,8 +107,8 @@ class ByDocument:
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Compute as the module does, for each document."""
-        bounds, forward = self._bounds.at, super().forward  # type: ignore[misc]
-        if bounds is None:
+        bounds, forward = self._bounds, super().forward  # type: ignore[misc]
+        if bounds.at is None:
             return forward(*args, **kwargs)
 
         def afresh(*args: Any, **kwargs: Any) -> Any:  # rotary embeddings remember the longest that they have seen
@@ -119,7 +155,7 @@ def remembered(module: nn.Module) -> dict[str, Any]:
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]
 def by_document(
-    forward: Callable[..., Any], bounds: list[int], singly: bool, args: tuple[Any, ...], kwargs: dict[str, Any]
+    forward: Callable[..., Any], bounds: Bounds, singly: bool, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Any:
     """Return what a module gives for the documents of packed rows, laid out like the rows again.
 
@@ -130,21 +166,19 @@ def by_document(
         singly: whether each document must be alone; else documents of like length make a batch.
         args, kwargs: of the module.
     """
-    shape = shape_of_rows((*args, *kwargs.values()), bounds[-1])
+    assert bounds.at is not None
+    shape = shape_of_rows((*args, *kwargs.values()), bounds.at[-1])
     if shape is None:  # it computes something else than the rows
         return forward(*args, **kwargs)
     kwargs = {name: value for name, value in kwargs.items() if not name.startswith(LAYOUT)}
     kwargs |= {name: None for name in kwargs if name == "attention_mask"}
-    device = next(x for x in flat((*args, *kwargs.values())) if isinstance(x, Tensor)).device
-    found, order = [], []
-    for index, real in groups(bounds, singly):
-        at = torch.from_numpy(index).to(device)
+    plan = bounds.plan(singly, next(x for x in flat((*args, *kwargs.values())) if isinstance(x, Tensor)).device)
+    found = []
+    for at in plan.batches:
         given = [changed(x, lambda x, at=at: gathered(x, at, *shape)) for x in args]  # type: ignore[misc]
         named = {name: changed(x, lambda x, at=at: gathered(x, at, *shape)) for name, x in kwargs.items()}  # type: ignore[misc]
-        found.append((forward(*given, **named), index.shape, torch.from_numpy(real).to(device)))
-        order.append(index[real])
-    back = torch.from_numpy(np.argsort(np.concatenate(order))).to(device)  # from the groups' order to the rows'
-    return together([out for out, *_ in found], [(size, real) for _, size, real in found], back, shape)
+        found.append(forward(*given, **named))
+    return together(found, plan, shape)
 
 
 def shape_of_rows(values: tuple[Any, ...], total: int) -> tuple[int, int] | None:
@@ -176,7 +210,7 @@ def groups(bounds: list[int], singly: bool) -> Iterator[tuple[np.ndarray, np.nda
 def gathered(x: Tensor, index: Tensor, rows: int, width: int) -> Tensor:
     """Return what a tensor holds for the tokens of some documents, [documents, longest, ...]; others stay."""
     if x.ndim >= 2 and x.shape[:2] == (rows, width):
-        return x.flatten(0, 1)[index]
+        return x.flatten(0, 1).index_select(0, index.flatten()).view(*index.shape, *x.shape[2:])
     if x.ndim >= 2 and x.shape[0] == 1 and x.shape[1] == width:  # one row that stands for all
         return x[0][index % width]
     if x.ndim >= 3 and x.shape[-2:] == (rows, width):  # axes of positions in front
@@ -184,17 +218,16 @@ def gathered(x: Tensor, index: Tensor, rows: int, width: int) -> Tensor:
     return x
 
 
-def together(outputs: list[Any], sizes: list[tuple[Any, Tensor]], back: Tensor, shape: tuple[int, int]) -> Any:
-    """Put the outputs of all groups into the order of the rows."""
+def together(outputs: list[Any], plan: Plan, shape: tuple[int, int]) -> Any:
+    """Put the outputs of all batches into the order of the rows."""
     first = outputs[0]
     if isinstance(first, tuple | list):
-        parts = zip(*outputs, strict=True)
-        return type(first)(together(list(part), sizes, back, shape) for part in parts)
-    laid = isinstance(first, Tensor) and first.ndim >= 2 and tuple(first.shape[:2]) == tuple(sizes[0][0])
-    if not laid:
+        return type(first)(together(list(part), plan, shape) for part in zip(*outputs, strict=True))
+    if not (isinstance(first, Tensor) and first.ndim >= 2 and first.shape[:2] == plan.batches[0].shape):
         return first
-    tokens = torch.cat([out[real] for out, (_, real) in zip(outputs, sizes, strict=True)])
-    return tokens.index_select(0, back).view(*shape, *tokens.shape[1:])
+    parts = [out.flatten(0, 1).index_select(0, real) for out, real in zip(outputs, plan.real, strict=True)]
+    tokens = torch.cat(parts).index_select(0, plan.back)
+    return tokens.view(*shape, *tokens.shape[1:])
 
 
 def changed(value: Any, change: Callable[[Tensor], Tensor]) -> Any:

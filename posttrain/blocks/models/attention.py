@@ -2,34 +2,51 @@
 
 Registered with transformers as `packed`. Documents are told by `cu_seq_lens_q`, which transformers
 hands from the model's call to every attention layer. On GPUs in half precision it is one
-variable-length flash attention (`torch.nn.attention.varlen`); elsewhere one
-`scaled_dot_product_attention` per document. Without these bounds, as in `generate`, it is sdpa.
+variable-length flash attention (see kernels.py); elsewhere one `scaled_dot_product_attention` per
+document. Without these bounds, as in `generate`, it is sdpa.
 
 Documents may branch: `kv_index` names the token of each key, so that a document whose beginning is
 computed in another one sees it there (see `batches.branched`).
 """
 
+import functools
 import inspect
 import itertools
+import logging
 from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.attention.varlen import AuxRequest, varlen_attn
+from torch.utils.weak import WeakTensorKeyDictionary
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import create_causal_mask, sdpa_mask
 
+from posttrain.blocks.models.kernels import DEVICES, LARGEST, head_size, low_precision, variable_length
 from posttrain.blocks.parallel.ulysses import divisible, own_columns, whole_rows
 from posttrain.errors import TrainingError
 
 CACHE = "cache" if "cache" in inspect.signature(create_causal_mask).parameters else "past_key_values"
 """What transformers calls the cache of keys and values, as an argument and in outputs: renamed in 5.24."""
 NAME = "packed"
-_GQA: dict[str, Any] = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
-"""torch 2.11 shares keys and values between heads without being told to."""
+log = logging.getLogger("posttrain")
+_on_host = WeakTensorKeyDictionary()
+"""Bounds on the device -> the same numbers on the host, so that nobody waits for them."""
+
+
+def known_on_host(bounds: Tensor | None, numbers: list[int]) -> None:
+    """Remember what numbers a tensor of bounds holds, for attention that goes document by document."""
+    if bounds is not None and numbers:
+        _on_host[bounds] = numbers
+
+
+def on_host(bounds: Tensor) -> list[int]:
+    """Return the numbers of a tensor of bounds."""
+    if bounds not in _on_host:
+        _on_host[bounds] = bounds.tolist()
+    return _on_host[bounds]  # type: ignore[no-any-return]
 
 
 def no_mask(device: torch.device) -> Tensor:
@@ -118,53 +135,53 @@ def packed_attention(
     if kwargs.get("position_bias") is not None:
         _refuse(module, "uses `position_bias`")
     chunk = _chunk_of(module)
-    kernel = query.is_cuda and chunk is None and softcap is None and image_blocks is None
-    if kernel and (low := _low_precision(query)) is not None:
-        if dropout:
-            _refuse(module, "uses attention dropout")
-        assert max_length_q is not None and max_length_k is not None
-        window = (-1 if sliding_window is None else sliding_window - 1, 0)
-        q, k, v = (x.to(low).transpose(1, 2).flatten(0, 1) for x in (query, key, value))
-        if kv_index is not None:
-            k, v = k.index_select(0, kv_index), v.index_select(0, kv_index)
-        size = v.shape[-1]
-        v = F.pad(v, (0, q.shape[-1] - size))  # the kernels want heads of one size
-        out = varlen_attn(
-            q, k, v, cu_seq_lens_q, cu_seq_lens_k, max_length_q, max_length_k, scale=scaling, window_size=window,
-            return_aux=None if s_aux is None else AuxRequest(lse=True),
-            **(_GQA if query.shape[1] != key.shape[1] else {}),
-        )  # fmt: skip
-        if isinstance(out, tuple):
-            out, lse = out  # [tokens, heads, size], [heads, tokens]
-            assert s_aux is not None
-            out = out * torch.sigmoid(lse.transpose(0, 1) - s_aux.float())[..., None].to(out.dtype)
-        found = out[..., :size]
-        return found.reshape(query.shape[0], query.shape[2], *found.shape[1:]), None
+    low = low_precision(query) if query.device.type in DEVICES else None
+    if low is not None:
+        why = _unfit(query, value, chunk, softcap, image_blocks)
+        if why is None:
+            if dropout:
+                _refuse(module, "uses attention dropout")
+            assert max_length_q is not None and max_length_k is not None
+            scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+            found = variable_length(
+                query, key, value, (cu_seq_lens_q, cu_seq_lens_k), (max_length_q, max_length_k), low, scale,
+                sliding_window, kv_index, s_aux,
+            )  # fmt: skip
+            return found, None
+        _say_once(type(module).__name__, why)
     if kv_index is not None:
         assert query.shape[0] == 1, "documents branch within one long row"
         key, value = key.index_select(2, kv_index), value.index_select(2, kv_index)
     blocks = None if image_blocks is None else _blocks(image_blocks, kv_index)
-    bounds = cu_seq_lens_q.tolist(), cu_seq_lens_k.tolist()
+    if chunk is not None and kv_index is not None:
+        _refuse(module, "attends in chunks, which documents that branch cannot")
+    bounds = cu_seq_lens_q, cu_seq_lens_k
+    return _by_document(
+        query, key, value, bounds, chunk, dropout, scaling, sliding_window, softcap, s_aux, blocks
+    ), None
+
+
+def _unfit(query: Tensor, value: Tensor, chunk: int | None, softcap: float | None, blocks: Tensor | None) -> str | None:
+    """Return why kernels of variable length cannot compute an attention; None if they can."""
     if chunk is not None:
-        if kv_index is not None:
-            _refuse(module, "attends in chunks, which documents that branch cannot")
-        bounds = _chunked(bounds[0], chunk), _chunked(bounds[1], chunk)
-    return _by_document(query, key, value, *bounds, dropout, scaling, sliding_window, softcap, s_aux, blocks), None
+        return "attends in chunks"
+    if softcap is not None:
+        return "has a soft cap"
+    if blocks is not None:
+        return "lets the tokens of an image see each other"
+    return f"has heads of more than {LARGEST} numbers" if head_size(query, value) > LARGEST else None
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+@functools.lru_cache
+def _say_once(name: str, why: str) -> None:
+    log.info("%s %s, which kernels of variable length cannot: documents are computed one by one", name, why)
 
 
 def _blocks(image_blocks: Tensor, kv_index: Tensor | None) -> tuple[Tensor, Tensor]:
     """Return the image of each query and of each key, counted over rows * width."""
     flat = image_blocks.flatten()
     return flat, flat if kv_index is None else flat.index_select(0, kv_index)
-
-
-def _low_precision(query: Tensor) -> torch.dtype | None:
-    """Return the precision in which kernels of variable length can compute: the one of autocast, or the queries' own.
-
-    Rotary embeddings leave queries and keys in float32 while values are in half precision.
-    """
-    dtype = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else query.dtype
-    return dtype if dtype in (torch.float16, torch.bfloat16) else None
 
 
 def _chunk_of(module: nn.Module) -> int | None:
@@ -186,8 +203,8 @@ def _by_document(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    query_bounds: list[int],
-    key_bounds: list[int],
+    bounds: tuple[Tensor, Tensor],
+    chunk: int | None,
     dropout: float,
     scale: float | None,
     window: int | None,
@@ -195,6 +212,7 @@ def _by_document(
     sinks: Tensor | None,
     blocks: tuple[Tensor, Tensor] | None,
 ) -> Tensor:
+    query_bounds, key_bounds = (on_host(x) if chunk is None else _chunked(on_host(x), chunk) for x in bounds)
     widths = query.shape[2], key.shape[2]
     rows: list[list[Tensor]] = [[] for _ in range(query.shape[0])]
     for queries, keys in zip(itertools.pairwise(query_bounds), itertools.pairwise(key_bounds), strict=True):

@@ -19,13 +19,25 @@ from posttrain.blocks.losses.entropy import log_probs_and_entropy, of_logits
 from posttrain.blocks.models.activations import Offload
 from posttrain.blocks.models.adapters import QUANTIZED
 from posttrain.blocks.models.apart import Bounds, ByDocument, Sight, Way, by_document, decoder_of, separate
-from posttrain.blocks.models.attention import CACHE, NAME, no_mask
+from posttrain.blocks.models.attention import CACHE, NAME, known_on_host, no_mask
 from posttrain.blocks.models.router import balance, small
 from posttrain.errors import RecipeError, TrainingError
 from posttrain.registry import suggest
 
 MAX_SHARD_SIZE = "5GB"
 """Of an exported file; writing one may take as much memory again."""
+
+
+@contextmanager
+def without_bars() -> Iterator[None]:
+    """Let transformers write without its progress bars, which would tear the live line of the console."""
+    shown = transformers.utils.logging.is_progress_bar_enabled()
+    transformers.utils.logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            transformers.utils.logging.enable_progress_bar()
 
 
 OUTPUTS = ("nll", "log_probs", "policy", "logits", "hidden")
@@ -207,7 +219,7 @@ class PackedModel(nn.Module):
     def unfolded(self, compute: Any, layout: Layout) -> Tensor:
         """Compute something with each document in a row of its own, [rows, width, ...]."""
         self.bounds.at = None  # its modules see documents already
-        found: Tensor = by_document(compute, layout.bounds, False, (layout.input_ids,), {})
+        found: Tensor = by_document(compute, Bounds(layout.bounds), False, (layout.input_ids,), {})
         return found
 
     def save_pretrained(self, folder: Path, state_dict: dict[str, Tensor] | None = None) -> None:
@@ -219,17 +231,11 @@ class PackedModel(nn.Module):
         """
         if state_dict is not None:
             state_dict = {name.removeprefix("hf."): value for name, value in state_dict.items()}
-        shown = transformers.utils.logging.is_progress_bar_enabled()
-        transformers.utils.logging.disable_progress_bar()  # it would tear the live line of the console
-        try:
-            with warnings.catch_warnings():  # peft, of a base that is an adapter itself
-                warnings.filterwarnings("ignore", message="Could not find a config file in")
-                self.hf.save_pretrained(folder, state_dict=state_dict, max_shard_size=MAX_SHARD_SIZE)
-            if self.quantized is not None:
-                (folder / QUANTIZED).write_text(json.dumps(self.quantized) + "\n", encoding="utf-8")
-        finally:
-            if shown:
-                transformers.utils.logging.enable_progress_bar()
+        with without_bars(), warnings.catch_warnings():  # peft, of a base that is an adapter itself
+            warnings.filterwarnings("ignore", message="Could not find a config file in")
+            self.hf.save_pretrained(folder, state_dict=state_dict, max_shard_size=MAX_SHARD_SIZE)
+        if self.quantized is not None:
+            (folder / QUANTIZED).write_text(json.dumps(self.quantized) + "\n", encoding="utf-8")
 
 
 class CausalLM(PackedModel):
@@ -368,6 +374,8 @@ def inputs(layout: Layout, masks: bool = False) -> dict[str, Any]:
     """
     more = {"kv_index": layout.kv_index, "sequence_group": layout.sequence_group}
     branches = layout.cu_seqlens_k is not None
+    known_on_host(layout.cu_seqlens, layout.bounds)
+    known_on_host(layout.cu_seqlens_k, layout.bounds_k)
     return {
         "input_ids": layout.input_ids,
         "position_ids": layout.position_ids,

@@ -212,10 +212,7 @@ def packed(alone: list[Alone]) -> Batch:
 def candidates(hf: Any, attention: str | None) -> Iterator[tuple[str, bool]]:
     """Yield attentions, and whether each document has a row of its own, the best first."""
     native = hf.config.get_text_config()._attn_implementation or "eager"
-    if attention is not None:
-        yield attention, False
-    elif hf._supports_attention_backend:
-        yield NAME, False
+    yield attention or NAME, False
     if attention != NAME:
         if attention is None:
             yield native, False
@@ -224,7 +221,10 @@ def candidates(hf: Any, attention: str | None) -> Iterator[tuple[str, bool]]:
 
 def tried(hf: Any, alone: list[Alone], attention: str, unfolds: bool) -> Way | str:
     """Return a way, if it keeps documents apart, or what went wrong."""
-    set_attention(hf, attention)
+    try:
+        set_attention(hf, attention)
+    except ValueError as error:  # transformers knows of no choice for this model
+        return str(error)[:200]
     network, separated = CausalLM(hf), dict[str, bool]()
     for _ in range(TRIES):
         way = Way(attention, tuple(separated.items()), unfolds)

@@ -71,11 +71,15 @@ class BaseStrategy:
 
     def update(self, run: "Run", max_grad_norm: float | None) -> "Tensor | float | None":
         """Clip the gradients, step the optimizer, and return the norm that they had; None if it was not computed."""
-        norm = None
+        from posttrain.blocks.optimizer import torch_optimizer
+
+        norm, scaled = None, run.fabric.strategy.precision.precision == "16-mixed"
+        if scaled:  # fused, it would undo the loss scale in its step, and gradients could not be clipped before
+            torch_optimizer(run.optimizer)._step_supports_amp_scaling = False  # type: ignore[attr-defined]
         if max_grad_norm is not None or run.skips:
             limit = float("inf") if max_grad_norm is None else max_grad_norm
             norm = run.fabric.clip_gradients(run.model, run.optimizer, max_norm=limit, error_if_nonfinite=False)
-        if run.fabric.strategy.precision.precision == "16-mixed" or not run.leaves_out(norm):
+        if scaled or not run.leaves_out(norm):
             run.optimizer.step()  # with 16-mixed, the loss scale must see every step, and leaves them out itself
         run.optimizer.zero_grad()
         return norm
