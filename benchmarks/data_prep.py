@@ -1,6 +1,6 @@
 """Tokens per CPU second of data preparation: posttrain from JSONL to disk, against the tokenizer's own batch encoding.
 
-    python benchmarks/data_prep.py [--chats 2000] [--rounds 3]
+    python benchmarks/data_prep.py [--chats 2000] [--rounds 3] [--num-proc 2]
 
 Chats of about 970 tokens are made of GSM8K questions and answers, and a BPE tokenizer of 8192 tokens is trained on
 them. The floor is `encode_batch_fast` on texts that are rendered already: no template, no masks, no disk.
@@ -60,11 +60,28 @@ def measured(work) -> tuple[float, int]:
     return time.process_time() - began, tokens
 
 
+def over_processes(made, source: Path, cache: Path, count: int) -> None:
+    """Print the CPU time of this process, which reads and writes, and of those that encode."""
+    from posttrain.blocks.data.data import SFTData
+    from posttrain.blocks.data.sources import Source
+
+    before, began = os.times(), time.perf_counter()
+    data = SFTData(sources=[Source(name_or_path=str(source))], cache_dir=cache, num_proc=count)
+    tokens, after = int(data.prepare(made).train.lengths.sum()), os.times()
+    caller = after.user + after.system - before.user - before.system
+    workers = after.children_user + after.children_system - before.children_user - before.children_system
+    print(f"{count} processes: {tokens:,} tokens, {time.perf_counter() - began:.1f} s; ", end="")
+    print(
+        f"CPU s: {caller:.1f} of the caller, {workers:.1f} of the others; {tokens / caller / 1e6:.2f} Mtok per CPU s of the caller"
+    )
+
+
 def main() -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--chats", type=int, default=2000)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--num-proc", type=int, help="show instead what so many processes take, and their caller")
     chosen = parser.parse_args()
     if not DATA.exists():
         sys.exit(f"{DATA} is not on this machine")
@@ -77,6 +94,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder) / "chats.jsonl"
         source.write_text("\n".join(map(json.dumps, rows)))
+        if chosen.num_proc:
+            over_processes(made, source, Path(folder) / "cache", chosen.num_proc)
+            return
         rounds = iter(range(100))
 
         def floor() -> int:

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from posttrain.blocks.losses.objective import preference_loss
     from posttrain.blocks.losses.surrogate import policy_loss
     from posttrain.blocks.models.model import HFModel, LoRA, RewardModel
+    from posttrain.blocks.models.quantized.aware import QAT
     from posttrain.blocks.models.speculator.model import SpeculatorModel
     from posttrain.blocks.models.swiftkv.model import SwiftKVModel
     from posttrain.blocks.optimizer import AdamW, ParameterGroup
@@ -34,9 +35,11 @@ if TYPE_CHECKING:
     )  # fmt: skip
     from posttrain.blocks.parallel.sequence import Ulysses
     from posttrain.blocks.parallel.strategy import DDP, FSDP, Auto, DeepSpeed
+    from posttrain.blocks.rollouts.engines.vllm import VllmServerSampler
     from posttrain.blocks.rollouts.prompts import PromptData
     from posttrain.blocks.rollouts.rewards import ModelReward, reward
     from posttrain.blocks.rollouts.sampler import TransformersSampler
+    from posttrain.blocks.rollouts.turns.tools import ToolEnvironment, tool
     from posttrain.blocks.scheduler import WSD, Constant, Cosine, Linear, TwoStage
     from posttrain.blocks.tokenizers.tokenizer import HFTokenizer
     from posttrain.errors import (
@@ -78,8 +81,10 @@ _HOMES = {
     "blocks.data.data": ("CausalData", "PreferenceData", "SFTData"),
     "blocks.loggers.logger": ("Console", "JSONL", "TensorBoard"),
     "blocks.loggers.services": ("CSV", "MLflow", "WandB"),
+    "blocks.rollouts.engines.vllm": ("VllmServerSampler",),
     "blocks.rollouts.prompts": ("PromptData",),
     "blocks.models.model": ("HFModel", "LoRA", "RewardModel"),
+    "blocks.models.quantized.aware": ("QAT",),
     "blocks.optimizer": ("AdamW", "ParameterGroup"),
     "blocks.optimizers.blocks": (
         "SGD", "AdamW8bit", "AdamWBF16", "Adafactor", "Lion", "Muon", "ScheduleFree", "TorchOptimizer",
@@ -88,6 +93,7 @@ _HOMES = {
     "blocks.losses.surrogate": ("policy_loss",),
     "blocks.rollouts.rewards": ("ModelReward", "reward"),
     "blocks.rollouts.sampler": ("TransformersSampler",),
+    "blocks.rollouts.turns.tools": ("ToolEnvironment", "tool"),
     "blocks.scheduler": ("Constant", "Cosine", "Linear", "TwoStage", "WSD"),
     "blocks.parallel.sequence": ("Ulysses",),
     "blocks.data.sources": ("Source",),
@@ -128,14 +134,15 @@ __all__ = [
     "Adafactor", "AdamW", "AdamW8bit", "AdamWBF16", "Auto", "AzureOpenAISynth", "Batch", "CSV", "CausalData",
     "CausalTrainer", "CheckpointError", "Console", "Constant", "CortexSynth", "Cosine", "DDP", "DPOTrainer",
     "DataError", "DeepSpeed", "DistillTrainer", "EMA", "EarlyStop", "Extra", "FSDP", "GRPOTrainer", "HFModel",
-    "HFTokenizer", "HookError", "HuggingFace", "JSONL", "JoinedOptimizer", "KTOTrainer", "KeepBest", "Linear", "Lion",
-    "LoRA", "MLflow", "ModelReward", "Muon", "NEFTune", "OnPolicyDistillTrainer", "OnlineDPOTrainer", "OpenAISynth",
-    "ParameterGroup", "PosttrainError", "PreferenceData", "Profiler", "PromptData", "RecipeError", "RegistryError",
-    "Resume", "RewardModel", "RewardTrainer", "Run", "SFTData", "SFTTrainer", "SGD", "Samples", "ScheduleFree",
-    "Secret", "Source", "SpeculatorModel", "SpeculatorTrainer", "SwiftKVModel", "SwiftKVTrainer", "SynthError",
-    "TensorBoard", "Term", "TorchOptimizer", "Trainer", "TrainingError", "TransformersSampler", "TransformersSynth",
-    "TwoStage", "Ulysses", "UnpairedData", "VllmSynth", "WSD", "WandB", "after", "before", "block", "default", "key",
-    "kind", "load", "policy_loss", "preference_loss", "reward",
+    "HFTokenizer", "HookError", "HuggingFace", "JSONL", "JoinedOptimizer", "KTOTrainer", "KeepBest", "Linear",
+    "Lion", "LoRA", "MLflow", "ModelReward", "Muon", "NEFTune", "OnPolicyDistillTrainer", "OnlineDPOTrainer",
+    "OpenAISynth", "ParameterGroup", "PosttrainError", "PreferenceData", "Profiler", "PromptData", "QAT",
+    "RecipeError", "RegistryError", "Resume", "RewardModel", "RewardTrainer", "Run", "SFTData", "SFTTrainer", "SGD",
+    "Samples", "ScheduleFree", "Secret", "Source", "SpeculatorModel", "SpeculatorTrainer", "SwiftKVModel",
+    "SwiftKVTrainer", "SynthError", "TensorBoard", "Term", "ToolEnvironment", "TorchOptimizer", "Trainer",
+    "TrainingError", "TransformersSampler", "TransformersSynth", "TwoStage", "Ulysses", "UnpairedData",
+    "VllmServerSampler", "VllmSynth", "WSD", "WandB", "after", "before", "block", "default", "key", "kind", "load",
+    "policy_loss", "preference_loss", "reward", "tool",
 ]  # fmt: skip
 
 

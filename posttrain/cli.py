@@ -42,6 +42,8 @@ def main(argv: list[str] | None = None) -> int:
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
     logging.getLogger("huggingface_hub").propagate = False  # it prints by itself, and every line would be there twice
     first_rank = os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0"
+    for library in ("bitsandbytes", "torchao", "torch.utils._pytree"):  # they tell of kernels for other machines
+        logging.getLogger(library).setLevel(logging.ERROR)
     logging.getLogger("posttrain").setLevel(logging.INFO if first_rank else logging.ERROR)
     try:
         return int(getattr(commands, arguments.command)(arguments) or 0)
@@ -160,6 +162,15 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     merging.add_argument("run", metavar="RUN", help="folder of a run with model.lora, or of an adapter")
     merging.add_argument("-o", "--output", type=Path, metavar="FOLDER", help="for the model (RUN/merged)")
     merging.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="of the files (that of the base)")
+
+    rounding = _command(commands, "quantize", "make the weights 4 or 8 bits, and say how far the model is from before",
+                        "posttrain quantize runs/qat -o runs/qat/int4")  # fmt: skip
+    rounding.add_argument("run", metavar="RUN", help="folder of a run, best one with model.qat, or a model")
+    rounding.add_argument("-o", "--output", type=Path, metavar="FOLDER", help="for the model (RUN/quantized)")
+    rounding.add_argument("--weights", choices=("int4", "int8"), help="of a model that was not trained for it")
+    rounding.add_argument("--activations", choices=("int8",), help="with --weights: round what enters layers, too")
+    rounding.add_argument("--group-size", type=int, metavar="N", help="with --weights: numbers with one scale (32)")
+    rounding.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="of the rest (as in the files)")
 
     pushing = _command(commands, "push", "upload what a run has exported to the hub, with a model card",
                        "posttrain push runs/first my-name/my-model --private")  # fmt: skip

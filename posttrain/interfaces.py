@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from torch.optim import Optimizer
     from torch.optim.lr_scheduler import LRScheduler
 
-    from posttrain.blocks.rollouts.replies import Failure, Reply, Sample
+    from posttrain.blocks.rollouts.replies import Failure, Outcome, Reply, Sample, Turn
     from posttrain.run import Run
 
 Position: TypeAlias = dict[str, Any]
@@ -171,6 +171,36 @@ class SamplerBlock(Protocol):
     def build(self, run: "Run") -> Sampler: ...
 
 
+class Episode(Protocol):
+    """One conversation with an environment, which may remember what was said."""
+
+    def step(self, turn: "Turn") -> "Outcome":
+        """Return what is said to the model next, and a reward; the conversation ends where there is nothing to say."""
+
+
+class EnvironmentBlock(Protocol):
+    """Makes episodes: what answers to a policy that has more than one turn."""
+
+    @property
+    def max_turns(self) -> int:
+        """Turns that the policy has at most."""
+
+    @property
+    def max_tokens(self) -> int:
+        """Tokens by which a conversation may grow, of all turns and answers together."""
+
+    @property
+    def tools(self) -> list[dict[str, Any]]:
+        """Tools that the chat template is to list in every prompt, as JSON schemas."""
+
+    @property
+    def weight(self) -> float:
+        """Of the episodes' own rewards in the sum of all; 0 where they give none."""
+
+    def reset(self, row: dict[str, Any]) -> Episode:
+        """Return a new episode for a row of the data; equal rows and turns must give equal answers."""
+
+
 class Scorer(Protocol):
     """Judges replies."""
 
@@ -208,7 +238,10 @@ class StepBlock(Protocol):
     def sent(self) -> dict[str, Any]: ...
     @property
     def rounds(self) -> int: ...
+    @property
+    def others(self) -> dict[str, SynthBlock]: ...
     def again(self, chat: Any, reply: Any) -> Any: ...
+    def then(self, row: dict[str, Any], replies: list[Any]) -> list[Any]: ...
     def chats(self, row: dict[str, Any]) -> list[Any]: ...
     def fold(self, row: dict[str, Any], replies: list[Any]) -> Iterable[Any]: ...
     def table(self, rows: Iterable[dict[str, Any]]) -> Iterable[Any]: ...

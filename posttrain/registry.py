@@ -32,6 +32,7 @@ KINDS: dict[str, type | None] = {
     "callback": interfaces.CallbackBlock,
     "sampler": interfaces.SamplerBlock,
     "reward": interfaces.RewardBlock,
+    "environment": interfaces.EnvironmentBlock,
     "synth": interfaces.SynthBlock,
     "step": interfaces.StepBlock,
 }

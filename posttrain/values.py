@@ -47,12 +47,24 @@ class Secret:
         return hash(self.variable)
 
 
+def expanded(name: str | Path) -> Path:
+    """Return a path, of which `~` or `~user` at the beginning is a home folder.
+
+    Raises:
+        RecipeError: there is no such user.
+    """
+    try:
+        return Path(name).expanduser()
+    except RuntimeError:
+        raise RecipeError(f"{name}: there is no such user as {Path(name).parts[0].removeprefix('~')!r}") from None
+
+
 def missing_folder(name: str) -> str | None:
     """Return what is wrong with the path of a folder that is not there; None for one that is, and for names on the hub.
 
     A hub name has one slash at most, and does not begin like a path.
     """
-    path = Path(name).expanduser()
+    path = expanded(name)
     if path.exists() or not (name.startswith((".", "/", "~")) or name.count("/") > 1):
         return None
     beside = [found.name for found in path.parent.iterdir()] if path.parent.is_dir() else []
@@ -61,7 +73,7 @@ def missing_folder(name: str) -> str | None:
 
 def similar_folder(name: str) -> str:
     """Return "; did you mean 'runs/first'?" if something is called so beside a path that is not there; or nothing."""
-    path = Path(name).expanduser()
+    path = expanded(name)
     beside = [str(path.parent / found.name) for found in path.parent.iterdir()] if path.parent.is_dir() else []
     return suggest(str(path), beside)
 

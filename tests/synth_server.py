@@ -166,7 +166,10 @@ class Handler(BaseHTTPRequestHandler):
                 server.bodies.append((path, body))
                 status, reply = server.answer(body)
                 if status == 200:
-                    server.paid[body["messages"][-1]["content"]] += 1
+                    last = (
+                        body["messages"][-1]["content"] if "messages" in body else body.get("prompt", body.get("input"))
+                    )
+                    server.paid[last if isinstance(last, str) else json.dumps(last)] += 1
                 self.json(reply, status)
 
     def saved(self) -> str:

@@ -13,7 +13,7 @@ from toy import LLAMA, InMemory, document, losses, metrics, network, pair, train
 
 import posttrain
 from posttrain import EMA, Batch, HFModel, JoinedOptimizer, SFTData, SFTTrainer, Term, block, kind
-from posttrain.blocks.data.encode import ChatEncoder
+from posttrain.blocks.data.encoding.encoders import ChatEncoder
 from posttrain.blocks.data.loader import MapLoader
 from posttrain.blocks.layout import Column, Example, collate, collate_groups, collate_pairs, lay
 from posttrain.errors import CheckpointError, RecipeError, TrainingError

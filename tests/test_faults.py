@@ -300,7 +300,7 @@ def test_a_rank_that_hangs_is_named(tmp_path: Path, tiny_model: Path, sums: Path
     assert "the others wait for rank 1" in (tmp_path / "run" / "failure-rank-1.txt").read_text()
 
 
-@pytest.mark.parametrize("slow", ["a checkpoint", "an export"])
+@pytest.mark.parametrize("slow", ["a checkpoint", pytest.param("an export", marks=pytest.mark.slow)])
 def test_a_disk_that_is_slow_is_no_hang(tmp_path: Path, slow: str) -> None:
     """Writing takes four times as long as `hang_after`; the other rank waits."""
     on_two_ranks(

@@ -12,7 +12,7 @@ import attrs
 import pytest
 from conftest import SPECIAL, byte_tokenizer
 
-from posttrain.blocks.data.encode import ChatEncoder, supervised
+from posttrain.blocks.data.encoding.encoders import ChatEncoder, supervised
 from posttrain.blocks.data.rows.chat import ChatRenderer
 from posttrain.blocks.data.rows.messages import Refused
 from posttrain.blocks.data.rows.schemas import Sample, conversation

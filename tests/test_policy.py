@@ -12,7 +12,7 @@ import torch
 from posttrain import policy_loss
 from posttrain.blocks.losses import policy  # noqa: F401 - registers the losses
 from posttrain.blocks.losses.entropy import log_probs_and_entropy, of_logits
-from posttrain.blocks.losses.surrogate import LOSSES, Replies, Surrogate, correction, divergence_from
+from posttrain.blocks.losses.surrogate import LOSSES, Replies, Surrogate, bounded, correction, divergence_from
 from posttrain.blocks.rollouts.advantages import advantages
 from posttrain.errors import RegistryError, TrainingError
 
@@ -208,6 +208,10 @@ def test_corrections_weigh_by_the_truncated_ratio_of_trainer_to_sampler() -> Non
     kept = [math.exp(x) if 1 / 1.3 <= math.exp(x) <= 1.3 else 0.0 for reply in REPLIES for x in reply]
     assert found["mask"].tolist() == pytest.approx(kept)
     assert correction(gap, sampled, replies, "none", 2.0).tolist() == [1.0] * 6
+    for kind, weights in found.items():
+        plain = (replies.sums(gap)[replies.index] if kind == "sequence" else gap).exp()
+        changed = (weights - plain).abs() > 1e-12
+        assert bounded(gap, replies, kind, 1.3).tolist() == changed.tolist(), kind  # type: ignore[arg-type]
 
 
 def test_a_correction_makes_a_stale_sampler_harmless() -> None:

@@ -731,7 +731,7 @@ def test_a_trainer_of_ones_own_adds_keys(tmp_path, clean_imports):
     ("name", "code", "message"),
     [
         ("my_missing.py", None, "code: there is no file"),
-        ("~nobody-of-this-name/my_x.py", None, "code: Could not determine home directory"),
+        ("~nobody-of-this-name/my_x.py", None, "there is no such user as"),
         ("a" * 300 + ".py", None, "File name too long"),
         ("json.py", "", "a module 'json' exists already"),
         ("attrs.py", "", "rename attrs.py"),
@@ -860,4 +860,7 @@ def test_the_home_of_nobody_is_said(tmp_path: Path) -> None:
     file = tmp_path / "r.yaml"
     file.write_text("type: sft\nmodel: {name_or_path: m}\ndata: {sources: ['~nobody-is-called-so/x.jsonl']}\n")
     with pytest.raises(RecipeError, match="there is no such user"):
+        load(file)
+    file.write_text("type: sft\nmodel: {name_or_path: ~nobody-is-called-so/m}\ndata: {sources: [x/y]}\n")
+    with pytest.raises(RecipeError, match=r"model: .*there is no such user as 'nobody-is-called-so'"):
         load(file)

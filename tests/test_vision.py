@@ -218,8 +218,15 @@ def test_an_export_has_the_processor_and_sees_the_same(folder: Any, tmp_path: Pa
     assert tokenizer.chat_template == run.tokenizer.chat_template
 
 
-@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
-@pytest.mark.parametrize("family", ["qwen3_vl", "gemma3"])
+@pytest.mark.parametrize(
+    ("family", "strategy"),
+    [
+        ("qwen3_vl", "fsdp"),
+        ("gemma3", "ddp"),
+        pytest.param("qwen3_vl", "ddp", marks=pytest.mark.slow),
+        pytest.param("gemma3", "fsdp", marks=pytest.mark.slow),
+    ],
+)
 def test_two_ranks_with_and_without_images_are_one(folder: Any, tmp_path: Path, family: str, strategy: str) -> None:
     """Some micro-batches hold no image, on one rank or on both."""
     root = tmp_path / "rows"

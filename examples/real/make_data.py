@@ -46,11 +46,26 @@ HELD = {
         "You promised {n} {item}. It is nearly {day} and {city} has seen none of them. {name}",
     ],
 }
+ASKED = {
+    "first": "Marta Bilal Greta Tariq Hana Mateo Zola Oscar",
+    "last": "Keller Adeyemi Dubois Kimura Laurent Sokolov Vargas Holm",
+    "items": "copper pipes,soup bowls,bed sheets,bicycle bells,alarm clocks,suede gloves,seed trays,jigsaw puzzles",
+    "cities": "Prague Cork Houston Rennes Modena Turku Breda Rijeka",
+    "messages": [
+        "Greetings from {city}! {name} would be glad of {n} {item} before {day}.",
+        "{city}, {day}: that is where and when {n} {item} are wanted, says {name}.",
+        "Nobody in {city} can find {item} any more. Could {name} get {n} on {day}?",
+        "For {name}: {n} {item}. The lorry leaves for {city} on {day}.",
+        "A call came from {city}. It was {name}, who wants {n} {item} for {day}.",
+        "We spoke last week about {item}. Make it {n}, on {day}, to our {city} office. {name}",
+    ],
+}
+"""For what a model is asked after the first training: worded as neither."""
 
 
-def rows(count: int, seed: int, held_out: bool = False) -> list[dict]:
+def rows(count: int, seed: int, words: dict | None = None) -> list[dict]:
     """Return chats of one question and its answer."""
-    draw, words, numbers = random.Random(seed), HELD if held_out else {}, NUMBERS.split()
+    draw, words, numbers = random.Random(seed), words or {}, NUMBERS.split()
     first, last = words.get("first", FIRST).split(), words.get("last", LAST).split()
     items, cities = words.get("items", ITEMS).split(","), words.get("cities", CITIES).split()
     made = []
@@ -69,10 +84,13 @@ def rows(count: int, seed: int, held_out: bool = False) -> list[dict]:
     return made
 
 
-def write(folder: Path, train: int = 200, held_out: int = 200) -> None:
-    """Write train.jsonl and held.jsonl into a folder."""
+def write(folder: Path, train: int = 200, held_out: int = 200, more: int = 600, asked: int = 200) -> None:
+    """Write train, held and more.jsonl, which are chats, and asked.jsonl, prompts with their answers, into a folder."""
     folder.mkdir(parents=True, exist_ok=True)
-    for name, made in (("train", rows(train, 1)), ("held", rows(held_out, 2, held_out=True))):
+    chats = {"train": rows(train, 1), "held": rows(held_out, 2, HELD), "more": rows(more, 3)}
+    pairs = [[message["content"] for message in row["messages"]] for row in rows(asked, 4, ASKED)]
+    prompts = [{"prompt": prompt, "answer": answer} for prompt, answer in pairs]
+    for name, made in {**chats, "asked": prompts}.items():
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in made), encoding="utf-8")
 
 

@@ -14,9 +14,11 @@ from posttrain.blocks.models.swiftkv import model as swiftkv
 from posttrain.blocks.optimizers import blocks as optimizers
 from posttrain.blocks.parallel import sequence, strategy
 from posttrain.blocks.rollouts import prompts, rewards, sampler
+from posttrain.blocks.rollouts.engines import vllm
+from posttrain.blocks.rollouts.turns import tools
 from posttrain.blocks.tokenizers import tokenizer
 
 __all__ = [
     "callbacks", "checkpoint", "data", "logger", "model", "optimizer", "optimizers", "prompts", "rewards", "sampler",
-    "scheduler", "sequence", "services", "speculator", "strategy", "swiftkv", "tokenizer", "unpaired",
+    "scheduler", "sequence", "services", "speculator", "strategy", "swiftkv", "tokenizer", "tools", "unpaired", "vllm",
 ]  # fmt: skip

@@ -164,9 +164,16 @@ def _data(theirs: Values, method: str, notes: Notes) -> Values:
 
 def _source(theirs: Values, key: str, notes: Notes) -> Values:
     kind = theirs.pop("type", "")
-    if kind == "snowflake" or "name_or_path" not in theirs:
+    if kind == "snowflake" and (asked := theirs.get("sql") or theirs.get("table_name")):
+        notes.append(f"{key}: rows come over Snowflake's SQL API; set SNOWFLAKE_ACCOUNT and SNOWFLAKE_TOKEN")
+        renamed = theirs.get("column_mapping") or {}
+        columns = {to: name.lower() if name == name.upper() else name for name, to in renamed.items()}
+        columns = {to: name for to, name in columns.items() if to != name}
+        limit = {"max_rows": theirs["limit"]} if theirs.get("limit") else {}
+        return {"name_or_path": f"snowflake:{asked}", **({"columns": columns} if columns else {}), **limit}
+    if "name_or_path" not in theirs:
         notes.append(f"{key}: a source of type {kind!r}: export its rows to parquet and name the file")
-        return {"name_or_path": f"{theirs.get('table_name', 'rows')}.parquet"}
+        return {"name_or_path": "rows.parquet"}
     name, _, split = str(theirs.pop("name_or_path")).partition(":")
     split = split or str(theirs.pop("split", ""))
     split, cut = re.sub(r"\[.*", "", split), re.search(r"\[:(\d[\d_]*)\]$", split)

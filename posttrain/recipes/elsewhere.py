@@ -20,7 +20,7 @@ TRL
   dataset_test_split            = `split` of a source in `data.eval_sources`
   dataset_streaming             = `stream` of a source in `data.sources`
   dataset_text_field            = `type: causal`, `data.text_column`
-  dataset_num_proc              = nothing: rows are tokenized once, by all cores, into a cache that notices changes
+  dataset_num_proc              = `data.num_proc`; by default all cores, once there is much to tokenize
   per_device_train_batch_size   = `micro_batch_size`
   per_device_eval_batch_size    = `micro_batch_size`, for evaluation too
   gradient_accumulation_steps   = `gradient_accumulation_steps`
@@ -167,7 +167,7 @@ LLaMA-Factory
   mix_strategy, interleave_probs  = `weight` of a source in `data.sources`
   streaming, buffer_size        = `stream` of a source in `data.sources`, `data.window`
   overwrite_cache               = nothing: the cache notices changes
-  preprocessing_num_workers     = nothing: rows are tokenized once, by all cores, into a cache
+  preprocessing_num_workers     = `data.num_proc`; by default all cores, once there is much to tokenize
   val_size                      = `data.eval_split`
   enable_thinking               = `data.template_args`, as `{enable_thinking: false}`
   preserve_thinking             = nothing: `data.split_turns` trains the thoughts of every turn
@@ -210,7 +210,6 @@ ArcticTraining
   data.filter_samples           = `data.overflow: drop`; the default is an error with figures
   data.mask_inputs              = `data.train_on`, as `[system, user, assistant]` for false
   data.train_eval_split         = `data.eval_split`, as `10%` for `[0.9, 0.1]`
-  data.num_proc                 = nothing: rows are tokenized once, by all cores, into a cache that notices changes
   deepspeed: {...}              = the same, or `strategy: fsdp`
   sequence_parallel_size        = `sequence`, as `{type: ulysses, size: 8}`
   checkpoint: {type: deepspeed, auto_resume: true}  = `checkpoint: {type: resume}`, which always resumes

@@ -15,7 +15,7 @@ from posttrain.recipes.scalars import Problem
 from posttrain.recipes.structure import BARE, Override, structure
 from posttrain.registry import suggest
 from posttrain.trainer import Trainer
-from posttrain.values import as_data
+from posttrain.values import as_data, expanded
 from posttrain.words import counted
 from posttrain.yaml12 import Document, Key, Place, shortened
 
@@ -195,7 +195,7 @@ def _import_code(data: dict[str, Any], folder: Path) -> None:
     if not all(isinstance(file, str) and "\0" not in file for file in files):
         return  # `structure` says what is wrong
     try:
-        resolved = [(folder / Path(file).expanduser()).absolute() for file in files]
+        resolved = [(folder / expanded(file)).absolute() for file in files]
         for file in resolved:
             import_file(file)
     except (OSError, RuntimeError) as error:  # a name too long, the home of nobody

@@ -5,8 +5,9 @@ import re
 from pathlib import Path
 from typing import Any, TypeAlias, get_args
 
+from posttrain.errors import RecipeError
 from posttrain.registry import suggest
-from posttrain.values import Key, Secret
+from posttrain.values import Key, Secret, expanded
 from posttrain.yaml12 import Plain, number, shortened
 
 Problem: TypeAlias = tuple[Key, str]
@@ -73,8 +74,8 @@ def structure_path(data: Any, _: Any) -> Path:
     if not isinstance(data, str) or not data:
         raise wrong("a path", data)
     try:
-        return Path(structure_str(data, str)).expanduser()
-    except RuntimeError as error:  # ~nobody
+        return expanded(structure_str(data, str))
+    except RecipeError as error:
         raise Problems(((), str(error))) from None
 
 

@@ -97,6 +97,8 @@ def silence_libraries() -> None:
 
     for name in ("lightning.fabric", "lightning.pytorch"):
         logging.getLogger(name).setLevel(logging.WARNING)
+    for name in ("bitsandbytes", "torchao", "torch.utils._pytree"):  # which peft imports, of kernels for other machines
+        logging.getLogger(name).setLevel(logging.ERROR)
     if not torch.accelerator.is_available():  # DeepSpeed would look for one, and warn
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
 

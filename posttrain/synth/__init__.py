@@ -20,15 +20,20 @@ if TYPE_CHECKING:
     from posttrain.synth.pipelines.rows import Chat, Drop, Reply
     from posttrain.synth.pipelines.step import Step
     from posttrain.synth.rewards import VerifyReward
+    from posttrain.synth.steps.alike.decontaminate import Decontaminate
+    from posttrain.synth.steps.alike.dedup import Dedup
     from posttrain.synth.steps.answers import RightAnswers
     from posttrain.synth.steps.compare import Compare
-    from posttrain.synth.steps.decontaminate import Decontaminate
-    from posttrain.synth.steps.dedup import Dedup
+    from posttrain.synth.steps.complete import Complete
     from posttrain.synth.steps.generate import Generate
     from posttrain.synth.steps.judge import Judge
     from posttrain.synth.steps.pair import Pair
     from posttrain.synth.steps.reward import Reward
-    from posttrain.synth.steps.rows import FewShot, Filter, Split
+    from posttrain.synth.steps.rows import FewShot, Filter, Rename, Split
+    from posttrain.synth.steps.sample import Sample
+    from posttrain.synth.steps.turns.converse import Converse, User
+    from posttrain.synth.steps.turns.mcp import McpServer
+    from posttrain.synth.steps.turns.tools import tool
     from posttrain.synth.steps.verify import Verify, verifier
 
 _HOMES = {
@@ -45,13 +50,18 @@ _HOMES = {
     "rewards": ("VerifyReward",),
     "steps.answers": ("RightAnswers",),
     "steps.compare": ("Compare",),
-    "steps.decontaminate": ("Decontaminate",),
-    "steps.dedup": ("Dedup",),
+    "steps.alike.decontaminate": ("Decontaminate",),
+    "steps.alike.dedup": ("Dedup",),
+    "steps.complete": ("Complete",),
     "steps.generate": ("Generate",),
     "steps.judge": ("Judge",),
     "steps.pair": ("Pair",),
     "steps.reward": ("Reward",),
-    "steps.rows": ("FewShot", "Filter", "Split"),
+    "steps.rows": ("FewShot", "Filter", "Rename", "Split"),
+    "steps.sample": ("Sample",),
+    "steps.turns.converse": ("Converse", "User"),
+    "steps.turns.mcp": ("McpServer",),
+    "steps.turns.tools": ("tool",),
     "steps.verify": ("Verify", "verifier"),
     "clients.transformers": ("TransformersSynth",),
     "clients.vllm": ("VllmSynth",),
@@ -60,10 +70,10 @@ _HOMES = {
 _HOME_OF = {name: module for module, found in _HOMES.items() for name in found}
 
 __all__ = [
-    "AnthropicSynth", "AzureOpenAISynth", "Chat", "Compare", "CortexSynth", "Decontaminate", "Dedup", "Drop",
-    "FewShot", "Filter", "Generate", "IncompleteTask", "Judge", "OpenAISynth", "Pair", "Pipeline", "Price",
-    "Refresh", "Reply", "Report", "Reward", "RightAnswers", "Split", "Step", "TaskStopped", "TransformersSynth",
-    "Verify", "VerifyReward", "VllmSynth", "verifier",
+    "AnthropicSynth", "AzureOpenAISynth", "Chat", "Compare", "Complete", "Converse", "CortexSynth", "Decontaminate",
+    "Dedup", "Drop", "FewShot", "Filter", "Generate", "IncompleteTask", "Judge", "McpServer", "OpenAISynth", "Pair",
+    "Pipeline", "Price", "Refresh", "Rename", "Reply", "Report", "Reward", "RightAnswers", "Sample", "Split",
+    "Step", "TaskStopped", "TransformersSynth", "User", "Verify", "VerifyReward", "VllmSynth", "tool", "verifier",
 ]  # fmt: skip
 
 

@@ -279,10 +279,34 @@ def merge(arguments: argparse.Namespace) -> None:
     from posttrain.words import counted
 
     made = merge(arguments.run, arguments.output or Path(arguments.run) / "merged", arguments.dtype)
+    apart, effect = made.apart, made.effect
     say(
         f"{made.folder}: {made.base} with the adapter in its weights.\nLoaded again, its log-probabilities differ from "
-        f"those of the adapter on its base by at most {made.difference:.1e} nats ({counted(made.rows, 'text')}); the "
-        f"adapter changes them by up to {made.effect:.2g}."
+        f"those of the adapter on its base by at most {apart.difference:.1e} nats (mean KL {apart.kl:.1e}; "
+        f"{counted(made.rows, 'text')}); "
+        f"the adapter changes them by up to {effect.difference:.2g} (KL {effect.kl:.1e})."
+    )
+
+
+def quantize(arguments: argparse.Namespace) -> None:
+    """Quantize a model."""
+    from posttrain.blocks.models.quantized.aware import QAT
+    from posttrain.errors import RecipeError
+    from posttrain.tools.afterwards.quantize import quantize
+    from posttrain.words import counted
+
+    options = {name: getattr(arguments, name) for name in ("weights", "activations", "group_size")}
+    options = {name: value for name, value in options.items() if value is not None}
+    if options and "weights" not in options:
+        raise RecipeError("--activations and --group-size go with --weights")
+    folder = arguments.output or Path(arguments.run) / "quantized"
+    made = quantize(arguments.run, folder, QAT(**options) if options else None, arguments.dtype)
+    before, now = (f"{size / 1e6:,.0f} MB" for size in made.bytes)
+    given = "what was trained, which had these numbers" if made.trained else "the model in full precision"
+    say(
+        f"{made.folder}: {made.qat}, {before if made.bytes[0] else 'files'} -> {now}.\nLoaded again, its "
+        f"log-probabilities differ from {given}, by at most {made.apart.difference:.1e} nats "
+        f"(mean KL {made.apart.kl:.1e}; {counted(made.rows, 'text')})."
     )
 
 
@@ -331,9 +355,9 @@ def _name(data: Any) -> str:
 
 def _origin(name: str) -> str:
     """Return the name of a model; of one that is no folder, that it will be looked for on the hub: it may be a typo."""
-    from posttrain.values import similar_folder
+    from posttrain.values import expanded, similar_folder
 
-    if Path(name).expanduser().exists():
+    if expanded(name).exists():
         return name
     return f"{name} (from the hub: there is no such folder here{similar_folder(name)})"
 

@@ -22,10 +22,11 @@ import attrs
 from posttrain import hooks
 from posttrain.blocks.checkpoints.checkpoint import HuggingFace
 from posttrain.blocks.data.data import SFTData
-from posttrain.blocks.data.encode import ChatEncoder
+from posttrain.blocks.data.encoding.encoders import ChatEncoder
 from posttrain.blocks.data.rows.chat import stop_tokens
 from posttrain.blocks.data.rows.schemas import Refused
 from posttrain.blocks.models.adapters import attach, origin
+from posttrain.blocks.models.exports import open_model
 from posttrain.blocks.models.model import HFModel
 from posttrain.blocks.rollouts.prompts import PromptData
 from posttrain.errors import PosttrainError, RecipeError
@@ -218,6 +219,8 @@ def export(twin: Twin) -> str:
         ours = run.model.module.hf.eval()(input_ids=ids).logits.float()  # type: ignore[union-attr]
         if model.quantize:  # its adapters belong to a base that was rounded
             loaded = attach(HFModel(name_or_path=origin(str(folder))[0]).load(), folder)
+        elif model.qat:
+            loaded = open_model(str(folder), "cpu").hf
         else:
             loaded = model.auto_class(run.model.module.base.config).from_pretrained(folder)  # type: ignore[union-attr]
         theirs = loaded.eval()(input_ids=ids).logits.float()

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from rich.text import Text
 
     from posttrain.blocks.data.data import Preview
-    from posttrain.blocks.data.encode import Token
+    from posttrain.blocks.data.encoding.encoders import Token
 
 SUPERVISED = ("black on green3", "black on green1")
 """In turn, so that one sees where a token ends."""

@@ -41,6 +41,8 @@ from posttrain.trainers.grpo import GRPOTrainer
 from posttrain.trainers.on_policy_distill import OnPolicyDistillTrainer
 from posttrain.trainers.online_dpo import OnlineDPOTrainer
 
+EXACT = "64-true"
+"""The precision in which steps are compared."""
 READ = 256
 """Rows of each source to look at."""
 LONGEST = 512
@@ -186,6 +188,7 @@ class Twin:
             "name_or_path": str(folder), "config": {}, "dtype": "float32", "attn_implementation": "auto",
             "revision": None, "compile": False, "liger": False, "offload_activations": False, "kwargs": {},
             "lora": attrs.evolve(block.lora, dropout=0.0, start_from=None) if block.lora else None,
+            "qat": attrs.evolve(block.qat, group_size=min(block.qat.group_size, 8)) if block.qat else None,
         }  # fmt: skip
         return attrs.evolve(block, **changes)  # type: ignore[misc]
 
@@ -197,6 +200,8 @@ class Twin:
         for field in attrs.fields(type(real)):
             if field.init and isinstance(value := getattr(real, field.name), HFModel):
                 models[field.name] = self.small(value, field.name)
+        if changes.get("precision", EXACT) == EXACT:  # which torchao cannot round
+            models = {field: attrs.evolve(model, qat=None) for field, model in models.items()}  # type: ignore[misc]
         tokenizer = real.tokenizer
         if isinstance(tokenizer, HFTokenizer):
             named = tokenizer.name_or_path or real.model.name_or_path
@@ -207,7 +212,7 @@ class Twin:
             "sequence": None, "checkpoint": [],
             "logger": [JSONL()], "output_dir": self.folder / name, "resume": "auto", "max_steps": 1, "stop_after": None,
             "eval_every": None, "log_every": 1, "overfit_first_batch": False, "accelerator": "cpu", "devices": 1,
-            "num_nodes": 1, "precision": "64-true", **changes,
+            "num_nodes": 1, "precision": EXACT, **changes,
         }  # fmt: skip
         return attrs.evolve(real, **asked)
 

@@ -15,18 +15,22 @@ from posttrain.blocks.losses.surrogate import (
     Kind,
     Replies,
     Surrogate,
+    bounded,
     correction,
     divergence_from,
 )
 from posttrain.blocks.models.model import HFModel
+from posttrain.blocks.rollouts.prompts import PromptData
 from posttrain.errors import TrainingError
-from posttrain.interfaces import ModelBlock
+from posttrain.interfaces import DataBlock, EnvironmentBlock, Loaders, ModelBlock
 from posttrain.registry import block, default, key
 from posttrain.trainers.rewarded import RewardedTrainer
 
 if TYPE_CHECKING:
+    from lightning.fabric import Fabric
     from torch import Tensor
 
+    from posttrain.blocks.rollouts.scored import Scored
     from posttrain.run import Run
 
 GAP = "sampler/gap"
@@ -55,6 +59,12 @@ class GRPOTrainer(RewardedTrainer):
     loss_args: dict[str, float] = attrs.field(factory=dict)
     """Further options of the loss: `delta`, the upper bound of the ratio where the advantage is negative (two-sided
     clipping); `tau_positive` and `tau_negative` of sapo."""
+    environment: EnvironmentBlock | None = None
+    """Answers the policy after each of its turns, until the conversation ends: `type: tools`, or one of your own. By
+    default a reply is one turn."""
+    resample: int = key(0, check=ge(0))
+    """How often a prompt whose replies are all worth the same is answered anew in its step, so that it teaches
+    something (DAPO's dynamic sampling, with the same prompt); `resampled` is logged."""
     updates: int = key(1, check=gt(0), also=("num_iterations",))
     """Optimizer updates on the same replies."""
     beta: float = key(0.0, check=ge(0))
@@ -80,6 +90,8 @@ class GRPOTrainer(RewardedTrainer):
     """Of these replies; 0 for the likeliest tokens. By default the sampler's."""
     branching: bool = True
     """Compute the prompt of a group once, where the model's attention can. False pads instead: the same result."""
+    widest: Any = attrs.field(init=False, repr=False, default=0.0)
+    """Of the step in hand, the largest |log p(sampler) - log p(trainer)| of a sampled token."""
 
     @property
     def updates_per_step(self) -> int:  # type: ignore[override]
@@ -98,6 +110,8 @@ class GRPOTrainer(RewardedTrainer):
         yield from (("loss_args" if name in self.loss_args else name, message) for name, message in problems)
         if not problems and self.group_size == 1 and (how := self.compared) != "batch":
             yield "group_size", f"the advantage {how!r} compares a reply with others to the same prompt: 2 or more"
+        if self.environment is not None and isinstance(self.data, PromptData) and self.data.text_column is not None:
+            yield "environment", "needs conversations, and data.text_column names plain text"
         if self.reference is not None and not self.beta:
             yield "reference", "has no use while beta is 0"
 
@@ -110,6 +124,30 @@ class GRPOTrainer(RewardedTrainer):
     def needs_reference(self) -> bool:
         """Whether the loss looks at the reference: with `beta`."""
         return bool(self.beta)
+
+    def load_data(self, fabric: "Fabric", tokenizer: Any, data: DataBlock) -> Loaders:
+        """Return the loaders, of prompts that list the tools of the environment."""
+        tools = self.environment.tools if self.environment is not None else []
+        if tools and isinstance(data, PromptData):
+            data = attrs.evolve(data, tools=[*data.tools, *tools])
+        return super().load_data(fabric, tokenizer, data)
+
+    def scored(self, run: "Run") -> "Scored":
+        """Return what lets the policy speak, perhaps with an environment, and scores what it says."""
+        from posttrain.blocks.rollouts.scored import Scored
+
+        args = self.data.template_args if isinstance(self.data, PromptData) else {}
+        return Scored(run, self.sampler, self.rewards, self.seed, self.environment, args, self.resample)
+
+    @property
+    def gives_rewards(self) -> bool:
+        """Whether the environment does."""
+        return self.environment is not None and self.environment.weight != 0
+
+    @property
+    def longest(self) -> int:
+        """The most tokens that the policy may say to a prompt."""
+        return self.sampler.max_new_tokens * (self.environment.max_turns if self.environment is not None else 1)
 
     # -- a step -----------------------------------------------------------------------
 
@@ -145,8 +183,10 @@ class GRPOTrainer(RewardedTrainer):
         Raises:
             TrainingError: they do not.
         """
+        self.widest = 0.0
         losses = [self.update(batches) for _ in range(self.updates)]
-        if self.max_gap is not None and (gap := gap_of(self.run)) is not None and gap > self.max_gap:
+        gap = gap_of(self.run, self.widest)
+        if self.max_gap is not None and gap is not None and gap > self.max_gap:
             raise TrainingError(
                 f"step {self.run.step + 1}: log-probabilities of sampler and trainer differ by {gap:.3g} on average "
                 f"(max_gap is {self.max_gap:g}): what speaks is not the model in training as it is now"
@@ -157,7 +197,7 @@ class GRPOTrainer(RewardedTrainer):
         """Return the terms of the loss: the policy's, the divergence from the reference, the entropy."""
         new, entropy = self.run.model(batch, "policy", temperature=self.sampler.temperature)
         old = batch.get("old", new.detach())
-        replies = Replies(batch["document"], batch["lengths"], self.sampler.max_new_tokens)
+        replies = Replies(batch["document"], batch["lengths"], self.longest)
         advantages = batch["advantages"]
         if self.correction != "none":
             weights = correction(old, batch["sampled"], replies, self.correction, self.correction_cap)
@@ -175,10 +215,15 @@ class GRPOTrainer(RewardedTrainer):
 
     def note(self, new: "Tensor", old: "Tensor", batch: Batch, replies: Replies) -> None:
         """Log what is known of the replies, and how far the policy has moved since they were said."""
+        gap = old - batch["sampled"]
         each = {
-            GAP: (old - batch["sampled"]).abs(), "policy/moved": ((new - old).exp() - 1).abs(),
+            GAP: gap.abs(), "sampler/kl": gap.exp() - 1 - gap, "policy/moved": ((new - old).exp() - 1).abs(),
             "policy/clipped": self.surrogate.clipped(new, old, replies),
         }  # fmt: skip
+        if self.correction != "none":
+            each["sampler/corrected"] = bounded(gap, replies, self.correction, self.correction_cap)
+        if batch.weight and len(gap):
+            self.widest = gap.abs().max().clamp(min=self.widest)
         self.run.log(**{name: Term(total, f"{name}, known", 0.0) for name, total in batch["facts"].items()})
         self.run.log(**{name: Term(x.sum(), "supervised_tokens", 0.0) for name, x in each.items()})
 
@@ -188,14 +233,17 @@ class GRPOTrainer(RewardedTrainer):
         return found
 
 
-def gap_of(run: "Run") -> float | None:
-    """Return the mean difference between sampler and trainer in the step in hand, over all ranks; None if a loss of
-    one's own does not log it."""
+def gap_of(run: "Run", widest: Any) -> float | None:
+    """Return the mean difference between sampler and trainer in the step in hand, over all ranks, and log the largest
+    ratio of their probabilities; None if a loss of one's own does not log it."""
     import torch
 
     from posttrain.runtime.launch import all_reduce
 
     if GAP not in run.metrics.values:
         return None
-    mine = torch.as_tensor(run.metrics.values[GAP], dtype=torch.float32, device=run.fabric.device)
-    return float(all_reduce(run.fabric, mine.clone())) / run.metrics.updates
+    mine, most = (
+        torch.as_tensor(x, device=run.fabric.device).float().clone() for x in (run.metrics.values[GAP], widest)
+    )
+    run.log(**{"sampler/max_ratio": all_reduce(run.fabric, most, "MAX").exp()})
+    return float(all_reduce(run.fabric, mine)) / run.metrics.updates

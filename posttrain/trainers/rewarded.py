@@ -4,7 +4,6 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import attrs
-from attrs.validators import min_len
 
 from posttrain.blocks.data.data import Data
 from posttrain.blocks.rollouts.prompts import PromptData
@@ -15,6 +14,7 @@ from posttrain.registry import default, key
 from posttrain.trainers.reference import ReferenceTrainer
 
 if TYPE_CHECKING:
+    from posttrain.blocks.rollouts.scored import Scored
     from posttrain.run import Run
 
 
@@ -23,8 +23,8 @@ class RewardedTrainer(ReferenceTrainer):
     """What trainers with rewards for sampled replies share."""
 
     data: DataBlock = default(PromptData, required=True)
-    rewards: list[RewardBlock] = key(check=min_len(1), convert=as_rewards, also=("reward_funcs",))
-    """What replies are worth: the weighted sum of these."""
+    rewards: list[RewardBlock] = key(convert=as_rewards, also=("reward_funcs",))
+    """What replies are worth: the weighted sum of these, and of what an environment gives."""
     sampler: SamplerBlock = default(TransformersSampler)
     """What says the replies."""
     replies: Any = attrs.field(init=False, repr=False)
@@ -33,15 +33,26 @@ class RewardedTrainer(ReferenceTrainer):
     def check(self) -> Iterator[tuple[str, str]]:
         """Yield what contradicts the data."""
         yield from super().check()
+        if not self.rewards and not self.gives_rewards:
+            yield "rewards", "give at least one: nothing else says what a reply is worth"
         if isinstance(self.data, Data) and not isinstance(self.data, PromptData):
             yield "data", f"this trainer needs prompts (type: prompts), and {type(self.data).__name__} gives replies"
         if self.sequence:
             yield "sequence", "ranks cannot share rows whose replies are still to be said"
 
+    @property
+    def gives_rewards(self) -> bool:
+        """Whether something besides `rewards` says what replies are worth."""
+        return False
+
     def setup(self) -> "Run":
         """Build what speaks, what scores and what remembers, too."""
+        run = super().setup()
+        self.replies = self.scored(run)
+        return run
+
+    def scored(self, run: "Run") -> "Scored":
+        """Return what lets the policy speak, and scores what it says."""
         from posttrain.blocks.rollouts.scored import Scored
 
-        run = super().setup()
-        self.replies = Scored(run, self.sampler, self.rewards, self.seed)
-        return run
+        return Scored(run, self.sampler, self.rewards, self.seed)

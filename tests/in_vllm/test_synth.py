@@ -45,7 +45,7 @@ def save(folder: Path, rewards: bool) -> Path:
     return folder
 
 
-def serve(model: Path) -> Iterator[str]:
+def serve(model: Path, *more: str, **environment: str) -> Iterator[str]:
     """Start a server, and end it."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -53,10 +53,12 @@ def serve(model: Path) -> Iterator[str]:
     command = [
         sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model), "--served-model-name", "tiny",
         "--dtype", "float32", "--enforce-eager", "--max-model-len", "1024", "--max-num-seqs", "8",
-        "--kv-cache-memory-bytes", str(1 << 26), "--host", "127.0.0.1", "--port", str(port),
+        "--kv-cache-memory-bytes", str(1 << 26), "--host", "127.0.0.1", "--port", str(port), *more,
     ]  # fmt: skip
     with open(model / "log", "w") as log:
-        process = subprocess.Popen(command, stdout=log, stderr=log, env={**os.environ, **SETTINGS}, cwd=model)
+        process = subprocess.Popen(
+            command, stdout=log, stderr=log, env={**os.environ, **SETTINGS, **environment}, cwd=model
+        )
         try:
             for _ in range(240):
                 if process.poll() is not None:

@@ -8,11 +8,11 @@ from typing import Any, ClassVar, Literal
 
 import attrs
 from attrs.converters import optional as or_none
-from attrs.validators import and_, ge, gt, le, lt, min_len
+from attrs.validators import and_, ge, gt, le, lt, min_len, optional
 
 from posttrain.batch import FIELDS, Batch
 from posttrain.blocks.data.cache import default_cache
-from posttrain.blocks.data.encode import ChatEncoder, Encoder, TextEncoder, Token
+from posttrain.blocks.data.encoding.encoders import ChatEncoder, Encoder, TextEncoder, Token
 from posttrain.blocks.data.identity import of_streams, of_tables
 from posttrain.blocks.data.loader import MapLoader, StreamLoader
 from posttrain.blocks.data.rows.chat import ChatRenderer
@@ -84,6 +84,8 @@ class Data:
     """Put as many documents into a row as fit; each sees itself alone. Otherwise one document per row, padded."""
     cache_dir: Path | None = key(None, convert=or_none(Path))
     """Where tokenized rows are kept; $POSTTRAIN_CACHE or ~/.cache/posttrain by default."""
+    num_proc: int | None = key(None, also=("dataset_processes",), check=optional(gt(0)))
+    """Processes that tokenize; by default one a core, once a few seconds have shown that there is much to do."""
     window: int = key(2048, check=gt(0))
     """Rows of a stream that are shuffled and packed together."""
     image_root: Path | None = key(None, convert=or_none(Path), also=("image_folder",))
@@ -243,7 +245,7 @@ class Data:
         self, sources: list[Source], tokenizer: Any, held_out: float, want_held_out: bool
     ) -> tuple[Documents, dict[str, Any]]:
         encoder, cache = self.encoder(tokenizer), self.cache_dir or default_cache()
-        tables = [table(source, encoder, cache) for source in sources]
+        tables = [table(source, encoder, cache, self.num_proc) for source in sources]
         weights = [source.weight for source in sources]
         found, ledger = documents(tables, weights, self.limits, held_out, want_held_out)
         if sources[0].share is not None:

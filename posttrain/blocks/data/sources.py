@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 import attrs
 from attrs.validators import gt, optional
 
-from posttrain.blocks.data.cache import file_of
+from posttrain.blocks.data.cache import default_cache, file_of
 from posttrain.blocks.data.readers import (
     ArrowRows,
     HubStream,
@@ -22,9 +22,10 @@ from posttrain.blocks.data.readers import (
     is_pattern,
     local_reader,
 )
+from posttrain.blocks.data.snowflake import PREFIX, rows_of
 from posttrain.errors import DataError
 from posttrain.registry import key, suggest
-from posttrain.values import Secret
+from posttrain.values import Secret, expanded
 
 
 @attrs.frozen
@@ -85,15 +86,16 @@ class Source:
 
     name_or_path: str
     """A file (jsonl, json, csv, parquet, or txt and md as one document each; all but parquet also as .gz), a pattern
-    such as `notes/**/*.md`, a folder of files, a folder written by `Dataset.save_to_disk`, or the name of a dataset on
-    the hub. From Python also rows themselves: dicts in a list, a `datasets.Dataset`, a generator."""
+    such as `notes/**/*.md`, a folder of files, a folder written by `Dataset.save_to_disk`, the name of a dataset on the
+    hub, or `snowflake:` with a table or a query. From Python also rows themselves: dicts in a list, a
+    `datasets.Dataset`, a generator."""
     name: str | None = None
     """Configuration of a hub dataset (`main` of `openai/gsm8k`), or of a folder whose README.md lists `configs:`."""
     split: str | None = None
     """Split of a hub dataset or folder; `train` unless given. The files of a folder belong to splits as on the hub: by
     their names (`train.jsonl`, `data/train_sft-00000-of-00003.parquet`), or as `configs:` in its README.md says."""
     revision: str | None = None
-    """Branch, tag or commit of a hub dataset."""
+    """Branch, tag or commit of a hub dataset. Of Snowflake, any text: a new one runs the query again."""
     columns: dict[str, str] = attrs.field(factory=dict)
     """Our name of a column -> theirs, where they differ: `{prompt: q, response: a}`, `{messages: chat}`."""
     weight: float = key(1.0, check=gt(0))
@@ -106,12 +108,19 @@ class Source:
     stream: bool = False
     """Read while training, without a cache: for what is too large to tokenize ahead. Makes every source a stream."""
     token: Secret | None = None
-    """Hub token of a private dataset: `${HF_TOKEN}`."""
+    """Hub token of a private dataset: `${HF_TOKEN}`; for Snowflake instead of `${SNOWFLAKE_TOKEN}`."""
 
     def check(self) -> Iterator[tuple[str, str]]:
         """Yield what can be seen to be wrong without reading anything."""
         if not self.name_or_path:
             yield "name_or_path", "is empty"
+        elif self.is_query:
+            if not self.name_or_path.removeprefix(PREFIX).strip():
+                yield "name_or_path", "names no table and no query: snowflake:my_db.public.chats, snowflake:SELECT ..."
+            for field in ("name", "split"):
+                if getattr(self, field) is not None:
+                    yield field, "means nothing for Snowflake"
+            return
         elif self._looks_local() and not self.path.exists() and not is_pattern(self.name_or_path):
             yield "name_or_path", self._missing()
         if self.share is not None and self.weight != 1:
@@ -128,15 +137,17 @@ class Source:
     @property
     def path(self) -> Path:
         """The name as a path."""
-        try:
-            return Path(self.name_or_path).expanduser()
-        except RuntimeError:
-            raise DataError(f"name_or_path: {self.name_or_path}: there is no such user") from None
+        return expanded(self.name_or_path)
+
+    @property
+    def is_query(self) -> bool:
+        """Whether Snowflake has the rows."""
+        return self.name_or_path.startswith(PREFIX)
 
     @property
     def is_local(self) -> bool:
-        """Whether this is a file or folder here; otherwise it is a hub name."""
-        return self._looks_local() or self.path.exists()
+        """Whether this is a file or folder here; otherwise it is a hub name, or Snowflake's."""
+        return not self.is_query and (self._looks_local() or self.path.exists())
 
     @property
     def label(self) -> str:
@@ -150,6 +161,8 @@ class Source:
         Raises:
             DataError: it is not there, or cannot be read.
         """
+        if self.is_query:
+            return local_reader(rows_of(self.name_or_path, self.revision, self.token, default_cache()), "train")
         if not self.is_local:
             return self._open_hub()
         if not self.path.exists():

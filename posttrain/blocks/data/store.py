@@ -9,12 +9,14 @@ import json
 import logging
 import os
 import shutil
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import attrs
 
-from posttrain.blocks.data.encode import Encoder, apart
+from posttrain.blocks.data.encoding.encoders import Encoder, apart
+from posttrain.blocks.data.encoding.processes import encoded
 from posttrain.blocks.data.packing import chunks
 from posttrain.blocks.data.rows.schemas import Refused
 from posttrain.blocks.data.sources import Source
@@ -27,6 +29,8 @@ if TYPE_CHECKING:
 FORMAT = 4
 BATCH = 512
 EXAMPLES = 3
+EVERY = 5.0
+"""Seconds between two lines about the progress."""
 NOTHING = b"[]"
 """What an empty list is at rest."""
 ARRAYS = {
@@ -113,10 +117,11 @@ class Texts:
         return np.flatnonzero(np.diff(self.offsets) > len(NOTHING))
 
 
-def table(source: Source, encoder: Encoder, cache: Path) -> Table:
+def table(source: Source, encoder: Encoder, cache: Path, processes: int | None = None) -> Table:
     """Return the tokenized rows of a source, made now if no run has made them before.
 
-    Several processes may ask at once: one makes them, the others wait for it.
+    Several processes may ask at once: one makes them, the others wait for it. That one encodes in as many `processes`
+    as are given, by default in one a core if there is much to encode.
 
     Raises:
         DataError: the source cannot be read, is empty, or the cache cannot be written.
@@ -138,7 +143,7 @@ def table(source: Source, encoder: Encoder, cache: Path) -> Table:
         cache.mkdir(parents=True, exist_ok=True)
         with FileLock(cache / f"{key}.lock"):
             if not is_whole(folder) or is_stale(opened(folder, source)):
-                build(source, reader, encoder, folder)
+                build(source, reader, encoder, folder, processes)
     except OSError as error:
         raise DataError(
             f"the cache folder {cache} cannot be written: {error.strerror or error}; "
@@ -147,7 +152,7 @@ def table(source: Source, encoder: Encoder, cache: Path) -> Table:
     return opened(folder, source)
 
 
-def build(source: Source, reader: Any, encoder: Encoder, folder: Path) -> None:
+def build(source: Source, reader: Any, encoder: Encoder, folder: Path, processes: int | None) -> None:
     """Tokenize a source into a folder: written aside, then renamed, so that a folder with this name is whole."""
     import numpy as np
 
@@ -157,14 +162,16 @@ def build(source: Source, reader: Any, encoder: Encoder, folder: Path) -> None:
     aside.mkdir()
     rows_in, total, refused = 0, 0, dict[str, dict[str, Any]]()
     log.info("tokenizing %s", source.label)
+    said = began = time.monotonic()
     kinds = ARRAYS | column_arrays(encoder.columns)
     files = {name: open(aside / name, "wb") for name in kinds}  # noqa: SIM115
     try:
         for name in (name for name in kinds if name.endswith("offsets")):
             files[name].write(np.zeros(1, dtype="int64").tobytes())
-        for batch in chunks((row for row, _ in source.read(reader)), BATCH):
+        batches = chunks((row for row, _ in source.read(reader)), BATCH)
+        for batch, became in encoded(encoder, iter(batches), processes):
             rows_in += len(batch)
-            for row, found in zip(batch, encoder.encode([row.values for row in batch]), strict=True):
+            for row, found in zip(batch, became, strict=True):
                 if isinstance(found, Refused):
                     note(refused, str(found), f"{row.place}: {found.detail}" if found.detail else row.place)
                     continue
@@ -174,8 +181,12 @@ def build(source: Source, reader: Any, encoder: Encoder, folder: Path) -> None:
                         write(files, {"ids": ids, "mask": mask, "offsets": total, "supervised": mask[1:].sum()})
                     write(files, {"rows": row.number})
                     write_values(files, one, encoder.columns)
-            if rows_in % (100 * BATCH) == 0:
-                log.info("tokenizing %s: %s rows, %s tokens", source.label, f"{rows_in:,}", f"{total:,}")
+            if (now := time.monotonic()) - said > EVERY:
+                said, rate = now, total / (now - began)
+                log.info(
+                    "tokenizing %s: %s rows, %s tokens, %s tokens/s",
+                    source.label, *(f"{count:,.0f}" for count in (rows_in, total, rate)),
+                )  # fmt: skip
         for file in files.values():
             file.flush()
             os.fsync(file.fileno())  # after a power cut, a renamed folder must not hold holes

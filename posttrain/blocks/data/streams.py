@@ -9,7 +9,7 @@ from typing import Any
 
 import attrs
 
-from posttrain.blocks.data.encode import Encoder, apart
+from posttrain.blocks.data.encoding.encoders import Encoder, apart
 from posttrain.blocks.data.readers import Row
 from posttrain.blocks.data.rows.schemas import Refused
 from posttrain.blocks.data.sources import Source

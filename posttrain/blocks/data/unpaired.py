@@ -9,7 +9,7 @@ from attrs.validators import gt
 
 from posttrain.batch import Batch, Extra
 from posttrain.blocks.data.data import Data, pad_id
-from posttrain.blocks.data.encode import ChatEncoder, Encoded, Encoder, Values
+from posttrain.blocks.data.encoding.encoders import ChatEncoder, Encoded, Encoder, Values
 from posttrain.blocks.data.rows.chat import ChatRenderer
 from posttrain.blocks.data.rows.messages import Refused
 from posttrain.blocks.data.rows.schemas import VERDICTS, Sample, Schema, conversation, schema

@@ -191,3 +191,10 @@ def correction(old: "Tensor", sampled: "Tensor", replies: Replies, kind: Correct
     if kind == "mask":
         return weights * ((weights >= 1 / cap) & (weights <= cap))
     return weights.new_ones(len(weights))
+
+
+def bounded(gap: "Tensor", replies: Replies, kind: Correction, cap: float) -> "Tensor":
+    """Return for which tokens a correction is not the plain ratio exp(gap), but truncated or masked, bool [n]."""
+    if kind == "sequence":
+        return replies.sums(gap)[replies.index].exp() > cap
+    return gap.abs().exp() > cap if kind == "mask" else gap.exp() > cap

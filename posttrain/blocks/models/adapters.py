@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from posttrain.errors import RecipeError
-from posttrain.values import missing_folder
+from posttrain.values import expanded, missing_folder
 
 CONFIG = "adapter_config.json"
 QUANTIZED = "quantization.json"
@@ -23,7 +23,7 @@ def origin(name_or_path: str) -> tuple[str, list[Path]]:
         RecipeError: an adapter does not say what it belongs to, or that is not there.
     """
     name, adapters = name_or_path, list[Path]()
-    while (file := Path(name).expanduser() / CONFIG).is_file() and not file.with_name("config.json").exists():
+    while (file := expanded(name) / CONFIG).is_file() and not file.with_name("config.json").exists():
         if file.parent in adapters:
             raise RecipeError(f"model {name_or_path!r}: the adapter {file.parent} is its own base")
         adapters.insert(0, file.parent)

@@ -29,6 +29,18 @@ MAX_SHARD_SIZE = "5GB"
 """Of an exported file; writing one may take as much memory again."""
 
 
+@contextmanager
+def without_bars() -> Iterator[None]:
+    """Let transformers write without its progress bars, which would tear the live line of the console."""
+    shown = transformers.utils.logging.is_progress_bar_enabled()
+    transformers.utils.logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            transformers.utils.logging.enable_progress_bar()
+
+
 OUTPUTS = ("nll", "log_probs", "policy", "logits", "hidden")
 
 
@@ -236,17 +248,11 @@ class PackedModel(nn.Module):
         """
         if state_dict is not None:
             state_dict = {name.removeprefix("hf."): value for name, value in state_dict.items()}
-        shown = transformers.utils.logging.is_progress_bar_enabled()
-        transformers.utils.logging.disable_progress_bar()  # it would tear the live line of the console
-        try:
-            with warnings.catch_warnings():  # peft, of a base that is an adapter itself
-                warnings.filterwarnings("ignore", message="Could not find a config file in")
-                self.hf.save_pretrained(folder, state_dict=state_dict, max_shard_size=MAX_SHARD_SIZE)
-            if self.quantized is not None:
-                (folder / QUANTIZED).write_text(json.dumps(self.quantized) + "\n", encoding="utf-8")
-        finally:
-            if shown:
-                transformers.utils.logging.enable_progress_bar()
+        with without_bars(), warnings.catch_warnings():  # peft, of a base that is an adapter itself
+            warnings.filterwarnings("ignore", message="Could not find a config file in")
+            self.hf.save_pretrained(folder, state_dict=state_dict, max_shard_size=MAX_SHARD_SIZE)
+        if self.quantized is not None:
+            (folder / QUANTIZED).write_text(json.dumps(self.quantized) + "\n", encoding="utf-8")
 
 
 class CausalLM(PackedModel):

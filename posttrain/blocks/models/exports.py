@@ -8,11 +8,12 @@ from typing import TYPE_CHECKING, Any
 
 import attrs
 
-from posttrain.blocks.models.adapters import CONFIG
+from posttrain.blocks.models.adapters import CONFIG, QUANTIZED
 from posttrain.blocks.models.model import HFModel
+from posttrain.blocks.models.quantized.aware import QAT
 from posttrain.errors import RecipeError
 from posttrain.runtime.folder import recipe_of
-from posttrain.values import missing_folder, similar_folder
+from posttrain.values import expanded, missing_folder, similar_folder
 
 if TYPE_CHECKING:
     from posttrain.blocks.models.speculator.network import MLPSpeculator
@@ -56,7 +57,7 @@ def export_of(name: str) -> str:
     """
     if problem := missing_folder(name):
         raise RecipeError(problem)
-    run = Path(name).expanduser()
+    run = expanded(name)
     if not run.exists() and (hint := similar_folder(name)):
         log.warning("there is no folder %s here, so it is looked for on the hub%s", name, hint)
     if not (run / "recipe.yaml").is_file() or _is_model(run):
@@ -105,6 +106,8 @@ def open_model(name: str, device: str = "auto") -> Opened:
         raise RecipeError(f"{name} is a reward model: it gives a conversation a score, and no text")
     device = chosen(device)
     hf = HFModel(name_or_path=place, dtype="bfloat16" if device == "cuda" else "float32").load()
+    if (qat := qat_of(place)) is not None:  # as it was trained
+        qat.prepare(hf)
     try:
         tokenizer = AutoTokenizer.from_pretrained(tokenizer_of)
     except (OSError, ValueError) as error:
@@ -113,6 +116,13 @@ def open_model(name: str, device: str = "auto") -> Opened:
         tokenizer.pad_token = tokenizer.eos_token
     hf = hf.eval().requires_grad_(False).to(device)
     return Opened(name, hf, tokenizer, speculator.eval().to(device, hf.dtype) if speculator else None)
+
+
+def qat_of(place: str) -> QAT | None:
+    """Return how an exported model was trained to be quantized; None if it was not."""
+    file = expanded(place) / QUANTIZED
+    said = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    return QAT(**said["qat"]) if "qat" in said else None
 
 
 def chosen(device: str) -> str:
@@ -147,6 +157,6 @@ def _is_model(folder: Path) -> bool:
 
 def _config(place: str) -> dict[str, Any]:
     """Return the configuration in a local folder, as it stands there; nothing of an adapter or a hub model."""
-    file = Path(place).expanduser() / "config.json"
+    file = expanded(place) / "config.json"
     found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
     return found

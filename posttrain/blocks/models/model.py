@@ -14,9 +14,11 @@ import attrs
 from attrs.validators import ge, gt, min_len, optional
 
 from posttrain.blocks.models.adapters import CONFIG, attach, merge, origin
+from posttrain.blocks.models.quantized.aware import QAT
 from posttrain.errors import RecipeError
 from posttrain.registry import block, key
-from posttrain.values import Secret, as_data, missing_folder
+from posttrain.runtime.launch import silence_libraries
+from posttrain.values import Secret, as_data, expanded, missing_folder
 
 if TYPE_CHECKING:
     from lightning.fabric import Fabric
@@ -52,7 +54,7 @@ class LoRA:
         """Yield a folder that is no adapter, and keys that would do nothing."""
         if self.start_from is None:
             return
-        if not (Path(self.start_from).expanduser() / CONFIG).is_file():
+        if not (expanded(self.start_from) / CONFIG).is_file():
             yield "start_from", missing_folder(self.start_from) or f"{self.start_from} holds no {CONFIG}"
         if self != LoRA(start_from=self.start_from):
             yield "start_from", "the adapter has its own r, alpha, dropout and modules: leave the other keys out"
@@ -66,7 +68,7 @@ class LoRA:
             linears: of a model of images and text, what `all-linear` means: the layers of the parts that are trained.
         """
         if self.start_from is not None:
-            return attach(hf, Path(self.start_from).expanduser(), task)
+            return attach(hf, expanded(self.start_from), task)
         try:
             from peft import LoraConfig, get_peft_model
         except ImportError:
@@ -118,6 +120,8 @@ class HFModel:
     (arXiv:2305.14314; extra `bnb`); of what is trained, with `lora`. Embeddings and head stay in `dtype`."""
     double_quantization: bool | None = key(None, also=("bnb_4bit_use_double_quant",))
     """Quantize the scales of 4-bit numbers, too, which is the default: 4.13 bits a number instead of 4.5."""
+    qat: QAT | None = None
+    """Train for a model that will be quantized: `{weights: int4}` (see quantized/aware.py; extra `qat`)."""
     train: list[Literal["language", "projector", "tower"]] = key(
         factory=lambda: ["language", "projector"], check=min_len(1)
     )
@@ -157,6 +161,8 @@ class HFModel:
             yield from self.unfit_for_bytes()
         elif self.double_quantization is not None:
             yield "double_quantization", "is of a quantized base: say how with quantize: nf4"
+        if self.qat is not None and (self.lora is not None or self.quantize is not None):
+            yield "qat", "trains the weights themselves: leave lora and quantize out"
         if self.compile and self.activation_checkpointing == "selective":
             yield "activation_checkpointing", "selective cannot look into compiled layers: say true, or compile: false"
 
@@ -210,6 +216,8 @@ class HFModel:
             use_liger(hf)
         if self.quantize is not None:
             self.keep_as_bytes(hf, fabric)
+        if self.qat is not None:
+            self.qat.prepare(hf)
         if self.lora is not None:
             hf = self.lora.apply(hf, self.task, linears(hf, self.train))
         self.freeze_parameters(hf)
@@ -238,6 +246,8 @@ class HFModel:
         network.saved_as = self.saved_as()
         if self.quantize is not None:
             network.quantized = {"quantize": self.quantize, "double_quantization": self.doubly}
+        elif self.qat is not None:
+            network.quantized = {"qat": attrs.asdict(self.qat)}
         return network  # type: ignore[no-any-return]
 
     def keep_as_bytes(self, hf: Any, fabric: "Fabric | None") -> None:
@@ -287,7 +297,7 @@ class HFModel:
 
     def saved_as(self) -> str | None:
         """Return the half-precision type that the model's files are in, for exports; None to write what is trained."""
-        if self.random_init or self.lora is not None or self.dtype != "float32":
+        if self.random_init or self.lora is not None or self.qat is not None or self.dtype != "float32":
             return None
         dtype = str(self.read_config().dtype).removeprefix("torch.")
         return dtype if dtype in ("bfloat16", "float16") else None
@@ -303,6 +313,7 @@ class HFModel:
         import torch
         from transformers.utils.logging import disable_progress_bar
 
+        silence_libraries()
         if not sys.stderr.isatty():  # a log file is no place for progress bars
             disable_progress_bar()
         try:

@@ -5,16 +5,16 @@ A group's prompt is there only once, if the network's attention can branch.
 
 import statistics
 import zlib
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 import torch
 
 from posttrain.batch import Batch, Term
 from posttrain.blocks.layout import Column, Example, collate_groups
-from posttrain.blocks.rollouts.prompts import MESSAGES, ROW
-from posttrain.blocks.rollouts.replies import Failure, Group, Sample
-from posttrain.interfaces import Sampler
+from posttrain.blocks.rollouts.prompts import CONVERSATION, MESSAGES, ROW
+from posttrain.blocks.rollouts.replies import Failure, Group, Reply, Sample
 
 if TYPE_CHECKING:
     from posttrain.run import Run
@@ -23,47 +23,54 @@ COLUMNS = {"advantages": Column("target"), "sampled": Column("target")}
 """Of each token: the advantage of its reply, and its log-probability under the sampler."""
 
 
-def ask(
-    run: "Run", speaker: Sampler, batches: list[Batch], n: int, seed: int, temperature: float | None = None
-) -> list[list[Group]]:
-    """Return n replies to each prompt of a step, batch by batch.
+Answer: TypeAlias = Callable[[list[Group], list[tuple[int, ...]], int, float | None], list[list[Reply]]]
+"""Groups, the key of each, a number and a temperature -> so many replies to the prompt of each."""
 
-    The key of a prompt is (seed, step, its place among the prompts of the step, over all ranks), so that the replies
-    are the same however the step is cut.
-    """
+
+def asked(run: "Run", batches: list[Batch]) -> list[list[Group]]:
+    """Return the prompts of a step, batch by batch, each with its place among all of the step, over all ranks: what is
+    said to it depends on that place, and not on how the step is cut."""
     size = run.rows_per_step // (len(batches) * run.fabric.world_size)
     groups: list[list[Group]] = []
     for j, batch in enumerate(batches):
         first = (j * run.fabric.world_size + run.fabric.global_rank) * size
-        groups.append(_groups(batch, first))
-    every = [group for some in groups for group in some]
-    _speak(run, speaker, every, [(seed, run.step, group.place) for group in every], n, temperature)
+        groups.append(groups_in(batch, first))
     return groups
 
 
-def ask_again(run: "Run", speaker: Sampler, batch: Batch, n: int, seed: int, temperature: float | None) -> list[Group]:
-    """Return n replies to each prompt of an evaluation, drawn with the same random numbers every time."""
-    groups = _groups(batch, 0)
-    keys: list[tuple[int, ...]] = [(seed, zlib.crc32(np.array(group.prompt).tobytes())) for group in groups]
-    _speak(run, speaker, groups, keys, n, temperature)
-    return groups
+def keys_of(groups: list[Group], seed: int) -> list[tuple[int, ...]]:
+    """Return the key of each prompt of an evaluation, which draws the same random numbers every time."""
+    return [(seed, zlib.crc32(np.array(group.prompt).tobytes())) for group in groups]
 
 
-def _groups(batch: Batch, first: int) -> list[Group]:
-    rows = zip(batch.documents(), batch[ROW], batch[MESSAGES], strict=True)
-    return [Group(first + i, ids, row, messages, []) for i, ((_, ids, _), row, messages) in enumerate(rows)]
+def groups_in(batch: Batch, first: int = 0) -> list[Group]:
+    """Return the prompts of a batch, without replies."""
+    rows = zip(batch.documents(), batch[ROW], batch[MESSAGES], batch[CONVERSATION], strict=True)
+    return [
+        Group(first + i, ids, row, messages, [], conversation)
+        for i, ((_, ids, _), row, messages, conversation) in enumerate(rows)
+    ]
 
 
-def _speak(
-    run: "Run", speaker: Sampler, groups: list[Group], keys: list[tuple[int, ...]], n: int, temperature: float | None
+def speak(
+    run: "Run",
+    answer: Answer,
+    groups: list[Group],
+    keys: list[tuple[int, ...]],
+    n: int,
+    temperature: float | None = None,
 ) -> None:
-    found = speaker.sample([group.prompt for group in groups], keys, n, temperature)
+    """Give every group n replies to its prompt. All ranks call it."""
+    found = answer(groups, keys, n, temperature)
     for group, replies in zip(groups, found, strict=True):
         group.replies, prompt = replies, run.tokenizer.decode(group.prompt)
-        texts = [run.tokenizer.decode(reply.ids, skip_special_tokens=True) for reply in replies]
-        group.samples = [
-            Sample(prompt, text, group.row, group.messages, one) for text, one in zip(texts, replies, strict=True)
-        ]
+        group.samples = [Sample(prompt, text_of(run, reply), group.row, group.messages, reply) for reply in replies]
+
+
+def text_of(run: "Run", reply: Reply) -> str:
+    """Return what rewards read of a reply: its text or, of several turns, that of the last one."""
+    turns = [one for one in reply.messages if one["role"] == "assistant"]
+    return str(turns[-1]["content"] if turns else run.tokenizer.decode(reply.ids, skip_special_tokens=True))
 
 
 def batch_of(groups: list[Group], *, pad_id: int, packing: bool, mask_truncated: bool) -> Batch:
@@ -95,32 +102,39 @@ def with_facts(batch: Batch, groups: list[Group]) -> Batch:
 
 
 def _example(group: Group, mask_truncated: bool) -> Example:
-    """Return the documents of a group: its prompt with each of its replies."""
-    known = len(group.prompt)
+    """Return the documents of a group: its prompt with each of its replies, in as many parts as these have."""
     documents, advantages, sampled = [], [], []
     for reply, advantage in zip(group.replies, group.advantages, strict=True):
-        ids = np.array([*group.prompt, *reply.ids], dtype=np.int64)
         learned = reply.ended or not mask_truncated
-        documents.append((ids, (np.arange(len(ids)) >= known) & learned))
-        advantages.append(np.full(len(ids), advantage))
-        sampled.append(np.array([0.0] * known + reply.log_probs))
+        for part in reply.parts:
+            prompt = group.prompt if part.prompt is None else part.prompt
+            ids = np.array([*prompt, *part.ids], dtype=np.int64)
+            documents.append((ids, np.array([False] * len(prompt) + part.drawn) & learned))
+            advantages.append(np.full(len(ids), advantage))
+            sampled.append(np.array([0.0] * len(prompt) + part.log_probs))
     return Example(tuple(documents), {"advantages": tuple(advantages), "sampled": tuple(sampled)})
 
 
 def facts_of(groups: list[Group]) -> dict[str, list[list[float]]]:
-    """Return what is to be known of replies, by name: for each group a value of each reply, or of the group."""
+    """Return what is to be known of replies, by name: for each group a value of each reply, or of the group. The names
+    are the same for all groups of a step, on all ranks."""
     found: dict[str, list[list[float]]] = {
         "reward": [[one for one in group.rewards if one is not None] for group in groups]
     }
     for name in groups[0].parts if groups else ():
         said = [group.parts[name] for group in groups]
         found[f"reward/{name}"] = [[one for one in some if not isinstance(one, Failure)] for some in said]
-        if any(isinstance(one, Failure) for some in said for one in some):
-            found[f"failed/{name}"] = [[float(isinstance(one, Failure)) for one in some] for some in said]
+        found[f"failed/{name}"] = [[float(isinstance(one, Failure)) for one in some] for some in said]
     found["failed"] = [[float(one is None) for one in group.rewards] for group in groups]
     found["flat"] = [[float(group.flat)] for group in groups]
-    found["reply/tokens"] = [[float(len(one.ids)) for one in group.replies] for group in groups]
+    found["reply/tokens"] = [[float(sum(sum(x.drawn) for x in one.parts)) for one in group.replies] for group in groups]
+    if any(group.rounds is not None for group in groups):
+        found["resampled"] = [[float(group.rounds or 0)] for group in groups]
     found["reply/cut_off"] = [[float(not one.ended) for one in group.replies] for group in groups]
+    if any(one.messages for group in groups for one in group.replies):
+        turns = [[[m["role"] for m in one.messages].count("assistant") for one in group.replies] for group in groups]
+        found["turns"] = [[float(one) for one in some] for some in turns]
+        found["turns/anew"] = [[float(len(one.earlier)) for one in group.replies] for group in groups]
     return found
 
 

@@ -17,6 +17,26 @@ WINDOW = 16
 """Tokens at the end of a reply in which a stop text is looked for."""
 
 
+@contextmanager
+def asking(run: Any) -> Iterator[None]:
+    """Let the network compute in evaluation mode, without gradients, in the precision of the run."""
+    module = run.model.module
+    training = module.training
+    module.eval()
+    try:
+        with torch.no_grad(), run.fabric.autocast():
+            yield
+    finally:
+        module.train(training)
+
+
+def ends_of(run: Any) -> list[int]:
+    """Return the tokens that end a reply: those of the model, and that of its tokenizer."""
+    said: Any = run.model.module.base.generation_config.eos_token_id
+    ends = {*(said if isinstance(said, list) else [said]), run.tokenizer.eos_token_id} - {None}
+    return sorted(ends)
+
+
 class InProcess:
     """Samples from `run.model` as it is at the moment."""
 
@@ -24,9 +44,7 @@ class InProcess:
         self.run, self.max_new_tokens, self.temperature = run, max_new_tokens, temperature
         self.stop, self.rows = stop, rows
         self.module: Any = run.model.module
-        said: Any = self.module.base.generation_config.eos_token_id
-        ends = {*(said if isinstance(said, list) else [said]), run.tokenizer.eos_token_id} - {None}
-        self.ends = torch.tensor(sorted(ends), device=run.fabric.device)
+        self.ends = torch.tensor(ends_of(run), device=run.fabric.device)
         self.together = run.fabric.world_size > 1 and run.strategy.shards_parameters
         """Whether every rank must take part in each pass of the network, and so wait for the longest reply of all."""
 
@@ -39,24 +57,13 @@ class InProcess:
         times = -(-len(prompts) // each)
         if self.together:  # a rank that has fewer prompts takes part in the passes of the others
             times = int(all_reduce(self.run.fabric, torch.tensor(times, device=self.run.fabric.device), "MAX"))
-        with self.asking():
+        with asking(self.run):
             for i in range(0, times * each, each):
                 if i < len(prompts):
                     found += self.continued(prompts[i : i + each], keys[i : i + each], n, temperature)
                 else:
                     self.continued([[0]], [(0,)], 1, temperature)
         return found
-
-    @contextmanager
-    def asking(self) -> Iterator[None]:
-        """Evaluation mode, without gradients, in the precision of the run."""
-        training = self.module.training
-        self.module.eval()
-        try:
-            with torch.no_grad(), self.run.fabric.autocast():
-                yield
-        finally:
-            self.module.train(training)
 
     def continued(
         self, prompts: list[list[int]], keys: list[tuple[int, ...]], n: int, temperature: float

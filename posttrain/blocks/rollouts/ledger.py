@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from posttrain.blocks.rollouts.replies import Failure, Group
+from posttrain.blocks.rollouts.replies import Failure, Group, Reply
 
 if TYPE_CHECKING:
     from posttrain.run import Run
@@ -56,10 +56,23 @@ def _line(group: Group) -> dict[str, Any]:
             "text": sample.text, "ids": reply.ids, "ended": reply.ended, "reward": group.rewards[i],
             "rewards": {name: one for name, one in said.items() if not isinstance(one, Failure)},
             "failed": {name: one.reason for name, one in said.items() if isinstance(one, Failure)},
-            "advantage": group.advantages[i] if group.advantages else None,
+            "advantage": group.advantages[i] if group.advantages else None, **_turns(reply),
         })  # fmt: skip
     prompt = group.samples[0].prompt if group.samples else ""
-    return {"prompt": group.place, "text": prompt, "row": group.row, "replies": replies}
+    again = {} if group.rounds is None else {"resampled": group.rounds}
+    return {"prompt": group.place, "text": prompt, "row": group.row, **again, "replies": replies}
+
+
+def _turns(reply: Reply) -> dict[str, Any]:
+    """Return what there is more to say of several turns: the conversation, and which tokens the policy did not say."""
+    if not reply.messages:
+        return {}
+    earlier = [{"ids": part.ids, "told": _told(part), "prompt": part.prompt} for part in reply.earlier]
+    return {"messages": reply.messages, "told": _told(reply), "prompt": reply.prompt, "earlier": earlier}
+
+
+def _told(reply: Reply) -> list[int]:
+    return [i for i, drawn in enumerate(reply.drawn) if not drawn]
 
 
 def read(folder: Path, name: str = ROLLOUTS) -> Iterator[dict[str, Any]]:

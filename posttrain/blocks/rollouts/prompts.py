@@ -10,17 +10,16 @@ from attrs.validators import gt
 
 from posttrain.batch import Batch
 from posttrain.blocks.data.data import Data, pad_id
-from posttrain.blocks.data.encode import (
+from posttrain.blocks.data.encoding.encoders import (
     Encoded,
     Encoder,
     Token,
     Values,
-    code_of,
     kept,
     readable,
     refuse_surrogates,
-    tokenizer_text,
 )
+from posttrain.blocks.data.encoding.fingerprints import code_of, tokenizer_text
 from posttrain.blocks.data.rows.chat import ChatRenderer, special_tokens
 from posttrain.blocks.data.rows.media import images_of
 from posttrain.blocks.data.rows.messages import Refused
@@ -29,9 +28,10 @@ from posttrain.blocks.data.rows.schemas import CHATS, REPLIES, SHARED, Reading, 
 from posttrain.blocks.layout import Column, Columns, Example, collate
 from posttrain.registry import block, key
 
-ROW, MESSAGES = "row", "messages"
-CARRIED: Columns = {ROW: Column("example", "json"), MESSAGES: Column("example", "json")}
-"""What a prompt carries: the columns of its row, and the conversation (empty for plain text)."""
+ROW, MESSAGES, CONVERSATION = "row", "messages", "conversation"
+CARRIED: Columns = {name: Column("example", "json") for name in (ROW, MESSAGES, CONVERSATION)}
+"""What a prompt carries: the columns of its row, its messages (none for plain text), and what else it was rendered
+with, such as tools."""
 
 
 @block("data", "prompts")
@@ -56,6 +56,9 @@ class PromptData(Data):
     """More variables for the chat template (`enable_thinking`)."""
     keep: list[str] = attrs.field(factory=list)
     """Columns of the rows that rewards get to see; by default all of them."""
+    tools: list[dict[str, Any]] = attrs.field(factory=list)
+    """Tools, as JSON schemas, that the chat template is to list in every prompt besides those of its row. An
+    environment adds its own."""
 
     def check(self) -> Iterator[tuple[str, str]]:
         """Yield what contradicts itself."""
@@ -64,6 +67,8 @@ class PromptData(Data):
             yield "packing", "is not for prompts: replies are packed, with the prompt of a group once"
         if self.text_column is not None and self.template_args:
             yield "template_args", "has no use where text_column names prompts that are plain text"
+        if self.text_column is not None and self.tools:
+            yield "tools", "are listed by the chat template, which is not used where text_column names plain text"
 
     @property
     def columns(self) -> Columns:
@@ -72,7 +77,7 @@ class PromptData(Data):
 
     def fullest(self, length: int) -> Example:
         """Return a prompt as long as can be."""
-        return Example(super().fullest(length).documents, {ROW: {}, MESSAGES: []})
+        return Example(super().fullest(length).documents, {ROW: {}, MESSAGES: [], CONVERSATION: {}})
 
     def collator(self, tokenizer: Any) -> Callable[[list[list[Example]], int], Batch]:
         """Return what makes a batch of prompts; its weight is their number."""
@@ -81,7 +86,7 @@ class PromptData(Data):
     def encoder(self, tokenizer: Any) -> Encoder:
         """Return what renders and tokenizes prompts."""
         renderer = None if self.text_column is not None else ChatRenderer(tokenizer, template_args=self.template_args)
-        return PromptEncoder(tokenizer, renderer, self.text_column, self.keep, self.prompt)
+        return PromptEncoder(tokenizer, renderer, self.text_column, self.keep, self.prompt, self.tools)
 
     def prompt(self, row: dict[str, Any]) -> dict[str, Any]:
         """Return the conversation that a row asks; override it for a schema of your own."""
@@ -103,6 +108,8 @@ class PromptEncoder:
     keep: list[str]
     prompt: Callable[[Values], Values]
     """Row -> the conversation to go on with."""
+    tools: list[dict[str, Any]] = attrs.field(factory=list)
+    """Of every prompt, besides those of its row."""
     sides: tuple[str, ...] = ("",)
     columns: Columns = CARRIED
     reading: Reading = attrs.field(factory=Reading)
@@ -120,7 +127,7 @@ class PromptEncoder:
                 found.append(one)
                 continue
             ids = np.array(next(encodings).ids, dtype=np.uint32)
-            values = {ROW: one[1], MESSAGES: one[2]}
+            values = {ROW: one[1], MESSAGES: one[2].pop("messages"), CONVERSATION: one[2]}
             empty = Refused("the prompt is empty: there is nothing to go on with")
             found.append(Example(((ids, np.zeros(len(ids), dtype=bool)),), values) if len(ids) else empty)
         return found
@@ -135,37 +142,42 @@ class PromptEncoder:
 
     def fingerprint(self) -> str:
         """Return everything that decides what a row becomes."""
-        said: list[Any] = [self.text_column, self.keep]
+        said: list[Any] = [self.text_column, self.keep, self.tools]
         if self.renderer is not None:
             said += [self.renderer.templates[True], self.renderer.templates[False], self.renderer.template_args]
-        return "\0".join(["prompts", tokenizer_text(self.tokenizer), json.dumps(said), code_of(self.prompt)])
+        return "\0".join(["prompts 2", tokenizer_text(self.tokenizer), json.dumps(said), code_of(self.prompt)])
 
-    def _told(self, row: Values) -> tuple[str, Values, list[Any]] | Refused:
-        """Return a row's prompt as text, the columns that come along, and its messages."""
+    def _told(self, row: Values) -> tuple[str, Values, dict[str, Any]] | Refused:
+        """Return a row's prompt as text, the columns that come along, and the conversation."""
         self.reading.note(row, lambda _: Schema("prompts", tuple(row)))
         try:
-            text, messages = self._text(row)
+            text, conversation = self._text(row)
             refuse_surrogates(text)
             names = self.keep or [name for name, value in row.items() if filled(value)]
-            return text, kept(row, names), messages
+            return text, kept(row, names), conversation
         except Refused as refused:
             return refused
 
-    def _text(self, row: Values) -> tuple[str, list[Any]]:
+    def _text(self, row: Values) -> tuple[str, dict[str, Any]]:
         if self.renderer is None:
             text = row.get(str(self.text_column))
             if not isinstance(text, str) or not text:
                 raise Refused(f"the column {self.text_column!r} is missing, empty or not text")
-            return text, []
+            return text, {"messages": []}
         found = self.prompt(row)
+        if self.tools:
+            found = {**found, "tools": [*(found.get("tools") or []), *self.tools]}
         if any(map(images_of, found["messages"])):
             raise Refused("there are images, and replies to them cannot be sampled yet")
         text = self.renderer.asked(found)
+        if found.get("tools") and self.renderer.asked({**found, "tools": None}) == text:
+            raise Refused("the chat template leaves out the tools; say in a system message what there is")
         said = [each["content"] for each in found["messages"] if isinstance(each.get("content"), str)]
         for control in special_tokens(self.tokenizer):
             if any(control in one for one in said):
                 raise Refused(f"the text of a message holds the control token {control}")
-        return text, found["messages"]
+        known = ("messages", "tools", "template_args")
+        return text, {name: found[name] for name in known if found.get(name)}
 
 
 def asked(row: Values) -> Values:

@@ -7,17 +7,68 @@ import attrs
 
 @attrs.frozen
 class Reply:
-    """What a policy said to a prompt."""
+    """What a policy said to a prompt, in one turn or, with an environment, in several."""
 
     ids: list[int]
-    """Tokens, in the order in which they were drawn; the one that ended the reply is the last."""
+    """Tokens, in the order in which they were drawn; the one that ended the reply is the last. Of several turns, what
+    was said to the policy in between stands among them."""
     log_probs: list[float]
-    """Of each, under the distribution that it was drawn from, in nats."""
+    """Of each, under the distribution that it was drawn from, in nats; 0 for those that the policy did not say."""
     ended: bool
-    """Whether the policy ended it; otherwise it was cut off at the most tokens that a reply may have."""
+    """Whether it came to its end; otherwise it was cut off at the most tokens or turns that it may have."""
+    said: list[bool] | None = None
+    """Which of the tokens the policy drew; None for all."""
+    prompt: list[int] | None = None
+    """What it goes on from, if that is not the prompt of its group."""
+    earlier: "tuple[Reply, ...]" = ()
+    """Turns of the same conversation before it was rendered anew, since its tokens would have changed."""
+    messages: list[dict[str, Any]] = attrs.field(factory=list)
+    """Of several turns, all that was said behind the prompt, as a conversation."""
+    reward: float = 0.0
+    """What the environment gave for it."""
 
     def __attrs_post_init__(self) -> None:
-        assert len(self.ids) == len(self.log_probs)
+        assert len(self.ids) == len(self.log_probs) == len(self.drawn)
+
+    @property
+    def drawn(self) -> list[bool]:
+        """Whether the policy drew each token."""
+        return [True] * len(self.ids) if self.said is None else self.said
+
+    @property
+    def parts(self) -> "tuple[Reply, ...]":
+        """All of it, each with a prompt of its own."""
+        return (*self.earlier, self)
+
+
+@attrs.frozen
+class Call:
+    """A tool that a policy wants to be used."""
+
+    name: str
+    arguments: dict[str, Any]
+
+
+@attrs.frozen
+class Turn:
+    """What a policy said in one turn, as an environment sees it."""
+
+    text: str
+    """Without special tokens."""
+    calls: list[Call] = attrs.field(factory=list)
+    """Tools that it calls, in the way of its chat template."""
+    trouble: str = ""
+    """Why a call could not be read."""
+
+
+@attrs.frozen
+class Outcome:
+    """What an environment answers."""
+
+    messages: list[dict[str, Any]] = attrs.field(factory=list)
+    """What is said to the model next; the conversation ends where there are none."""
+    reward: float = 0.0
+    """What the turn was worth; those of a conversation are added up."""
 
 
 @attrs.frozen
@@ -33,6 +84,7 @@ class Sample:
     messages: list[dict[str, Any]]
     """The prompt as a conversation; empty if it is plain text."""
     reply: Reply
+    """With `messages`, all turns of a conversation with an environment; `text` is then the last one."""
 
 
 @attrs.frozen
@@ -52,12 +104,16 @@ class Group:
     row: dict[str, Any]
     messages: list[dict[str, Any]]
     replies: list[Reply]
+    conversation: dict[str, Any] = attrs.field(factory=dict)
+    """What its prompt was rendered with besides the messages, such as tools."""
     samples: list[Sample] = attrs.field(factory=list)
     parts: dict[str, list[float | Failure]] = attrs.field(factory=dict)
     """What each reward said of each reply."""
     rewards: list[float | None] = attrs.field(factory=list)
     """The weighted sum for each reply; None if a part of it failed."""
     advantages: list[float] = attrs.field(factory=list)
+    rounds: int | None = None
+    """How often its replies were sampled anew, since all were worth the same; None where that is not done."""
 
     @property
     def flat(self) -> bool:

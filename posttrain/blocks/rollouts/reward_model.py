@@ -41,5 +41,5 @@ class Judge:
         """Return what the model reads."""
         if not sample.messages:
             return sample.prompt + sample.text
-        whole = [*sample.messages, {"role": "assistant", "content": sample.text}]
+        whole = [*sample.messages, *(sample.reply.messages or [{"role": "assistant", "content": sample.text}])]
         return str(self.tokenizer.apply_chat_template(whole, tokenize=False))

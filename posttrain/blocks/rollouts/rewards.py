@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("posttrain")
 F = TypeVar("F", bound=Callable[..., Any])
+ENVIRONMENT = "environment"
+"""Name of the part of rewards that an environment gives."""
 _blocks: dict[Callable[..., Any], type] = {}
 
 
@@ -196,8 +198,16 @@ def named(rewards: Iterable[RewardBlock]) -> dict[str, RewardBlock]:
     return found
 
 
-def score(groups: list[Group], rewards: dict[str, RewardBlock], scorers: dict[str, Scorer]) -> None:
+def score(
+    groups: list[Group], rewards: dict[str, RewardBlock], scorers: dict[str, Scorer], environment: float = 0.0
+) -> None:
     """Let every reward say what the replies are worth, and add up what they said.
+
+    Args:
+        groups: with their samples.
+        rewards: by name.
+        scorers: what they have built.
+        environment: weight of what an environment has given for its conversations.
 
     Raises:
         TrainingError: a reward gives another number of numbers than there are replies.
@@ -216,11 +226,13 @@ def score(groups: list[Group], rewards: dict[str, RewardBlock], scorers: dict[st
         for group in groups:
             group.parts[name] = [next(checked) for _ in group.samples]
     for group in groups:
-        group.rewards = [_summed(group, i, rewards) for i in range(len(group.samples))]
+        if environment:
+            group.parts[ENVIRONMENT] = [reply.reward for reply in group.replies]
+        group.rewards = [_summed(group, i, rewards, environment) for i in range(len(group.samples))]
 
 
-def _summed(group: Group, i: int, rewards: dict[str, RewardBlock]) -> float | None:
-    total = 0.0
+def _summed(group: Group, i: int, rewards: dict[str, RewardBlock], environment: float) -> float | None:
+    total = environment * group.replies[i].reward if environment else 0.0
     for name, one in rewards.items():
         said = group.parts[name][i]
         if isinstance(said, Failure):

@@ -2,14 +2,17 @@
 
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from posttrain.batch import Batch
 from posttrain.blocks.losses.surrogate import Advantage
 from posttrain.blocks.rollouts.advantages import compare
-from posttrain.blocks.rollouts.groups import ask, ask_again, means_of
+from posttrain.blocks.rollouts.groups import asked, groups_in, keys_of, means_of, speak
 from posttrain.blocks.rollouts.ledger import EVALUATIONS, Rollouts
-from posttrain.blocks.rollouts.replies import Group
+from posttrain.blocks.rollouts.replies import Group, Reply
 from posttrain.blocks.rollouts.rewards import named, score
-from posttrain.interfaces import RewardBlock, SamplerBlock
+from posttrain.interfaces import EnvironmentBlock, RewardBlock, SamplerBlock
+from posttrain.runtime.launch import all_reduce
 
 if TYPE_CHECKING:
     from posttrain.run import Run
@@ -18,11 +21,25 @@ if TYPE_CHECKING:
 class Scored:
     """Replies to the prompts of a run, and what they are worth."""
 
-    def __init__(self, run: "Run", sampler: SamplerBlock, rewards: list[RewardBlock], seed: int) -> None:
-        self.run, self.rewards, self.seed = run, named(rewards), seed
-        self.speaker = sampler.build(run)
+    def __init__(
+        self, run: "Run", sampler: SamplerBlock, rewards: list[RewardBlock], seed: int,
+        environment: EnvironmentBlock | None = None, template_args: dict[str, Any] | None = None, resample: int = 0,
+    ) -> None:  # fmt: skip
+        self.run, self.rewards, self.seed, self.resample = run, named(rewards), seed, resample
+        self.speaker, self.answer = sampler.build(run), self.replies
+        self.weight = environment.weight if environment is not None else 0.0
+        if environment is not None:
+            from posttrain.blocks.rollouts.turns.conversations import Conversations
+
+            self.answer = Conversations(run, self.speaker, environment, template_args or {}).answers
         self.scorers = {name: one.build(run) for name, one in self.rewards.items()}
         self.rollouts, self.evaluations = Rollouts(run), Rollouts(run, EVALUATIONS)
+
+    def replies(
+        self, groups: list[Group], keys: list[tuple[int, ...]], n: int, temperature: float | None
+    ) -> list[list[Reply]]:
+        """Return n replies of one turn to each prompt."""
+        return self.speaker.sample([group.prompt for group in groups], keys, n, temperature)
 
     def groups(self, batches: list[Batch], n: int, advantage: Advantage) -> list[list[Group]]:
         """Return n replies to each prompt of a step, batch by batch, with their rewards and advantages.
@@ -30,17 +47,34 @@ class Scored:
         Raises:
             TrainingError: every reward of the step failed.
         """
-        groups = ask(self.run, self.speaker, batches, n, self.seed)
+        groups = asked(self.run, batches)
         every = [group for some in groups for group in some]
-        score(every, self.rewards, self.scorers)
+        key = self.seed, self.run.step
+        self.worth(every, [(*key, group.place) for group in every], n)
+        for again in range(1, self.resample + 1):
+            flat = [group for group in every if group.flat]
+            if not all_reduce(self.run.fabric, torch.tensor(float(len(flat)), device=self.run.fabric.device), "MAX"):
+                break
+            for group in flat:
+                group.rounds = again
+            self.worth(flat, [(*key, group.place, n, again) for group in flat], n)
         compare(every, advantage, self.run.fabric)
         self.rollouts.write(every, self.run.step + 1)
         return groups
 
+    def worth(self, groups: list[Group], keys: list[tuple[int, ...]], n: int) -> None:
+        """Give groups replies, and these their rewards."""
+        if self.resample:
+            for group in groups:
+                group.rounds = group.rounds or 0
+        speak(self.run, self.answer, groups, keys, n)
+        score(groups, self.rewards, self.scorers, self.weight)
+
     def means(self, batch: Batch, n: int, temperature: float | None = None) -> dict[str, Any]:
         """Return the mean rewards of n replies to each prompt of an evaluation, as terms."""
-        groups = ask_again(self.run, self.speaker, batch, n, self.seed, temperature)
-        score(groups, self.rewards, self.scorers)
+        groups = groups_in(batch)
+        speak(self.run, self.answer, groups, keys_of(groups, self.seed), n, temperature)
+        score(groups, self.rewards, self.scorers, self.weight)
         if batch.tokens:  # else it only keeps another rank company
             self.evaluations.write(groups, self.run.step)
         return means_of(groups)

@@ -1,9 +1,8 @@
 """Chat templates that ship with posttrain, for base models whose tokenizer has none."""
 
-from pathlib import Path
-
 from posttrain.errors import DataError
 from posttrain.registry import suggest
+from posttrain.values import expanded
 
 TEMPLATES = {
     "chatml": (
@@ -52,7 +51,7 @@ def template_text(chosen: str) -> str:
     if chosen in TEMPLATES:
         return TEMPLATES[chosen]
     try:
-        return Path(chosen).expanduser().read_text(encoding="utf-8")
+        return expanded(chosen).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(
             f"chat_template {chosen!r} is neither Jinja text, nor one that ships with posttrain "

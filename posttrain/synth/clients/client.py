@@ -87,6 +87,11 @@ class Synth:
         """Whether requests go into batches, at the price of batches."""
         return False
 
+    @property
+    def local(self) -> bool:
+        """Whether nothing is sent anywhere: then nothing is counted or paid."""
+        return False
+
     def body(self, model: str | None, messages: list[dict[str, Any]], given: dict[str, Any]) -> dict[str, Any]:
         """Return the body of a chat request."""
         if not model:

@@ -4,10 +4,7 @@ Everything is a function of the rows and the ledger. So a pipeline goes on where
 new, and gives the same rows each time. Every row that goes no further keeps the reason.
 """
 
-import json
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import attrs
@@ -18,10 +15,10 @@ from posttrain.interfaces import Checked, StepBlock
 from posttrain.registry import name_of
 from posttrain.synth.clients.client import Synth
 from posttrain.synth.ledger import results
-from posttrain.synth.ledger.keys import CHAT, canonical, in_order
 from posttrain.synth.ledger.session import Progress
 from posttrain.synth.pipelines.report import Report, rows_in
-from posttrain.synth.pipelines.rows import Chat, Drop, Reply, Row
+from posttrain.synth.pipelines.rows import Row
+from posttrain.synth.pipelines.work import Work, about, client_of, others_of, wave_name
 
 
 @attrs.frozen
@@ -93,24 +90,26 @@ class Pipeline:
         for number, step in enumerate(self.steps, 1):
             work = Work(step, client_of(step, client), f"{report.task}.{number}", incoming)
             stage = report.stage(number, name_of(type(step)) or type(step).__name__.lower())
-            while asked := work.ask():
-                task, again = work.tasks[-1], len(work.tasks) > 1
-                plan = work.client.plan(task)
-                say(f"{number} {stage.name:<13} {'asked again: ' if again else ''}{plan}")
-                if not send and plan.new:
-                    report.unfinished = f"step {number} ({stage.name}) has {plan.new:,} requests to send first"
-                    break
-                if send:
+            while not report.unfinished and work.ask():
+                stage.asked_again += work.redone
+                for payer, task in work.tasks(-1):
                     bounds = {"max_cost": _left(max_cost, spent), "max_requests": _left(max_requests, sent)}
-                    work.client.run(task, **bounds, wait=wait, retry_failed=retry_failed, progress=progress)
-                counts = work.client.status(task)
-                stage.count(counts, work.client.failures(task) if counts.failed else "")
-                stage.asked_again += asked if again else 0
-                spent, sent = spent + (counts.cost or 0.0), sent + plan.new
-                if missing := counts.total - counts.done - counts.failed:
-                    waiting = f"{missing:,} requests have no result yet, {counts.waiting:,} of them are in batches"
-                    report.unfinished = f"step {number} ({stage.name}): {waiting}"
-                    break
+                    plan = payer.plan(task)
+                    if not payer.local:
+                        say(f"{number} {stage.name:<13} {'asked again: ' if work.redone else ''}{plan}")
+                    if not send and plan.new:
+                        report.unfinished = f"step {number} ({stage.name}) has {plan.new:,} requests to send first"
+                        break
+                    if send:
+                        held = {} if payer.local else bounds
+                        payer.run(task, **held, wait=wait, retry_failed=retry_failed, progress=progress)
+                    counts = payer.status(task)
+                    stage.count(counts, payer.failures(task) if counts.failed else "", payer.local)
+                    spent, sent = spent + (counts.cost or 0.0), sent + (0 if payer.local else plan.new)
+                    if missing := counts.total - counts.done - counts.failed:
+                        waiting = f"{missing:,} requests have no result yet, {counts.waiting:,} of them are in batches"
+                        report.unfinished = f"step {number} ({stage.name}): {waiting}"
+                        break
             if report.unfinished:
                 break
             incoming = report.write(stage, work.made())
@@ -129,127 +128,9 @@ class Pipeline:
         """Yield (client, task) of every step that sends."""
         for number, step in enumerate(self.steps, 1):
             if step.panel:
-                for again in range(step.rounds + 1):
-                    yield client_of(step, client), again_name(f"{task}.{number}", again)
-
-
-@attrs.define
-class Work:
-    """One step at work on the rows in a file."""
-
-    step: StepBlock
-    client: Synth
-    """Where its requests go."""
-    task: str
-    incoming: Path
-    tasks: list[str] = attrs.field(factory=list)
-    """In the ledger: of what was asked first, then of what was asked again."""
-
-    def ask(self) -> int:
-        """Add what the step asks, or then what it asks again, to a task of its own; return how many requests it is."""
-        if len(self.tasks) > self.step.rounds:
-            return 0
-        name, count = again_name(self.task, len(self.tasks)), 0
-        self.client.begin_batch_task(name)
-        for chat in self.wanted():
-            self.client.add_request_to_batch_task(name, chat.endpoint, self.body(chat))
-            count += 1
-        if count:
-            self.tasks.append(name)
-        return count
-
-    def wanted(self) -> Iterator[Chat]:
-        """Yield what is to be asked next."""
-        if not self.tasks:
-            for row, place in rows_in(self.incoming):
-                with _about(place):
-                    yield from self.step.chats(row)
-            return
-        for _, _, pairs in self.answered():
-            for chat, reply in pairs:
-                if (again := self.step.again(chat, reply)) is not None:
-                    yield again
-
-    def body(self, chat: Chat) -> dict[str, Any]:
-        """Return the body of a request."""
-        if chat.endpoint == CHAT:
-            return self.client.body(chat.model, chat.messages, chat.body)
-        return {"model": chat.model, "messages": chat.messages, **chat.body}
-
-    def made(self) -> Iterator[Row | Drop]:
-        """Yield what the step makes of the rows."""
-        dropped: list[Drop] = []
-
-        def passed() -> Iterator[Row]:
-            for made in self.folded():
-                if isinstance(made, Drop):
-                    dropped.append(made)
-                else:
-                    yield made
-
-        for made in self.step.table(passed()):
-            yield from dropped
-            dropped.clear()
-            yield made
-        yield from dropped
-
-    def folded(self) -> Iterator[Row | Drop]:
-        """Yield what becomes of each row by itself, given the replies to what was asked about it."""
-        for row, place, pairs in self.answered():
-            with _about(place):
-                yield from self.step.fold(row, [reply for _, reply in pairs])
-
-    def answered(self) -> Iterator[tuple[Row, str, list[tuple[Chat, Reply]]]]:
-        """Yield each row, its place, and what was asked about it last with the reply to that."""
-        ledger = self.client.ledger
-        first, *later = [results.answers(ledger, ledger.find(name), name) for name in self.tasks] or [iter(())]
-        for row, place in rows_in(self.incoming):
-            with _about(place):
-                pairs = []
-                for chat in self.step.chats(row):
-                    reply = self.reply(chat, next(first, None))
-                    for answers in later:
-                        again = self.step.again(chat, reply)
-                        if again is None:
-                            break
-                        chat, reply = again, self.reply(again, next(answers, None))
-                    pairs.append((chat, reply))
-            yield row, place, pairs
-
-    def reply(self, chat: Chat, answer: Any) -> Reply:
-        """Return the reply to a request, which must be the very one that was sent.
-
-        Raises:
-            SynthError: it is not: the step's `chats` gave other requests than before.
-        """
-        if answer is None or answer[0] != chat.endpoint or not _same(answer[1], self.body(chat)):
-            raise SynthError(
-                f"{type(self.step).__name__}.chats() gave another request than when it was sent. It must be a function "
-                "of the row alone: no clock, no random numbers without a seed, no changing the row"
-            )
-        response = answer[2]
-        return Reply((response["response"] or {}).get("body"), response["error"])
-
-
-def again_name(task: str, number: int) -> str:
-    """Return the name of the task of what is asked for the n-th time again."""
-    return f"{task}+{number}" if number else task
-
-
-def client_of(step: StepBlock, home: Synth) -> Synth:
-    """Return where a step's requests go: all clients of a pipeline keep them in one ledger."""
-    own = getattr(step, "client", None)
-    if own is None:
-        return home
-    if not isinstance(own, Synth):
-        raise SynthError(f"client: {type(own).__name__} is no client of posttrain.synth")
-    return attrs.evolve(own, work_dir=home.work_dir)
-
-
-def _same(sent: bytes, body: dict[str, Any]) -> bool:
-    """Whether a body is the one that was sent, also if version 0.1 sent it with its keys in another order."""
-    wanted = canonical(in_order(body))
-    return sent == wanted or canonical(in_order(json.loads(sent))) == wanted
+                known = {"": client_of(step, client), **others_of(step, client)}
+                for wave in range(step.rounds + 1):
+                    yield from ((one, wave_name(f"{task}.{number}", wave, whom)) for whom, one in known.items())
 
 
 def _left(bound: Any, used: Any) -> Any:
@@ -262,17 +143,8 @@ def rows_to_begin_with(rows: Source | Iterable[Row]) -> Iterator[Row]:
         (row, f"row {number}") for number, row in enumerate(rows, 1)
     )  # fmt: skip
     for row, place in read:
-        with _about(place):
+        with about(place):
             if not isinstance(row, dict):
                 raise DataError(f"a row is an object of columns, not a {type(row).__name__}")
             results.line(row)
         yield row
-
-
-@contextmanager
-def _about(place: str) -> Iterator[None]:
-    """Say which row an error is about."""
-    try:
-        yield
-    except DataError as error:
-        raise DataError(f"{place}: {error}") from error

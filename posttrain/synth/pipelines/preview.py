@@ -13,9 +13,10 @@ from posttrain.blocks.data.sources import Source
 from posttrain.synth.clients.client import Synth
 from posttrain.synth.ledger.keys import canonical
 from posttrain.synth.ledger.session import Progress
-from posttrain.synth.pipelines.pipeline import Pipeline, Work, client_of, rows_to_begin_with
+from posttrain.synth.pipelines.pipeline import Pipeline, rows_to_begin_with
 from posttrain.synth.pipelines.report import Report, dollars
 from posttrain.synth.pipelines.rows import Chat, Reply, Row, message_text
+from posttrain.synth.pipelines.work import Work, body_of, client_of
 
 LONGEST = 1500
 """Characters of a message that are shown."""
@@ -91,11 +92,12 @@ def preview(
         work = Work(asking, client_of(asking, now), f"{name}.{number}", incoming)
         while report.stages[number].requests and work.ask():  # what was asked, in the tasks of the ledger
             pass
-        if not work.tasks:
+        if not work.waves:
             continue
         steps.append((f"step {number} ({report.stages[number].name})", _exchanges(work)))
         payer = client_of(planned, client)
-        for done in work.tasks:
+        tasks = (wave[""] for wave in work.waves if "" in wave)
+        for done in tasks:
             for model, *used in now.ledger.usage(now.ledger.find(done)):
                 tokens += used[0] + used[1]
                 price = payer.prices.get(model)
@@ -116,7 +118,7 @@ def said(reply: Reply) -> str:
 def _exchanges(work: Work) -> list[tuple[Chat, list[Reply]]]:
     """Return what was asked, each request once with all that came back to it."""
     found = [pair for _, _, pairs in work.answered() for pair in pairs]
-    groups = groupby(found, key=lambda pair: canonical(work.body(pair[0])))
+    groups = groupby(found, key=lambda pair: canonical(body_of(work.clients[pair[0].to], pair[0])))
     listed = (list(group) for _, group in groups)
     return [(pairs[0][0], [reply for _, reply in pairs]) for pairs in listed]
 

@@ -45,11 +45,13 @@ class Stage:
     facts: dict[str, str | float] = attrs.field(factory=dict)
     """What else the step has to say."""
 
-    def count(self, counts: Counts, trouble: str) -> None:
-        """Take in how one of its tasks stands."""
-        self.requests += counts.total
+    def count(self, counts: Counts, trouble: str, local: bool = False) -> None:
+        """Take in how one of its tasks stands; what is answered here and not by a server counts for no request."""
         self.failed += counts.failed
         self.trouble = "\n".join(part for part in (self.trouble, trouble) if part)
+        if local:
+            return
+        self.requests += counts.total
         self.input_tokens += counts.input_tokens
         self.output_tokens += counts.output_tokens
         self.cost = None if self.cost is None or counts.cost is None else self.cost + counts.cost

@@ -1,7 +1,6 @@
 """What passes between the steps of a pipeline: rows of columns, requests, replies, and what is dropped."""
 
 import json
-import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -16,7 +15,6 @@ from posttrain.synth.ledger.replies import calls_of, reasoning_of, text_of
 Row = dict[str, Any]
 """Columns of plain JSON data."""
 Message = dict[str, Any]
-PLACE = re.compile(r"\{\{|\}\}|\{(\w+)\}")
 
 
 @attrs.frozen
@@ -29,6 +27,10 @@ class Chat:
     body: dict[str, Any] = attrs.field(factory=dict)
     """Everything else of the request."""
     endpoint: str = CHAT
+    to: str = ""
+    """Who answers, if not the step's client: a name of the step's `others`."""
+    about: Any = attrs.field(default=None, eq=False)
+    """What the step wants to find again beside the reply; it is not sent."""
 
 
 @attrs.frozen
@@ -38,6 +40,8 @@ class Reply:
     body: dict[str, Any] | None = None
     error: dict[str, Any] | None = None
     """`{"code", "message", ...}`, see `posttrain.synth.ledger.results`."""
+    chat: Chat | None = attrs.field(default=None, repr=False)
+    """What it answers."""
 
     @property
     def choice(self) -> dict[str, Any]:
@@ -101,19 +105,6 @@ def column(row: Mapping[str, Any], name: str) -> Any:
     if name not in row:
         raise DataError(f"there is no column {name!r}{suggest(name, row)} (columns: {', '.join(row)})")
     return row[name]
-
-
-def filled(template: str, row: Mapping[str, Any]) -> str:
-    """Put the columns of a row into a template.
-
-    >>> filled("{{{a}}}: {b}", {"a": 1, "b": "x{a}"})
-    '{1}: x{a}'
-    """
-
-    def value(found: re.Match[str]) -> str:
-        return found[0][0] if not found[1] else as_text(column(row, found[1]))
-
-    return PLACE.sub(value, template)
 
 
 def as_text(value: Any) -> str:

@@ -12,7 +12,8 @@ import attrs
 from posttrain.interfaces import SynthBlock
 from posttrain.registry import key
 from posttrain.synth.pipelines.pipeline import Pipeline
-from posttrain.synth.pipelines.rows import Chat, Drop, Reply, Row
+from posttrain.synth.pipelines.rows import Chat, Drop, Message, Reply, Row, asked
+from posttrain.synth.pipelines.templates import Syntax, filled, problem
 
 
 class Step:
@@ -29,19 +30,27 @@ class Step:
 
     @property
     def rounds(self) -> int:
-        """How often what `again` returns is asked."""
+        """How many waves of requests, of what `again` and `then` return, may follow the first one."""
         return 0
 
     def again(self, chat: Chat, reply: Reply) -> Chat | None:
         """Return what to ask in place of a reply that is of no use; None takes the reply."""
         return None
 
+    def then(self, row: Row, replies: list[Reply]) -> list[Chat]:
+        """Return what to ask next about a row, once all that was asked is answered; nothing ends it.
+
+        Called more than once, like `chats`: a function of the row and its replies alone.
+        """
+        return []
+
     def fold(self, row: Row, replies: list[Reply]) -> Iterable[Row | Drop]:
         """Return what becomes of a row.
 
         Args:
             row: not to be changed.
-            replies: one for each of `chats(row)`, in that order; failures included.
+            replies: one for each of `chats(row)`, then for each of what `then` returned, in that order; failures
+                included. `reply.chat` is what each answers.
         """
         return [row]
 
@@ -61,6 +70,11 @@ class Step:
     @property
     def sent(self) -> dict[str, Any]:
         """What every request holds besides model and messages."""
+        return {}
+
+    @property
+    def others(self) -> dict[str, SynthBlock]:
+        """Who answers besides the step's client: chats name them by `to`."""
         return {}
 
     def __or__(self, other: "Step | Pipeline") -> Pipeline:
@@ -122,4 +136,36 @@ class Template:
     role: str = key()
     """system, user or assistant."""
     content: str = key()
-    """Text; `{column}` stands for a column of the row, `{{` and `}}` for braces."""
+    """Text; `{column}` stands for a column of the row, `{{` and `}}` for braces. With `syntax: jinja`, Jinja."""
+
+
+@attrs.frozen(kw_only=True, slots=False)
+class Prompting(Step):
+    """Base of steps that make what they ask from a row."""
+
+    template: str | None = None
+    """The user's turn; `{column}` stands for a column. Without it, and without `messages`, the row's own `prompt` or
+    conversation is asked."""
+    messages: list[Template] = attrs.field(factory=list)
+    """The conversation to send, where one turn is not enough."""
+    syntax: Syntax = "braces"
+    """Of templates: `{column}`, or `jinja`, whose variables are the columns of the row. A column that a row lacks is an
+    error in both."""
+
+    def check(self) -> Iterator[tuple[str, str]]:
+        """Yield what contradicts, and templates that are none."""
+        if self.template is not None and self.messages:
+            yield "template", "is the user's turn of `messages`; give one of the two"
+        if self.template is not None and (wrong := problem(self.template, self.syntax)):
+            yield "template", wrong
+        for number, message in enumerate(self.messages):
+            if wrong := problem(message.content, self.syntax):
+                yield "messages", f"entry {number}: {wrong}"
+
+    def prompt(self, row: Row) -> list[Message]:
+        """Return the messages to send about a row."""
+        if self.template is not None:
+            return [{"role": "user", "content": filled(self.template, row, self.syntax)}]
+        if self.messages:
+            return [{"role": m.role, "content": filled(m.content, row, self.syntax)} for m in self.messages]
+        return asked(row)

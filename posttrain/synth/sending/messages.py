@@ -59,7 +59,7 @@ def to_wire(body: dict[str, Any]) -> dict[str, Any]:
 
 def turn(message: dict[str, Any]) -> tuple[str, list[dict[str, Any]]]:
     """Return (role, blocks) of a message."""
-    content = blocks(message.get("content"))
+    content = [*(message.get("thinking_blocks") or []), *blocks(message.get("content"))]
     if message["role"] == "tool":
         result = {"type": "tool_result", "tool_use_id": message.get("tool_call_id"), "content": content}
         return "user", [result]
@@ -119,6 +119,8 @@ def from_wire(reply: Any) -> Any:
     ]  # fmt: skip
     message: dict[str, Any] = {"role": "assistant", "content": text or None}
     message |= ({"reasoning_content": thought} if thought else {}) | ({"tool_calls": calls} if calls else {})
+    if calls and (signed := [b for b in found if b.get("type") in ("thinking", "redacted_thinking")]):
+        message["thinking_blocks"] = signed  # a model that goes on after its calls wants to see what it thought
     used = _object(reply.get("usage"))
     counts = {name: _count(used.get(name)) for name in ("input_tokens", "output_tokens", *CACHE)}
     given = sum(counts[name] for name in ("input_tokens", *CACHE))

@@ -7,6 +7,7 @@ from attrs.validators import gt
 
 from posttrain.blocks.data.rows.schemas import CHATS, REPLIES, Refused, conversation
 from posttrain.blocks.data.sources import Source
+from posttrain.blocks.rollouts.prompts import asked as asked_of
 from posttrain.errors import DataError, RecipeError
 from posttrain.hooks import after, before
 from posttrain.registry import block, key
@@ -125,15 +126,13 @@ def asked(source: Source, rows: int | None, system: str | None, wanted: str | No
         if number == rows:
             break
         try:
-            messages = conversation(row.values)["messages"]
+            prompt, answer = question(row.values)
         except (Refused, DataError) as error:
             raise RecipeError(f"{row.place}: {error}") from error
-        if messages[-1]["role"] != "assistant" and wanted is None:
+        if answer is None and wanted is None:
             raise RecipeError(
                 f"{row.place}: no reply at the end to compare with: say by --wanted in which column it is"
             )
-        answer = messages[-1]["content"] if messages[-1]["role"] == "assistant" else None
-        prompt = messages[:-1] if messages[-1]["role"] == "assistant" else messages
         if system is not None:
             prompt = [{"role": "system", "content": system}, *prompt]
         taken = {*CHATS, *REPLIES, *(name for replies in REPLIES.values() for name in replies), ID, "score", "model"}
@@ -141,3 +140,17 @@ def asked(source: Source, rows: int | None, system: str | None, wanted: str | No
         yield {"answer": answer, **kept, ID: number, "prompt": prompt}
     if number < 0:
         raise RecipeError(f"{source.label} holds no rows")
+
+
+def question(row: dict[str, Any]) -> tuple[list[dict[str, Any]], Any]:
+    """Return the messages to answer, and the right answer: the reply at the end, or the column `answer`, or None.
+
+    Raises:
+        Refused: the row asks nothing.
+        DataError: it fits no schema.
+    """
+    try:
+        *before, last = conversation(row)["messages"]
+    except Refused:  # a prompt without a reply, as for reinforcement learning
+        return asked_of(row)["messages"], row.get("answer")
+    return (before, last["content"]) if last["role"] == "assistant" else ([*before, last], row.get("answer"))

@@ -6,8 +6,9 @@ from typing import Any
 from attrs.validators import ge, min_len
 
 from posttrain.registry import block, key
-from posttrain.synth.pipelines.rows import Chat, Drop, Reply, Row, asked, column, filled, reply_text, transcript
+from posttrain.synth.pipelines.rows import Chat, Drop, Reply, Row, asked, column, reply_text, transcript
 from posttrain.synth.pipelines.step import PanelStep, asked_again
+from posttrain.synth.pipelines.templates import filled
 from posttrain.synth.steps.judge import SYSTEM
 from posttrain.synth.steps.verdicts import json_in, mark, structured, winner_in
 

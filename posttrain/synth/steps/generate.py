@@ -3,15 +3,14 @@
 from collections.abc import Iterable, Iterator
 from typing import Any, Literal
 
-import attrs
 from attrs.validators import ge, gt
 
 from posttrain.blocks.data.rows.schemas import CHATS
 from posttrain.errors import DataError
 from posttrain.registry import block, key
 from posttrain.synth.ledger.replies import calls_of, parsed, with_thoughts
-from posttrain.synth.pipelines.rows import Chat, Drop, Message, Reply, Row, as_text, asked, filled
-from posttrain.synth.pipelines.step import PanelStep, Template, asked_again
+from posttrain.synth.pipelines.rows import Chat, Drop, Message, Reply, Row, as_text
+from posttrain.synth.pipelines.step import PanelStep, Prompting, asked_again
 from posttrain.synth.steps.form import Form, Unfit, json_text
 
 TAKEN = ("prompt", "messages", "model", "finish_reason", "reasoning")
@@ -19,7 +18,7 @@ TAKEN = ("prompt", "messages", "model", "finish_reason", "reasoning")
 
 
 @block("step", "generate")
-class Generate(PanelStep):
+class Generate(Prompting, PanelStep):
     """Ask a model about each row.
 
     What comes out is the row with `prompt` (the messages that were sent), `response` (text), `model` and
@@ -27,11 +26,6 @@ class Generate(PanelStep):
     whole conversation is in `messages` instead of `prompt` and `response`.
     """
 
-    template: str | None = None
-    """The user's turn; `{column}` stands for a column. Without it, and without `messages`, the row's own `prompt` or
-    conversation is asked."""
-    messages: list[Template] = attrs.field(factory=list)
-    """The conversation to send, where one turn is not enough."""
     n: int = key(1, also=("samples",), check=gt(0))
     """Answers per row and model."""
     schema: Any = None
@@ -47,9 +41,8 @@ class Generate(PanelStep):
 
     def check(self) -> Iterator[tuple[str, str]]:
         """Yield what contradicts."""
-        yield from super().check()
-        if self.template is not None and self.messages:
-            yield "template", "is the user's turn of `messages`; give one of the two"
+        yield from PanelStep.check(self)
+        yield from Prompting.check(self)
         if self.schema is not None:
             if problem := self.form.problem():
                 yield "schema", problem
@@ -59,14 +52,6 @@ class Generate(PanelStep):
                 yield "body", "response_format means the same as `schema`; keep one of them"
         if "n" in self.body:
             yield "body", "n pays for several answers of which one is kept: give `n` of the step"
-
-    def prompt(self, row: Row) -> list[Message]:
-        """Return the messages to send about a row."""
-        if self.template is not None:
-            return [{"role": "user", "content": filled(self.template, row)}]
-        if self.messages:
-            return [{"role": m.role, "content": filled(m.content, row)} for m in self.messages]
-        return asked(row)
 
     def chats(self, row: Row) -> list[Chat]:
         """Return `n` equal requests for each model; equal ones in a task are samples, not repetitions."""

@@ -11,8 +11,9 @@ from typing import Any, Literal
 from attrs.validators import ge, min_len
 
 from posttrain.registry import block, key
-from posttrain.synth.pipelines.rows import Chat, Drop, Reply, Row, answered, filled, transcript
+from posttrain.synth.pipelines.rows import Chat, Drop, Reply, Row, answered, transcript
 from posttrain.synth.pipelines.step import PanelStep, asked_again
+from posttrain.synth.pipelines.templates import filled
 from posttrain.synth.steps.verdicts import mark, score_in, structured
 
 ASK = """\

@@ -6,6 +6,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
+import attrs
 from attrs.validators import gt
 
 from posttrain.errors import DataError
@@ -74,6 +75,28 @@ class Split(Step):
         found = items(as_text(column(row, self.column)))
         kept = {k: v for k, v in row.items() if k not in (self.column, "prompt", "model", "finish_reason", "reasoning")}
         return [{**kept, self.into: item} for item in found] or [Drop(row, "holds no list")]
+
+
+@block("step", "rename")
+class Rename(Step):
+    """Give columns other names, and leave columns out: what one step has answered is what the next one asks."""
+
+    columns: dict[str, str] = attrs.field(factory=dict)
+    """Column -> its new name; one that has this name already is replaced: `{response: prompt}`."""
+    drop: list[str] = attrs.field(factory=list)
+    """Columns to leave out; those that a row lacks are no matter."""
+
+    def check(self) -> Iterator[tuple[str, str]]:
+        """Yield what would lose a column."""
+        named = list(self.columns.values())
+        for name in sorted({name for name in named if named.count(name) > 1}):
+            yield "columns", f"two columns would be {name!r}"
+
+    def fold(self, row: Row, replies: list[Any]) -> Iterable[Row | Drop]:
+        """Return the row with its new names."""
+        moved = {new: column(row, old) for old, new in self.columns.items()}
+        gone = {*self.columns, *self.drop, *moved}
+        return [{**{name: value for name, value in row.items() if name not in gone}, **moved}]
 
 
 @block("step", "few-shot")

@@ -188,7 +188,15 @@ def _reply(reply: dict[str, Any]) -> str:
     parts = {**reply["rewards"], **reply["failed"]}
     more = "".join(f", {name} {_number(value)}" for name, value in parts.items()) if len(parts) > 1 else ""
     said = f"reward {_number(reply['reward'])}, advantage {_number(reply['advantage'])}{more}"
-    return f'<p class="label">{escape(said)}</p><pre>{escape(reply["text"][:LONGEST])}</pre>'
+    turns = reply.get("messages") or [{"content": reply["text"]}]
+    texts = (f"[{one['role']}] {_words(one)}" if len(turns) > 1 else reply["text"] for one in turns)
+    return f'<p class="label">{escape(said)}</p>' + "".join(f"<pre>{escape(text[:LONGEST])}</pre>" for text in texts)
+
+
+def _words(message: dict[str, Any]) -> str:
+    """Return what a message of a conversation says, with the tools that it calls."""
+    calls = (json.dumps(call["function"], ensure_ascii=False) for call in message.get("tool_calls") or [])
+    return "\n".join([str(message.get("content") or ""), *calls]).strip()
 
 
 def _number(value: Any) -> str:

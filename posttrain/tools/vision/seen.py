@@ -15,7 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from posttrain.batch import Batch, Extra, Layout
 from posttrain.blocks.data.data import Data
-from posttrain.blocks.data.encode import apart
+from posttrain.blocks.data.encoding.encoders import apart
 from posttrain.blocks.data.rows.refused import Refused
 from posttrain.blocks.data.sources import Source
 from posttrain.blocks.images.arrange import IMAGES

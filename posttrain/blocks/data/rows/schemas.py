@@ -85,12 +85,22 @@ class Reading:
                 if isinstance(each, dict):
                     self.found.update(f"{name}.{key}" for key in each.keys() - self.keys if filled(each[key]))
 
+    def add(self, other: "Reading") -> None:
+        """Add what was read elsewhere of the same source."""
+        self.schemas.update(other.schemas)
+        self.read |= other.read
+        self.found |= other.found
+
     def summary(self) -> dict[str, Any]:
         """Return what the ledger says; nothing if only the data block knows what it reads."""
         if not self.schemas:
             return {}
         read = [name for name in self.read if name in self.found]
-        return {"schema": " and ".join(self.schemas), "read": sorted(read), "unused": sorted(self.found - self.read)}
+        return {
+            "schema": " and ".join(sorted(self.schemas)),
+            "read": sorted(read),
+            "unused": sorted(self.found - self.read),
+        }
 
 
 def filled(value: Any) -> bool:

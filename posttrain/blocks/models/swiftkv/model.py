@@ -40,6 +40,8 @@ class SwiftKVModel(HFModel):
                 "quantize",
                 "has no place here: the student's weights are exported with those of the teacher",
             )
+        if self.qat is not None:
+            yield "qat", "has no place here: the teacher's weights, which the student shares, are not trained"
 
     def configured(self, config: Any) -> Any:
         """Return the configuration of the network with a student.

@@ -13,7 +13,7 @@ from posttrain.blocks.data.sources import Source
 from posttrain.registry import block, key
 from posttrain.synth.pipelines.rows import Drop, Row, texts
 from posttrain.synth.pipelines.step import Step
-from posttrain.synth.steps.dedup import words
+from posttrain.synth.steps.alike.dedup import words
 
 
 @block("step", "decontaminate")

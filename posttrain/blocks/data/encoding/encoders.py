@@ -1,17 +1,14 @@
 """Rows -> token ids, and which of them are supervised. Text is tokenized here and nowhere else."""
 
-import hashlib
-import inspect
 import json
-import marshal
 import re
 from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
+from typing import Any, Protocol, TypeAlias
 
 import attrs
 
+from posttrain.blocks.data.encoding.fingerprints import code_of, hash_of, tokenizer_text
 from posttrain.blocks.data.rows.chat import ChatRenderer, Rendered, special_tokens
 from posttrain.blocks.data.rows.media import images_of
 from posttrain.blocks.data.rows.messages import Refused
@@ -20,9 +17,6 @@ from posttrain.blocks.data.rows.schemas import Reading, Sample, Schema
 from posttrain.blocks.data.rows.sight import Sight, bare, boxed, numbered
 from posttrain.blocks.images.arrange import IMAGES
 from posttrain.blocks.layout import Columns, Document, Example
-
-if TYPE_CHECKING:
-    pass
 
 ACCESS = re.compile(r"""(?:\.|\[["']|get\(["'])(\w+)""")
 """How a template takes a key of a message: `m.name`, `m['name']`, `m.get('name')`."""
@@ -130,7 +124,7 @@ class ChatEncoder:
             renderer.last_turn_only, renderer.split_turns, *(["no empty thoughts"] * renderer.ignore_empty_think),
         ]  # fmt: skip
         seen = [] if self.sight is None else [self.sight.fingerprint()]
-        return _hash(
+        return hash_of(
             tokenizer_text(renderer.tokenizer), json.dumps(said, default=str), *self.sides, code_of(self.sample), *seen
         )
 
@@ -246,7 +240,7 @@ class TextEncoder:
 
     def fingerprint(self) -> str:
         """Return a hash of everything that decides what a row becomes."""
-        return _hash(tokenizer_text(self.tokenizer), repr([self.column, self.bos, self.eos]))
+        return hash_of(tokenizer_text(self.tokenizer), repr([self.column, self.bos, self.eos]))
 
     def _text(self, row: Values) -> str | Refused:
         text = row.get(self.column)
@@ -314,33 +308,3 @@ def readable(encoding: Any, text: str) -> Iterator[str]:
     for start, end in encoding.offsets:
         yield text[max(start, shown) : end]
         shown = max(shown, end)
-
-
-def tokenizer_text(tokenizer: Any) -> str:
-    """Return everything that a tokenizer is made of."""
-    return str(tokenizer.backend_tokenizer.to_str()) + repr(sorted(tokenizer.special_tokens_map.items()))
-
-
-def code_of(method: Callable[..., Any]) -> str:
-    """Return what identifies code that a user may have written: the files of its classes, or else their bytecode.
-
-    Whole files, because a method calls what stands beside it. Ours do not count: `store.FORMAT` stands for them.
-    """
-    owner = type(method.__self__) if inspect.ismethod(method) else method
-    classes = inspect.getmro(owner) if inspect.isclass(owner) else (owner,)
-    return "\n".join(
-        _code(item) for item in classes if item.__module__.partition(".")[0] not in ("builtins", "posttrain")
-    )
-
-
-def _code(item: Any) -> str:
-    try:
-        return Path(inspect.getfile(item)).read_text(encoding="utf-8")
-    except (OSError, TypeError):  # typed at a prompt or into a notebook
-        functions = vars(item).items() if inspect.isclass(item) else [(item.__qualname__, item)]
-        code = [(name, marshal.dumps(f.__code__)) for name, f in functions if inspect.isfunction(f)]
-        return hashlib.sha256(repr(sorted(code)).encode()).hexdigest()
-
-
-def _hash(*parts: str) -> str:
-    return hashlib.sha256("\0".join(parts).encode("utf-8", "surrogatepass")).hexdigest()

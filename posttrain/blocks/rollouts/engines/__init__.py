@@ -1,0 +1,5 @@
+"""Engines beside the trainer that say the replies: vLLM.
+
+`weights` writes what the trainer holds, `wire` speaks with a server, `served` is the sampler that keeps both in step
+and lets the engine prove it, and `vllm` is its block.
+"""

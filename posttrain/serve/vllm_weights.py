@@ -1,0 +1,102 @@
+"""Weights from a folder that trainer and vLLM share: an engine of vLLM's own weight-transfer API, also where there is
+no NCCL, such as on a CPU.
+
+    VLLM_SERVER_DEV_MODE=1 vllm serve MODEL --enable-scale-out --logprobs-mode processed_logprobs \
+        --weight-transfer-config '{"backend": "posttrain"}'
+
+The trainer writes the files of a checkpoint, and says what each tensor must hash to. Tried with vLLM 0.32 on CPUs.
+"""
+
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from vllm.distributed.weight_transfer.base import (
+    WeightTransferEngine,
+    WeightTransferInitInfo,
+    WeightTransferUpdateInfo,
+)
+
+BACKEND = "posttrain"
+
+
+@dataclass
+class Begin(WeightTransferInitInfo):
+    """There is nothing to agree on."""
+
+
+@dataclass
+class Update(WeightTransferUpdateInfo):
+    """Where the weights are."""
+
+    folder: str
+    digests: dict[str, str] = field(default_factory=dict)
+    """SHA-256 of the bytes of each tensor, by name."""
+
+
+class FolderEngine(WeightTransferEngine[Begin, Update]):
+    """Loads safetensors in the form of a checkpoint, tensor by tensor."""
+
+    init_info_cls = Begin
+    update_info_cls = Update
+
+    def init_transfer_engine(self, init_info: Begin) -> None:
+        """There is nothing to set up."""
+
+    def start_weight_update(self) -> None:
+        """Let layers take weights in the form of a checkpoint again."""
+        from vllm.model_executor.model_loader.reload import initialize_layerwise_reload
+
+        initialize_layerwise_reload(self.model)
+
+    def update_weights(self, update_info: dict[str, Any]) -> None:
+        """Load the weights; on a CPU there is nothing to wait for."""
+        self.receive_weights(self.parse_update_info(update_info))
+        if self.device.type != "cpu":
+            torch.accelerator.synchronize()
+
+    def receive_weights(self, update_info: Update) -> None:
+        """Load the weights, and see that they are those that the trainer wrote, and all of them.
+
+        Raises:
+            ValueError: a tensor is another one, or missing.
+        """
+        wanted = {name for name, _ in self.model.named_parameters()}
+        loaded = self.model.load_weights(self.read(update_info))
+        if loaded is not None and self.model_config.quantization is None and (missing := sorted(wanted - loaded)):
+            raise ValueError(f"posttrain: the trainer sent nothing for {missing[0]} ({len(missing)} such in all)")
+
+    def read(self, update_info: Update) -> Iterator[tuple[str, torch.Tensor]]:
+        """Yield the tensors of a folder."""
+        from safetensors import safe_open
+
+        left = dict(update_info.digests)
+        for file in sorted(Path(update_info.folder).glob("*.safetensors")):
+            with safe_open(file, "pt") as content:
+                for name in content.keys():  # noqa: SIM118 - it is no dict
+                    tensor = content.get_tensor(name)
+                    if left.pop(name, None) != digest(tensor):
+                        raise ValueError(f"posttrain: the tensor {name} is not what the trainer wrote to {file}")
+                    yield name, tensor.to(self.device)
+        if left:
+            raise ValueError(
+                f"posttrain: the tensor {min(left)} is not in {update_info.folder}: is it a shared folder?"
+            )
+
+    def finish_weight_update(self) -> None:
+        """Let layers compute again."""
+        from vllm.model_executor.model_loader.reload import finalize_layerwise_reload
+
+        finalize_layerwise_reload(self.model, self.model_config)
+
+    def shutdown(self) -> None:
+        """There is nothing to release."""
+
+
+def digest(tensor: torch.Tensor) -> str:
+    """Return the SHA-256 of a tensor's bytes."""
+    data: Any = tensor.contiguous().view(-1).view(torch.uint8).numpy()
+    return hashlib.sha256(data).hexdigest()

@@ -1,0 +1,147 @@
+"""Reinforcement learning with a real vLLM on the CPU as the sampler: it holds the weights of every step, and proves it."""
+
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent))
+from test_synth import save, serve
+
+from posttrain import JSONL, AdamW, Constant, GRPOTrainer, HFModel, LoRA, PromptData, VllmServerSampler
+from posttrain.blocks.rollouts.engines import served
+from posttrain.blocks.rollouts.engines.weights import digests, write
+from posttrain.errors import TrainingError
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save(tmp_path_factory.mktemp("policy"), rewards=False)
+
+
+@pytest.fixture(scope="module")
+def server(model: Path) -> Iterator[str]:
+    yield from serve(
+        model, "--enable-scale-out", "--logprobs-mode", "processed_logprobs", "--weight-transfer-config",
+        '{"backend": "posttrain"}', VLLM_SERVER_DEV_MODE="1",
+    )  # fmt: skip
+
+
+def vowels(prompt: str, reply: str, row: dict[str, Any]) -> float:
+    return sum(map(reply.count, "aeiou")) / (1 + len(reply))
+
+
+def train(folder: Path, model: Path, url: str, **keys: Any) -> Any:
+    source = folder.parent / "prompts.jsonl"
+    source.write_text("".join(json.dumps({"prompt": f"say {n}"}) + "\n" for n in range(4)))
+    sampling = {"max_new_tokens": 12, "tolerance": 1e-4, "temperature": 0.8, **keys.pop("sampling", {})}
+    trainer = GRPOTrainer(
+        model=keys.pop("policy", HFModel(name_or_path=str(model))),
+        data=PromptData(sources=[source], cache_dir=folder.parent / "cache"),
+        sampler=VllmServerSampler(base_url=url, **sampling), rewards=[vowels], group_size=4, micro_batch_size=4,
+        optimizer=AdamW(lr=1e-2), scheduler=Constant(), logger=[JSONL()], checkpoint=[], log_every=1,
+        accelerator="cpu", output_dir=folder, **{"max_steps": 4, **keys},
+    )  # fmt: skip
+    return trainer.train()
+
+
+def lines(folder: Path) -> list[dict[str, float]]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_steps_are_sampled_by_an_engine_that_holds_the_weights_of_each(
+    tmp_path: Path, model: Path, server: str
+) -> None:
+    run = train(tmp_path / "run", model, server)
+    found = lines(tmp_path / "run")
+    assert [line["step"] for line in found] == [1, 2, 3, 4]
+    for line in found:
+        assert line["sampler/gap"] < 1e-4
+        assert line["sampler/probe"] < 1e-4
+        assert line["policy/moved"] == 0.0
+    version = httpx.get(f"{server}/weight_info").json()["weight_version"]
+    assert version.endswith("-4")
+    network, ids = run.model.module.base, [7, 8, 9, 10]
+    assert abs(said(server, ids) - truth(network, ids)).max() > 1e-2  # it holds the weights before the last update
+
+
+def test_adapters_are_merged_on_the_way(tmp_path: Path, model: Path, server: str) -> None:
+    lora = HFModel(name_or_path=str(model), lora=LoRA(r=4, alpha=64))
+    run = train(tmp_path / "run", model, server, policy=lora)
+    assert max(line["sampler/gap"] for line in lines(tmp_path / "run")) < 1e-4
+    assert [name for name, p in run.model.named_parameters() if p.requires_grad and "lora" not in name] == []
+
+
+def said(server: str, ids: list[int]) -> torch.Tensor:
+    asked = {"token_ids": ids, "sampling_params": {"max_tokens": 1, "prompt_logprobs": 0}}
+    found = httpx.post(f"{server}/inference/v1/generate", json=asked).json()["prompt_logprobs"]
+    return torch.tensor([one[str(token)]["logprob"] for one, token in zip(found[1:], ids[1:], strict=True)])
+
+
+@torch.no_grad()
+def truth(network: Any, ids: list[int]) -> torch.Tensor:
+    logits = network(input_ids=torch.tensor([ids])).logits[0].log_softmax(-1)
+    return logits[:-1].gather(1, torch.tensor(ids[1:])[:, None])[:, 0]
+
+
+def test_after_a_transfer_the_engine_says_what_the_new_weights_say(tmp_path: Path, model: Path, server: str) -> None:
+    seen: list[float] = []
+    transfer, ids = served.Served.transfer, [7, 8, 9, 10]
+
+    def compared(self: Any, probe: list[int]) -> None:
+        network = self.run.model.module.base
+        before = said(server, ids)
+        transfer(self, probe)
+        seen.append(float((said(server, ids) - truth(network, ids)).abs().max()))
+        seen.append(float((before - truth(network, ids)).abs().max()))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(served.Served, "transfer", compared)
+        train(tmp_path / "run", model, server)
+    assert max(seen[0::2]) < 1e-4
+    assert min(seen[3::2]) > 1e-2  # each step had moved them
+
+
+def test_a_transfer_that_leaves_a_tensor_out_of_step_ends_the_run(tmp_path: Path, model: Path, server: str) -> None:
+    """What is sent is whole, and its digests are right; but a tensor of it is that of an earlier step."""
+    from safetensors.torch import load_file, save_file
+
+    old: dict[str, torch.Tensor] = {}
+    name = "model.layers.1.mlp.down_proj.weight"
+
+    def stale(run: Any, folder: Path) -> dict[str, str]:
+        made = write(run, folder)
+        file = folder / "model.safetensors"
+        tensors = load_file(file)
+        old.setdefault(name, tensors[name].clone())
+        if run.step == 2:
+            save_file({**tensors, name: old[name]}, file, metadata={"format": "pt"})
+            return digests(folder)
+        return made
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(served, "write", stale)
+        with pytest.raises(TrainingError, match=r"was sent the weights of step 2, .* differ from the trainer's by"):
+            train(tmp_path / "run", model, server)
+
+
+def test_files_that_were_changed_on_the_way_are_named(tmp_path: Path, model: Path, server: str) -> None:
+    from safetensors.torch import load_file, save_file
+
+    def damaged(run: Any, folder: Path) -> dict[str, str]:
+        made = write(run, folder)
+        tensors = load_file(folder / "model.safetensors")
+        tensors["model.norm.weight"][3] += 1e-3
+        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+        return made
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(served, "write", damaged)
+        with pytest.raises(TrainingError, match=r"the tensor model.norm.weight is not what the trainer wrote"):
+            train(tmp_path / "run", model, server)
+    train(tmp_path / "again", model, server, max_steps=1)  # and the server can still be used
