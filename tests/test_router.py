@@ -139,10 +139,15 @@ def load_of(line: dict[str, float]) -> dict[str, float]:
     return {name: value for name, value in line.items() if name.startswith("expert_load/")}
 
 
-@pytest.mark.parametrize("way", [{}, {"activation_checkpointing": True}], ids=["kept", "recomputed"])
-def test_the_load_of_experts_is_what_their_routers_chose_for_tokens_that_are_no_padding(way: dict[str, Any]) -> None:
+RECOMPUTED = {"activation_checkpointing": True}
+
+
+@pytest.mark.parametrize(("kind", "way"), [("mixtral", {}), ("mixtral", RECOMPUTED), ("gpt_oss", {})])
+def test_the_load_of_experts_is_what_their_routers_chose_for_tokens_that_are_no_padding(
+    kind: str, way: dict[str, Any]
+) -> None:
     torch.manual_seed(0)
-    net: Any = model(router_aux_loss=0.0, **way).build(None)  # type: ignore[arg-type]
+    net: Any = model(kind, router_aux_loss=0.0, **way).build(None)  # type: ignore[arg-type]
     net(lay(ROWS, 0)).backward()
     found = net.after_update(lambda x: x, made=True)
     expected = torch.zeros(len(net.load.found), 4)
@@ -212,6 +217,18 @@ def test_biases_even_the_load_out(tmp_path: Path) -> None:
         made.train()
         last[rate] = sum(line["expert_load/most"] for line in metrics(tmp_path / str(rate))[-5:]) / 5
     assert last[0.02] < last[0.0] - 0.05, last
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # torch.compile's own
+def test_the_load_is_counted_in_compiled_layers(tmp_path: Path) -> None:
+    torch.compiler.reset()
+    plain = run_of(tmp_path / "plain", block=model())
+    way: dict[str, Any] = {"compile": "eager", "activation_checkpointing": True}
+    run_of(tmp_path / "compiled", block=model(**way))
+    assert "expert_load/most" in plain.last
+    for one, other in zip(metrics(tmp_path / "plain"), metrics(tmp_path / "compiled"), strict=True):
+        assert one == pytest.approx(other, rel=1e-4, abs=1e-5)
 
 
 def test_biases_that_are_not_there_cannot_move() -> None:

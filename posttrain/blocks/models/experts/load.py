@@ -47,7 +47,7 @@ def mixtures(hf: nn.Module) -> list[Mixture]:
     return [
         Mixture(part, *chosen_by(parts[name.rpartition(".")[0]], part))
         for name, part in parts.items()
-        if "top_k_index" in inspect.signature(part.forward).parameters
+        if "is_transposed" in vars(part)  # as all that transformers computes with one product
     ]
 
 
@@ -89,7 +89,8 @@ class Load:
                 value = one.bias.detach().clone()  # a buffer is what checkpoints keep, and no strategy takes apart
                 delattr(one.owner, one.name)
                 one.owner.register_buffer(one.name, value)  # type: ignore[union-attr]
-            note = functools.partial(self.note, number)
+            _, which, *_ = inspect.signature(one.experts.forward).parameters
+            note = functools.partial(self.note, number, which)
             one.experts.register_forward_pre_hook(note, with_kwargs=True)
 
     def begin(self, layout: Layout) -> None:
@@ -115,9 +116,9 @@ class Load:
             self.totals = [a + b for a, b in zip(self.totals, self.given, strict=True)] if self.totals else self.given
             self.given = [torch.zeros_like(one) for one in self.given]  # what is computed again goes there
 
-    def note(self, number: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def note(self, number: int, which: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Count what the experts of a layer are given."""
-        index = args[1] if len(args) > 1 else kwargs["top_k_index"]  # [tokens, k]
+        index = args[1] if len(args) > 1 else kwargs[which]  # [tokens, k]
         if self.real is not None and len(index) == len(self.real):
             self.given[number].index_add_(0, index.flatten(), self.real.repeat_interleave(index.shape[1]))
 
