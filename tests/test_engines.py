@@ -175,7 +175,7 @@ def test_the_likeliest_reply_is_asked_for_once(tmp_path: Path, tiny_model: Path,
     [
         (("stale",), r"was sent the weights of step 1, .*differ from the trainer's by .*it held other numbers in "
                      r"model.layers.1.mlp.down_proj.weight .1 such"),
-        (("old version",), "has sampled with the weights default and not with .*A server serves one run"),
+        (("old version",), "has sampled with the weights default and not with .*An engine serves one run"),
         (("/start_weight_update",), "has no /start_weight_update; start it with\n  VLLM_SERVER_DEV_MODE=1 vllm serve"),
         (("/inference/v1/generate",), "has no /inference/v1/generate; start it with\n .*--enable-scale-out"),
         (("raw",), "differ .* before the temperature; start it with --logprobs-mode processed_logprobs"),
@@ -207,7 +207,7 @@ def test_a_server_that_is_not_there_is_named_with_how_to_start_one(tmp_path: Pat
 
 
 @pytest.mark.parametrize(
-    ("keys", "said"), [({"temperature": 0.001}, "0.01 or more"), ({"base_url": []}, "base_url")],
+    ("keys", "said"), [({"temperature": 0.001}, "temperature"), ({"base_url": []}, "base_url")],
 )  # fmt: skip
 def test_what_an_engine_cannot_do_is_said_before_training(
     tmp_path: Path, tiny_model: Path, keys: dict[str, Any], said: str
