@@ -137,6 +137,8 @@ def test_a_server_says_what_is_trained_and_is_sent_the_weights_of_every_step(
 ) -> None:
     server = serve()
     heat = {"temperature": keys.pop("temperature")} if "temperature" in keys else {}
+    left = tmp_path / "run" / "weights" / "0123abcd-7"
+    left.mkdir(parents=True)  # as a kill may leave it
     run = grpo(tmp_path / "run", tiny_model, sampler=sampler(server, **heat), max_steps=3, **keys).train()
     assert server.calls["/update_weights"] == 4  # one for each step, and one for the evaluation at the end
     assert server.calls["/init_weight_transfer_engine"] == 1

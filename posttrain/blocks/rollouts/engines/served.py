@@ -59,6 +59,9 @@ class Served:
         self.folder = (block.folder or run.output_dir / "weights").absolute()
         self.watch, self.version, self.sent = Watch(run), "", 0
         self.name = run.fabric.broadcast(uuid.uuid4().hex[:8])
+        if block.folder is None and run.fabric.is_global_zero:
+            for left in self.folder.glob(f"{'[0-9a-f]' * 8}-*"):  # by a process that was killed
+                shutil.rmtree(left, ignore_errors=True)
 
     def sample(
         self, prompts: list[list[int]], keys: list[tuple[int, ...]], n: int, temperature: float | None = None
@@ -131,6 +134,7 @@ class Served:
                 if self.sent == 1:
                     engine.begin()
                 engine.update(place, digests, self.version)
+                self.run.watchdog.beat()
         except TrainingError as error:
             return str(error)
         return None
