@@ -139,11 +139,11 @@ def test_a_server_says_what_is_trained_and_is_sent_the_weights_of_every_step(
     heat = {"temperature": keys.pop("temperature")} if "temperature" in keys else {}
     left = tmp_path / "run" / "weights" / "0123abcd-7"
     left.mkdir(parents=True)  # as a kill may leave it
-    run = grpo(tmp_path / "run", tiny_model, sampler=sampler(server, **heat), max_steps=3, **keys).train()
-    assert server.calls["/update_weights"] == 4  # one for each step, and one for the evaluation at the end
+    run = grpo(tmp_path / "run", tiny_model, sampler=sampler(server, **heat), max_steps=2, group_size=2, **keys).train()
+    assert server.calls["/update_weights"] == 3  # one for each step, and one for the evaluation at the end
     assert server.calls["/init_weight_transfer_engine"] == 1
-    assert server.calls["/pause"] == server.calls["/resume"] == 4
-    for line in metrics(tmp_path / "run")[:3]:
+    assert server.calls["/pause"] == server.calls["/resume"] == 3
+    for line in metrics(tmp_path / "run")[:2]:
         assert line["sampler/gap"] < 1e-5
         assert line["sampler/probe"] < 1e-5
         assert line["policy/moved"] == 0.0
@@ -158,7 +158,7 @@ def test_every_reply_has_random_numbers_of_its_own_and_a_key_gives_the_same(
     tmp_path: Path, tiny_model: Path, serve: Any
 ) -> None:
     for name in ("one", "two"):
-        grpo(tmp_path / name, tiny_model, sampler=sampler(serve(), serve()), max_steps=1).train()
+        grpo(tmp_path / name, tiny_model, sampler=sampler(serve(), serve()), max_steps=1, group_size=2).train()
     assert replies(tmp_path / "one") == replies(tmp_path / "two")
     every = [tuple(ids) for *_, group in replies(tmp_path / "one") for ids in group]
     assert len(set(every)) == len(every)
@@ -187,7 +187,7 @@ def test_a_server_that_does_not_hold_the_weights_ends_the_run(
     tmp_path: Path, tiny_model: Path, serve: Any, faults: tuple[str, ...], said: str
 ) -> None:
     with pytest.raises(TrainingError, match=said):
-        grpo(tmp_path / "run", tiny_model, sampler=sampler(serve(*faults), temperature=0.7)).train()
+        grpo(tmp_path / "run", tiny_model, sampler=sampler(serve(*faults), temperature=0.7), group_size=2).train()
 
 
 def test_a_server_that_computes_something_else_is_told_from_one_with_other_weights(

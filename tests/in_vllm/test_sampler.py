@@ -157,6 +157,30 @@ def test_files_that_were_changed_on_the_way_are_named(tmp_path: Path, model: Pat
     train(tmp_path / "again", model, server, max_steps=1)  # and the server can still be used
 
 
+def test_a_server_of_another_model_is_told_from_its_weights(tmp_path: Path, model: Path, server: str) -> None:
+    from cases import SHAPE, spread
+    from conftest import byte_tokenizer
+    from test_synth import CHATML
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = {**SHAPE, "pad_token_id": 0, "num_hidden_layers": 2, "vocab_size": 261, "max_position_embeddings": 1024}
+    for change, said in (
+        (
+            {"hidden_size": 128, "head_dim": 16},
+            "these weights do not fit the model that is served here .AssertionError",
+        ),
+        ({"num_hidden_layers": 1}, "the trainer sent nothing for model.layers.1.input_layernorm.weight .6 such"),
+        ({"num_hidden_layers": 3}, "these weights do not fit the model .*layers.2"),
+        ({"rms_norm_eps": 0.1}, "all 15 tensors are as they were sent, so that it computes something else"),
+    ):
+        other = tmp_path / next(iter(change))
+        spread(LlamaForCausalLM(LlamaConfig(**{**config, **change}))).save_pretrained(other)
+        byte_tokenizer(CHATML).save_pretrained(other)
+        with pytest.raises(TrainingError, match=said):
+            train(other / "run", other, server, max_steps=1)
+    train(tmp_path / "again", model, server, max_steps=1)  # and the server can still be used
+
+
 def test_an_engine_in_the_process_of_the_trainer_holds_the_weights_of_each_step(tmp_path: Path, model: Path) -> None:
     """In a process of its own: an engine cannot be taken down cleanly."""
     script = (

@@ -151,9 +151,11 @@ class Served:
         ((reply,),) = engine.answers([(prompt, sampling)], self.version, self.run.watchdog.beat)
         said = np.array(reply.log_probs)
         gap = float(np.abs(said - self.log_probs(prompt, reply.ids, temperature)).mean())
-        if temperature != 1.0 and float(np.abs(said - self.log_probs(prompt, reply.ids, 1.0)).mean()) < gap:
-            return gap, "it gives those before the temperature; start it with --logprobs-mode processed_logprobs"
-        return gap, ""
+        if temperature == 1.0:
+            return gap, ""
+        before = float(np.abs(said - self.log_probs(prompt, reply.ids, 1.0)).mean())
+        told = "it gives those before the temperature; start it with --logprobs-mode processed_logprobs"
+        return gap, told if before <= self.block.tolerance else ""
 
     def log_probs(self, prompt: list[int], ids: list[int], temperature: float) -> np.ndarray:
         """Return what the trainer itself says of a reply, [tokens]; all ranks ask together."""

@@ -41,9 +41,7 @@ class Server:
         self.concurrency = concurrency
         self.url = url.rstrip("/").removesuffix("/v1")
         headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
-        self.http = httpx.Client(
-            base_url=self.url, headers=headers, timeout=timeout, transport=httpx.HTTPTransport(retries=3)
-        )
+        self.http = httpx.Client(base_url=self.url, headers=headers, timeout=timeout)
         weakref.finalize(self, self.http.close)
 
     def post(self, path: str, body: Any = None, **query: str) -> Any:
@@ -65,7 +63,9 @@ class Server:
         if answer.status_code in (404, 405):
             raise TrainingError(f"vLLM at {self.url} has no {path}; start it with\n  {START}")
         if answer.status_code != 200:
-            raise TrainingError(f"vLLM at {self.url} answers {path} with {answer.status_code}: {answer.text[:500]}")
+            hint = f"; start it with\n  {START}" if "weight_transfer_config" in answer.text else ""
+            text = f"{answer.status_code}: {answer.text[:500]}"
+            raise TrainingError(f"vLLM at {self.url} answers {path} with {text}{hint}")
         try:
             return answer.json()
         except ValueError:
