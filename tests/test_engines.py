@@ -5,6 +5,7 @@ in tests/in_vllm.
 """
 
 import json
+import shutil
 import threading
 from collections import Counter
 from collections.abc import Iterator
@@ -18,6 +19,7 @@ import torch
 from safetensors import safe_open
 from test_grpo import grpo, replies
 from test_ranks import on_two_ranks
+from test_turns import quiz
 from toy import metrics
 from transformers import AutoModelForCausalLM
 
@@ -170,6 +172,18 @@ def test_the_likeliest_reply_is_asked_for_once(tmp_path: Path, tiny_model: Path,
     last = grpo(tmp_path / "run", tiny_model, sampler=sampler(server), **keys).train().last
     assert {body["sampling_params"]["n"] for body in server.asked if not body["sampling_params"]["temperature"]} == {1}
     assert "eval_reward" in last
+
+
+def test_conversations_can_be_said_by_a_server(tmp_path: Path, tiny_model: Path, serve: Any) -> None:
+    from transformers import GenerationConfig
+
+    talkative = tmp_path / "model"
+    shutil.copytree(tiny_model, talkative)
+    GenerationConfig(eos_token_id=list(range(0, 256, 3))).save_pretrained(talkative)  # turns come to an end
+    last = quiz(tmp_path / "run", talkative, sampler=sampler(serve()), group_size=2).train().last
+    assert last["turns"] > 1.2
+    assert last["sampler/gap"] < 1e-5
+    assert last["policy/moved"] == 0.0
 
 
 @pytest.mark.parametrize(

@@ -70,7 +70,7 @@ class Served:
         temperature = self.block.temperature if temperature is None else temperature
         if self.watch.changed():
             self.transfer(prompts[0] if prompts else [0])
-        seeds = (np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> np.uint64(1) for key in keys)
+        seeds = (np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> np.uint64(2) for key in keys)
         asked = [
             (prompt, self.sampling(n, temperature, int(seed))) for prompt, seed in zip(prompts, seeds, strict=True)
         ]
