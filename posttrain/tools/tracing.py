@@ -230,6 +230,8 @@ def full_groups(trainer: GRPOTrainer | OnlineDPOTrainer | OnPolicyDistillTrainer
     tokens, n = trainer.sampler.max_new_tokens, 1
     if not isinstance(trainer, OnPolicyDistillTrainer):
         n = trainer.group_size
+    if isinstance(trainer, GRPOTrainer) and trainer.environment is not None:
+        tokens += trainer.environment.max_tokens
     prompt = [1 + i % 2 for i in range(trainer.data.max_length if isinstance(trainer.data, Data) else 1)]
     replies = [Reply([1 + (i >> bit) % 2 for bit in range(tokens)], [0.0] * tokens, True) for i in range(n)]
     group = Group(0, prompt, {}, [], replies, rewards=[float(i) for i in range(n)], advantages=[0.0] * n)
