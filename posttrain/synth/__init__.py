@@ -7,6 +7,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from posttrain.blocks.rollouts.turns.tools import tool
     from posttrain.synth.clients.anthropic import AnthropicSynth
     from posttrain.synth.clients.bedrock import BedrockSynth
     from posttrain.synth.clients.cortex import CortexSynth
@@ -36,7 +37,6 @@ if TYPE_CHECKING:
     from posttrain.synth.steps.turns.converse import Converse, User
     from posttrain.synth.steps.turns.mcp import McpServer
     from posttrain.synth.steps.turns.search import Search
-    from posttrain.synth.steps.turns.tools import tool
     from posttrain.synth.steps.verify import Verify, verifier
 
 _HOMES = {
@@ -67,7 +67,6 @@ _HOMES = {
     "steps.turns.converse": ("Converse", "User"),
     "steps.turns.mcp": ("McpServer",),
     "steps.turns.search": ("Search",),
-    "steps.turns.tools": ("tool",),
     "steps.verify": ("Verify", "verifier"),
     "clients.transformers": ("TransformersSynth",),
     "clients.vllm": ("VllmSynth",),
@@ -86,6 +85,8 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     """Import a public name when it is first used."""
+    if name == "tool":  # at home where reinforcement learning lets policies call tools
+        return importlib.import_module("posttrain.blocks.rollouts.turns.tools").tool
     if name not in _HOME_OF:
         raise AttributeError(f"module 'posttrain.synth' has no attribute {name!r}")
     return getattr(importlib.import_module(f"posttrain.synth.{_HOME_OF[name]}"), name)

@@ -34,6 +34,11 @@ def tool(function: F) -> F:
     return function
 
 
+def named() -> dict[str, Callable[..., Any]]:
+    """Return the functions with `@tool`, by name."""
+    return _tools
+
+
 @block("environment", "tools")
 class ToolEnvironment:
     """Tools that the policy may call. A turn without a call is its answer, and ends the conversation.
