@@ -70,6 +70,10 @@ class TransformersSynth(Synth):
     def body(self, model: str | None, messages: list[dict[str, Any]], given: dict[str, Any]) -> dict[str, Any]:
         """Return the body of a chat request."""
         messages, given = as_asked(messages, given, self.structured or self._forms)
+        if any(
+            isinstance(m.get("content"), list) and any(p.get("type") != "text" for p in m["content"]) for m in messages
+        ):
+            raise SynthError("a model in this process answers text alone; serve it by vLLM for images")
         unknown = sorted(given.keys() - SAMPLING)
         if unknown:
             known = ", ".join(sorted(SAMPLING))
