@@ -20,6 +20,7 @@ from posttrain.blocks.layout import lay
 from posttrain.blocks.models.apart import Way, decoder_of, flat
 from posttrain.blocks.models.attention import NAME
 from posttrain.blocks.models.causal import CausalLM
+from posttrain.blocks.models.known import known_way
 from posttrain.blocks.models.tiny import tiny
 from posttrain.errors import RecipeError
 
@@ -62,7 +63,10 @@ def find_way(config: Any, name: str, attention: str | None, remote: bool = False
     Raises:
         RecipeError: no way does.
     """
-    return _find_way(json.dumps(config.to_dict(), default=str, sort_keys=True), Held(config), name, attention, remote)
+    said = json.dumps(config.to_dict(), default=str, sort_keys=True)
+    if remote:  # its code may change from one time to the next
+        return _find_way(said, Held(config), name, attention, remote)
+    return known_way([said, attention], lambda: _find_way(said, Held(config), name, attention, remote))
 
 
 @attrs.frozen(eq=False)
