@@ -87,7 +87,9 @@ def main() -> None:
                 if number:  # the first warms up
                     times.append(seconds)
         ours, leaking = map(statistics.median, spent)
-        print(f"| {kind} | {way} | {ours:.2f} | {leaking:.2f} | {ours / leaking:.2f} | {computed - 1:+.1%} |", flush=True)
+        print(
+            f"| {kind} | {way} | {ours:.2f} | {leaking:.2f} | {ours / leaking:.2f} | {computed - 1:+.1%} |", flush=True
+        )
 
 
 def let_leak(network: CausalLM, way: Way) -> None:
