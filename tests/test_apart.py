@@ -43,6 +43,7 @@ KINDS: dict[str, tuple[dict[str, Any], str]] = {
     "llama4_text": ({}, "packed attention"),  # chunks
     "deepseek_v3": ({}, "packed attention"),  # latent attention: heads of two sizes
     "falcon": ({}, "FalconAttention by document"),
+    "stablelm": ({}, "sdpa attention"),  # ours would be by document
     "bloom": ({}, "row of its own"),
     "mamba": ({}, "MambaMixer by document"),
     "mamba2": ({}, "Mamba2Mixer by document"),
