@@ -190,7 +190,7 @@ class EnvironmentBlock(Protocol):
         """Tokens by which a conversation may grow, of all turns and answers together."""
 
     @property
-    def tools(self) -> list[dict[str, Any]]:
+    def specs(self) -> list[dict[str, Any]]:
         """Tools that the chat template is to list in every prompt, as JSON schemas."""
 
     @property

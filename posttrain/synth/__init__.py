@@ -8,10 +8,13 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from posttrain.synth.clients.anthropic import AnthropicSynth
+    from posttrain.synth.clients.bedrock import BedrockSynth
     from posttrain.synth.clients.cortex import CortexSynth
+    from posttrain.synth.clients.gemini import GeminiSynth
     from posttrain.synth.clients.openai import AzureOpenAISynth, OpenAISynth
     from posttrain.synth.clients.transformers import TransformersSynth
     from posttrain.synth.clients.vllm import VllmSynth
+    from posttrain.synth.environments import ToolEnvironment
     from posttrain.synth.errors import IncompleteTask, TaskStopped
     from posttrain.synth.ledger.pricing import Price
     from posttrain.synth.pipelines.pipeline import Pipeline
@@ -19,9 +22,10 @@ if TYPE_CHECKING:
     from posttrain.synth.pipelines.report import Report
     from posttrain.synth.pipelines.rows import Chat, Drop, Reply
     from posttrain.synth.pipelines.step import Step
-    from posttrain.synth.rewards import VerifyReward
+    from posttrain.synth.rewards import JudgeReward, VerifyReward
     from posttrain.synth.steps.alike.decontaminate import Decontaminate
     from posttrain.synth.steps.alike.dedup import Dedup
+    from posttrain.synth.steps.alike.semantic import Semantic
     from posttrain.synth.steps.answers import RightAnswers
     from posttrain.synth.steps.compare import Compare
     from posttrain.synth.steps.complete import Complete
@@ -33,11 +37,15 @@ if TYPE_CHECKING:
     from posttrain.synth.steps.sample import Sample
     from posttrain.synth.steps.turns.converse import Converse, User
     from posttrain.synth.steps.turns.mcp import McpServer
+    from posttrain.synth.steps.turns.search import Search
     from posttrain.synth.steps.turns.tools import tool
     from posttrain.synth.steps.verify import Verify, verifier
 
 _HOMES = {
     "clients.anthropic": ("AnthropicSynth",),
+    "environments": ("ToolEnvironment",),
+    "clients.bedrock": ("BedrockSynth",),
+    "clients.gemini": ("GeminiSynth",),
     "clients.cortex": ("CortexSynth",),
     "errors": ("IncompleteTask", "TaskStopped"),
     "clients.openai": ("AzureOpenAISynth", "OpenAISynth"),
@@ -47,7 +55,8 @@ _HOMES = {
     "pipelines.report": ("Report",),
     "pipelines.rows": ("Chat", "Drop", "Reply"),
     "pipelines.step": ("Step",),
-    "rewards": ("VerifyReward",),
+    "rewards": ("JudgeReward", "VerifyReward"),
+    "steps.alike.semantic": ("Semantic",),
     "steps.answers": ("RightAnswers",),
     "steps.compare": ("Compare",),
     "steps.alike.decontaminate": ("Decontaminate",),
@@ -61,6 +70,7 @@ _HOMES = {
     "steps.sample": ("Sample",),
     "steps.turns.converse": ("Converse", "User"),
     "steps.turns.mcp": ("McpServer",),
+    "steps.turns.search": ("Search",),
     "steps.turns.tools": ("tool",),
     "steps.verify": ("Verify", "verifier"),
     "clients.transformers": ("TransformersSynth",),
@@ -70,10 +80,11 @@ _HOMES = {
 _HOME_OF = {name: module for module, found in _HOMES.items() for name in found}
 
 __all__ = [
-    "AnthropicSynth", "AzureOpenAISynth", "Chat", "Compare", "Complete", "Converse", "CortexSynth", "Decontaminate",
-    "Dedup", "Drop", "FewShot", "Filter", "Generate", "IncompleteTask", "Judge", "McpServer", "OpenAISynth", "Pair",
-    "Pipeline", "Price", "Refresh", "Rename", "Reply", "Report", "Reward", "RightAnswers", "Sample", "Split",
-    "Step", "TaskStopped", "TransformersSynth", "User", "Verify", "VerifyReward", "VllmSynth", "tool", "verifier",
+    "AnthropicSynth", "AzureOpenAISynth", "BedrockSynth", "Chat", "Compare", "Complete", "Converse", "CortexSynth",
+    "Decontaminate", "Dedup", "Drop", "FewShot", "Filter", "GeminiSynth", "Generate", "IncompleteTask", "Judge",
+    "JudgeReward", "McpServer", "OpenAISynth", "Pair", "Pipeline", "Price", "Refresh", "Rename", "Reply", "Report",
+    "Reward", "RightAnswers", "Sample", "Search", "Semantic", "Split", "Step", "TaskStopped", "ToolEnvironment",
+    "TransformersSynth", "User", "Verify", "VerifyReward", "VllmSynth", "tool", "verifier",
 ]  # fmt: skip
 
 

@@ -12,8 +12,9 @@ from posttrain.synth.clients.auth import KeyAuth
 from posttrain.synth.clients.openai import OpenAIProtocol
 from posttrain.synth.clients.structured import How
 from posttrain.synth.sending.batch_api import BatchService
-from posttrain.synth.sending.messages import MessageBatches, MessagesDialect
 from posttrain.synth.sending.online import Service
+from posttrain.synth.sending.wires.anthropic import MessagesDialect
+from posttrain.synth.sending.wires.anthropic_batches import MessageBatches
 from posttrain.values import Secret
 
 FOREIGN = ("frequency_penalty", "presence_penalty", "logit_bias", "logprobs", "top_logprobs", "seed", "response_format")
@@ -54,6 +55,10 @@ class AnthropicSynth(OpenAIProtocol):
     @property
     def _forms(self) -> How:
         return "tool"
+
+    @property
+    def _only_chats(self) -> bool:
+        return True
 
     def body(self, model: str | None, messages: list[dict[str, Any]], given: dict[str, Any]) -> dict[str, Any]:
         """Return the body of a chat request, in OpenAI's shape."""
