@@ -10,9 +10,11 @@ if TYPE_CHECKING:
     from posttrain.batch import Batch, Extra, Term
     from posttrain.blocks.callbacks import EMA, EarlyStop, KeepBest, NEFTune, Profiler, Samples
     from posttrain.blocks.checkpoints.checkpoint import HuggingFace, Resume
-    from posttrain.blocks.data.data import CausalData, PreferenceData, SFTData
+    from posttrain.blocks.data.kinds.causal import CausalData
+    from posttrain.blocks.data.kinds.preference import PreferenceData
+    from posttrain.blocks.data.kinds.sft import SFTData
+    from posttrain.blocks.data.kinds.unpaired import UnpairedData
     from posttrain.blocks.data.sources import Source
-    from posttrain.blocks.data.unpaired import UnpairedData
     from posttrain.blocks.joined import JoinedOptimizer
     from posttrain.blocks.loggers.logger import JSONL, Console, TensorBoard
     from posttrain.blocks.loggers.services import CSV, MLflow, WandB
@@ -77,7 +79,9 @@ _HOMES = {
     "blocks.callbacks": ("EMA", "EarlyStop", "KeepBest", "NEFTune", "Profiler", "Samples"),
     "blocks.joined": ("JoinedOptimizer",),
     "blocks.checkpoints.checkpoint": ("HuggingFace", "Resume"),
-    "blocks.data.data": ("CausalData", "PreferenceData", "SFTData"),
+    "blocks.data.kinds.causal": ("CausalData",),
+    "blocks.data.kinds.preference": ("PreferenceData",),
+    "blocks.data.kinds.sft": ("SFTData",),
     "blocks.loggers.logger": ("Console", "JSONL", "TensorBoard"),
     "blocks.loggers.services": ("CSV", "MLflow", "WandB"),
     "blocks.rollouts.engines.vllm": ("VllmSampler", "VllmServerSampler"),
@@ -95,7 +99,7 @@ _HOMES = {
     "blocks.scheduler": ("Constant", "Cosine", "Linear", "TwoStage", "WSD"),
     "blocks.parallel.sequence": ("Ulysses",),
     "blocks.data.sources": ("Source",),
-    "blocks.data.unpaired": ("UnpairedData",),
+    "blocks.data.kinds.unpaired": ("UnpairedData",),
     "blocks.models.speculator.model": ("SpeculatorModel",),
     "blocks.parallel.strategy": ("Auto", "DDP", "DeepSpeed", "FSDP"),
     "blocks.models.swiftkv.model": ("SwiftKVModel",),

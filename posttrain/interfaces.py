@@ -257,6 +257,19 @@ class Adding(Protocol):
 
 
 @runtime_checkable
+class Updated(Protocol):
+    """A network that does something after each update, such as moving the biases of its routers."""
+
+    def after_update(self, summed: "Callable[[Tensor], Tensor]", made: bool) -> "dict[str, Tensor]":
+        """Return what is to be logged, the same on every rank.
+
+        Args:
+            summed: adds a tensor up over ranks.
+            made: whether the update was made; else its gradients were not finite, and it was left out.
+        """
+
+
+@runtime_checkable
 class Blindfolded(Protocol):
     """A network that may see images, and need not."""
 

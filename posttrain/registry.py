@@ -40,7 +40,8 @@ KINDS: dict[str, type | None] = {
 
 _HOMES = {
     "synth": tuple(
-        f"posttrain.synth.clients.{name}" for name in ("openai", "anthropic", "vllm", "cortex", "transformers")
+        f"posttrain.synth.clients.{name}"
+        for name in ("openai", "anthropic", "gemini", "bedrock", "vllm", "cortex", "transformers")
     ),
     "step": ("posttrain.synth.steps",),
     "callback": ("posttrain.synth.pipelines.refresh", "posttrain.synth.steps.answers"),

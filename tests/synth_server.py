@@ -123,7 +123,7 @@ class Handler(BaseHTTPRequestHandler):
         self.content = self.rfile.read(int(self.headers.get("content-length") or 0))
         parsed = urlparse(self.path)
         self.query = {k: v[0] for k, v in parse_qs(parsed.query).items()}
-        path = re.sub(r"^/(v1|openai/v1|openai)", "", parsed.path)
+        path = re.sub(r"^/(v1|openai/v1|openai)(?=/)", "", parsed.path)
         key = f"{method} {re.sub(r'(file|batch)-[0-9]+', 'ID', path)}"
         with server.lock:
             server.calls[key] += 1

@@ -36,6 +36,7 @@ KINDS: dict[str, tuple[dict[str, Any], str]] = {
     "qwen3": ({}, "packed attention"),
     "gemma3_text": ({}, "packed attention"),
     "mixtral": ({}, "packed attention"),
+    "afmoe": ({}, "packed attention"),  # a parameter that is never trained
     "gpt_oss": ({}, "packed attention"),  # attention sinks, windows
     "gemma2": ({}, "packed attention"),  # soft caps
     "llama4_text": ({}, "packed attention"),  # chunks

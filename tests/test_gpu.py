@@ -29,7 +29,7 @@ from toy import MARGINS, losses, metrics, network, pair, trainer
 from posttrain import hooks
 from posttrain.blocks.layout import collate_pairs, lay
 from posttrain.blocks.models import activations
-from posttrain.blocks.models.kernels import use_grouped_experts
+from posttrain.blocks.models.experts.precision import use_grouped_experts
 from posttrain.trainers.sft import SFTTrainer
 
 pytestmark = [pytest.mark.gpu, pytest.mark.filterwarnings("ignore")]  # libraries may warn of what is no news to them

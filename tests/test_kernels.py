@@ -25,7 +25,7 @@ from posttrain import hooks
 from posttrain.blocks.layout import lay
 from posttrain.blocks.models import kernels
 from posttrain.blocks.models.attention import packed_attention
-from posttrain.blocks.models.kernels import use_grouped_experts
+from posttrain.blocks.models.experts.precision import use_grouped_experts
 from posttrain.blocks.models.tiny import tiny
 from posttrain.blocks.parallel.sharding import replace_tensors
 

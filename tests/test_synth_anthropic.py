@@ -12,7 +12,7 @@ from posttrain.errors import SynthError
 from posttrain.synth import AnthropicSynth, Compare, Generate, Judge, Pipeline, Price, TaskStopped
 from posttrain.synth.sending import batch_api
 from posttrain.synth.sending import online as engine
-from posttrain.synth.sending.messages import from_wire, to_wire
+from posttrain.synth.sending.wires.anthropic import from_wire, to_wire
 
 WANTED = [f"re: q{i}" for i in range(7)]
 

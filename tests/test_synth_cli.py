@@ -85,6 +85,36 @@ def test_a_preset_runs_as_written_and_can_be_trained_on(
         assert "a duplicate of an earlier row" in Path("page.html").read_text()
 
 
+@pytest.mark.parametrize("name", sorted(file.stem for file in (EXAMPLE / "presets").glob("*.yaml")))
+def test_a_preset_of_the_literature_runs_as_written_names_its_paper_and_can_be_trained_on(
+    url: str, name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = Path(f"examples/synth/presets/{name}.yaml")
+    assert re.search(r"arXiv:\d{4}\.\d{5}", recipe.read_text())
+    assert len(recipe.read_text().splitlines()) <= 60  # a page
+    address = f"[{url}]" if "type: vllm" in recipe.read_text() else url
+    command = ["synth", "run", str(recipe), f"client.base_url={address}"]
+    assert cli.main(command) == 0
+    rows = [json.loads(line) for line in Path(f"runs/synth/{name}.jsonl").read_text().splitlines()]
+    assert rows
+    for row in rows:  # as the data blocks read it
+        if name == "constitution":
+            assert len(pair(row).conversations) == 2
+        else:
+            assert conversation(row)["messages"][-1]["role"] == "assistant"
+    if name == "tools":
+        assert all(any(m["role"] == "tool" for m in row["messages"]) and row["tools"] for row in rows)
+    if name == "tree_search":
+        assert all(last_number(row["response"]) == last_number(row["answer"]) for row in rows)
+        assert all(0 <= step["value"] <= 1 for row in rows for step in row["steps"])
+    if name == "evol_instruct":
+        assert all("words" in conversation(row)["messages"][0]["content"] for row in rows)
+    capsys.readouterr()
+    assert cli.main(command) == 0  # and a second time sends nothing
+    assert not re.search(r"[1-9][\d,]* new", capsys.readouterr().out)
+    assert [json.loads(line) for line in Path(f"runs/synth/{name}.jsonl").read_text().splitlines()] == rows
+
+
 def test_everything_wrong_with_a_recipe_is_said_at_once(url: str, capsys: pytest.CaptureFixture[str]) -> None:
     wrong = ["client.mode=sometimes", "steps.0.n=0", "output=a.txt", "sauce=1", "client.api_key=sk-plain-text"]
     assert cli.main(["synth", "run", "recipe.yaml", *wrong]) == 2

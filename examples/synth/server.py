@@ -1,4 +1,4 @@
-"""A server on this machine that speaks OpenAI's chat completions, without a model: to try recipes, offline and free.
+"""A server on this machine that speaks OpenAI's protocol, without a model: to try recipes, offline and free.
 
 `python server.py [PORT]`, then OPENAI_BASE_URL=http://127.0.0.1:8765/v1. What it says means nothing, but has the form
 that was asked for, and is another thing each time.
@@ -17,11 +17,25 @@ TOPICS = ("the sea", "a bicycle", "winter", "an old clock", "bread", "a lighthou
 TASKS = ("Write a poem about {}.", "Explain to a child how {} works, in three sentences.", "List five facts about {}.")
 
 
-def answer(body: dict) -> str:
-    """Return a text of the form that a request asks for."""
-    asked = body["messages"][-1]["content"]
+def answer(body: dict) -> str | dict:
+    """Return a text of the form that a request asks for, or the arguments of a tool to call."""
+    asked = body["messages"][-1]["content"] if "messages" in body else body["prompt"]
     SEEN[asked] += 1
     chance = random.Random(f"{asked} {body.get('model')} {SEEN[asked]}")
+    if "messages" not in body:  # the text goes on from the beginning of a user's turn
+        return chance.choice(TASKS).format(chance.choice(TOPICS))
+    if body.get("tools") and body["messages"][-1]["role"] == "user":
+        return {"city": (re.findall(r" in (\w+) ", asked) or ["Oslo"])[0]}
+    if body["messages"][-1]["role"] == "tool":
+        return f"The tool says: {asked}"
+    if "You play the user" in asked:
+        return chance.choice(("[END]", "And how warm is it?"))
+    if "Write the next step" in asked:
+        total = sum(map(int, re.findall(r"\d+", asked.partition("Steps so far")[0])))
+        last = f"The answer is: {total + chance.choice((0, 0, 1))}."
+        return chance.choice(("Add the numbers.", f"That is {total} or so.", last))
+    if "new instruction alone" in asked or "instruction alone" in asked or "says alone" in asked:
+        return chance.choice(TASKS).format(chance.choice(TOPICS)) + f" Use {chance.randint(20, 300)} words."
     schema = body.get("response_format", {}).get("json_schema", {}).get("schema")
     if schema:
         fields = schema["properties"].items()
@@ -32,6 +46,15 @@ def answer(body: dict) -> str:
     if numbers := re.findall(r"\d+", asked):
         return f"I count {', '.join(numbers)}. The answer is {sum(map(int, numbers)) + chance.choice((0, 0, 1, 10))}."
     return f"Good {chance.choice(('morning', 'day', 'evening'))}, {asked.split()[-1]}!"
+
+
+def message(said: str | dict, body: dict) -> dict:
+    """Return a text, or a call of the first tool, as what a choice holds."""
+    if isinstance(said, str):
+        return {"message": {"role": "assistant", "content": said}, "finish_reason": "stop"}
+    function = {"name": body["tools"][0]["function"]["name"], "arguments": json.dumps(said)}
+    call = {"id": f"call-{len(body['messages'])}", "type": "function", "function": function}
+    return {"message": {"role": "assistant", "content": None, "tool_calls": [call]}, "finish_reason": "tool_calls"}
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -45,12 +68,13 @@ class Handler(BaseHTTPRequestHandler):
     def do_POST(self) -> None:
         """Answer one request."""
         body = json.loads(self.rfile.read(int(self.headers["content-length"])))
-        text = answer(body)
-        words = len(json.dumps(body["messages"]).split()), len(text.split())
-        message = {"role": "assistant", "content": text}
+        said = answer(body)
+        words = len(json.dumps(body).split()), len(str(said).split())
         usage = {"prompt_tokens": words[0], "completion_tokens": words[1], "total_tokens": sum(words)}
-        choices = [{"index": 0, "message": message, "finish_reason": "stop"}]
-        content = json.dumps({"object": "chat.completion", "choices": choices, "usage": usage}).encode()
+        choice = {"index": 0, "finish_reason": "stop", "text": said}
+        if "messages" in body:
+            choice = {"index": 0, **message(said, body)}
+        content = json.dumps({"object": "chat.completion", "choices": [choice], "usage": usage}).encode()
         self.send_response(200)
         self.send_header("content-type", "application/json")
         self.send_header("content-length", str(len(content)))

@@ -6,7 +6,7 @@
 
 from posttrain.blocks import callbacks, optimizer, scheduler
 from posttrain.blocks.checkpoints import checkpoint
-from posttrain.blocks.data import data, unpaired
+from posttrain.blocks.data.kinds import causal, preference, sft, unpaired
 from posttrain.blocks.loggers import logger, services
 from posttrain.blocks.models import model
 from posttrain.blocks.models.speculator import model as speculator
@@ -18,6 +18,7 @@ from posttrain.blocks.rollouts.engines import vllm
 from posttrain.blocks.tokenizers import tokenizer
 
 __all__ = [
-    "callbacks", "checkpoint", "data", "logger", "model", "optimizer", "optimizers", "prompts", "rewards", "sampler",
-    "scheduler", "sequence", "services", "speculator", "strategy", "swiftkv", "tokenizer", "unpaired", "vllm",
+    "callbacks", "causal", "checkpoint", "logger", "model", "optimizer", "optimizers", "preference", "prompts",
+    "rewards", "sampler", "scheduler", "sequence", "services", "sft", "speculator", "strategy", "swiftkv",
+    "tokenizer", "unpaired", "vllm",
 ]  # fmt: skip

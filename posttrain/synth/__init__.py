@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from posttrain.synth.clients.anthropic import AnthropicSynth
+    from posttrain.synth.clients.bedrock import BedrockSynth
     from posttrain.synth.clients.cortex import CortexSynth
+    from posttrain.synth.clients.gemini import GeminiSynth
     from posttrain.synth.clients.openai import AzureOpenAISynth, OpenAISynth
     from posttrain.synth.clients.transformers import TransformersSynth
     from posttrain.synth.clients.vllm import VllmSynth
@@ -34,12 +36,15 @@ if TYPE_CHECKING:
     from posttrain.synth.steps.sample import Sample
     from posttrain.synth.steps.turns.converse import Converse, User
     from posttrain.synth.steps.turns.mcp import McpServer
+    from posttrain.synth.steps.turns.search import Search
     from posttrain.synth.steps.turns.tools import tool
     from posttrain.synth.steps.verify import Verify, verifier
 
 _HOMES = {
     "clients.anthropic": ("AnthropicSynth",),
     "environments": ("ToolEnvironment",),
+    "clients.bedrock": ("BedrockSynth",),
+    "clients.gemini": ("GeminiSynth",),
     "clients.cortex": ("CortexSynth",),
     "errors": ("IncompleteTask", "TaskStopped"),
     "clients.openai": ("AzureOpenAISynth", "OpenAISynth"),
@@ -63,6 +68,7 @@ _HOMES = {
     "steps.sample": ("Sample",),
     "steps.turns.converse": ("Converse", "User"),
     "steps.turns.mcp": ("McpServer",),
+    "steps.turns.search": ("Search",),
     "steps.turns.tools": ("tool",),
     "steps.verify": ("Verify", "verifier"),
     "clients.transformers": ("TransformersSynth",),
@@ -72,11 +78,11 @@ _HOMES = {
 _HOME_OF = {name: module for module, found in _HOMES.items() for name in found}
 
 __all__ = [
-    "AnthropicSynth", "AzureOpenAISynth", "Chat", "Compare", "Complete", "Converse", "CortexSynth", "Decontaminate",
-    "Dedup", "Drop", "FewShot", "Filter", "Generate", "IncompleteTask", "Judge", "JudgeReward", "McpServer",
-    "OpenAISynth", "Pair", "Pipeline", "Price", "Refresh", "Rename", "Reply", "Report", "Reward", "RightAnswers",
-    "Sample", "Split", "Step", "TaskStopped", "ToolEnvironment", "TransformersSynth", "User", "Verify",
-    "VerifyReward", "VllmSynth", "tool", "verifier",
+    "AnthropicSynth", "AzureOpenAISynth", "BedrockSynth", "Chat", "Compare", "Complete", "Converse", "CortexSynth",
+    "Decontaminate", "Dedup", "Drop", "FewShot", "Filter", "GeminiSynth", "Generate", "IncompleteTask", "Judge",
+    "JudgeReward", "McpServer", "OpenAISynth", "Pair", "Pipeline", "Price", "Refresh", "Rename", "Reply", "Report",
+    "Reward", "RightAnswers", "Sample", "Search", "Split", "Step", "TaskStopped", "ToolEnvironment",
+    "TransformersSynth", "User", "Verify", "VerifyReward", "VllmSynth", "tool", "verifier",
 ]  # fmt: skip
 
 

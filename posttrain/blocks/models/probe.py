@@ -146,8 +146,9 @@ def twin(config: Any, remote: bool = False) -> tuple[Any, list[Alone]]:
 
 
 def slopes_of(hf: Any, total: Tensor) -> list[Tensor | None]:
-    """Return the gradient of a number by each parameter."""
-    return list(torch.autograd.grad(total, list(hf.parameters()), allow_unused=True))
+    """Return the gradient of a number by each parameter that is trained; a bias that experts are chosen by is not."""
+    trained = [parameter for parameter in hf.parameters() if parameter.requires_grad]
+    return list(torch.autograd.grad(total, trained, allow_unused=True))
 
 
 def confirm(network: Any, name: str) -> None:

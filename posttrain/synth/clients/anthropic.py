@@ -12,8 +12,9 @@ from posttrain.synth.clients.auth import KeyAuth
 from posttrain.synth.clients.openai import OpenAIProtocol
 from posttrain.synth.clients.structured import How
 from posttrain.synth.sending.batch_api import BatchService
-from posttrain.synth.sending.messages import MessageBatches, MessagesDialect
 from posttrain.synth.sending.online import Service
+from posttrain.synth.sending.wires.anthropic import MessagesDialect
+from posttrain.synth.sending.wires.anthropic_batches import MessageBatches
 from posttrain.values import Secret
 
 FOREIGN = ("frequency_penalty", "presence_penalty", "logit_bias", "logprobs", "top_logprobs", "seed", "response_format")

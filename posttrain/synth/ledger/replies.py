@@ -14,15 +14,16 @@ from typing import Any, NamedTuple
 STOP = {
     "insufficient_quota", "credit_balance_exhausted", "organization_spend_limit_exceeded",
     "project_spend_limit_exceeded", "organization_usage_limit_exceeded", "billing_hard_limit_reached",
+    "ExpiredTokenException", "UnrecognizedClientException", "InvalidSignatureException",
 }  # fmt: skip
-"""Types and codes of a 429 that no waiting heals."""
+"""Types and codes of a 403 or 429 that no waiting heals."""
 STOPPING = {401, 402}
 CONFIGURED = {403, 404}
 """Statuses that are as a rule about the key or the model, but with some providers about one row."""
 TOO_LARGE = re.compile(r"request too large|limit[: ]+([\d,]+)\D+requested[: ]+([\d,]+)", re.IGNORECASE)
-REQUEST_IDS = ("x-request-id", "request-id", "apim-request-id")
-NO_CREDIT = "credit balance is too low"
-"""What Anthropic says in a 400 that concerns the account and no row."""
+REQUEST_IDS = ("x-request-id", "request-id", "apim-request-id", "x-amzn-requestid")
+OF_THE_ACCOUNT = ("credit balance is too low", "API key not valid", "API key expired")
+"""What Anthropic and Google say in a 400 that concerns the account and no row."""
 HALF = "not_unicode"
 HALF_SAID = "the reply holds half of a character (a lone surrogate), which no file can hold"
 SURROGATE = re.compile("[\ud800-\udfff]")
@@ -65,6 +66,7 @@ def verdict(status: int, headers: Mapping[str, str], reply: Any, chat: bool = Tr
     """
     request_id = next((headers[name] for name in REQUEST_IDS if headers.get(name)), None)
     code, message, kind = described(reply)
+    code = code or headers.get("x-amzn-errortype", "").partition(":")[0]
     if 200 <= status < 300:
         if chat and not whole([c["message"] for c in choices(reply, "message") or []]):
             return Verdict(Action.RETRY, HALF, HALF_SAID, status, request_id)
@@ -73,11 +75,12 @@ def verdict(status: int, headers: Mapping[str, str], reply: Any, chat: bool = Tr
         what = f"the body is no {'chat completion' if chat else 'JSON result'}: {message or shown(reply)}"
         return Verdict(Action.RETRY, "malformed_reply", what, status, request_id)
     said = Verdict(
-        Action.RETRY, code or f"http_{status}", message or shown(reply), status, request_id, waiting(headers)
-    )
+        Action.RETRY, code or f"http_{status}", message or shown(reply), status, request_id,
+        waiting(headers) if waiting(headers) is not None else retry_delay(reply),
+    )  # fmt: skip
     should = headers.get("x-should-retry")
-    no_credit = status == 400 and NO_CREDIT in said.message
-    if status in STOPPING or no_credit or (status in (403, 429) and {code, kind} & STOP):
+    of_account = status == 400 and any(text in said.message for text in OF_THE_ACCOUNT)
+    if status in STOPPING or of_account or (status in (403, 429) and {code, kind} & STOP):
         return said._replace(action=Action.STOP)
     if status == 429:
         larger = larger_than_allowed(said.message)
@@ -86,7 +89,7 @@ def verdict(status: int, headers: Mapping[str, str], reply: Any, chat: bool = Tr
         )
     if should in ("true", "false"):
         return said._replace(action=Action.RETRY if should == "true" else Action.REFUSED)
-    if status in (408, 409) or status >= 500:
+    if status in (408, 409, 424) or status >= 500:
         return said
     return said._replace(action=Action.REFUSED)
 
@@ -164,13 +167,13 @@ def with_thoughts(text: str, reasoning: str | None) -> str:
 
 def described(reply: Any) -> tuple[str, str, str]:
     """Return (code, message, type) of an error body, whatever its shape: OpenAI's, vLLM's (code is a number),
-    Snowflake's (code and message at the top), or anything else."""
+    Snowflake's and Amazon's (code and message at the top), Google's (`status`), or anything else."""
     error = reply.get("error", reply) if isinstance(reply, dict) else None
     if isinstance(error, str):
         return "", error, ""
     if not isinstance(error, dict):
         return "", "", ""
-    code, kind = error.get("code"), str(error.get("type") or "")
+    code, kind = error.get("code"), str(error.get("type") or error.get("status") or "")
     name = code if isinstance(code, str) and code else kind
     return name, str(error.get("message") or ""), kind
 
@@ -196,6 +199,18 @@ def waiting(headers: Mapping[str, str], now: float | None = None) -> float | Non
     except (TypeError, ValueError, OverflowError):  # no date either: as if it had not been said
         return None
     return max(0.0, when - (time.time() if now is None else now))
+
+
+def retry_delay(reply: Any) -> float | None:
+    """Return the seconds that an error of Google asks to wait, which it says in its details (google.rpc.RetryInfo).
+
+    >>> retry_delay({"error": {"details": [{"@type": "type.googleapis.com/google.rpc.RetryInfo", "retryDelay": "7s"}]}})
+    7.0
+    """
+    error = reply.get("error") if isinstance(reply, dict) else None
+    details = error.get("details") if isinstance(error, dict) else None
+    found = [each.get("retryDelay") for each in details if isinstance(each, dict)] if isinstance(details, list) else []
+    return next((duration(text) for text in found if isinstance(text, str)), None)
 
 
 def duration(text: str) -> float | None:

@@ -2,9 +2,9 @@
 
 from posttrain.synth.steps import compare, complete, generate, judge, pair, reward, rows, sample, verify
 from posttrain.synth.steps.alike import decontaminate, dedup
-from posttrain.synth.steps.turns import converse
+from posttrain.synth.steps.turns import converse, search
 
 __all__ = [
     "compare", "complete", "converse", "decontaminate", "dedup", "generate", "judge", "pair", "reward", "rows",
-    "sample", "verify",
+    "sample", "search", "verify",
 ]  # fmt: skip

@@ -25,8 +25,8 @@ from posttrain.synth.pipelines.step import Step
 class Sample(Step):
     """Give rows columns of random values: `{level: [easy, hard], topic: {law: 1, medicine: 3}}`.
 
-    What a row gets is a function of `seed`, of what the row holds, and of how many equal ones came before it: other rows
-    change nothing about it.
+    What a row gets is a function of `seed`, of what the row holds, and of how many equal ones came before it: other
+    rows change nothing about it.
     """
 
     attributes: dict[str, Any] = attrs.field(factory=dict)
@@ -79,10 +79,7 @@ class Sample(Step):
                 digest = hashlib.sha256(f"{self.seed} {seen[content]} ".encode() + content).digest()
                 seen[content] += 1
                 chance = random.Random(digest)
-                yield {
-                    **row,
-                    **{name: draw(given, chance) for name, given in {**self.attributes, **self.pools}.items()},
-                }
+                yield {**row, **{name: draw(given, chance) for name, given in pools.items()}}
 
     def facts(self, rows: Iterable[Row]) -> dict[str, str | float]:
         """Return how often each value of an attribute was drawn."""

@@ -116,4 +116,7 @@ def refuse_parts(run: "Run") -> None:
     if hasattr(module.hf, "peft_config") and run.strategy.shards_parameters:
         raise RecipeError("sampler: adapters cannot be merged for vLLM while parameters are in shards; use ddp")
     if module.quantized is not None:
-        raise RecipeError("sampler: a quantized base has no whole weights to send to vLLM; leave model.quantize out")
+        raise RecipeError(
+            "sampler: vLLM gets whole weights, and would not round them as training does; leave model.quantize and "
+            "model.qat out"
+        )
