@@ -64,9 +64,9 @@ class FolderEngine(WeightTransferEngine[Begin, Update]):
 
         once: dict[int, str] = {}
         for name, value in self.model.named_parameters(remove_duplicate=False):
-            if (first := once.setdefault(value.data_ptr(), name)) != name:
+            if (first := once.setdefault(id(value), name)) != name:
                 self.tied[name] = first
-        self.wanted = set(once.values())
+        self.wanted = set(once.values()) - self.tied.keys()
         initialize_layerwise_reload(self.model)
 
     def update_weights(self, update_info: dict[str, Any]) -> None:
