@@ -294,7 +294,8 @@ def tests(tiny: bool, seconds: float) -> Found:
     """Run the tests of a GPU, and return how they ended."""
     emulate = {"POSTTRAIN_EMULATE": "1"} if tiny else {}
     which = ["tests/test_gpu.py"] if tiny else ["tests/test_gpu.py", "tests/test_plan.py", "-n", "4"]
-    command = [sys.executable, "-m", "pytest", "-m", "gpu", "-p", "no:cacheprovider", "--tb=short", *which]
+    quiet = ["-W", "ignore", "-p", "no:cacheprovider", "--tb=short"]  # other versions may warn while they are imported
+    command = [sys.executable, "-m", "pytest", "-m", "gpu", *quiet, *which]
     file = OUT / "tests.txt"
     with file.open("w") as written:
         ended = subprocess.Popen(
@@ -327,6 +328,8 @@ def worker(names: list[str], tiny: bool) -> None:
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
         print("RESULT " + json.dumps({"name": name, **known[name](tiny)}), flush=True)
+        if torch.distributed.is_initialized():  # the next strategy may want another backend
+            torch.distributed.destroy_process_group()
 
 
 def measured(names: list[str], tiny: bool, end: float, note: Callable[[Found], None]) -> None:
@@ -344,14 +347,18 @@ def measured(names: list[str], tiny: bool, end: float, note: Callable[[Found], N
         lines: queue.Queue[str | None] = queue.Queue()
         reader = threading.Thread(target=handed_on, args=(child.stdout, lines), daemon=True)
         reader.start()
+        fresh = True
         while names:
             found = result_of(lines, min(end - time.monotonic(), SECONDS.get(names[0], LIMIT)))
+            if not fresh and found.get("error") == "":
+                break  # what others left in this process may have been the reason: again, in one of its own
             if "error" in found:
                 with_reason = found["error"] or (OUT / "errors.txt").read_text().strip().splitlines()[-1][:200]
                 note({"name": names.pop(0), "error": with_reason})
                 break
             names.remove(found["name"])
             note(found)
+            fresh = False
         with contextlib.suppress(ProcessLookupError):
             os.killpg(child.pid, signal.SIGKILL)
         child.wait()
@@ -434,7 +441,7 @@ def main() -> None:
     parser.add_argument("--tiny", action="store_true", help="a small model on the CPU")
     parser.add_argument("--only", nargs="+", metavar="PART", help=f"parts ({', '.join(ORDER)}) or measurements")
     parser.add_argument("--again", action="store_true", help="measure also what has been")
-    parser.add_argument("--seconds", type=float, default=570, help="after which nothing more is begun")
+    parser.add_argument("--seconds", type=float, default=550, help="after which nothing more is begun")
     parser.add_argument("--worker", nargs="+", help=argparse.SUPPRESS)
     chosen = parser.parse_args()
     if chosen.worker:

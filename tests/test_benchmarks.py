@@ -16,6 +16,7 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 import gpu  # noqa: E402
 import gpu_profile  # noqa: E402
 import gpu_sft  # noqa: E402
+import models  # noqa: E402
 import scaling  # noqa: E402
 
 
@@ -24,6 +25,30 @@ def printed(script: str, *options: str) -> list[list[str]]:
     done = subprocess.run([sys.executable, ROOT / "benchmarks" / script, *options], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     return [[cell.strip() for cell in line.strip("|").split("|")] for line in done.stdout.splitlines() if "|" in line]
+
+
+def rows_of_the_table() -> dict[str, list[str]]:
+    """What docs/models.md says of each type."""
+    lines = (ROOT / "docs" / "models.md").read_text().splitlines()
+    cells = ([cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("| `"))
+    return {row[0].strip("`"): row for row in cells}
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("kind", ["llama", "mamba2", "falcon"])
+def test_the_table_of_models_says_what_is_measured(kind: str) -> None:
+    row = models.measure(kind)
+    assert [row.verdict, row.way, row.export] == [rows_of_the_table()[kind][i] for i in (1, 2, -1)]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(7200)
+@pytest.mark.filterwarnings("ignore")
+def test_every_causal_type_of_transformers_is_exact_or_refused() -> None:
+    found = {kind: models.measure(kind) for kind in models.CAUSAL}
+    verdicts = {kind: row.verdict for kind, row in found.items()}
+    assert not [kind for kind, verdict in verdicts.items() if verdict in ("wrong", "failed")]
+    assert sum(verdict == "exact" for verdict in verdicts.values()) >= 173
 
 
 def test_a_collective_sends_what_a_ring_sends() -> None:

@@ -57,6 +57,8 @@ def device() -> Iterator[None]:
 def one_rank(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """One group for all strategies: DeepSpeed keeps the first that it sees."""
     file = tmp_path_factory.mktemp("ranks") / "store"
+    for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):  # there may be no network
+        os.environ.setdefault(name, "lo")
     if ON_GPU:
         torch.cuda.set_device(0)
     backend = "cpu:gloo,cuda:nccl" if ON_GPU else "gloo"

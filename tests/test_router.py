@@ -164,7 +164,7 @@ def test_the_load_of_experts_is_what_their_routers_chose_for_tokens_that_are_no_
     assert net.after_update(lambda x: x, made=True) == {}  # a new step
 
 
-BIASED = ("deepseek_v3", "afmoe", "minimax_m2")
+BIASED = ("deepseek_v3", "afmoe", pytest.param("minimax_m2", marks=pytest.mark.slow))
 """A buffer of the gate, a parameter beside it that is not trained, and a buffer of the whole."""
 
 

@@ -224,7 +224,11 @@ def test_a_chat_is_put_into_converses_words_and_back() -> None:
 
 def test_tools_and_forms_work_through_to_rows(bedrock: Bedrock, tmp_path: Path) -> None:
     def double(x: int) -> int:
-        """Double."""
+        """Double.
+
+        Args:
+            x: what.
+        """
         return 2 * x
 
     def says(request: dict[str, Any]) -> dict[str, Any]:

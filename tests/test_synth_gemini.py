@@ -210,7 +210,11 @@ def test_a_chat_is_put_into_geminis_words_and_back() -> None:
 
 def test_tools_are_called_and_what_they_say_goes_back_with_the_signature(gemini: Gemini, tmp_path: Path) -> None:
     def double(x: int) -> int:
-        """Double."""
+        """Double.
+
+        Args:
+            x: what.
+        """
         return 2 * x
 
     def says(request: dict[str, Any]) -> dict[str, Any]:

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from posttrain.synth.rewards import JudgeReward, VerifyReward
     from posttrain.synth.steps.alike.decontaminate import Decontaminate
     from posttrain.synth.steps.alike.dedup import Dedup
+    from posttrain.synth.steps.alike.semantic import Semantic
     from posttrain.synth.steps.answers import RightAnswers
     from posttrain.synth.steps.compare import Compare
     from posttrain.synth.steps.complete import Complete
@@ -55,6 +56,7 @@ _HOMES = {
     "pipelines.rows": ("Chat", "Drop", "Reply"),
     "pipelines.step": ("Step",),
     "rewards": ("JudgeReward", "VerifyReward"),
+    "steps.alike.semantic": ("Semantic",),
     "steps.answers": ("RightAnswers",),
     "steps.compare": ("Compare",),
     "steps.alike.decontaminate": ("Decontaminate",),
@@ -81,7 +83,7 @@ __all__ = [
     "AnthropicSynth", "AzureOpenAISynth", "BedrockSynth", "Chat", "Compare", "Complete", "Converse", "CortexSynth",
     "Decontaminate", "Dedup", "Drop", "FewShot", "Filter", "GeminiSynth", "Generate", "IncompleteTask", "Judge",
     "JudgeReward", "McpServer", "OpenAISynth", "Pair", "Pipeline", "Price", "Refresh", "Rename", "Reply", "Report",
-    "Reward", "RightAnswers", "Sample", "Search", "Split", "Step", "TaskStopped", "ToolEnvironment",
+    "Reward", "RightAnswers", "Sample", "Search", "Semantic", "Split", "Step", "TaskStopped", "ToolEnvironment",
     "TransformersSynth", "User", "Verify", "VerifyReward", "VllmSynth", "tool", "verifier",
 ]  # fmt: skip
 

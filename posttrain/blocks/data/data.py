@@ -11,7 +11,6 @@ from attrs.converters import optional as or_none
 from attrs.validators import and_, ge, gt, le, lt, min_len, optional
 
 from posttrain.batch import FIELDS, Batch
-from posttrain.blocks.data.cache import default_cache
 from posttrain.blocks.data.encoding.encoders import Encoder, Token
 from posttrain.blocks.data.identity import of_streams, of_tables
 from posttrain.blocks.data.loader import MapLoader, StreamLoader
@@ -29,6 +28,7 @@ from posttrain.blocks.layout import Column, Columns, Example, collate
 from posttrain.errors import DataError
 from posttrain.interfaces import Loaders
 from posttrain.registry import key
+from posttrain.values import default_cache
 
 READING = 2
 """Threads that decode images ahead."""

@@ -199,7 +199,7 @@ class HFModel:
 
     def make(self, empty: bool, fabric: "Fabric | None" = None) -> "nn.Module":
         """Return the network, with weights unless it is to be empty."""
-        from posttrain.blocks.models.activations import Compiled, checkpoint_activations, tile_mlps
+        from posttrain.blocks.models.activations import Compiled, checkpoint_activations, layers_of, tile_mlps
         from posttrain.blocks.models.experts.load import Load, mixtures
         from posttrain.blocks.models.experts.precision import use_grouped_experts
         from posttrain.blocks.models.experts.router import router_weight, z_weight
@@ -224,7 +224,7 @@ class HFModel:
         if self.tiled_mlp:
             tile_mlps(hf, self.tiled_mlp)
         if self.compile:  # before checkpointing, inside of which torch compiles nothing by itself
-            for layer in hf.get_decoder().layers:
+            for layer in layers_of(hf):
                 layer.forward = Compiled(layer.forward, "inductor" if self.compile is True else self.compile)
         if self.activation_checkpointing:
             checkpoint_activations(hf, selective=self.activation_checkpointing == "selective")

@@ -81,6 +81,10 @@ class BedrockSynth(OpenAIProtocol):
     def _forms(self) -> How:
         return "tool"
 
+    @property
+    def _only_chats(self) -> bool:
+        return True
+
     def body(self, model: str | None, messages: list[dict[str, Any]], given: dict[str, Any]) -> dict[str, Any]:
         """Return the body of a chat request, in OpenAI's shape."""
         made = super().body(model, messages, given)

@@ -83,6 +83,11 @@ class Synth:
         return "json_schema"
 
     @property
+    def _only_chats(self) -> bool:
+        """Whether it speaks an interface of its own, of which this library knows the chats."""
+        return False
+
+    @property
     def batched(self) -> bool:
         """Whether requests go into batches, at the price of batches."""
         return False
@@ -134,7 +139,15 @@ class Synth:
     def add_request_to_batch_task(
         self, task_name: str, endpoint: str, body: dict[str, Any], keep: Mapping[str, Any] | None = None
     ) -> int:
-        """Add a request to any endpoint, such as `/embeddings`, or `/classify` of a reward model."""
+        """Add a request to any endpoint, such as `/embeddings`, or `/classify` of a reward model.
+
+        Raises:
+            SynthError: the client knows no such endpoint.
+        """
+        if self._only_chats and endpoint != CHAT:
+            raise SynthError(
+                f"{type(self).__name__} answers chats only, not {endpoint}: give the step a `client` of its own"
+            )
         content, given = canonical(in_order(body)), canonical(body)
         adding = self._adding.get(task_name)
         if adding is None:

@@ -40,6 +40,10 @@ class GeminiSynth(OpenAIProtocol):
         found = named if named in os.environ else "GEMINI_API_KEY"
         return KeyAuth(self.api_key or Secret(found), self.scrubber, "x-goog-api-key", "")
 
+    @property
+    def _only_chats(self) -> bool:
+        return True
+
     def body(self, model: str | None, messages: list[dict[str, Any]], given: dict[str, Any]) -> dict[str, Any]:
         """Return the body of a chat request, in OpenAI's shape."""
         made = super().body(model, messages, given)

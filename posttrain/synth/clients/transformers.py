@@ -24,12 +24,13 @@ from posttrain.synth.ledger.replies import Action, Verdict
 from posttrain.synth.ledger.session import Session, dumped
 
 CLASSIFY = "/classify"
+EMBEDDINGS = "/embeddings"
 SAMPLING = {"temperature", "top_p", "top_k", "max_tokens", "max_completion_tokens"}
 
 
 @block("synth", "transformers")
 class TransformersSynth(Synth):
-    """Data from a model in this process: chats, or the raw logits of a reward model (`/classify`)."""
+    """Data from a model in this process: chats, the raw logits of a reward model (`/classify`), or embeddings."""
 
     name_or_path: str = ""
     """Folder of a run, of a model or of an adapter, or a hub name."""
@@ -69,6 +70,10 @@ class TransformersSynth(Synth):
     def body(self, model: str | None, messages: list[dict[str, Any]], given: dict[str, Any]) -> dict[str, Any]:
         """Return the body of a chat request."""
         messages, given = as_asked(messages, given, self.structured or self._forms)
+        if any(
+            isinstance(m.get("content"), list) and any(p.get("type") != "text" for p in m["content"]) for m in messages
+        ):
+            raise SynthError("a model in this process answers text alone; serve it by vLLM for images")
         unknown = sorted(given.keys() - SAMPLING)
         if unknown:
             known = ", ".join(sorted(SAMPLING))
@@ -83,7 +88,7 @@ class TransformersSynth(Synth):
         while not session.stopping.is_set() and (chunk := list(islice(todo, self.batch_size))):
             recorded = []
             for (endpoint, _), group in groupby(chunk, key=_alike):
-                answer = self._classify if endpoint.endswith(CLASSIFY) else self._chat
+                answer = {CLASSIFY: self._classify, EMBEDDINGS: self._embed}.get(endpoint, self._chat)
                 for request in (requests := list(group)):
                     session.budget.reserve(request)
                 for request, reply in zip(requests, answer(requests), strict=True):
@@ -171,6 +176,29 @@ class TransformersSynth(Synth):
             {"data": [{"index": 0, "probs": row, "num_classes": len(row)}], "usage": {"prompt_tokens": count}}
             for row, count in zip(logits, counts, strict=True)
         ]
+
+    def _embed(self, requests: list[Request]) -> list[dict[str, Any] | str]:
+        """Return the mean of the last hidden states over each text, of length 1 (Sentence-BERT, arXiv:1908.10084)."""
+        import torch
+
+        model, tokenizer = self.embedder
+        texts = [json.loads(request.body)["input"] for request in requests]
+        asked = tokenizer(texts, padding=True, truncation=True, return_tensors="pt").to(_device_of(model))
+        with torch.no_grad():
+            states = model(**asked).last_hidden_state.float()  # [texts, tokens, dimensions]
+        mask = asked["attention_mask"].unsqueeze(-1)
+        means = torch.nn.functional.normalize((states * mask).sum(1) / mask.sum(1).clamp(min=1), dim=-1).tolist()
+        return [
+            {"data": [{"index": 0, "embedding": mean}], "usage": {"prompt_tokens": count}}
+            for mean, count in zip(means, asked["attention_mask"].sum(1).tolist(), strict=True)
+        ]
+
+    @cached_property
+    def embedder(self) -> tuple[Any, Any]:
+        """The model that embeds, and its tokenizer."""
+        from transformers import AutoModel
+
+        return self._load(AutoModel)
 
     @cached_property
     def classifier(self) -> tuple[Any, Any]:

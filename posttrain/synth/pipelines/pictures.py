@@ -113,6 +113,26 @@ def histogram(values: list[float], label: str) -> str:
     )
 
 
+def scatter(kept: Sequence[Sequence[float]], lost: Sequence[Sequence[float]], label: str) -> str:
+    """Return a picture of places in two dimensions, to one scale: those that stayed (solid) and those that went."""
+    found = [*kept, *lost]
+    low = [min(place[axis] for place in found) for axis in (0, 1)]
+    reach = max(max(place[axis] for place in found) - low[axis] for axis in (0, 1)) or 1.0
+    unit = (WIDTH - 20) / reach
+
+    def dots(places: Sequence[Sequence[float]], kind: str) -> str:
+        return "".join(
+            f'<circle class="{kind}" cx="{10 + (x - low[0]) * unit:.1f}" cy="{10 + (y - low[1]) * unit:.1f}" r="3"/>'
+            for x, y in places
+        )
+
+    height = 20 + (max(place[1] for place in found) - low[1]) * unit
+    return (
+        f'<svg role="img" aria-label="{escape(label)}" width="{WIDTH}" viewBox="0 0 {WIDTH} {height:.0f}">'
+        f"{dots(lost, 'lost')}{dots(kept, 'kept')}</svg>"
+    )
+
+
 def differences(old: str, new: str) -> tuple[str, str]:
     """Return both texts as HTML, with the words that only one of them has marked: `<del>` and `<ins>`.
 

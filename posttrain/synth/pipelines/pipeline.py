@@ -5,6 +5,7 @@ new, and gives the same rows each time. Every row that goes no further keeps the
 """
 
 from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
 from typing import Any
 
 import attrs
@@ -16,6 +17,7 @@ from posttrain.registry import name_of
 from posttrain.synth.clients.client import Synth
 from posttrain.synth.ledger import results
 from posttrain.synth.ledger.session import Progress
+from posttrain.synth.pipelines.images import held
 from posttrain.synth.pipelines.report import Report, rows_in
 from posttrain.synth.pipelines.rows import Row
 from posttrain.synth.pipelines.work import Work, about, client_of, others_of, wave_name
@@ -138,7 +140,8 @@ def _left(bound: Any, used: Any) -> Any:
 
 
 def rows_to_begin_with(rows: Source | Iterable[Row]) -> Iterator[Row]:
-    """Yield the rows to begin with, each told from what no file of JSON lines can hold."""
+    """Yield the rows to begin with, each told from what JSON cannot hold; images are text from here on."""
+    folder = rows.folder if isinstance(rows, Source) else Path()
     read = ((row.values, row.place) for row, _ in rows.read(rows.open())) if isinstance(rows, Source) else (
         (row, f"row {number}") for number, row in enumerate(rows, 1)
     )  # fmt: skip
@@ -146,5 +149,6 @@ def rows_to_begin_with(rows: Source | Iterable[Row]) -> Iterator[Row]:
         with about(place):
             if not isinstance(row, dict):
                 raise DataError(f"a row is an object of columns, not a {type(row).__name__}")
-            results.line(row)
-        yield row
+            made = held(row, folder)
+            results.line(made)
+        yield made

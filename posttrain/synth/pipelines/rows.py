@@ -6,11 +6,13 @@ from typing import Any
 
 import attrs
 
+from posttrain.blocks.data.rows.media import COLUMNS
 from posttrain.blocks.data.rows.schemas import Refused, conversation
 from posttrain.errors import DataError
 from posttrain.registry import suggest
 from posttrain.synth.ledger.keys import CHAT
 from posttrain.synth.ledger.replies import calls_of, reasoning_of, text_of
+from posttrain.synth.pipelines.images import with_images
 
 Row = dict[str, Any]
 """Columns of plain JSON data."""
@@ -146,10 +148,12 @@ def asked(row: Row) -> list[Message]:
         DataError: there is nothing to ask.
     """
     said = row.get("prompt")
+    images = {name: row[name] for name in COLUMNS if name in row}
     if isinstance(said, str) and said.strip():
-        return [{"role": "user", "content": said}]
+        return with_images([{"role": "user", "content": said}], images)
     try:
-        messages: list[Message] = conversation({"messages": said} if isinstance(said, list) else row)["messages"]
+        whole = {"messages": said, **images} if isinstance(said, list) else row
+        messages: list[Message] = conversation(whole)["messages"]
     except Refused as refused:
         raise DataError(str(refused)) from None
     while messages and messages[-1]["role"] == "assistant":

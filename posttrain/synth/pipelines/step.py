@@ -11,6 +11,7 @@ import attrs
 
 from posttrain.interfaces import SynthBlock
 from posttrain.registry import key
+from posttrain.synth.pipelines.images import with_images
 from posttrain.synth.pipelines.pipeline import Pipeline
 from posttrain.synth.pipelines.rows import Chat, Drop, Message, Reply, Row, asked
 from posttrain.synth.pipelines.templates import Syntax, filled, problem
@@ -163,9 +164,10 @@ class Prompting(Step):
                 yield "messages", f"entry {number}: {wrong}"
 
     def prompt(self, row: Row) -> list[Message]:
-        """Return the messages to send about a row."""
+        """Return the messages to send about a row, its images included."""
         if self.template is not None:
-            return [{"role": "user", "content": filled(self.template, row, self.syntax)}]
+            return with_images([{"role": "user", "content": filled(self.template, row, self.syntax)}], row)
         if self.messages:
-            return [{"role": m.role, "content": filled(m.content, row, self.syntax)} for m in self.messages]
+            made = [{"role": m.role, "content": filled(m.content, row, self.syntax)} for m in self.messages]
+            return with_images(made, row)
         return asked(row)

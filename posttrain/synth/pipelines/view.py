@@ -12,13 +12,16 @@ from pathlib import Path
 from typing import Any
 
 from posttrain.errors import DataError
-from posttrain.synth.pipelines.pictures import differences, document, funnel, histogram, section, table
+from posttrain.synth.pipelines.pictures import differences, document, funnel, histogram, scatter, section, table
 from posttrain.synth.pipelines.report import CELLS, Report, Stage, cells, dollars, plain
 from posttrain.synth.pipelines.rows import Row, answered, as_text, transcript
 
 SHOWN = 40
 """Rows on the page; a larger run is sampled evenly."""
 MODELS_NOTE = "Scores of all their answers, and how often an answer of theirs was the better or the worse one of a pair"
+MAP_NOTE = "Where rows are by what they mean: near each other, alike; pale, what was dropped. Holes are what is missing"
+DOTS = 1500
+"""On the map, of those that stayed and of those that went."""
 SHOWN_DROPPED = 3
 """Rows per reason."""
 COUNTED = 20_000
@@ -33,7 +36,7 @@ def page(report: Report) -> str:
         f"<h1>{escape(report.task)}</h1>", f'<p class="note">{_summary(report)}</p>',
         section("From rows to data", funnel(report) + _table(report) + _facts(report)),
         section("What failed", _troubles(report)), section("Models", models(report), MODELS_NOTE),
-        *_last(report), *_dropped(report),
+        section("Coverage", _coverage(report), MAP_NOTE), *_last(report), *_dropped(report),
     ]  # fmt: skip
     return document(report.task, parts)
 
@@ -89,6 +92,20 @@ def models(report: Report) -> str:
         mean = f"{sum(found) / len(found):.3g}" if found else ""
         lines.append((name, f"{len(found):,}" if found else "", mean, f"{chosen[name]:,}", f"{rejected[name]:,}"))
     return table(("model", "scored", "mean score", "chosen", "rejected"), lines)
+
+
+def _coverage(report: Report) -> str:
+    """Return the map of the last step that has placed rows."""
+    for stage in reversed(report.stages):
+        kept = _places(report.folder / stage.file, stage.rows_out)
+        if stage.name == "semantic" and kept:
+            lost = _places(report.folder / stage.dropped_file, sum(stage.dropped.values()))
+            return scatter(kept, lost, "where rows are by what they mean")
+    return ""
+
+
+def _places(file: Path, total: int) -> list[list[float]]:
+    return [row["place"] for row, _ in _sample(file, total, DOTS) if isinstance(row.get("place"), list)]
 
 
 def _facts(report: Report) -> str:

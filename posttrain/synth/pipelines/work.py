@@ -17,6 +17,7 @@ from posttrain.interfaces import StepBlock
 from posttrain.synth.clients.client import Synth
 from posttrain.synth.ledger import results
 from posttrain.synth.ledger.keys import CHAT, canonical, in_order
+from posttrain.synth.pipelines.images import on_wire
 from posttrain.synth.pipelines.report import rows_in
 from posttrain.synth.pipelines.rows import Chat, Drop, Reply, Row
 
@@ -56,22 +57,21 @@ class Work:
         names = {whom: wave_name(self.task, len(self.waves), whom) for whom in self.clients}
         for whom, client in self.clients.items():
             client.begin_batch_task(names[whom])
-        for chat, redone in self.wanted():
-            client = self.clients[chat.to]
-            client.add_request_to_batch_task(names[chat.to], chat.endpoint, body_of(client, chat))
+        for chat, body, redone in self.wanted():
+            self.clients[chat.to].add_request_to_batch_task(names[chat.to], chat.endpoint, body)
             asked[chat.to] = names[chat.to]
             count, self.redone = count + 1, self.redone + redone
         if count:
             self.waves.append(asked)
         return count
 
-    def wanted(self) -> Iterator[tuple[Chat, bool]]:
-        """Yield what is to be asked next, and whether that takes the place of a reply of no use."""
+    def wanted(self) -> Iterator[tuple[Chat, dict[str, Any], bool]]:
+        """Yield what is to be asked next, as a body, and whether that takes the place of a reply of no use."""
         answers = self.answers()
         for row, place in rows_in(self.incoming):
             with about(place):
                 _, chats, redone = self.course(row, answers)
-                yield from ((chat, redone) for chat in chats)
+                yield from ((chat, body_of(self.clients[chat.to], chat), redone) for chat in chats)
 
     def made(self) -> Iterator[Row | Drop]:
         """Yield what the step makes of the rows."""
@@ -151,9 +151,10 @@ class Work:
 
 def body_of(client: Synth, chat: Chat) -> dict[str, Any]:
     """Return the body of a request."""
+    messages = on_wire(chat.messages)
     if chat.endpoint == CHAT:
-        return client.body(chat.model, chat.messages, chat.body)
-    return {"model": chat.model, **({"messages": chat.messages} if chat.messages else {}), **chat.body}
+        return client.body(chat.model, messages, chat.body)
+    return {"model": chat.model, **({"messages": messages} if messages else {}), **chat.body}
 
 
 def wave_name(task: str, number: int, whom: str = "") -> str:

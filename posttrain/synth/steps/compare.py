@@ -6,6 +6,7 @@ from typing import Any
 from attrs.validators import ge, min_len
 
 from posttrain.registry import block, key
+from posttrain.synth.pipelines.images import shown
 from posttrain.synth.pipelines.rows import Chat, Drop, Reply, Row, asked, column, reply_text, transcript
 from posttrain.synth.pipelines.step import PanelStep, asked_again
 from posttrain.synth.pipelines.templates import filled
@@ -52,14 +53,15 @@ class Compare(PanelStep):
     def chats(self, row: Row) -> list[Chat]:
         """Return one request for each judge and order."""
         said = {name: reply_text(column(row, name)) for name in ("chosen", "rejected")}
-        known = {"conversation": transcript(asked(row)), "rubric": filled(self.rubric, row)}
+        prompt = asked(row)
+        known = {"conversation": transcript(prompt), "rubric": filled(self.rubric, row)}
         known["mark"] = mark(known["conversation"], *said.values())
         found = []
         for model in self.panel:
             for first, second in _orders(self.swap):
                 text = ASK.format(**known, a=said[first], b=said[second])
                 system = {"role": "system", "content": SYSTEM}
-                found.append(Chat([system, {"role": "user", "content": text}], model, self.sent))
+                found.append(Chat([system, {"role": "user", "content": shown(text, prompt)}], model, self.sent))
         return found
 
     @property

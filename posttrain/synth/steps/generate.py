@@ -9,6 +9,7 @@ from posttrain.blocks.data.rows.schemas import CHATS
 from posttrain.errors import DataError
 from posttrain.registry import block, key
 from posttrain.synth.ledger.replies import calls_of, parsed, with_thoughts
+from posttrain.synth.pipelines.images import beside
 from posttrain.synth.pipelines.rows import Chat, Drop, Message, Reply, Row, as_text
 from posttrain.synth.pipelines.step import PanelStep, Prompting, asked_again
 from posttrain.synth.steps.form import Form, Unfit, json_text
@@ -88,8 +89,8 @@ class Generate(Prompting, PanelStep):
 
     def fold(self, row: Row, replies: list[Reply]) -> Iterable[Row | Drop]:
         """Return the row once for every answer."""
-        kept = {name: value for name, value in row.items() if name not in CHATS}
         prompt = self.prompt(row)
+        kept = beside(row, prompt, *CHATS)
         for chat, reply in zip(self.chats(row), replies, strict=True):
             made: dict[str, Any] = {**kept, "prompt": prompt}
             model = chat.model or (reply.body or {}).get("model")

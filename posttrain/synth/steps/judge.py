@@ -11,6 +11,7 @@ from typing import Any, Literal
 from attrs.validators import ge, min_len
 
 from posttrain.registry import block, key
+from posttrain.synth.pipelines.images import shown
 from posttrain.synth.pipelines.rows import Chat, Drop, Reply, Row, answered, transcript
 from posttrain.synth.pipelines.step import PanelStep, asked_again
 from posttrain.synth.pipelines.templates import filled
@@ -92,9 +93,8 @@ class Judge(PanelStep):
         found = []
         for aspect, model in self.seats:
             text = ASK.format(**known, rubric=filled(self.aspects[aspect], row))
-            found.append(
-                Chat([{"role": "system", "content": SYSTEM}, {"role": "user", "content": text}], model, self.sent)
-            )
+            asked = {"role": "user", "content": shown(text, prompt)}
+            found.append(Chat([{"role": "system", "content": SYSTEM}, asked], model, self.sent))
         return found
 
     @property

@@ -15,6 +15,7 @@ from posttrain.blocks.data.rows.schemas import CHATS
 from posttrain.interfaces import SynthBlock
 from posttrain.registry import block, key
 from posttrain.synth.ledger.replies import calls_of
+from posttrain.synth.pipelines.images import beside, shown
 from posttrain.synth.pipelines.rows import Chat, Drop, Message, Reply, Row, transcript
 from posttrain.synth.pipelines.step import Asking, Prompting
 from posttrain.synth.pipelines.templates import filled, problem
@@ -158,7 +159,8 @@ class Converse(Prompting, Asking):
         heard = [m for m in messages if m["role"] not in SILENT and m.get("content")]
         known = {"role": filled(self.user.role, row, self.syntax), "conversation": transcript(heard, alone="")}
         text = PLAY.format(**known, stop=self.user.stop)
-        return Chat([{"role": "user", "content": text}], self.user.model or self.model, self.user.body, about=number)
+        said = [{"role": "user", "content": shown(text, heard)}]
+        return Chat(said, self.user.model or self.model, self.user.body, about=number)
 
     # -- what came ----------------------------------------------------------------------
 
@@ -219,7 +221,7 @@ class Converse(Prompting, Asking):
 
     def fold(self, row: Row, replies: list[Reply]) -> Iterable[Row | Drop]:
         """Return the row once for every conversation that came to its end."""
-        kept = {name: value for name, value in row.items() if name not in (*CHATS, "prompt", "tools")}
+        kept = beside(row, self.prompt(row), *CHATS, "prompt", "tools")
         for course in self.courses(row, replies):
             counts = {"turns": course.turns, "calls": course.called, "failed_calls": course.failed}
             tools = {"tools": self.toolbox.specs} if self.toolbox else {}

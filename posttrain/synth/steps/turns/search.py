@@ -13,7 +13,9 @@ from typing import Any, Literal
 import attrs
 from attrs.validators import ge, gt, min_len
 
+from posttrain.blocks.data.rows.schemas import CHATS
 from posttrain.registry import block, key
+from posttrain.synth.pipelines.images import beside, shown
 from posttrain.synth.pipelines.rows import Chat, Drop, Reply, Row, transcript
 from posttrain.synth.pipelines.step import Asking, Prompting
 from posttrain.synth.steps.judge import SYSTEM
@@ -108,9 +110,9 @@ class Search(Prompting, Asking):
         *before, question = self.prompt(row)
         steps = f"Steps so far:\n{numbered(node.path)}\n\n" if node.path else ""
         text = STEP.format(steps=steps, last=self.last)
-        said = [*before, question, {"role": "user", "content": text}]
-        if question["role"] == "user" and isinstance(question["content"], str):
-            said = [*before, {"role": "user", "content": f"{question['content']}\n\n{text}"}]
+        asked = question["content"]
+        asked = f"{asked}\n\n{text}" if isinstance(asked, str) else [*asked, {"type": "text", "text": text}]
+        said = [*before, {"role": "user", "content": asked}]
         return [Chat(said, self.model, self.body) for _ in range(self.width)]
 
     def judgement_of(self, node: Node, step: str, row: Row) -> Chat:
@@ -119,7 +121,8 @@ class Search(Prompting, Asking):
         known = {"conversation": conversation, "steps": steps, "rubric": self.rubric}
         text = JUDGE.format(**known, mark=mark(conversation, steps))
         form = structured("judgement", score={"type": "integer", "enum": list(range(LOW, HIGH + 1))})
-        said = [{"role": "system", "content": SYSTEM}, {"role": "user", "content": text}]
+        asked = {"role": "user", "content": shown(text, self.prompt(row))}
+        said = [{"role": "system", "content": SYSTEM}, asked]
         return Chat(said, self.judge or self.model, {**form, **self.judge_body})
 
     def grown(self, row: Row, replies: list[Reply]) -> tuple[Node, list[Chat]]:
@@ -158,8 +161,8 @@ class Search(Prompting, Asking):
     def fold(self, row: Row, replies: list[Reply]) -> Iterable[Row | Drop]:
         """Return the row with the best solution, or with each of them."""
         root, _ = self.grown(row, replies)
-        kept = {name: value for name, value in row.items() if name not in ("messages", "conversations")}
-        made: Row = {**kept, "prompt": self.prompt(row)}
+        prompt = self.prompt(row)
+        made: Row = {**beside(row, prompt, *CHATS), "prompt": prompt}
         found = sorted(root.finals(), key=lambda node: -node.value)
         if not found:
             troubles = [reply.trouble for reply in replies if reply.text is None]
