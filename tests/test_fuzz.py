@@ -16,7 +16,6 @@ import pytest
 from conftest import SPECIAL, byte_tokenizer
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
-from posttrain.synth.sending.messages import MessagesDialect
 from toy import trainer
 
 from posttrain import yaml12
@@ -36,6 +35,9 @@ from posttrain.synth.ledger.replies import limits, verdict
 from posttrain.synth.ledger.session import finish
 from posttrain.synth.pipelines.rows import Reply, message_text
 from posttrain.synth.sending.online import OpenAIDialect
+from posttrain.synth.sending.wires.anthropic import MessagesDialect
+from posttrain.synth.sending.wires.bedrock import ConverseDialect
+from posttrain.synth.sending.wires.gemini import GeminiDialect
 from posttrain.synth.steps.form import Form, Unfit
 
 FUZZ = settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -213,12 +215,20 @@ REQUEST = SimpleNamespace(endpoint="/chat/completions")
 
 
 def dialects() -> list[Any]:
-    return [OpenAIDialect(), CompleteDialect(), SQLDialect({}, 60.0), MessagesDialect()]
+    return [
+        OpenAIDialect(),
+        CompleteDialect(),
+        SQLDialect({}, 60.0),
+        MessagesDialect(),
+        ConverseDialect(),
+        GeminiDialect(),
+    ]
 
 
 reply_names = ["choices", "message", "messages", "content", "finish_reason", "usage", "error", "code", "type", "data", "delta",
                "prompt_tokens", "completion_tokens", "logprobs", "top_logprobs", "token", "logprob", "reasoning_content", "stop_reason",
-               "tool_calls", "function", "name", "arguments", "text", "thinking", "tool_use", "input_tokens", "input"]  # fmt: skip
+               "tool_calls", "function", "name", "arguments", "text", "thinking", "tool_use", "input_tokens", "input",
+               "candidates", "parts", "functionCall", "usageMetadata", "output", "toolUse", "reasoningContent"]  # fmt: skip
 reply_like = st.recursive(
     scalars | st.sampled_from(reply_names),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(reply_names), inner, max_size=5), max_leaves=20,
@@ -269,10 +279,14 @@ def test_any_reply_is_an_answer_or_an_error(body: bytes, status: int, said: dict
                 Form({"type": "object", "properties": {"text": {"type": "string"}}}).read(reply)
 
 
-def test_nothing_is_unpickled() -> None:
+def test_no_file_is_unpickled() -> None:
     """Of our code, nothing can: no pickle, no torch.load, no numpy files with objects."""
+    ours = {
+        "steps/jail.py",  # a process that has locked itself in, to run what a model wrote
+        "encoding/processes.py", "encoding/worker.py",  # two processes of one run, over their own pipes
+    }  # fmt: skip
     for file in (ROOT / "posttrain").rglob("*.py"):
-        if file.name == "jail.py":  # a process that has locked itself in, to run what a model wrote
+        if f"{file.parent.name}/{file.name}" in ours:
             continue
         text = file.read_text()
         for forbidden in ("import pickle", "torch.load(", "allow_pickle=True", "joblib", "eval(", " exec("):
