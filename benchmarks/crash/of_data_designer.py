@@ -2,7 +2,8 @@ import os
 
 import data_designer.config as dd
 import pandas as pd
-from data_designer.interface import DataDesigner, ResumeMode
+from data_designer.config.run_config import ResumeMode
+from data_designer.interface import DataDesigner
 
 rows = pd.DataFrame([{"topic": f"topic {i}"} for i in range(400)])
 here = dd.ModelProvider(name="here", endpoint=os.environ["URL"], api_key="sk-none")
