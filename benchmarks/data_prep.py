@@ -62,7 +62,7 @@ def measured(work) -> tuple[float, int]:
 
 def over_processes(made, source: Path, cache: Path, count: int) -> None:
     """Print the CPU time of this process, which reads and writes, and of those that encode."""
-    from posttrain.blocks.data.data import SFTData
+    from posttrain.blocks.data.kinds.sft import SFTData
     from posttrain.blocks.data.sources import Source
 
     before, began = os.times(), time.perf_counter()
@@ -85,7 +85,7 @@ def main() -> None:
     chosen = parser.parse_args()
     if not DATA.exists():
         sys.exit(f"{DATA} is not on this machine")
-    from posttrain.blocks.data.data import SFTData
+    from posttrain.blocks.data.kinds.sft import SFTData
     from posttrain.blocks.data.sources import Source
 
     made, rows = tokenizer(), chats(chosen.chats)

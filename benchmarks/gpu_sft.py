@@ -2,6 +2,7 @@
 
     python benchmarks/gpu_sft.py                 # about 1.2 B parameters, bf16, packed rows of 4096; a few minutes
     python benchmarks/gpu_sft.py --longest       # then the longest row that fits, with everything on
+    bash benchmarks/gpu.sh                       # this and all else that is to be known of a GPU
     python benchmarks/gpu_sft.py --tiny          # the same code on a CPU, to see that it runs
 
 Random weights in the shape of Llama 3.2 1B. Every candidate runs in a process of its own, in alternating rounds; the
@@ -154,12 +155,32 @@ def sizes(batch) -> tuple[int, float]:
     return batch["tokens"], float((batch["seqlens"].double() ** 2).sum())
 
 
-def posttrain_(setting: Setting, **model) -> dict:
-    """The trainer as users call it, its loggers and metrics included."""
+def posttrain_(
+    setting: Setting,
+    method=None,
+    block=None,
+    source=None,
+    callbacks=(),
+    folder: str | None = None,
+    trainer=None,
+    **model,
+) -> dict:
+    """The trainer as users call it, its loggers and metrics included.
+
+    Args:
+        setting: what is measured.
+        method, block: classes of the trainer and of the model; supervised fine-tuning of a causal model by default.
+        source: a loader instead of the setting's.
+        callbacks: more of them.
+        folder: of the run; a temporary one by default.
+        trainer: keys of the trainer.
+        model: keys of the model.
+    """
     import posttrain
     from posttrain.interfaces import Loaders
 
-    clock, seen, source = Clock(setting), [], setting.loader()
+    clock, seen, source = Clock(setting), [], source or setting.loader()
+    method, block = method or posttrain.SFTTrainer, block or posttrain.HFModel
 
     class Counted:
         """The loader, noting the sizes of batches while they are on the host."""
@@ -188,17 +209,18 @@ def posttrain_(setting: Setting, **model) -> dict:
             return None
 
     dtype = {} if setting.tiny else {"dtype": "bfloat16"}
-    with tempfile.TemporaryDirectory() as folder:
-        posttrain.SFTTrainer(
-            model=posttrain.HFModel(
-                name_or_path="x", random_init=True, config=setting.config().to_dict(), compile=setting.compile,
-                **dtype, **model,
-            ),
-            data=Data(), tokenizer=Nothing(), optimizer=posttrain.AdamW(lr=1e-5), scheduler=posttrain.Constant(),
-            checkpoint=[], logger=[posttrain.JSONL()], micro_batch_size=setting.rows, log_every=10,
-            max_steps=setting.steps + WARM_UP, output_dir=Path(folder), accelerator=setting.device, devices=1,
-            precision="32-true" if setting.tiny else "bf16-true",
-        ).train(callbacks=[tick])  # fmt: skip
+    with tempfile.TemporaryDirectory() as scratch:
+        keys = {
+            "optimizer": posttrain.AdamW(lr=1e-5), "scheduler": posttrain.Constant(), "checkpoint": [],
+            "logger": [posttrain.JSONL()], "micro_batch_size": setting.rows, "log_every": 10, "devices": 1,
+            "max_steps": setting.steps + WARM_UP, "output_dir": Path(folder or scratch), "accelerator": setting.device,
+            "precision": "32-true" if setting.tiny else "bf16-true",
+        }  # fmt: skip
+        network = {"name_or_path": "x", "random_init": True, "config": setting.config().to_dict()}
+        method(
+            model=block(**{**network, "compile": setting.compile, **dtype, **model}), data=Data(), tokenizer=Nothing(),
+            **{**keys, **(trainer or {})},
+        ).train(callbacks=[tick, *callbacks])  # fmt: skip
     return clock.result()
 
 

@@ -28,7 +28,7 @@ from transformers.models.auto import modeling_auto
 from posttrain.blocks.layout import lay
 from posttrain.blocks.models import probe
 from posttrain.blocks.models.causal import CausalLM
-from posttrain.blocks.models.router import has_routers
+from posttrain.blocks.models.experts.router import has_routers
 from posttrain.blocks.models.tiny import tiny
 from posttrain.errors import RecipeError
 

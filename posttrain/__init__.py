@@ -10,9 +10,11 @@ if TYPE_CHECKING:
     from posttrain.batch import Batch, Extra, Term
     from posttrain.blocks.callbacks import EMA, EarlyStop, KeepBest, NEFTune, Profiler, Samples
     from posttrain.blocks.checkpoints.checkpoint import HuggingFace, Resume
-    from posttrain.blocks.data.data import CausalData, PreferenceData, SFTData
+    from posttrain.blocks.data.kinds.causal import CausalData
+    from posttrain.blocks.data.kinds.preference import PreferenceData
+    from posttrain.blocks.data.kinds.sft import SFTData
+    from posttrain.blocks.data.kinds.unpaired import UnpairedData
     from posttrain.blocks.data.sources import Source
-    from posttrain.blocks.data.unpaired import UnpairedData
     from posttrain.blocks.joined import JoinedOptimizer
     from posttrain.blocks.loggers.logger import JSONL, Console, TensorBoard
     from posttrain.blocks.loggers.services import CSV, MLflow, WandB
@@ -35,11 +37,10 @@ if TYPE_CHECKING:
     )  # fmt: skip
     from posttrain.blocks.parallel.sequence import Ulysses
     from posttrain.blocks.parallel.strategy import DDP, FSDP, Auto, DeepSpeed
-    from posttrain.blocks.rollouts.engines.vllm import VllmServerSampler
+    from posttrain.blocks.rollouts.engines.vllm import VllmSampler, VllmServerSampler
     from posttrain.blocks.rollouts.prompts import PromptData
     from posttrain.blocks.rollouts.rewards import ModelReward, reward
     from posttrain.blocks.rollouts.sampler import TransformersSampler
-    from posttrain.blocks.rollouts.turns.tools import ToolEnvironment, tool
     from posttrain.blocks.scheduler import WSD, Constant, Cosine, Linear, TwoStage
     from posttrain.blocks.tokenizers.tokenizer import HFTokenizer
     from posttrain.errors import (
@@ -78,10 +79,12 @@ _HOMES = {
     "blocks.callbacks": ("EMA", "EarlyStop", "KeepBest", "NEFTune", "Profiler", "Samples"),
     "blocks.joined": ("JoinedOptimizer",),
     "blocks.checkpoints.checkpoint": ("HuggingFace", "Resume"),
-    "blocks.data.data": ("CausalData", "PreferenceData", "SFTData"),
+    "blocks.data.kinds.causal": ("CausalData",),
+    "blocks.data.kinds.preference": ("PreferenceData",),
+    "blocks.data.kinds.sft": ("SFTData",),
     "blocks.loggers.logger": ("Console", "JSONL", "TensorBoard"),
     "blocks.loggers.services": ("CSV", "MLflow", "WandB"),
-    "blocks.rollouts.engines.vllm": ("VllmServerSampler",),
+    "blocks.rollouts.engines.vllm": ("VllmSampler", "VllmServerSampler"),
     "blocks.rollouts.prompts": ("PromptData",),
     "blocks.models.model": ("HFModel", "LoRA", "RewardModel"),
     "blocks.models.quantized.aware": ("QAT",),
@@ -93,11 +96,10 @@ _HOMES = {
     "blocks.losses.surrogate": ("policy_loss",),
     "blocks.rollouts.rewards": ("ModelReward", "reward"),
     "blocks.rollouts.sampler": ("TransformersSampler",),
-    "blocks.rollouts.turns.tools": ("ToolEnvironment", "tool"),
     "blocks.scheduler": ("Constant", "Cosine", "Linear", "TwoStage", "WSD"),
     "blocks.parallel.sequence": ("Ulysses",),
     "blocks.data.sources": ("Source",),
-    "blocks.data.unpaired": ("UnpairedData",),
+    "blocks.data.kinds.unpaired": ("UnpairedData",),
     "blocks.models.speculator.model": ("SpeculatorModel",),
     "blocks.parallel.strategy": ("Auto", "DDP", "DeepSpeed", "FSDP"),
     "blocks.models.swiftkv.model": ("SwiftKVModel",),
@@ -134,15 +136,15 @@ __all__ = [
     "Adafactor", "AdamW", "AdamW8bit", "AdamWBF16", "Auto", "AzureOpenAISynth", "Batch", "CSV", "CausalData",
     "CausalTrainer", "CheckpointError", "Console", "Constant", "CortexSynth", "Cosine", "DDP", "DPOTrainer",
     "DataError", "DeepSpeed", "DistillTrainer", "EMA", "EarlyStop", "Extra", "FSDP", "GRPOTrainer", "HFModel",
-    "HFTokenizer", "HookError", "HuggingFace", "JSONL", "JoinedOptimizer", "KTOTrainer", "KeepBest", "Linear",
-    "Lion", "LoRA", "MLflow", "ModelReward", "Muon", "NEFTune", "OnPolicyDistillTrainer", "OnlineDPOTrainer",
-    "OpenAISynth", "ParameterGroup", "PosttrainError", "PreferenceData", "Profiler", "PromptData", "QAT",
-    "RecipeError", "RegistryError", "Resume", "RewardModel", "RewardTrainer", "Run", "SFTData", "SFTTrainer", "SGD",
-    "Samples", "ScheduleFree", "Secret", "Source", "SpeculatorModel", "SpeculatorTrainer", "SwiftKVModel",
-    "SwiftKVTrainer", "SynthError", "TensorBoard", "Term", "ToolEnvironment", "TorchOptimizer", "Trainer",
-    "TrainingError", "TransformersSampler", "TransformersSynth", "TwoStage", "Ulysses", "UnpairedData",
-    "VllmServerSampler", "VllmSynth", "WSD", "WandB", "after", "before", "block", "default", "key", "kind", "load",
-    "policy_loss", "preference_loss", "reward", "tool",
+    "HFTokenizer", "HookError", "HuggingFace", "JSONL", "JoinedOptimizer", "KTOTrainer", "KeepBest", "Linear", "Lion",
+    "LoRA", "MLflow", "ModelReward", "Muon", "NEFTune", "OnPolicyDistillTrainer", "OnlineDPOTrainer", "OpenAISynth",
+    "ParameterGroup", "PosttrainError", "PreferenceData", "Profiler", "PromptData", "QAT", "RecipeError",
+    "RegistryError", "Resume", "RewardModel", "RewardTrainer", "Run", "SFTData", "SFTTrainer", "SGD", "Samples",
+    "ScheduleFree", "Secret", "Source", "SpeculatorModel", "SpeculatorTrainer", "SwiftKVModel", "SwiftKVTrainer",
+    "SynthError", "TensorBoard", "Term", "TorchOptimizer", "Trainer", "TrainingError", "TransformersSampler",
+    "TransformersSynth", "TwoStage", "Ulysses", "UnpairedData", "VllmSampler", "VllmServerSampler", "VllmSynth",
+    "WSD", "WandB", "after", "before", "block", "default", "key", "kind", "load", "policy_loss", "preference_loss",
+    "reward",
 ]  # fmt: skip
 
 

@@ -190,7 +190,7 @@ class EnvironmentBlock(Protocol):
         """Tokens by which a conversation may grow, of all turns and answers together."""
 
     @property
-    def tools(self) -> list[dict[str, Any]]:
+    def specs(self) -> list[dict[str, Any]]:
         """Tools that the chat template is to list in every prompt, as JSON schemas."""
 
     @property
@@ -254,6 +254,19 @@ class Adding(Protocol):
 
     terms: dict[str, Term]
     """What the passes since it was cleared add."""
+
+
+@runtime_checkable
+class Updated(Protocol):
+    """A network that does something after each update, such as moving the biases of its routers."""
+
+    def after_update(self, summed: "Callable[[Tensor], Tensor]", made: bool) -> "dict[str, Tensor]":
+        """Return what is to be logged, the same on every rank.
+
+        Args:
+            summed: adds a tensor up over ranks.
+            made: whether the update was made; else its gradients were not finite, and it was left out.
+        """
 
 
 @runtime_checkable

@@ -46,6 +46,7 @@ _HOMES = {
     "step": ("posttrain.synth.steps",),
     "callback": ("posttrain.synth.pipelines.refresh", "posttrain.synth.steps.answers"),
     "reward": ("posttrain.synth.rewards",),
+    "environment": ("posttrain.synth.environments",),
 }
 """Kind -> modules that hold blocks of it, besides `posttrain.blocks` and `posttrain.trainers`. They are imported when
 somebody asks for a block of that kind: those of synth import httpx, which a recipe of a trainer must not wait for."""

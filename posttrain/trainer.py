@@ -27,6 +27,7 @@ from posttrain.interfaces import (
     ModelBlock,
     Position,
     Preparable,
+    Updated,
 )  # fmt: skip
 from posttrain.keys import TrainerKeys
 from posttrain.run import Metrics, Run
@@ -105,8 +106,11 @@ class Trainer(TrainerKeys):
         norm = self.strategy.update(run, self.max_grad_norm)
         if norm is not None:
             run.log(grad_norm=norm)
-        if run.leaves_out(norm):
+        left_out, network = run.leaves_out(norm), run.model.module
+        if left_out:
             crash.skip(self, batches)
+        if isinstance(network, Updated):
+            run.log(**network.after_update(partial(all_reduce, fabric), made=not left_out))
         run.scheduler.step()
         run.metrics.updates += 1
         return sum(losses[1:], start=losses[0])

@@ -114,3 +114,8 @@ def problems(value: Any, key: Key = ()) -> Iterator[tuple[Key, str]]:
     elif isinstance(value, list | tuple):
         for index, item in enumerate(value):
             yield from problems(item, (*key, index))
+
+
+def default_cache() -> Path:
+    """Return where tokenized rows and the like are kept: $POSTTRAIN_CACHE, or a folder in the user's cache."""
+    return Path(os.environ.get("POSTTRAIN_CACHE") or Path.home() / ".cache" / "posttrain")

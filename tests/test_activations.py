@@ -5,12 +5,14 @@ from typing import Any
 
 import pytest
 import torch
+from test_apart import ROWS
 from test_loop import assert_same_run
+from test_router import model
 from toy import network, trainer
 
 from posttrain.batch import Batch
 from posttrain.blocks.layout import lay
-from posttrain.blocks.models.activations import Offload
+from posttrain.blocks.models.activations import Offload, layers_of
 from posttrain.blocks.models.model import HFModel
 from posttrain.errors import RecipeError
 from posttrain.tools.tracing import Alive
@@ -85,3 +87,18 @@ def test_tiles_bound_the_peak_of_an_mlp() -> None:
 def test_offloading_needs_something_to_offload() -> None:
     with pytest.raises(RecipeError, match="activation_checkpointing"):
         trainer(Path("unused"), model={"offload_activations": True}).train()
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "falcon", "mpt", "gpt_neox", "opt", "mamba", "gemma3"])
+def test_layers_are_found_whatever_a_decoder_calls_them(kind: str) -> None:
+    """And computing them again changes no gradient."""
+    found = []
+    for way in ({}, WAYS["full"]):
+        torch.manual_seed(0)
+        net: Any = model(kind, router_aux_loss=None, **way).build(None)  # type: ignore[arg-type]
+        layers = layers_of(net.base)
+        assert len(layers) == net.base.config.get_text_config().num_hidden_layers
+        net.train()(lay(ROWS, 0)).backward()
+        found.append([p.grad for p in net.parameters() if p.grad is not None])
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other)

@@ -18,6 +18,7 @@ from posttrain.blocks.layout import lay
 from posttrain.blocks.models import probe
 from posttrain.blocks.models.apart import Bounds, ByDocument, Way, by_document, groups
 from posttrain.blocks.models.causal import CausalLM
+from posttrain.blocks.models.known import known_way
 from posttrain.blocks.models.model import HFModel
 from posttrain.blocks.models.tiny import tiny
 from posttrain.errors import RecipeError
@@ -36,11 +37,13 @@ KINDS: dict[str, tuple[dict[str, Any], str]] = {
     "qwen3": ({}, "packed attention"),
     "gemma3_text": ({}, "packed attention"),
     "mixtral": ({}, "packed attention"),
+    "afmoe": ({}, "packed attention"),  # a parameter that is never trained
     "gpt_oss": ({}, "packed attention"),  # attention sinks, windows
     "gemma2": ({}, "packed attention"),  # soft caps
     "llama4_text": ({}, "packed attention"),  # chunks
     "deepseek_v3": ({}, "packed attention"),  # latent attention: heads of two sizes
     "falcon": ({}, "FalconAttention by document"),
+    "stablelm": ({}, "sdpa attention"),  # ours would be by document
     "bloom": ({}, "row of its own"),
     "mamba": ({}, "MambaMixer by document"),
     "mamba2": ({}, "Mamba2Mixer by document"),
@@ -226,8 +229,30 @@ def test_the_language_part_of_a_model_of_images_and_text_is_trained_and_the_whol
     AutoModelForImageTextToText.from_pretrained(tmp_path / "run" / "huggingface")
 
 
-def test_the_way_is_looked_for_once() -> None:
+def test_the_way_is_looked_for_once_and_kept_on_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("POSTTRAIN_CACHE", str(tmp_path))
     probe._find_way.cache_clear()
+    way = Way("packed", (("JambaMambaMixer", False),))
     for _ in range(3):
-        assert probe.find_way(config_of("llama"), "m", None) == Way("packed")
+        assert probe.find_way(config_of("jamba"), "m", None) == way
     assert probe._find_way.cache_info().misses == 1
+    probe._find_way.cache_clear()  # another process
+    assert probe.find_way(config_of("jamba"), "m", None) == way
+    assert probe._find_way.cache_info().misses == 0
+    assert probe.find_way(config_of("jamba"), "m", "sdpa").attention == "sdpa"  # something else is asked
+    assert probe._find_way.cache_info().misses == 1
+    for file in (tmp_path / "ways").iterdir():
+        file.write_text("{")  # damaged
+    assert probe.find_way(config_of("jamba"), "m", None) == way
+    assert probe._find_way.cache_info().misses == 2
+
+
+def test_what_could_not_be_proven_or_kept_is_tried_again(tmp_path: Path) -> None:
+    found = iter([Way("eager", proven=False), Way("packed")])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("POSTTRAIN_CACHE", str(tmp_path))
+        assert not known_way(["m"], lambda: next(found)).proven
+        assert known_way(["m"], lambda: next(found)).proven
+        assert known_way(["m"], lambda: next(found)).proven  # from the disk
+        patch.setenv("POSTTRAIN_CACHE", "/proc/nothing")
+        assert known_way(["m"], lambda: Way("sdpa")) == Way("sdpa")

@@ -1,8 +1,11 @@
 """The benchmarks run here, so that they also run where a GPU or a cluster is lent for minutes; what they count is right."""
 
+import json
+import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -10,7 +13,10 @@ import torch
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
+import gpu  # noqa: E402
+import gpu_profile  # noqa: E402
 import gpu_sft  # noqa: E402
+import models  # noqa: E402
 import scaling  # noqa: E402
 
 
@@ -19,6 +25,30 @@ def printed(script: str, *options: str) -> list[list[str]]:
     done = subprocess.run([sys.executable, ROOT / "benchmarks" / script, *options], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     return [[cell.strip() for cell in line.strip("|").split("|")] for line in done.stdout.splitlines() if "|" in line]
+
+
+def rows_of_the_table() -> dict[str, list[str]]:
+    """What docs/models.md says of each type."""
+    lines = (ROOT / "docs" / "models.md").read_text().splitlines()
+    cells = ([cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("| `"))
+    return {row[0].strip("`"): row for row in cells}
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("kind", ["llama", "mamba2", "falcon"])
+def test_the_table_of_models_says_what_is_measured(kind: str) -> None:
+    row = models.measure(kind)
+    assert [row.verdict, row.way, row.export] == [rows_of_the_table()[kind][i] for i in (1, 2, -1)]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(7200)
+@pytest.mark.filterwarnings("ignore")
+def test_every_causal_type_of_transformers_is_exact_or_refused() -> None:
+    found = {kind: models.measure(kind) for kind in models.CAUSAL}
+    verdicts = {kind: row.verdict for kind, row in found.items()}
+    assert not [kind for kind, verdict in verdicts.items() if verdict in ("wrong", "failed")]
+    assert sum(verdict == "exact" for verdict in verdicts.values()) >= 173
 
 
 def test_a_collective_sends_what_a_ring_sends() -> None:
@@ -68,3 +98,74 @@ def test_the_gpu_benchmark_runs_on_a_cpu_with_a_small_model() -> None:
     found = {row[0]: row for row in rows}
     assert all(float(found[name][1]) > 0 for name in ("posttrain", "bare"))
     assert "activation_checkpointing" in found["1024"][-1]
+
+
+def test_a_profile_says_how_long_the_device_was_idle_and_with_what_it_was_busy() -> None:
+    def event(name: str, begin: float, spent: float) -> dict[str, Any]:
+        return {"cat": "kernel", "name": name, "ts": begin, "dur": spent}
+
+    events = [event("gemm<int>(x)", 0, 40), event("copy", 30, 20), event("gemm<float>", 75, 25), {"cat": "cpu_op"}]
+    found = gpu_profile.said(events)
+    assert found["idle"] == "25.0%"
+    assert found["most of it"] == ["gemm 65.0%", "copy 20.0%"]
+    assert "no device" in gpu_profile.said([{"cat": "cpu_op"}])["idle"]
+
+
+def test_the_page_of_a_gpu_says_what_is_aimed_at_beside_what_was_found() -> None:
+    results: dict[str, Any] = {
+        "posttrain": {"name": "posttrain", "tokens/s": 980, "MFU": 0.511},
+        "bare loop": {"name": "bare loop", "tokens/s": 1000},
+        "TRL": {"name": "TRL", "error": "no time was left"},
+        "SwiftKV prefill of 2048": {"name": "SwiftKV prefill of 2048", "gain": 1.5, "by formula": 2.0},
+    }
+    page = gpu.page(results)
+    assert "| TRL | not measured: no time was left |" in page
+    assert "- MFU at least 50 %: 51.1%" in page
+    assert "- at most 2 % below the bare loop: -2.0%" in page
+    assert "- SwiftKV prefill of 2048, within 10 % of the formula: -25.0%" in page
+    assert "above TRL" not in page
+
+
+def test_a_measurement_that_fails_or_takes_too_long_is_named_and_the_others_are_made(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    script = tmp_path / "worker.py"
+    script.write_text(
+        "import sys, time\n"
+        "for name in [n for n in sys.argv[2:] if n != '--tiny']:\n"
+        "    if name == 'bad': sys.exit('out of memory')\n"
+        "    if name == 'slow': time.sleep(60)\n"
+        '    print(\'RESULT {"name": "%s", "ms": 1}\' % name, flush=True)\n'
+    )
+    found: list[dict[str, Any]] = []
+    monkeypatch.setattr(gpu, "__file__", str(script))
+    monkeypatch.setattr(gpu, "OUT", tmp_path)
+    monkeypatch.setattr(gpu, "SECONDS", {"slow": 0.5})
+    gpu.measured(["one", "bad", "two", "slow", "three"], True, gpu.time.monotonic() + 60, found.append)
+    assert [row["name"] for row in found] == ["one", "bad", "two", "slow", "three"]
+    assert [row.get("error") for row in found] == [None, "out of memory", None, "more than 0 s", None]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+def test_the_pack_for_a_gpu_runs_on_a_cpu_and_goes_on_where_it_was_left(tmp_path: Path) -> None:
+    """All of its parts, and the tests of a GPU with emulated kernels; a machine without TRL or Triton cannot measure those."""
+    environment = os.environ | {"OUT": str(tmp_path), "PYTHON": sys.executable, "OMP_NUM_THREADS": "1"}
+
+    def run(*options: str) -> str:
+        command = ["bash", ROOT / "benchmarks" / "gpu.sh", "--tiny", "--seconds", "1100", *options]
+        done = subprocess.run(command, capture_output=True, text=True, env=environment)
+        assert done.returncode == 0, done.stderr[-3000:]
+        return done.stdout
+
+    run("--only", "machine", "methods", "profile")
+    run()
+    results = {row["name"]: row for row in map(json.loads, (tmp_path / "results.jsonl").read_text().splitlines())}
+    assert set(results) == {name for part in gpu.WORK.values() for name in part} | {"tests"}
+    failed = {name: row["error"] for name, row in results.items() if "error" in row}
+    assert set(failed) <= {"TRL", "posttrain, liger"}, failed
+    assert results["tests"]["failed"] == 0 and "passed" in results["tests"]["ended"], results["tests"]
+    lines = (tmp_path / "results.jsonl").read_text().splitlines()
+    assert sum('"profile"' in line for line in lines) == 1  # the second run went on
+    assert (tmp_path / "gpu.md").read_text() in run("--only", "profile")
+    assert len(list(tmp_path.iterdir())) <= 8

@@ -13,7 +13,8 @@ import pytest
 from conftest import byte_tokenizer
 
 from posttrain.blocks.data import hashes, store
-from posttrain.blocks.data.data import CausalData, SFTData
+from posttrain.blocks.data.kinds.causal import CausalData
+from posttrain.blocks.data.kinds.sft import SFTData
 from posttrain.blocks.data.sources import Source
 from posttrain.blocks.data.streams import Stream
 from posttrain.blocks.tokenizers.templates import TEMPLATES

@@ -46,7 +46,7 @@ def folder(tmp_path: Path, sums: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.mark.parametrize("page", [page for page in PAGES if code(page, "yaml")])
 def test_recipes_are_valid(page: str, tiny_model: Path) -> None:
     for python in code(page, "python"):
-        for name in re.findall(r'@(?:posttrain.block\("\w+", |reward\()"([\w-]+)"\)', python):
+        for name in re.findall(r'(?:@posttrain.block\("\w+", "|@reward\("|@tool\ndef )([\w-]+)', python):
             Path(f"{name}.py").write_text(python)
     Path("held.jsonl").write_text(Path("chats.jsonl").read_text())
     Path("pairs.jsonl").write_text('{"prompt": "?", "chosen": "yes", "rejected": "no"}\n')
@@ -147,6 +147,20 @@ def test_the_reward_of_the_page_scores(tmp_path: Path) -> None:
     samples = [Sample("", text, {}, [], Reply([], [], True)) for text in ("abc", "", "a")]
     found = lookup("reward", "rank-of-length")().build(None)(samples)
     assert found == [1 - 2 / 3, Failure("it is empty"), 1 - 1 / 3]
+
+
+def test_the_environment_of_the_page_answers() -> None:
+    from posttrain.blocks.rollouts.replies import Turn
+    from posttrain.registry import lookup
+
+    (text,) = [text for text in code("rl.md", "python") if '"guess"' in text]
+    Path("guess.py").write_text(text)
+    runpy.run_path("guess.py")
+    game = lookup("environment", "guess")().reset({"number": "7"})
+    answers = [game.step(Turn(said)) for said in ("five", "5", "9", "7")]
+    told = [[m["content"] for m in one.messages] for one in answers]
+    assert told == [["A number, please."], ["higher"], ["lower"], []]
+    assert [one.reward for one in answers] == [0, 0, 0, 1.2]
 
 
 def test_scripts_of_pages_run(folder: Path) -> None:

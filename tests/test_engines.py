@@ -5,6 +5,7 @@ in tests/in_vllm.
 """
 
 import json
+import shutil
 import threading
 from collections import Counter
 from collections.abc import Iterator
@@ -18,6 +19,7 @@ import torch
 from safetensors import safe_open
 from test_grpo import grpo, replies
 from test_ranks import on_two_ranks
+from test_turns import quiz
 from toy import metrics
 from transformers import AutoModelForCausalLM
 
@@ -137,11 +139,13 @@ def test_a_server_says_what_is_trained_and_is_sent_the_weights_of_every_step(
 ) -> None:
     server = serve()
     heat = {"temperature": keys.pop("temperature")} if "temperature" in keys else {}
-    run = grpo(tmp_path / "run", tiny_model, sampler=sampler(server, **heat), max_steps=3, **keys).train()
-    assert server.calls["/update_weights"] == 4  # one for each step, and one for the evaluation at the end
+    left = tmp_path / "run" / "weights" / "0123abcd-7"
+    left.mkdir(parents=True)  # as a kill may leave it
+    run = grpo(tmp_path / "run", tiny_model, sampler=sampler(server, **heat), max_steps=2, group_size=2, **keys).train()
+    assert server.calls["/update_weights"] == 3  # one for each step, and one for the evaluation at the end
     assert server.calls["/init_weight_transfer_engine"] == 1
-    assert server.calls["/pause"] == server.calls["/resume"] == 4
-    for line in metrics(tmp_path / "run")[:3]:
+    assert server.calls["/pause"] == server.calls["/resume"] == 3
+    for line in metrics(tmp_path / "run")[:2]:
         assert line["sampler/gap"] < 1e-5
         assert line["sampler/probe"] < 1e-5
         assert line["policy/moved"] == 0.0
@@ -156,7 +160,7 @@ def test_every_reply_has_random_numbers_of_its_own_and_a_key_gives_the_same(
     tmp_path: Path, tiny_model: Path, serve: Any
 ) -> None:
     for name in ("one", "two"):
-        grpo(tmp_path / name, tiny_model, sampler=sampler(serve(), serve()), max_steps=1).train()
+        grpo(tmp_path / name, tiny_model, sampler=sampler(serve(), serve()), max_steps=1, group_size=2).train()
     assert replies(tmp_path / "one") == replies(tmp_path / "two")
     every = [tuple(ids) for *_, group in replies(tmp_path / "one") for ids in group]
     assert len(set(every)) == len(every)
@@ -170,12 +174,24 @@ def test_the_likeliest_reply_is_asked_for_once(tmp_path: Path, tiny_model: Path,
     assert "eval_reward" in last
 
 
+def test_conversations_can_be_said_by_a_server(tmp_path: Path, tiny_model: Path, serve: Any) -> None:
+    from transformers import GenerationConfig
+
+    talkative = tmp_path / "model"
+    shutil.copytree(tiny_model, talkative)
+    GenerationConfig(eos_token_id=list(range(0, 256, 3))).save_pretrained(talkative)  # turns come to an end
+    last = quiz(tmp_path / "run", talkative, sampler=sampler(serve()), group_size=2).train().last
+    assert last["turns"] > 1.2
+    assert last["sampler/gap"] < 1e-5
+    assert last["policy/moved"] == 0.0
+
+
 @pytest.mark.parametrize(
     ("faults", "said"),
     [
         (("stale",), r"was sent the weights of step 1, .*differ from the trainer's by .*it held other numbers in "
                      r"model.layers.1.mlp.down_proj.weight .1 such"),
-        (("old version",), "has sampled with the weights default and not with .*A server serves one run"),
+        (("old version",), "has sampled with the weights default and not with .*An engine serves one run"),
         (("/start_weight_update",), "has no /start_weight_update; start it with\n  VLLM_SERVER_DEV_MODE=1 vllm serve"),
         (("/inference/v1/generate",), "has no /inference/v1/generate; start it with\n .*--enable-scale-out"),
         (("raw",), "differ .* before the temperature; start it with --logprobs-mode processed_logprobs"),
@@ -185,7 +201,7 @@ def test_a_server_that_does_not_hold_the_weights_ends_the_run(
     tmp_path: Path, tiny_model: Path, serve: Any, faults: tuple[str, ...], said: str
 ) -> None:
     with pytest.raises(TrainingError, match=said):
-        grpo(tmp_path / "run", tiny_model, sampler=sampler(serve(*faults), temperature=0.7)).train()
+        grpo(tmp_path / "run", tiny_model, sampler=sampler(serve(*faults), temperature=0.7), group_size=2).train()
 
 
 def test_a_server_that_computes_something_else_is_told_from_one_with_other_weights(
@@ -207,7 +223,7 @@ def test_a_server_that_is_not_there_is_named_with_how_to_start_one(tmp_path: Pat
 
 
 @pytest.mark.parametrize(
-    ("keys", "said"), [({"temperature": 0.001}, "0.01 or more"), ({"base_url": []}, "base_url")],
+    ("keys", "said"), [({"temperature": 0.001}, "temperature"), ({"base_url": []}, "base_url")],
 )  # fmt: skip
 def test_what_an_engine_cannot_do_is_said_before_training(
     tmp_path: Path, tiny_model: Path, keys: dict[str, Any], said: str

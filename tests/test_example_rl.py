@@ -50,3 +50,37 @@ def test_no_sum_that_is_held_out_is_asked_nor_mirrored(tmp_path: Path, monkeypat
     for row in (*train, *test):
         a, b = row["prompt"].splitlines()[-1][:-1].split("+")
         assert int(a) + int(b) == int(row["answer"])
+
+
+def test_the_calculator_is_called_and_what_it_says_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(RL / "tools"))
+    import calculator
+
+    assert calculator.calculator("12 * (3 + 4) / 2 - 1") == "41"
+    for bad in ("__import__('os')", "2 ** 9", "a + 1", "f(1)"):
+        with pytest.raises(ValueError, match="only numbers"):
+            calculator.calculator(bad)
+    calculator.make(tmp_path, test=5)
+    rows = [json.loads(line) for line in (tmp_path / "test.jsonl").read_text().splitlines()]
+    train = [json.loads(line) for line in (tmp_path / "train.jsonl").read_text().splitlines()]
+    asked = {row["messages"][-1]["content"] for row in train}
+    assert len(rows) == 5
+    assert not asked & {row["messages"][-1]["content"] for row in rows}
+    assert calculator.product("", f" {rows[0]['answer']}.", rows[0])
+    assert not calculator.product("", f"{rows[0]['answer']} or so", rows[0])
+
+
+def test_the_recipe_with_tools_trains(tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import posttrain
+
+    monkeypatch.syspath_prepend(str(RL / "tools"))
+    monkeypatch.chdir(tmp_path)
+    import calculator
+
+    calculator.make(Path("runs/demo-tools/data"), test=2)
+    small = ["max_steps=1", "micro_batch_size=1", "group_size=2", "data.max_length=900", "sampler.max_new_tokens=4"]
+    recipe = RL / "tools" / "recipe.yaml"
+    last = posttrain.load(recipe, [f"model.name_or_path={tiny_model}", *small, "environment.max_turns=2"]).train().last
+    assert last["turns"] >= 1.0
+    assert last["sampler/gap"] < 1e-5
+    assert (Path("runs/demo-tools/run") / "huggingface" / "model.safetensors").exists()

@@ -14,7 +14,8 @@ from typing import Any
 import pytest
 from conftest import byte_tokenizer
 
-from posttrain.blocks.data.data import PreferenceData, SFTData
+from posttrain.blocks.data.kinds.preference import PreferenceData
+from posttrain.blocks.data.kinds.sft import SFTData
 from posttrain.blocks.data.rows.messages import Refused
 from posttrain.blocks.tokenizers.templates import TEMPLATES
 from posttrain.errors import DataError

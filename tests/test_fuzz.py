@@ -16,12 +16,14 @@ import pytest
 from conftest import SPECIAL, byte_tokenizer
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
+from posttrain.synth.sending.messages import MessagesDialect
 from toy import trainer
 
 from posttrain import yaml12
 from posttrain.blocks.checkpoints.checkpoint import Resume
 from posttrain.blocks.checkpoints.manifest import checkpoints, verify
-from posttrain.blocks.data.data import PreferenceData, SFTData
+from posttrain.blocks.data.kinds.preference import PreferenceData
+from posttrain.blocks.data.kinds.sft import SFTData
 from posttrain.blocks.data.rows.chat import ChatRenderer
 from posttrain.blocks.data.rows.schemas import Refused
 from posttrain.blocks.data.sources import Source
@@ -33,7 +35,6 @@ from posttrain.synth.ledger.pricing import usage
 from posttrain.synth.ledger.replies import limits, verdict
 from posttrain.synth.ledger.session import finish
 from posttrain.synth.pipelines.rows import Reply, message_text
-from posttrain.synth.sending.messages import MessagesDialect
 from posttrain.synth.sending.online import OpenAIDialect
 from posttrain.synth.steps.form import Form, Unfit
 

@@ -29,7 +29,7 @@ from toy import MARGINS, losses, metrics, network, pair, trainer
 from posttrain import hooks
 from posttrain.blocks.layout import collate_pairs, lay
 from posttrain.blocks.models import activations
-from posttrain.blocks.models.kernels import use_grouped_experts
+from posttrain.blocks.models.experts.precision import use_grouped_experts
 from posttrain.trainers.sft import SFTTrainer
 
 pytestmark = [pytest.mark.gpu, pytest.mark.filterwarnings("ignore")]  # libraries may warn of what is no news to them
@@ -57,6 +57,8 @@ def device() -> Iterator[None]:
 def one_rank(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """One group for all strategies: DeepSpeed keeps the first that it sees."""
     file = tmp_path_factory.mktemp("ranks") / "store"
+    for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):  # there may be no network
+        os.environ.setdefault(name, "lo")
     if ON_GPU:
         torch.cuda.set_device(0)
     backend = "cpu:gloo,cuda:nccl" if ON_GPU else "gloo"

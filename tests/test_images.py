@@ -359,7 +359,7 @@ def test_an_argument_that_the_processor_does_not_know_is_refused(folder: Any, ti
 
 
 def test_data_that_cannot_take_images_refuses_them(folder: Any, tmp_path: Path) -> None:
-    from posttrain.blocks.data.unpaired import UnpairedData
+    from posttrain.blocks.data.kinds.unpaired import UnpairedData
     from posttrain.blocks.rollouts.prompts import PromptData
 
     (tmp_path / "a.png").write_bytes(png(0))

@@ -25,7 +25,7 @@ from posttrain import hooks
 from posttrain.blocks.layout import lay
 from posttrain.blocks.models import kernels
 from posttrain.blocks.models.attention import packed_attention
-from posttrain.blocks.models.kernels import use_grouped_experts
+from posttrain.blocks.models.experts.precision import use_grouped_experts
 from posttrain.blocks.models.tiny import tiny
 from posttrain.blocks.parallel.sharding import replace_tensors
 
@@ -167,6 +167,7 @@ def test_the_host_knows_where_documents_begin_without_asking_the_device(
     assert not waits.found
 
 
+TRACED = ("llama", "gpt_oss", "deepseek_v3")
 WAITS = {"llama dynamic": "transformers compares the longest position with what it has seen"}
 """Types whose code in transformers asks the device for a number."""
 
@@ -180,7 +181,7 @@ class Elsewhere(torch.autocast):
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize(
-    "kind", [*FAST, "mamba2", *(pytest.param(k, marks=pytest.mark.slow) for k in OTHERS if k != "mamba2")]
+    "kind", [*TRACED, *(pytest.param(k, marks=pytest.mark.slow) for k in KINDS if k not in TRACED)]
 )
 def test_a_step_needs_no_number_of_the_device_and_nothing_that_stayed_on_the_host(
     kind: str, monkeypatch: pytest.MonkeyPatch
@@ -269,6 +270,7 @@ def test_experts_compute_in_the_precision_of_autocast(kind: str, monkeypatch: py
     assert set(seen) == {(torch.bfloat16, torch.bfloat16)}
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 def test_compiled_layers_reach_the_kernels_without_a_break_in_their_graphs(gpu: Calls, tmp_path: Path) -> None:
     """As the default recipe does, with activation checkpointing around compiled layers."""

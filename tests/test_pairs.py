@@ -8,7 +8,7 @@ import pytest
 import torch
 from conftest import byte_tokenizer
 
-from posttrain.blocks.data.data import PreferenceData
+from posttrain.blocks.data.kinds.preference import PreferenceData
 from posttrain.blocks.data.rows.pairs import pair
 from posttrain.blocks.data.rows.schemas import Refused
 from posttrain.blocks.data.sources import Source

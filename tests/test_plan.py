@@ -97,6 +97,26 @@ def test_the_command_says_whether_it_fits_and_what_would_help(
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize("kind", ["llama", "mixtral"])
+def test_operations_are_those_of_the_products(tiny_model: Path, sums: Path, kind: str) -> None:
+    """Written out: two for each number of a matrix and token, three passes over each product, and attention."""
+    experts = {"model_type": kind, "num_local_experts": 8, "num_experts_per_tok": 2} if kind == "mixtral" else {}
+    size, wide, layers, heads, vocabulary = 32, 64, 2, 4, 100
+    config = {
+        "model_type": kind, "hidden_size": size, "intermediate_size": wide, "num_hidden_layers": layers,
+        "num_attention_heads": heads, "num_key_value_heads": heads, "vocab_size": vocabulary, **experts,
+    }  # fmt: skip
+    trainer = made(tiny_model, sums, way={"random_init": True, "config": config})
+    found = plan.estimate(trainer, world=1)
+    tokens = trainer.micro_batch_size * trainer.data.max_length
+    assert found.tokens == tokens
+    layer = 4 * size * size + 3 * size * wide * (2 if experts else 1) + (8 * size if experts else 0)
+    head = (tokens - trainer.micro_batch_size) * size * vocabulary  # the first token of a row is nobody's target
+    products = 3 * 2 * (tokens * layers * layer + head)
+    attention = layers * tokens * trainer.data.max_length * size * 2 * (1 + 2.5)  # half of the square, forward and back
+    assert found.operations == pytest.approx(products + attention, rel=0.01)
+
+
 @pytest.mark.gpu
 def test_a_gpu_takes_what_was_planned(tiny_model: Path, sums: Path, tmp_path: Path) -> None:
     """A model large enough that the allocator's rounding and the libraries' workspaces are small beside it."""

@@ -11,8 +11,8 @@ import pytest
 from conftest import byte_tokenizer
 
 from posttrain.blocks.data import store
-from posttrain.blocks.data.data import SFTData
 from posttrain.blocks.data.encoding import processes
+from posttrain.blocks.data.kinds.sft import SFTData
 from posttrain.blocks.data.sources import Source
 from posttrain.blocks.tokenizers.templates import TEMPLATES
 from posttrain.errors import DataError

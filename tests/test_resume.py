@@ -21,7 +21,7 @@ import posttrain.hooks as hooks
 from posttrain.blocks.checkpoints import manifest, state
 from posttrain.blocks.checkpoints.checkpoint import HuggingFace, Resume
 from posttrain.blocks.checkpoints.manifest import checkpoints
-from posttrain.blocks.data.data import SFTData
+from posttrain.blocks.data.kinds.sft import SFTData
 from posttrain.blocks.loggers.logger import JSONL, TensorBoard
 from posttrain.blocks.models.model import HFModel
 from posttrain.blocks.optimizer import AdamW

@@ -11,7 +11,7 @@ import pytest
 from conftest import byte_tokenizer
 
 from posttrain.blocks.data import snowflake
-from posttrain.blocks.data.data import SFTData
+from posttrain.blocks.data.kinds.sft import SFTData
 from posttrain.blocks.data.sources import Source
 from posttrain.blocks.tokenizers.templates import TEMPLATES
 from posttrain.errors import DataError

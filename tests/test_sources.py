@@ -10,7 +10,8 @@ import datasets
 import pytest
 from conftest import byte_tokenizer
 
-from posttrain.blocks.data.data import CausalData, SFTData
+from posttrain.blocks.data.kinds.causal import CausalData
+from posttrain.blocks.data.kinds.sft import SFTData
 from posttrain.blocks.data.sources import Source
 from posttrain.blocks.tokenizers.templates import TEMPLATES
 from posttrain.errors import DataError

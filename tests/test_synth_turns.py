@@ -114,10 +114,10 @@ def test_tools_are_described_called_answered_and_kept_and_called_once(server: An
     assert first["tools"][0]["function"] == {
         "name": "weather", "description": "Say how the weather will be.",
         "parameters": {
-            "type": "object", "required": ["city"],
+            "type": "object", "required": ["city"], "additionalProperties": False,
             "properties": {
                 "city": {"type": "string", "description": "where."},
-                "days": {"type": "integer", "description": "how many, from today on."},
+                "days": {"type": "integer", "default": 1, "description": "how many, from today on."},
             },
         },
     }  # fmt: skip
@@ -161,10 +161,7 @@ def test_what_came_of_tools_is_encoded_with_calls_trained_and_results_not(server
     ("call", "told"),
     [
         (calling("weather", {"city": "Atlantis"}), "Error: LookupError: no such place"),
-        (
-            calling("weather", {"days": "many"}),
-            "Error: the arguments do not fit: days: 'many' is not of type 'integer'; it: ",
-        ),
+        (calling("weather", {"days": "many"}), "Error: the arguments do not fit: city: "),
         (calling("weather", "{"), "Error: the arguments are not a JSON object"),
         (calling("wether", {}), "Error: there is no tool 'wether'; did you mean 'weather'? (there are: weather)"),
     ],
@@ -201,7 +198,7 @@ def test_wrong_tools_are_said_before_anything_is_sent(server: Any, tmp_path: Pat
         return x
 
     for wrong, message in (
-        (bare, "the tool 'bare' cannot be described to a model: .* no docstring"),
+        (bare, "the tool 'bare' has a parameter 'x' without a type"),
         ("nothing", "there is no tool 'nothing' .known: "),
         (3, "a tool is a function with a name"),
     ):
@@ -219,20 +216,12 @@ def test_wrong_tools_are_said_before_anything_is_sent(server: Any, tmp_path: Pat
 def test_a_recipe_names_tools_of_its_own_code() -> None:
     @tool
     def doubled(x: float) -> float:
-        """Double a number.
-
-        Args:
-            x: the number.
-        """
+        """Double a number."""
         return 2 * x
 
     made = Converse(model="m", tools=["doubled"])
     assert list(made.check()) == []
-    assert PythonTool(doubled).call({"x": 2.5}) == ("5.0", False)
-    from posttrain.blocks.rollouts.turns.tools import ToolEnvironment
-
-    (spec,) = ToolEnvironment(functions=["doubled"]).tools  # what the policy is told is what the model was told
-    assert {**spec["function"], "return": None} == {**made.toolbox.specs[0]["function"], "return": None}
+    assert PythonTool(doubled).call({"x": 2}) == ("4.0", False)
 
 
 # -- servers of tools -----------------------------------------------------------------------

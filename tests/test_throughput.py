@@ -4,6 +4,7 @@ import itertools
 import json
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from toy import trainer
 
 from posttrain import RecipeError, hooks
 from posttrain.blocks.callbacks import Profiler
+from posttrain.runtime import signals
 from posttrain.trainers.dpo import DPOTrainer
 from posttrain.trainers.sft import SFTTrainer
 
@@ -52,6 +54,46 @@ def test_the_host_waits_for_the_device_only_to_log(tmp_path: Path, method: type)
     with waits:
         trainer(tmp_path, method, log_every=4, gradient_accumulation_steps=2).train(callbacks=[begin, end])
     assert steps == [0] * 8, waits.found
+
+
+def test_ranks_agree_on_a_signal_without_waiting_for_the_step_in_hand(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is read is the flag of the step before, which the device has long combined."""
+    made: list[Any] = []
+
+    class Noted:
+        def __init__(self, number: torch.Tensor) -> None:
+            self.number = float(number)
+            made.append(self)
+
+        def read(self) -> float:
+            assert self is not made[-1], "the flag of this step was asked for"
+            return self.number
+
+    monkeypatch.setattr(signals, "Later", Noted)
+    monkeypatch.setattr(signals, "all_reduce", lambda fabric, flag, op: flag)
+    two: Any = SimpleNamespace(world_size=2, device=torch.device("cpu"))
+    found, known = [], signals.Signals()
+    for step in range(4):
+        known.received = 15 if step == 1 else known.received
+        found.append(known.agreed(two))
+    assert found == [None, None, 15, 15]
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_counts_of_several_ranks_are_not_waited_for(tmp_path: Path) -> None:
+    waits, seen = Waits(), []
+
+    @hooks.before("trainer.update")
+    def two_ranks(trainer: Any, batches: Any) -> None:
+        with pytest.MonkeyPatch.context() as patch, waits:
+            patch.setattr(type(trainer.run.fabric), "world_size", property(lambda fabric: 2))
+            patch.setattr("posttrain.trainer.all_reduce", lambda fabric, sums: sums * 2)
+            seen.append(trainer.totals(batches))
+
+    made = trainer(tmp_path, max_steps=1)
+    made.train(callbacks=[two_ranks])
+    assert not waits.found
+    assert float(seen[0]["weight"]) == 2 * made.run.batches[0].weight
 
 
 def test_what_waits_is_seen() -> None:

@@ -6,7 +6,7 @@
 
 from posttrain.blocks import callbacks, optimizer, scheduler
 from posttrain.blocks.checkpoints import checkpoint
-from posttrain.blocks.data import data, unpaired
+from posttrain.blocks.data.kinds import causal, preference, sft, unpaired
 from posttrain.blocks.loggers import logger, services
 from posttrain.blocks.models import model
 from posttrain.blocks.models.speculator import model as speculator
@@ -15,10 +15,10 @@ from posttrain.blocks.optimizers import blocks as optimizers
 from posttrain.blocks.parallel import sequence, strategy
 from posttrain.blocks.rollouts import prompts, rewards, sampler
 from posttrain.blocks.rollouts.engines import vllm
-from posttrain.blocks.rollouts.turns import tools
 from posttrain.blocks.tokenizers import tokenizer
 
 __all__ = [
-    "callbacks", "checkpoint", "data", "logger", "model", "optimizer", "optimizers", "prompts", "rewards", "sampler",
-    "scheduler", "sequence", "services", "speculator", "strategy", "swiftkv", "tokenizer", "tools", "unpaired", "vllm",
+    "callbacks", "causal", "checkpoint", "logger", "model", "optimizer", "optimizers", "preference", "prompts",
+    "rewards", "sampler", "scheduler", "sequence", "services", "sft", "speculator", "strategy", "swiftkv",
+    "tokenizer", "unpaired", "vllm",
 ]  # fmt: skip

@@ -95,7 +95,8 @@ TRL
   scale_rewards                 = `advantage` of `type: grpo`: group_std, batch_std, or group for none
   importance_sampling_level     = `loss_type: gspo` for whole replies
   vllm_importance_sampling_correction  = `correction` of `type: grpo`
-  use_vllm, vllm_mode           = nothing: the model in training says the replies itself
+  use_vllm, vllm_mode           = `sampler: {type: vllm-server}`, for a server beside the trainer
+  vllm_server_base_url          = `sampler.base_url`
   top_p, top_k, min_p           = nothing: what is sampled from must be what is trained
   mask_truncated_completions    = `mask_truncated` of `type: grpo`
   desirable_weight, undesirable_weight  = `good_weight` and `bad_weight` of `type: kto`

@@ -9,6 +9,7 @@ The trainer writes the files of a checkpoint, and says what each tensor must has
 
 import hashlib
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,10 @@ from vllm.distributed.weight_transfer.base import (
 )
 
 BACKEND = "posttrain"
+
+
+class Wrong(ValueError):
+    """Weights that are not what they should be."""
 
 
 @dataclass
@@ -62,12 +67,20 @@ class FolderEngine(WeightTransferEngine[Begin, Update]):
         """Load the weights, and see that they are those that the trainer wrote, and all of them.
 
         Raises:
-            ValueError: a tensor is another one, or missing.
+            Wrong: a tensor is another one, or missing, or the model is.
         """
         wanted = {name for name, _ in self.model.named_parameters()}
-        loaded = self.model.load_weights(self.read(update_info))
+        try:
+            loaded = self.model.load_weights(self.read(update_info))
+        except Exception as error:
+            with suppress(Exception):
+                self.finish_weight_update()  # else the layers would add the next weights to these
+            if isinstance(error, Wrong):
+                raise
+            said = f"{type(error).__name__} {error}".strip()[:300]
+            raise Wrong(f"these weights do not fit the model that is served here ({said})") from error
         if loaded is not None and self.model_config.quantization is None and (missing := sorted(wanted - loaded)):
-            raise ValueError(f"posttrain: the trainer sent nothing for {missing[0]} ({len(missing)} such in all)")
+            raise Wrong(f"the trainer sent nothing for {missing[0]} ({len(missing)} such in all)")
 
     def read(self, update_info: Update) -> Iterator[tuple[str, torch.Tensor]]:
         """Yield the tensors of a folder."""
@@ -79,12 +92,10 @@ class FolderEngine(WeightTransferEngine[Begin, Update]):
                 for name in content.keys():  # noqa: SIM118 - it is no dict
                     tensor = content.get_tensor(name)
                     if left.pop(name, None) != digest(tensor):
-                        raise ValueError(f"posttrain: the tensor {name} is not what the trainer wrote to {file}")
+                        raise Wrong(f"the tensor {name} is not what the trainer wrote to {file}")
                     yield name, tensor.to(self.device)
         if left:
-            raise ValueError(
-                f"posttrain: the tensor {min(left)} is not in {update_info.folder}: is it a shared folder?"
-            )
+            raise Wrong(f"the tensor {min(left)} is not in {update_info.folder}: is it shared?")
 
     def finish_weight_update(self) -> None:
         """Let layers compute again."""

@@ -7,7 +7,6 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from posttrain.blocks.rollouts.turns.tools import tool
     from posttrain.synth.clients.anthropic import AnthropicSynth
     from posttrain.synth.clients.bedrock import BedrockSynth
     from posttrain.synth.clients.cortex import CortexSynth
@@ -15,6 +14,7 @@ if TYPE_CHECKING:
     from posttrain.synth.clients.openai import AzureOpenAISynth, OpenAISynth
     from posttrain.synth.clients.transformers import TransformersSynth
     from posttrain.synth.clients.vllm import VllmSynth
+    from posttrain.synth.environments import ToolEnvironment
     from posttrain.synth.errors import IncompleteTask, TaskStopped
     from posttrain.synth.ledger.pricing import Price
     from posttrain.synth.pipelines.pipeline import Pipeline
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from posttrain.synth.pipelines.report import Report
     from posttrain.synth.pipelines.rows import Chat, Drop, Reply
     from posttrain.synth.pipelines.step import Step
-    from posttrain.synth.rewards import VerifyReward
+    from posttrain.synth.rewards import JudgeReward, VerifyReward
     from posttrain.synth.steps.alike.decontaminate import Decontaminate
     from posttrain.synth.steps.alike.dedup import Dedup
     from posttrain.synth.steps.alike.semantic import Semantic
@@ -38,10 +38,12 @@ if TYPE_CHECKING:
     from posttrain.synth.steps.turns.converse import Converse, User
     from posttrain.synth.steps.turns.mcp import McpServer
     from posttrain.synth.steps.turns.search import Search
+    from posttrain.synth.steps.turns.tools import tool
     from posttrain.synth.steps.verify import Verify, verifier
 
 _HOMES = {
     "clients.anthropic": ("AnthropicSynth",),
+    "environments": ("ToolEnvironment",),
     "clients.bedrock": ("BedrockSynth",),
     "clients.gemini": ("GeminiSynth",),
     "clients.cortex": ("CortexSynth",),
@@ -53,7 +55,7 @@ _HOMES = {
     "pipelines.report": ("Report",),
     "pipelines.rows": ("Chat", "Drop", "Reply"),
     "pipelines.step": ("Step",),
-    "rewards": ("VerifyReward",),
+    "rewards": ("JudgeReward", "VerifyReward"),
     "steps.alike.semantic": ("Semantic",),
     "steps.answers": ("RightAnswers",),
     "steps.compare": ("Compare",),
@@ -69,6 +71,7 @@ _HOMES = {
     "steps.turns.converse": ("Converse", "User"),
     "steps.turns.mcp": ("McpServer",),
     "steps.turns.search": ("Search",),
+    "steps.turns.tools": ("tool",),
     "steps.verify": ("Verify", "verifier"),
     "clients.transformers": ("TransformersSynth",),
     "clients.vllm": ("VllmSynth",),
@@ -79,16 +82,14 @@ _HOME_OF = {name: module for module, found in _HOMES.items() for name in found}
 __all__ = [
     "AnthropicSynth", "AzureOpenAISynth", "BedrockSynth", "Chat", "Compare", "Complete", "Converse", "CortexSynth",
     "Decontaminate", "Dedup", "Drop", "FewShot", "Filter", "GeminiSynth", "Generate", "IncompleteTask", "Judge",
-    "McpServer", "OpenAISynth", "Pair", "Pipeline", "Price", "Refresh", "Rename", "Reply", "Report", "Reward",
-    "RightAnswers", "Sample", "Search", "Semantic", "Split", "Step", "TaskStopped", "TransformersSynth", "User",
-    "Verify", "VerifyReward", "VllmSynth", "tool", "verifier",
+    "JudgeReward", "McpServer", "OpenAISynth", "Pair", "Pipeline", "Price", "Refresh", "Rename", "Reply", "Report",
+    "Reward", "RightAnswers", "Sample", "Search", "Semantic", "Split", "Step", "TaskStopped", "ToolEnvironment",
+    "TransformersSynth", "User", "Verify", "VerifyReward", "VllmSynth", "tool", "verifier",
 ]  # fmt: skip
 
 
 def __getattr__(name: str) -> Any:
     """Import a public name when it is first used."""
-    if name == "tool":  # at home where reinforcement learning lets policies call tools
-        return importlib.import_module("posttrain.blocks.rollouts.turns.tools").tool
     if name not in _HOME_OF:
         raise AttributeError(f"module 'posttrain.synth' has no attribute {name!r}")
     return getattr(importlib.import_module(f"posttrain.synth.{_HOME_OF[name]}"), name)

@@ -1,15 +1,24 @@
-"""What data generation knows of right answers, as rewards: numbers, mathematics, JSON, code that passes its tests."""
+"""What data generation knows of answers, as rewards: checks of numbers, mathematics, JSON and code, and judges."""
 
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import attrs
 from attrs.validators import gt, optional
 
-from posttrain.blocks.rollouts.replies import Sample
+from posttrain.blocks.rollouts.replies import Failure, Sample
 from posttrain.blocks.rollouts.rewards import Function
+from posttrain.interfaces import Scorer
 from posttrain.registry import block, key
+from posttrain.synth.clients.client import Synth
+from posttrain.synth.ledger.live import silent
+from posttrain.synth.pipelines.pipeline import Pipeline
+from posttrain.synth.pipelines.report import rows_in
+from posttrain.synth.steps.judge import Judge
 from posttrain.synth.steps.verify import Verify
+
+if TYPE_CHECKING:
+    from posttrain.run import Run
 
 
 @block("reward", "verify")
@@ -40,3 +49,55 @@ class VerifyReward(Function):
     def score(self, sample: Sample, **options: Any) -> float:
         """Return 1 for a right answer and 0 for a wrong one, or what the check says."""
         return self.step.score(sample.text, sample.row)
+
+
+@block("reward", "judge")
+class JudgeReward(Judge):
+    """The score that models give a reply by a rubric, as by the step of the same name in data generation.
+
+    What they say is kept in the ledger of the client: a run that goes on after a crash pays for nothing twice, and gets
+    the same rewards.
+    """
+
+    weight: float = 1.0
+    """What it is multiplied by in the sum of all rewards. 0 for one that is only looked at."""
+    name: str = ""
+    """What metrics call it; its type unless given."""
+
+    def check(self) -> Iterator[tuple[str, str]]:
+        """Yield what contradicts, and a client that is missing."""
+        yield from super().check()
+        if not isinstance(self.client, Synth):
+            yield "client", "say where the judge is: `client: {type: openai, ...}`, as in data generation"
+        elif self.client.batched:
+            yield "client", "puts requests into batches, which take hours, and each step waits for them: `mode: online`"
+
+    def build(self, run: "Run") -> Scorer:
+        """Return what scores the replies of a step together; with several ranks, each has a ledger of its own."""
+        assert isinstance(self.client, Synth)
+        client = attrs.evolve(self.client, work_dir=self.client.work_dir / f"rewards{run.suffix}")
+        task = f"{run.output_dir.name}.{self.name or 'judge'}"
+
+        def scored(samples: list[Sample]) -> list[float | Failure]:
+            found: list[float | Failure] = [Failure("the judge's step lost it")] * len(samples)
+            if not samples:
+                return found
+            rows = [{**as_row(sample), "number": i} for i, sample in enumerate(samples)]
+            report = Pipeline([self]).run(rows, client, task, progress=silent)
+            stage = report.stages[-1]
+            for row, _ in rows_in(report.folder / stage.file):
+                found[row["number"]] = float(row[self.into])
+            if stage.dropped:
+                for row, _ in rows_in(report.folder / stage.dropped_file):
+                    why = row["dropped"]
+                    found[row["number"]] = Failure(f"{why['reason']} ({why['detail']})")
+            return found
+
+        return scored
+
+
+def as_row(sample: Sample) -> dict[str, Any]:
+    """Return a reply with its prompt as a row of data generation."""
+    said = sample.reply.messages[:-1]
+    return {**sample.row, "prompt": [*sample.messages, *said] if sample.messages else sample.prompt,
+            "response": sample.text}  # fmt: skip

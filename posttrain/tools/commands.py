@@ -146,6 +146,10 @@ def plan(arguments: argparse.Namespace) -> int:
     say(f"{found.trained:,} parameters are trained, {found.frozen:,} are frozen")
     say("".join(f"  {group}\n" for group in found.groups).rstrip())
     console.print(table(found, world))
+    say(
+        f"{found.operations / 1e12:,.3g} TFLOP for a full micro-batch of {found.tokens:,} tokens, "
+        f"{found.operations / found.tokens / 1e9:,.3g} GFLOP for each (matrix products and attention)"
+    )
     if found.total <= arguments.gpu_memory * 2**30:
         say(f"fits into {arguments.gpu_memory:g} GiB; leave a tenth for the allocator and the libraries")
         return 0

@@ -76,7 +76,7 @@ def devices() -> Iterator[tuple[str, str]]:
 
 def places() -> Iterator[tuple[str, str]]:
     """Yield the folders that posttrain and the hub keep things in, and what is wrong with them."""
-    from posttrain.blocks.data.cache import default_cache
+    from posttrain.values import default_cache
 
     for name, folder in (("cache", default_cache()), ("hub cache", hub_cache()), ("here", Path.cwd())):
         there = next(parent for parent in (folder, *folder.parents) if parent.exists())

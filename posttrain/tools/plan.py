@@ -35,6 +35,10 @@ class Estimate:
     frozen: int = 0
     groups: list[Group] = attrs.field(factory=list)
     """The parameters by type, before anything is sharded."""
+    operations: int = 0
+    """Of a micro-batch, forward and backward, with what is computed again; see operations.py."""
+    tokens: int = 0
+    """In that micro-batch, which is as full as can be."""
 
     @property
     def total(self) -> int:
@@ -83,7 +87,7 @@ def estimate(trainer: Trainer, world: int) -> Estimate:
     return Estimate(
         {name: size for name, size in sizes.items() if name not in host and size},
         {name: size for name, size in sizes.items() if name in host and size},
-        traced.trained, traced.frozen, traced.groups,
+        traced.trained, traced.frozen, traced.groups, traced.operations, traced.tokens,
     )  # fmt: skip
 
 

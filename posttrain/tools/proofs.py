@@ -21,8 +21,8 @@ import attrs
 
 from posttrain import hooks
 from posttrain.blocks.checkpoints.checkpoint import HuggingFace
-from posttrain.blocks.data.data import SFTData
 from posttrain.blocks.data.encoding.encoders import ChatEncoder
+from posttrain.blocks.data.kinds.sft import SFTData
 from posttrain.blocks.data.rows.chat import stop_tokens
 from posttrain.blocks.data.rows.schemas import Refused
 from posttrain.blocks.models.adapters import attach, origin

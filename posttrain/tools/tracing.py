@@ -14,7 +14,7 @@ from typing import Any
 import attrs
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
@@ -26,6 +26,7 @@ from posttrain.blocks.parallel.strategy import FSDP, DeepSpeed
 from posttrain.errors import RecipeError
 from posttrain.run import Run
 from posttrain.runtime.launch import silence_libraries
+from posttrain.tools.operations import operations
 from posttrain.tools.vision.seen import UNKNOWN, constants, faked, fullest_of_images
 from posttrain.trainer import Trainer
 from posttrain.trainers.distill import DistillTrainer
@@ -60,6 +61,10 @@ class Traced:
     """Bytes of all parameters, as they are gathered."""
     groups: list[Group]
     """The parameters by type."""
+    operations: int
+    """Of matrix products and attention in a pass forward and backward of a micro-batch."""
+    tokens: int
+    """In that micro-batch, which is as full as can be."""
 
 
 class Asked(nn.Module):
@@ -76,15 +81,16 @@ class Asked(nn.Module):
 
 
 class Alive(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Counts the bytes of the tensors that operations make, until they are given up."""
+    """Counts the bytes of the tensors that operations make, until they are given up, and what is computed."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.sizes: dict[int, int] = {}
-        self.now = self.peak = 0
+        self.now = self.peak = self.operations = 0
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = function(*args, **(kwargs or {}))
+        out = called(function, args, kwargs or {})
+        self.operations += operations(function, args, kwargs or {}, out)
         known: set[int] = set()
         tree_map_only(Tensor, lambda tensor: known.add(tensor.untyped_storage()._cdata), (args, kwargs))
         tree_map_only(Tensor, lambda tensor: self.note(tensor, known), out)
@@ -102,6 +108,14 @@ class Alive(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def forget(self, key: int) -> None:
         """Take a storage out of the count."""
         self.now -= self.sizes.pop(key)
+
+
+def called(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Call an operator. Products of experts in float32, which CPUs compute, have shapes in bfloat16 alone."""
+    if function is torch.ops.aten._grouped_mm.default and isinstance(args[0], FakeTensor):
+        halves = [arg.bfloat16() for arg in args[:2]]
+        return function(*halves, *args[2:], **kwargs).to(args[0].dtype)
+    return function(*args, **kwargs)
 
 
 def trace(trainer: Trainer) -> Traced:
@@ -135,10 +149,11 @@ def _trace(trainer: Trainer) -> Traced:
         if deepspeed and precision in BF16:  # bfloat16 beside float32 that the optimizer works in
             states = 4 * counts[True] + states * 4 * counts[True] // gradients
             kept, gradients = gathered(network.parameters(), 2), 2 * counts[True]
-        activations = peak(trainer, fabric, network, others, faked(batch, mode))
+        passed = peak(trainer, fabric, network, others, faked(batch, mode))
+        activations = passed.peak
         if seen is not None:
             try:
-                activations = max(activations, peak(trainer, fabric, network, others, faked(seen, mode)))
+                activations = max(activations, peak(trainer, fabric, network, others, faked(seen, mode)).peak)
             except UNKNOWN:
                 log.warning("what images take is not in the plan: this model does what depends on their numbers")
         low = 2 if "16" in precision else 4
@@ -150,7 +165,7 @@ def _trace(trainer: Trainer) -> Traced:
         others=sum(size_of(other.parameters()) for other in others.values()), activations=activations,
         layer=max(sizes, default=0), layer_trained=max(trained, default=0),
         outside=gathered(network.parameters(), low) - sum(sizes), whole=gathered(network.parameters(), low),
-        groups=parts,
+        groups=parts, operations=passed.operations, tokens=batch.tokens,
     )  # fmt: skip
 
 
@@ -159,8 +174,9 @@ def gathered(parameters: Iterable[nn.Parameter], low: int) -> int:
     return sum(p.numel() * (low if p.is_floating_point() else p.element_size()) for p in parameters)
 
 
-def peak(trainer: Trainer, fabric: Any, network: nn.Module, others: dict[str, nn.Module], batch: Batch) -> int:
-    """Return the most bytes that are alive in a pass forward and backward, parameters and gradients aside."""
+def peak(trainer: Trainer, fabric: Any, network: nn.Module, others: dict[str, nn.Module], batch: Batch) -> Alive:
+    """Return the most bytes that are alive in a pass forward and backward, parameters and gradients aside, and the
+    operations that it takes."""
 
     def forget(parameter: Tensor) -> None:
         parameter.grad = None
@@ -172,7 +188,8 @@ def peak(trainer: Trainer, fabric: Any, network: nn.Module, others: dict[str, nn
     network.train()
     trainer.run = one_pass(trainer, fabric, network, others)
     try:
-        with Alive() as alive:
+        alive = Alive()
+        with alive:
             if isinstance(trainer, DistillTrainer) and trainer.stored:
                 k, count = trainer.tokens_kept(trainer.run), len(batch.supervised)
                 answers = {"teacher_tokens": torch.zeros(count, k, dtype=torch.int64)}
@@ -182,8 +199,7 @@ def peak(trainer: Trainer, fabric: Any, network: nn.Module, others: dict[str, nn
                 trainer.weighed(trainer.terms(counted)).backward()  # type: ignore[no-untyped-call]
     finally:
         del trainer.run
-    most: int = alive.peak
-    return most
+    return alive
 
 
 def fullest(trainer: Trainer) -> Batch:
@@ -214,6 +230,8 @@ def full_groups(trainer: GRPOTrainer | OnlineDPOTrainer | OnPolicyDistillTrainer
     tokens, n = trainer.sampler.max_new_tokens, 1
     if not isinstance(trainer, OnPolicyDistillTrainer):
         n = trainer.group_size
+    if isinstance(trainer, GRPOTrainer) and trainer.environment is not None:
+        tokens += trainer.environment.max_tokens
     prompt = [1 + i % 2 for i in range(trainer.data.max_length if isinstance(trainer.data, Data) else 1)]
     replies = [Reply([1 + (i >> bit) % 2 for bit in range(tokens)], [0.0] * tokens, True) for i in range(n)]
     group = Group(0, prompt, {}, [], replies, rewards=[float(i) for i in range(n)], advantages=[0.0] * n)

@@ -6,7 +6,9 @@ from typing import TYPE_CHECKING, Any, Literal
 from attrs.validators import gt, optional
 
 from posttrain.batch import Batch
-from posttrain.blocks.data.data import Data, SFTData, unfit
+from posttrain.blocks.data.data import Data
+from posttrain.blocks.data.kinds.preference import unfit
+from posttrain.blocks.data.kinds.sft import SFTData
 from posttrain.blocks.models.model import HFModel
 from posttrain.interfaces import DataBlock, ModelBlock
 from posttrain.registry import block, default, key

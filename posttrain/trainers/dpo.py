@@ -7,7 +7,8 @@ import attrs
 from attrs.validators import and_, ge, gt, lt, optional
 
 from posttrain.batch import Batch
-from posttrain.blocks.data.data import Data, PreferenceData, unfit
+from posttrain.blocks.data.data import Data
+from posttrain.blocks.data.kinds.preference import PreferenceData, unfit
 from posttrain.blocks.losses import preference  # noqa: F401 - registers the losses
 from posttrain.blocks.losses.objective import NAMED, Objective
 from posttrain.blocks.models.model import HFModel

@@ -127,7 +127,7 @@ class GRPOTrainer(RewardedTrainer):
 
     def load_data(self, fabric: "Fabric", tokenizer: Any, data: DataBlock) -> Loaders:
         """Return the loaders, of prompts that list the tools of the environment."""
-        tools = self.environment.tools if self.environment is not None else []
+        tools = self.environment.specs if self.environment is not None else []
         if tools and isinstance(data, PromptData):
             data = attrs.evolve(data, tools=[*data.tools, *tools])
         return super().load_data(fabric, tokenizer, data)

@@ -7,7 +7,7 @@ from attrs.validators import ge, gt
 
 from posttrain.batch import Batch, Extra, Term
 from posttrain.blocks.data.data import Data
-from posttrain.blocks.data.unpaired import UnpairedData
+from posttrain.blocks.data.kinds.unpaired import UnpairedData
 from posttrain.blocks.models.model import HFModel
 from posttrain.interfaces import DataBlock, ModelBlock
 from posttrain.registry import block, default, key

@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING, Any
 from attrs.validators import ge, gt, optional
 
 from posttrain.batch import Batch
-from posttrain.blocks.data.data import SFTData, unfit
+from posttrain.blocks.data.kinds.preference import unfit
+from posttrain.blocks.data.kinds.sft import SFTData
 from posttrain.blocks.models.speculator.model import SpeculatorModel
 from posttrain.interfaces import DataBlock, ModelBlock
 from posttrain.registry import block, default, key

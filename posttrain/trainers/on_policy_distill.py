@@ -7,7 +7,8 @@ import attrs
 from attrs.validators import and_, ge, gt, le, lt, optional
 
 from posttrain.batch import Batch, Term
-from posttrain.blocks.data.data import PreferenceData, pad_id
+from posttrain.blocks.data.data import pad_id
+from posttrain.blocks.data.kinds.preference import PreferenceData
 from posttrain.blocks.models.model import HFModel
 from posttrain.blocks.rollouts.prompts import PromptData
 from posttrain.blocks.rollouts.sampler import TransformersSampler

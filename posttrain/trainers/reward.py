@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 from attrs.validators import ge
 
 from posttrain.batch import Batch
-from posttrain.blocks.data.data import PreferenceData, unfit
+from posttrain.blocks.data.kinds.preference import PreferenceData, unfit
 from posttrain.blocks.losses.objective import accuracy, log_sigmoid
 from posttrain.blocks.models.model import RewardModel
 from posttrain.interfaces import DataBlock, ModelBlock

@@ -4,7 +4,9 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, ClassVar
 
 from posttrain.batch import Batch
-from posttrain.blocks.data.data import CausalData, SFTData, unfit
+from posttrain.blocks.data.kinds.causal import CausalData
+from posttrain.blocks.data.kinds.preference import unfit
+from posttrain.blocks.data.kinds.sft import SFTData
 from posttrain.blocks.models.model import HFModel
 from posttrain.interfaces import DataBlock, ModelBlock
 from posttrain.registry import block, default

@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING, ClassVar
 from attrs.validators import ge, gt, lt
 
 from posttrain.batch import Batch
-from posttrain.blocks.data.data import SFTData, unfit
+from posttrain.blocks.data.kinds.preference import unfit
+from posttrain.blocks.data.kinds.sft import SFTData
 from posttrain.blocks.models.swiftkv.model import SwiftKVModel
 from posttrain.interfaces import DataBlock, ModelBlock
 from posttrain.registry import block, default, key

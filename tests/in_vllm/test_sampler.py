@@ -1,6 +1,8 @@
 """Reinforcement learning with a real vLLM on the CPU as the sampler: it holds the weights of every step, and proves it."""
 
 import json
+import os
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,8 +14,9 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
 from test_synth import save, serve
+from test_vllm import SETTINGS
 
-from posttrain import JSONL, AdamW, Constant, GRPOTrainer, HFModel, LoRA, PromptData, VllmServerSampler
+from posttrain import JSONL, AdamW, Constant, GRPOTrainer, HFModel, LoRA, PromptData, VllmSampler, VllmServerSampler
 from posttrain.blocks.rollouts.engines import served
 from posttrain.blocks.rollouts.engines.weights import digests, write
 from posttrain.errors import TrainingError
@@ -43,11 +46,18 @@ def train(folder: Path, model: Path, url: str, **keys: Any) -> Any:
     trainer = GRPOTrainer(
         model=keys.pop("policy", HFModel(name_or_path=str(model))),
         data=PromptData(sources=[source], cache_dir=folder.parent / "cache"),
-        sampler=VllmServerSampler(base_url=url, **sampling), rewards=[vowels], group_size=4, micro_batch_size=4,
+        sampler=VllmServerSampler(base_url=url, **sampling) if url else VllmSampler(model_params=LOCAL, **sampling),
+        rewards=[vowels], group_size=4, micro_batch_size=4,
         optimizer=AdamW(lr=1e-2), scheduler=Constant(), logger=[JSONL()], checkpoint=[], log_every=1,
         accelerator="cpu", output_dir=folder, **{"max_steps": 4, **keys},
     )  # fmt: skip
     return trainer.train()
+
+
+LOCAL: dict[str, Any] = {
+    "dtype": "float32", "enforce_eager": True, "max_model_len": 512, "max_num_seqs": 8,
+    "kv_cache_memory_bytes": 1 << 26,
+}  # fmt: skip
 
 
 def lines(folder: Path) -> list[dict[str, float]]:
@@ -145,3 +155,47 @@ def test_files_that_were_changed_on_the_way_are_named(tmp_path: Path, model: Pat
         with pytest.raises(TrainingError, match=r"the tensor model.norm.weight is not what the trainer wrote"):
             train(tmp_path / "run", model, server)
     train(tmp_path / "again", model, server, max_steps=1)  # and the server can still be used
+
+
+def test_a_server_of_another_model_is_told_from_its_weights(tmp_path: Path, model: Path, server: str) -> None:
+    from cases import SHAPE, spread
+    from conftest import byte_tokenizer
+    from test_synth import CHATML
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = {**SHAPE, "pad_token_id": 0, "num_hidden_layers": 2, "vocab_size": 261, "max_position_embeddings": 1024}
+    for change, said in (
+        (
+            {"hidden_size": 128, "head_dim": 16},
+            "these weights do not fit the model that is served here .AssertionError",
+        ),
+        ({"num_hidden_layers": 1}, "the trainer sent nothing for model.layers.1.input_layernorm.weight .6 such"),
+        ({"num_hidden_layers": 3}, "these weights do not fit the model .*layers.2"),
+        ({"rms_norm_eps": 0.1}, "all 15 tensors are as they were sent, so that it computes something else"),
+    ):
+        other = tmp_path / next(iter(change))
+        spread(LlamaForCausalLM(LlamaConfig(**{**config, **change}))).save_pretrained(other)
+        byte_tokenizer(CHATML).save_pretrained(other)
+        with pytest.raises(TrainingError, match=said):
+            train(other / "run", other, server, max_steps=1)
+    train(tmp_path / "again", model, server, max_steps=1)  # and the server can still be used
+
+
+def test_an_engine_in_the_process_of_the_trainer_holds_the_weights_of_each_step(tmp_path: Path, model: Path) -> None:
+    """In a process of its own: an engine cannot be taken down cleanly."""
+    script = (
+        f"import sys; sys.path[:0] = {[str(Path(__file__).parent), str(Path(__file__).parent.parent)]!r}\n"
+        "from pathlib import Path\nfrom test_sampler import train\n"
+        f"run = train(Path({str(tmp_path / 'run')!r}), Path({str(model)!r}), '')\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, timeout=280, env={**os.environ, **SETTINGS}
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = lines(tmp_path / "run")
+    assert [line["step"] for line in found] == [1, 2, 3, 4]
+    for line in found:
+        assert line["sampler/gap"] < 1e-4
+        assert line["sampler/probe"] < 1e-4
+        assert line["policy/moved"] == 0.0
+    assert found[-1]["reward"] > found[0]["reward"]

@@ -1,4 +1,4 @@
-"""The cache's place; and rows that are given from Python, which go into a file of it that is named by its content.
+"""Rows that are given from Python: they go into a file of the cache that is named by its content.
 
 So a run goes on from its recipe alone, and the same rows are tokenized once.
 """
@@ -12,11 +12,7 @@ from typing import Any
 
 from posttrain.blocks.images.pixels import image_as_text
 from posttrain.errors import DataError
-
-
-def default_cache() -> Path:
-    """Return where tokenized rows are kept: $POSTTRAIN_CACHE, or a folder in the user's cache."""
-    return Path(os.environ.get("POSTTRAIN_CACHE") or Path.home() / ".cache" / "posttrain")
+from posttrain.values import default_cache
 
 
 def file_of(rows: Iterable[Any]) -> Path:

@@ -11,14 +11,11 @@ from attrs.converters import optional as or_none
 from attrs.validators import and_, ge, gt, le, lt, min_len, optional
 
 from posttrain.batch import FIELDS, Batch
-from posttrain.blocks.data.cache import default_cache
-from posttrain.blocks.data.encoding.encoders import ChatEncoder, Encoder, TextEncoder, Token
+from posttrain.blocks.data.encoding.encoders import Encoder, Token
 from posttrain.blocks.data.identity import of_streams, of_tables
 from posttrain.blocks.data.loader import MapLoader, StreamLoader
-from posttrain.blocks.data.rows.chat import ChatRenderer
-from posttrain.blocks.data.rows.messages import ROLES, Refused
-from posttrain.blocks.data.rows.pairs import CHOSEN, REJECTED, pair, pair_schema
-from posttrain.blocks.data.rows.schemas import Sample, conversation, schema
+from posttrain.blocks.data.rows.messages import Refused
+from posttrain.blocks.data.rows.schemas import Sample
 from posttrain.blocks.data.rows.sight import InRow, Sight
 from posttrain.blocks.data.sources import Source, as_sources
 from posttrain.blocks.data.store import table
@@ -27,10 +24,11 @@ from posttrain.blocks.data.views import Documents, Limits, by_share, documents, 
 from posttrain.blocks.images.arrange import IMAGES, arrange
 from posttrain.blocks.images.pixels import Pictures
 from posttrain.blocks.images.processor import images_of
-from posttrain.blocks.layout import Column, Columns, Example, collate, collate_pairs
+from posttrain.blocks.layout import Column, Columns, Example, collate
 from posttrain.errors import DataError
 from posttrain.interfaces import Loaders
-from posttrain.registry import block, key, suggest
+from posttrain.registry import key
+from posttrain.values import default_cache
 
 READING = 2
 """Threads that decode images ahead."""
@@ -284,147 +282,3 @@ def pad_id(tokenizer: Any) -> int:
 def once(sources: list[Source]) -> list[Source]:
     """Return sources without their weights: an evaluation sees each row once."""
     return [attrs.evolve(source, weight=1.0, share=None) for source in sources]
-
-
-@block("data", "sft")
-class SFTData(Data):
-    """Conversations; the replies in them are trained."""
-
-    takes_images: ClassVar[bool] = True
-
-    train_on: list[str] = key(factory=lambda: ["assistant"], check=min_len(1))
-    """Roles whose messages are trained, from behind the generation prompt through the end-of-turn token. What a
-    message says of itself goes first: `weight: 0`, `train: false`, `train_detail` (see docs/data.md)."""
-    last_turn_only: bool = key(False, also=("mask_history",))
-    """Train only what stands behind the last message of a user."""
-    split_turns: bool = False
-    """Make a document of each turn: what came before it is context, as the template shows it when the turn is
-    generated. For reasoning models, whose templates leave out the thoughts of earlier turns."""
-    ignore_empty_think: bool = False
-    """Do not train `<think></think>` at the beginning of a reply if nothing stands in it, as templates of reasoning
-    models write it: the model would forget how to think."""
-    template_args: dict[str, Any] = key(factory=dict, also=("chat_template_kwargs",))
-    """More variables for the chat template (`enable_thinking`)."""
-
-    @property
-    def reads_schemas(self) -> bool:
-        """Whether rows are read by schemas.py alone, and not by a method of a subclass."""
-        return type(self).conversation is SFTData.conversation and type(self).sample is SFTData.sample
-
-    def check(self) -> Iterator[tuple[str, str]]:
-        """Yield what contradicts itself."""
-        yield from super().check()
-        if self.last_turn_only and self.split_turns:
-            yield "split_turns", "trains every turn, and last_turn_only the last one alone; choose one"
-        for role in self.train_on if self.reads_schemas else ():
-            if role not in ROLES:
-                yield "train_on", f"{role!r} is no role of a message (known: {', '.join(ROLES)}){suggest(role, ROLES)}"
-
-    def encoder(self, tokenizer: Any) -> Encoder:
-        """Return what renders and tokenizes conversations."""
-        renderer = ChatRenderer(
-            tokenizer, self.train_on, self.template_args, self.last_turn_only, self.split_turns, anchor_of(tokenizer),
-            self.ignore_empty_think,
-        )  # fmt: skip
-        return ChatEncoder(
-            renderer, self.sample, schema if self.reads_schemas else None, columns=self.columns_of(tokenizer),
-            sight=self.sight(tokenizer),
-        )  # fmt: skip
-
-    def sample(self, row: dict[str, Any]) -> Sample:
-        """Return what a row says: one conversation."""
-        return Sample([self.conversation(row)])
-
-    def conversation(self, row: dict[str, Any]) -> dict[str, Any]:
-        """Return a row's `{"messages": [...]}`; override it for a schema of your own."""
-        return conversation(row)
-
-
-@block("data", "preference")
-class PreferenceData(Data):
-    """Pairs of conversations that answer the same messages, one better than the other.
-
-    The two sides of a pair stay together. `max_length` is that of a side; a packed row holds twice as many
-    tokens. Rows whose sides are equal or empty are refused or dropped as `invalid` says.
-    """
-
-    policies: ClassVar[tuple[str, ...]] = ("drop", "truncate")
-    takes_images: ClassVar[bool] = True
-
-    max_length: int = key(2048, check=gt(1))
-    """Tokens that each side may have; a packed row holds twice as many."""
-    overflow: Literal["error", "drop", "truncate"] = "error"
-    """What happens to a pair with a side that is longer: say so and stop, leave the pair out, or keep the beginning of
-    its sides."""
-    template_args: dict[str, Any] = key(factory=dict, also=("chat_template_kwargs",))
-    """More variables for the chat template (`enable_thinking`)."""
-
-    @property
-    def row_length(self) -> int:
-        """Tokens in a packed row: at least one pair fits."""
-        return 2 * self.max_length
-
-    @property
-    def columns(self) -> Columns:
-        """What examples carry: also by how much the chosen side is better."""
-        return {**super().columns, "margins": Column("example")}
-
-    def collator(self, tokenizer: Any) -> Callable[[list[list[Example]], int], Batch]:
-        """Return what makes a batch of rows of pairs."""
-        columns = self.columns_of(tokenizer)
-        lay = partial(collate_pairs, pad_id=pad_id(tokenizer), packing=self.packing, columns=columns)
-        return self.with_images(lay, tokenizer)
-
-    def fullest(self, length: int) -> Example:
-        """Return a pair as large as can be."""
-        ids, mask = super().fullest(length).documents[0]
-        return Example(((ids, mask), (ids[::-1].copy(), mask)), dict.fromkeys(self.keep) | {"margins": 0.0})
-
-    def encoder(self, tokenizer: Any) -> Encoder:
-        """Return what renders and tokenizes both sides."""
-        renderer = ChatRenderer(tokenizer, template_args=self.template_args, anchor=anchor_of(tokenizer))
-        ours = type(self).pair is PreferenceData.pair
-        return ChatEncoder(
-            renderer, self.pair, pair_schema if ours else None, (CHOSEN, REJECTED), self.columns_of(tokenizer),
-            sight=self.sight(tokenizer),
-        )  # fmt: skip
-
-    def sample(self, row: dict[str, Any]) -> Sample:
-        """Return what a row says: both conversations."""
-        return self.pair(row)
-
-    def pair(self, row: dict[str, Any]) -> Sample:
-        """Return a row's chosen and rejected conversation; override it for a schema of your own (see pairs.py)."""
-        return pair(row)
-
-
-@block("data", "causal")
-class CausalData(Data):
-    """Plain text, every token of which is trained, as in pretraining."""
-
-    overflow: Literal["error", "drop", "truncate", "split"] = "split"
-    """What happens to a document that is longer than `max_length`."""
-    text_column: str = "text"
-    """The column that holds the text."""
-    bos: bool = False
-    """Put the tokenizer's begin token in front of each document."""
-    eos: bool = True
-    """Put the tokenizer's end token behind each document."""
-
-    def encoder(self, tokenizer: Any) -> Encoder:
-        """Return what tokenizes documents.
-
-        Raises:
-            DataError: the tokenizer has no such token.
-        """
-        for wanted, token in ((self.bos, "bos_token"), (self.eos, "eos_token")):
-            if wanted and getattr(tokenizer, token) is None:
-                raise DataError(f"the tokenizer has no {token}; set data.{token[:3]} to false")
-        return TextEncoder(tokenizer, self.text_column, self.bos, self.eos, columns=self.columns)
-
-
-def unfit(data: Any, *, pairs: bool) -> Iterator[tuple[str, str]]:
-    """Yield why a data block of ours cannot be trained on by a method that wants pairs, or one that does not."""
-    if isinstance(data, Data) and isinstance(data, PreferenceData) != pairs:
-        wanted = "pairs of replies (type: preference)" if pairs else "single documents (type: sft or causal)"
-        yield "data", f"this trainer needs {wanted}, and {type(data).__name__} gives others"

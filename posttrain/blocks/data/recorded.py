@@ -24,7 +24,6 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from posttrain.batch import Batch, Extra
-from posttrain.blocks.data.cache import default_cache
 from posttrain.blocks.data.data import Data
 from posttrain.blocks.data.loader import MapLoader
 from posttrain.blocks.data.packing import chunks, plan
@@ -32,6 +31,7 @@ from posttrain.blocks.models.frozen import Frozen
 from posttrain.errors import DataError, RecipeError
 from posttrain.interfaces import Fingerprinted, Loader, ModelBlock
 from posttrain.runtime.launch import all_reduce
+from posttrain.values import default_cache
 
 if TYPE_CHECKING:
     from posttrain.run import Run

@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 import attrs
 from attrs.validators import gt, optional
 
-from posttrain.blocks.data.cache import default_cache, file_of
+from posttrain.blocks.data.cache import file_of
 from posttrain.blocks.data.readers import (
     ArrowRows,
     HubStream,
@@ -25,7 +25,7 @@ from posttrain.blocks.data.readers import (
 from posttrain.blocks.data.snowflake import PREFIX, rows_of
 from posttrain.errors import DataError
 from posttrain.registry import key, suggest
-from posttrain.values import Secret, expanded
+from posttrain.values import Secret, default_cache, expanded
 
 
 @attrs.frozen

@@ -105,9 +105,8 @@ class Texts:
 
     def __getitem__(self, index: int) -> Any:
         """Return one of them."""
-        if self.offsets[index + 1] - self.offsets[index] == len(NOTHING):
-            return []
-        return json.loads(self.content[self.offsets[index] : self.offsets[index + 1]].tobytes())
+        found = self.content[self.offsets[index] : self.offsets[index + 1]].tobytes()
+        return [] if found == NOTHING else json.loads(found)
 
     @property
     def filled(self) -> "np.ndarray":

@@ -12,6 +12,7 @@ import torch.nn.attention.varlen  # registers its operation
 from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
+from posttrain.blocks.models.apart import decoder_of
 from posttrain.errors import RecipeError
 
 aten = torch.ops.aten
@@ -25,6 +26,23 @@ ATTENTION = {
 PRODUCTS = {aten.mm.default, aten.addmm.default}
 LARGE = 2**20
 """Bytes from which on a tensor is worth moving to the host."""
+
+
+def layers_of(hf: Any) -> list[nn.Module]:
+    """Return the layers of a model's decoder, whatever it calls them: its first list of as many as there are layers.
+
+    Raises:
+        RecipeError: there is no such list.
+    """
+    decoder, count = decoder_of(hf), hf.config.get_text_config().num_hidden_layers
+    lists = (part for part in decoder.modules() if isinstance(part, nn.ModuleList))
+    found = next((part for part in lists if len(part) == count), None)
+    if found is None:
+        raise RecipeError(
+            f"model: {type(decoder).__name__} has no list of its {count} layers, which activation_checkpointing, "
+            "compile and tiled_mlp go by: leave them out"
+        )
+    return list(found)
 
 
 class Compiled:
@@ -51,7 +69,7 @@ def checkpoint_activations(hf: Any, selective: bool) -> None:
     SwiftKV trains.
     """
     options = {"context_fn": selective_contexts} if selective else {}
-    for layer in hf.get_decoder().layers:
+    for layer in layers_of(hf):
         layer.forward = functools.partial(again, layer.forward, options)
 
 
@@ -86,7 +104,7 @@ def tile_mlps(hf: Any, tiles: int) -> None:
     Raises:
         RecipeError: the layers have no plain MLP.
     """
-    for layer in hf.get_decoder().layers:
+    for layer in layers_of(hf):
         mlp = getattr(layer, "mlp", None)
         if mlp is None or hasattr(mlp, "experts"):
             raise RecipeError(f"model.tiled_mlp: {type(layer).__name__} has no plain MLP")

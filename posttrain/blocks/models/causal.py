@@ -2,7 +2,7 @@
 
 import json
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, Literal
@@ -20,7 +20,8 @@ from posttrain.blocks.models.activations import Offload
 from posttrain.blocks.models.adapters import QUANTIZED
 from posttrain.blocks.models.apart import Bounds, ByDocument, Sight, Way, by_document, decoder_of, separate
 from posttrain.blocks.models.attention import CACHE, NAME, known_on_host, no_mask
-from posttrain.blocks.models.router import balance, small
+from posttrain.blocks.models.experts.load import Load
+from posttrain.blocks.models.experts.router import balance, small
 from posttrain.errors import RecipeError, TrainingError
 from posttrain.registry import suggest
 
@@ -61,6 +62,8 @@ class PackedModel(nn.Module):
         """Of the loss that balances experts (see router.py)."""
         self.router_z_weight = 0.0
         """Of the loss that keeps the routers' logits small."""
+        self.load: Load | None = None
+        """How many tokens the experts of a mixture get."""
         self.quiet = False
         """Whether it adds no terms, as a reference does not."""
         self.terms: dict[str, Term] = {}
@@ -85,12 +88,26 @@ class PackedModel(nn.Module):
     def running(self, layout: Layout) -> Iterator[None]:
         """For the passes through the decoder."""
         self.bounds.at = layout.bounds
+        load = self.load if torch.is_grad_enabled() and not (self.quiet or self.unfolds) else None
         try:
+            if load is not None:
+                load.begin(layout)
             with Offload() if self.offload else nullcontext():
                 yield
+            if load is not None:
+                load.end()
         finally:
             if not torch.is_grad_enabled():  # else activations may be computed again
                 self.bounds.at = None
+
+    def after_update(self, summed: Callable[[Tensor], Tensor], made: bool) -> dict[str, Tensor]:
+        """Return what is to be logged of the experts of a mixture, after their biases have been moved.
+
+        Args:
+            summed: adds a tensor up over ranks.
+            made: whether the update was made, and not left out.
+        """
+        return {} if self.load is None else self.load.taken(summed, made)
 
     def keep_apart(self, way: Way) -> None:
         """Keep the documents of rows apart in this way."""

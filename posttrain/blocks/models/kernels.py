@@ -1,25 +1,17 @@
-"""The kernels that GPUs have for packed rows: attention of variable length, and grouped products of experts.
-
-Autocast knows neither, so that both are given its precision here.
-"""
+"""The kernels that GPUs have for packed rows: attention of variable length, in the precision of autocast."""
 
 import inspect
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.attention.varlen import AuxRequest, varlen_attn
-from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 DEVICES = {"cuda"}
 """Where there are kernels of variable length; tests emulate them elsewhere."""
 LARGEST, MULTIPLE = 256, 8
 """What the size of a head may be at most, and is filled up to a multiple of."""
-GROUPED = "grouped_mm"
-"""What transformers calls one product for all experts."""
-PRODUCTS = ("gate_up_proj", "up_proj", "down_proj")
-"""Beginnings of the names of what experts are multiplied with, and of what is added then."""
 _GQA = "enable_gqa" in inspect.signature(varlen_attn).parameters
 """torch 2.11 shares keys and values between heads without being told to."""
 
@@ -113,42 +105,3 @@ class _WithSinks(torch.autograd.Function):
         share = (sinks.float()[:, None] - total).exp()  # [heads, tokens]
         each = (slope.float() * out.float()).sum(-1).t()
         return *grads, -(share * each).sum(1).to(sinks.dtype), None, None, None
-
-
-class _Cast:
-    """Experts whose weights are in another precision, for as long as they are looked at."""
-
-    def __init__(self, experts: nn.Module, dtype: torch.dtype) -> None:
-        self._experts, self._dtype = experts, dtype
-
-    def __getattr__(self, name: str) -> Any:
-        found = getattr(self._experts, name)
-        product = isinstance(found, Tensor) and found.dtype == torch.float32 and name.startswith(PRODUCTS)
-        return found.to(self._dtype) if product else found
-
-
-def grouped_experts(experts: nn.Module, hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-    """Compute experts as transformers does with one product for all, in the precision of autocast.
-
-    The product itself would be in the float32 of the weights.
-
-    Args:
-        experts: a module of transformers.
-        hidden: [tokens, size].
-        top_k_index, top_k_weights: [tokens, k], the experts of each token, and what they count.
-    """
-    compute, dtype = ALL_EXPERTS_FUNCTIONS[GROUPED], hidden.device.type
-    if not torch.is_autocast_enabled(dtype) or (low := low_precision(hidden)) is None:
-        return compute(experts, hidden, top_k_index, top_k_weights)  # type: ignore[no-any-return]
-    found: Tensor = compute(_Cast(experts, low), hidden.to(low), top_k_index, top_k_weights)
-    return found.to(hidden.dtype)
-
-
-EXPERTS = "posttrain"
-ALL_EXPERTS_FUNCTIONS.register(EXPERTS, grouped_experts)
-
-
-def use_grouped_experts(hf: Any) -> None:
-    """Let a model of transformers that computes its experts with one product do so in the right precision."""
-    if hf.config.get_text_config()._experts_implementation == GROUPED:
-        hf.set_experts_implementation(EXPERTS)

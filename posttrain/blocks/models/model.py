@@ -130,10 +130,13 @@ class HFModel:
     freeze: list[str] = attrs.field(factory=list)
     """Patterns of parameter names that are not trained, such as `*.embed_tokens.*`."""
     router_aux_loss: float | None = key(None, also=("router_aux_loss_coef",), check=optional(ge(0)))
-    """Weight of the loss that balances the experts of a mixture (see router.py). By default what the model's
+    """Weight of the loss that balances the experts of a mixture (see experts/router.py). By default what the model's
     configuration says: its `router_aux_loss_coef` where `output_router_logits` is set, else 0."""
     router_z_loss: float = key(0.0, check=ge(0))
     """Weight of the loss that keeps the logits of a mixture's routers small; 0.001 is usual."""
+    router_bias_rate: float = key(0.0, check=ge(0))
+    """How far the biases by which experts are chosen move after each step, toward an even load: balancing without a
+    loss, for models that have them, such as DeepSeek V3, whose authors took 0.001 (see experts/load.py)."""
     activation_checkpointing: bool | Literal["selective"] = key(False, also=("gradient_checkpointing",))
     """Keep one activation per layer and compute the rest again in the backward pass; `selective` also keeps attention
     and every second matrix product."""
@@ -196,13 +199,16 @@ class HFModel:
 
     def make(self, empty: bool, fabric: "Fabric | None" = None) -> "nn.Module":
         """Return the network, with weights unless it is to be empty."""
-        from posttrain.blocks.models.activations import Compiled, checkpoint_activations, tile_mlps
-        from posttrain.blocks.models.kernels import use_grouped_experts
-        from posttrain.blocks.models.router import router_weight, z_weight
+        from posttrain.blocks.models.activations import Compiled, checkpoint_activations, layers_of, tile_mlps
+        from posttrain.blocks.models.experts.load import Load, mixtures
+        from posttrain.blocks.models.experts.precision import use_grouped_experts
+        from posttrain.blocks.models.experts.router import router_weight, z_weight
         from posttrain.blocks.models.vision.parts import freeze_parts, linears
 
         hf = self.load(empty)
         use_grouped_experts(hf)
+        found = mixtures(hf)
+        load = Load(found, self.router_bias_rate) if found or self.router_bias_rate else None
         way = self.way(hf)
         sight = self.sight(hf, way)
         freeze_parts(hf, self.train, sight if isinstance(sight, str) else None)
@@ -218,7 +224,7 @@ class HFModel:
         if self.tiled_mlp:
             tile_mlps(hf, self.tiled_mlp)
         if self.compile:  # before checkpointing, inside of which torch compiles nothing by itself
-            for layer in hf.get_decoder().layers:
+            for layer in layers_of(hf):
                 layer.forward = Compiled(layer.forward, "inductor" if self.compile is True else self.compile)
         if self.activation_checkpointing:
             checkpoint_activations(hf, selective=self.activation_checkpointing == "selective")
@@ -234,6 +240,9 @@ class HFModel:
         network.router_z_weight = z_weight(hf, self.router_z_loss)
         if (network.router_weight or network.router_z_weight) and way.unfolds:
             raise RecipeError("model: this model has no packed rows, and its routers are not read: no router loss")
+        network.load = load
+        if self.router_bias_rate and (not found or way.unfolds):
+            raise RecipeError("model.router_bias_rate: the experts of this model, if it has any, cannot be watched")
         network.saved_as = self.saved_as()
         if self.quantize is not None:
             network.quantized = {"quantize": self.quantize, "double_quantization": self.doubly}

@@ -20,6 +20,7 @@ from posttrain.blocks.layout import lay
 from posttrain.blocks.models.apart import Way, decoder_of, flat
 from posttrain.blocks.models.attention import NAME
 from posttrain.blocks.models.causal import CausalLM
+from posttrain.blocks.models.known import known_way
 from posttrain.blocks.models.tiny import tiny
 from posttrain.errors import RecipeError
 
@@ -62,7 +63,10 @@ def find_way(config: Any, name: str, attention: str | None, remote: bool = False
     Raises:
         RecipeError: no way does.
     """
-    return _find_way(json.dumps(config.to_dict(), default=str, sort_keys=True), Held(config), name, attention, remote)
+    said = json.dumps(config.to_dict(), default=str, sort_keys=True)
+    if remote:  # its code may change from one time to the next
+        return _find_way(said, Held(config), name, attention, remote)
+    return known_way([said, attention], lambda: _find_way(said, Held(config), name, attention, remote))
 
 
 @attrs.frozen(eq=False)
@@ -92,12 +96,19 @@ def _find_way(said: str, held: Held, name: str, attention: str | None, remote: b
             raise RecipeError(
                 f"model {name!r} looks at later tokens, so it cannot be trained to predict them (no causal model)"
             )
-        for how, unfolds in candidates(hf, attention):
+        best: Way | None = None
+        for number, (how, unfolds) in enumerate(list(candidates(hf, attention))):
+            if best is not None and (unfolds or not best.separated):
+                break
+            if number:
+                hf, alone = twin(held.config, remote)  # anew: its modules were changed
             found = tried(hf, alone, how, unfolds)
-            if isinstance(found, Way):
-                return found
-            problems.append(f"{how} attention{' in rows of their own' if unfolds else ''}: {found}")
-            hf, alone = twin(held.config, remote)  # anew: its modules were changed
+            if isinstance(found, str):
+                problems.append(f"{how} attention{' in rows of their own' if unfolds else ''}: {found}")
+            elif best is None or len(found.separated) < len(best.separated):  # the fewer by document, the faster
+                best = found
+        if best is not None:
+            return best
     raise RecipeError(f"model {name!r} cannot keep the documents of a row apart: {'; '.join(problems)}")
 
 
@@ -146,8 +157,9 @@ def twin(config: Any, remote: bool = False) -> tuple[Any, list[Alone]]:
 
 
 def slopes_of(hf: Any, total: Tensor) -> list[Tensor | None]:
-    """Return the gradient of a number by each parameter."""
-    return list(torch.autograd.grad(total, list(hf.parameters()), allow_unused=True))
+    """Return the gradient of a number by each parameter that is trained; a bias that experts are chosen by is not."""
+    trained = [parameter for parameter in hf.parameters() if parameter.requires_grad]
+    return list(torch.autograd.grad(total, trained, allow_unused=True))
 
 
 def confirm(network: Any, name: str) -> None:
@@ -223,8 +235,10 @@ def tried(hf: Any, alone: list[Alone], attention: str, unfolds: bool) -> Way | s
     """Return a way, if it keeps documents apart, or what went wrong."""
     try:
         set_attention(hf, attention)
-    except ValueError as error:  # transformers knows of no choice for this model
+    except ValueError as error:
         return str(error)[:200]
+    if hf.config.get_text_config()._attn_implementation != attention:  # transformers has only warned
+        return "transformers lets nobody choose the attention of this model"
     network, separated = CausalLM(hf), dict[str, bool]()
     for _ in range(TRIES):
         way = Way(attention, tuple(separated.items()), unfolds)

@@ -6,39 +6,62 @@ compared with the trainer's own: what speaks must be what is trained.
 
 import shutil
 import uuid
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 from torch import Tensor
 
 from posttrain.blocks.layout import Example, collate_groups
 from posttrain.blocks.rollouts.engines.weights import Watch, write
-from posttrain.blocks.rollouts.engines.wire import Server
 from posttrain.blocks.rollouts.in_process import asking, ends_of
 from posttrain.blocks.rollouts.replies import Reply
 from posttrain.errors import TrainingError
 from posttrain.runtime.launch import gather_objects
 
 if TYPE_CHECKING:
-    from posttrain.blocks.rollouts.engines.vllm import VllmServerSampler
+    from posttrain.blocks.rollouts.engines.vllm import VllmSampler, VllmServerSampler
     from posttrain.run import Run
 
 PROBED = 16
 """Tokens of the reply that is compared after a transfer."""
 
 
-class Served:
-    """Samples from servers; a rank asks for its own prompts, and rank zero sends the weights."""
+class Engine(Protocol):
+    """A vLLM: a server, or one in this process."""
 
-    def __init__(self, run: "Run", block: "VllmServerSampler") -> None:
-        self.run, self.block, self.ends = run, block, ends_of(run)
-        key = block.api_key.reveal() if block.api_key else None
-        self.servers = [Server(url, key, block.timeout) for url in block.urls]
+    @property
+    def url(self) -> str:
+        """What messages call it."""
+
+    def begin(self) -> None:
+        """Set up the transfer of weights, before the first one."""
+
+    def update(self, folder: Path, digests: dict[str, str], version: str) -> None:
+        """Let it load the weights in a folder, and forget what it has computed with others."""
+
+    def checksums(self) -> dict[str, str]:
+        """Return what its own parameters hash to, by their names there."""
+
+    def answers(
+        self, asked: list[tuple[list[int], dict[str, Any]]], version: str, beat: Callable[[], None]
+    ) -> list[list[Reply]]:
+        """Return replies to some prompts, each with its sampling parameters, said by weights of this version."""
+
+
+class Served:
+    """Samples from engines; a rank asks for its own prompts, and rank zero sends the weights."""
+
+    def __init__(self, run: "Run", block: "VllmSampler | VllmServerSampler", engines: Sequence[Engine]) -> None:
+        self.run, self.block, self.engines, self.ends = run, block, engines, ends_of(run)
         self.folder = (block.folder or run.output_dir / "weights").absolute()
         self.watch, self.version, self.sent = Watch(run), "", 0
         self.name = run.fabric.broadcast(uuid.uuid4().hex[:8])
+        if block.folder is None and run.fabric.is_global_zero:
+            for left in self.folder.glob(f"{'[0-9a-f]' * 8}-*"):  # by a process that was killed
+                shutil.rmtree(left, ignore_errors=True)
 
     def sample(
         self, prompts: list[list[int]], keys: list[tuple[int, ...]], n: int, temperature: float | None = None
@@ -47,16 +70,22 @@ class Served:
         temperature = self.block.temperature if temperature is None else temperature
         if self.watch.changed():
             self.transfer(prompts[0] if prompts else [0])
+        seeds = (np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> np.uint64(2) for key in keys)
+        asked = [
+            (prompt, self.sampling(n, temperature, int(seed))) for prompt, seed in zip(prompts, seeds, strict=True)
+        ]
+        count, beat = len(self.engines), self.run.watchdog.beat
 
-        def asked(i: int) -> list[Reply]:
-            seed = int(np.random.SeedSequence(keys[i]).generate_state(1, np.uint64)[0] >> np.uint64(1))
-            server = self.servers[i % len(self.servers)]
-            found = server.replies(prompts[i], self.sampling(n, temperature, seed), self.version)
-            self.run.watchdog.beat()
-            return found * n if len(found) < n else found
+        def answers(i: int) -> list[list[Reply]]:
+            return self.engines[i].answers(asked[i::count], self.version, beat)
 
-        with ThreadPoolExecutor(self.block.concurrency) as threads:
-            return list(threads.map(asked, range(len(prompts))))
+        if count == 1:  # one in this process stays in this thread
+            found = [answers(0)]
+        else:
+            with ThreadPoolExecutor(count) as threads:
+                found = list(threads.map(answers, range(count)))
+        said = [found[i % count][i // count] for i in range(len(asked))]
+        return [one * n if len(one) < n else one for one in said]
 
     def sampling(self, n: int, temperature: float, seed: int) -> dict[str, Any]:
         """Return how a prompt is to be answered; of the likeliest tokens there is one reply."""
@@ -81,13 +110,13 @@ class Served:
         try:
             digests = write(self.run, place)
             self.together(self.update(place, digests) if self.run.fabric.is_global_zero else None)
-            for server in self.servers:
-                gap, why = self.probe(server, probe)
+            for engine in self.engines:
+                gap, why = self.probe(engine, probe)
                 problem = None
                 if not gap <= self.block.tolerance:
-                    why = why or self.difference(server, place, digests)
+                    why = why or self.difference(engine, place, digests)
                     problem = (
-                        f"{server.url} was sent the weights of step {self.run.step}, and its log-probabilities of a "
+                        f"{engine.url} was sent the weights of step {self.run.step}, and its log-probabilities of a "
                         f"probe differ from the trainer's by {gap:.3g} on average (sampler.tolerance is "
                         f"{self.block.tolerance:g}): {why}"
                     )
@@ -101,10 +130,11 @@ class Served:
     def update(self, place: Path, digests: dict[str, str]) -> str | None:
         """Let every server load the weights; return what went wrong."""
         try:
-            for server in self.servers:
+            for engine in self.engines:
                 if self.sent == 1:
-                    server.begin()
-                server.update(place, digests, self.version)
+                    engine.begin()
+                engine.update(place, digests, self.version)
+                self.run.watchdog.beat()
         except TrainingError as error:
             return str(error)
         return None
@@ -114,16 +144,18 @@ class Served:
         if found := next((one for one in gather_objects(self.run.fabric, problem) if one), None):
             raise TrainingError(found)
 
-    def probe(self, server: Server, prompt: list[int]) -> tuple[float, str]:
+    def probe(self, engine: Engine, prompt: list[int]) -> tuple[float, str]:
         """Return how far server and trainer are apart on a reply to a prompt, and the reason if it is known."""
         temperature = self.block.temperature
         sampling = {**self.sampling(1, temperature, 0), "max_tokens": min(PROBED, self.block.max_new_tokens)}
-        (reply,) = server.replies(prompt, sampling, self.version)
+        ((reply,),) = engine.answers([(prompt, sampling)], self.version, self.run.watchdog.beat)
         said = np.array(reply.log_probs)
         gap = float(np.abs(said - self.log_probs(prompt, reply.ids, temperature)).mean())
-        if temperature != 1.0 and float(np.abs(said - self.log_probs(prompt, reply.ids, 1.0)).mean()) < gap:
-            return gap, "it gives those before the temperature; start it with --logprobs-mode processed_logprobs"
-        return gap, ""
+        if temperature == 1.0:
+            return gap, ""
+        before = float(np.abs(said - self.log_probs(prompt, reply.ids, 1.0)).mean())
+        told = "it gives those before the temperature; start it with --logprobs-mode processed_logprobs"
+        return gap, told if before <= self.block.tolerance else ""
 
     def log_probs(self, prompt: list[int], ids: list[int], temperature: float) -> np.ndarray:
         """Return what the trainer itself says of a reply, [tokens]; all ranks ask together."""
@@ -134,14 +166,14 @@ class Served:
             found: Tensor = self.run.model(batch, "log_probs", temperature=temperature)
         return found.float().cpu().numpy()
 
-    def difference(self, server: Server, place: Path, digests: dict[str, str]) -> str:
+    def difference(self, engine: Engine, place: Path, digests: dict[str, str]) -> str:
         """Return what may be wrong with a server: which of its tensors change when it loads the weights again."""
         if not self.run.fabric.is_global_zero:
             return "rank zero knows more"
         try:
-            held = server.checksums()
-            server.update(place, digests, self.version)
-            again = server.checksums()
+            held = engine.checksums()
+            engine.update(place, digests, self.version)
+            again = engine.checksums()
         except TrainingError as error:
             return f"which tensor differs cannot be told: {error}"
         changed = sorted(name for name in held | again if held.get(name) != again.get(name))

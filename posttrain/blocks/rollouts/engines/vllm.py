@@ -1,12 +1,14 @@
-"""Samplers that are vLLM engines: a server beside the trainer."""
+"""Samplers that are vLLM engines: servers beside the trainer, or one in its process.
 
-from collections.abc import Iterator
+Temperatures below 0.01 are refused, since vLLM would raise them to that without a word.
+"""
+
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import attrs
 from attrs.converters import optional as or_none
-from attrs.validators import gt, min_len
+from attrs.validators import ge, gt, min_len
 
 from posttrain.errors import RecipeError
 from posttrain.interfaces import Sampler
@@ -31,7 +33,7 @@ class VllmServerSampler:
     prompts."""
     max_new_tokens: int = key(256, check=gt(0), also=("max_completion_length",))
     """The most tokens that a reply may have; one that reaches it is cut off, and counted."""
-    temperature: float = key(1.0, check=gt(0))
+    temperature: float = key(1.0, check=ge(0.01))
     """What logits are divided by, in sampling as in the loss."""
     stop: list[str] = attrs.field(factory=list)
     """A reply also ends with the token that completes one of these texts."""
@@ -53,11 +55,6 @@ class VllmServerSampler:
         """Where the servers are."""
         return [self.base_url] if isinstance(self.base_url, str) else self.base_url
 
-    def check(self) -> Iterator[tuple[str, str]]:
-        """Yield what vLLM would change without a word."""
-        if self.temperature < 0.01:
-            yield "temperature", "must be 0.01 or more: vLLM raises lower ones to that"
-
     def build(self, run: "Run") -> Sampler:
         """Return the sampler.
 
@@ -65,13 +62,61 @@ class VllmServerSampler:
             RecipeError: what is trained cannot be sent to an engine.
         """
         from posttrain.blocks.rollouts.engines.served import Served
+        from posttrain.blocks.rollouts.engines.wire import Server
 
-        module: Any = run.model.module
-        adapted = getattr(module.hf, "peft_config", None) is not None
-        if adapted and run.strategy.shards_parameters:
-            raise RecipeError("sampler: adapters cannot be merged for vLLM while parameters are in shards; use ddp")
-        if module.quantized is not None:
-            raise RecipeError(
-                "sampler: a quantized base has no whole weights to send to vLLM; leave model.quantize out"
-            )
-        return Served(run, self)
+        refuse_parts(run)
+        key = self.api_key.reveal() if self.api_key else None
+        return Served(run, self, [Server(url, key, self.timeout, self.concurrency) for url in self.urls])
+
+
+@block("sampler", "vllm")
+class VllmSampler:
+    """vLLM in this process says the replies: for one process, whose device it shares with the trainer. Weights are sent
+    and proven as with a server.
+    """
+
+    model_params: dict[str, Any] = attrs.field(factory=dict)
+    """Arguments of `vllm.LLM` besides the model: `{gpu_memory_utilization: 0.3, max_model_len: 4096}`."""
+    max_new_tokens: int = key(256, check=gt(0), also=("max_completion_length",))
+    """The most tokens that a reply may have; one that reaches it is cut off, and counted."""
+    temperature: float = key(1.0, check=ge(0.01))
+    """What logits are divided by, in sampling as in the loss."""
+    stop: list[str] = attrs.field(factory=list)
+    """A reply also ends with the token that completes one of these texts."""
+    folder: Path | None = key(None, convert=or_none(Path))
+    """Where weights are put for the engine to read. Defaults to `weights` inside the run's folder; /dev/shm is fast."""
+    tolerance: float = key(0.05, check=gt(0))
+    """Mean difference in nats between the log-probabilities of trainer and engine, of a probe after each transfer,
+    above which the run ends. 1e-4 fits where both compute in float32."""
+
+    def build(self, run: "Run") -> Sampler:
+        """Return the sampler.
+
+        Raises:
+            RecipeError: there are several processes, vLLM does not start, or what is trained cannot be sent to it.
+        """
+        from posttrain.blocks.models.adapters import origin
+        from posttrain.blocks.rollouts.engines.local import Local
+        from posttrain.blocks.rollouts.engines.served import Served
+
+        refuse_parts(run)
+        if run.fabric.world_size > 1:
+            raise RecipeError("sampler: vllm is for one process; with several, let them share servers (vllm-server)")
+        model = origin(run.recipe["model"]["name_or_path"])[0]
+        return Served(run, self, [Local(model, self.model_params)])
+
+
+def refuse_parts(run: "Run") -> None:
+    """Refuse weights that cannot be sent whole.
+
+    Raises:
+        RecipeError: they are of such a kind.
+    """
+    module: Any = run.model.module
+    if hasattr(module.hf, "peft_config") and run.strategy.shards_parameters:
+        raise RecipeError("sampler: adapters cannot be merged for vLLM while parameters are in shards; use ddp")
+    if module.quantized is not None:
+        raise RecipeError(
+            "sampler: vLLM gets whole weights, and would not round them as training does; leave model.quantize and "
+            "model.qat out"
+        )

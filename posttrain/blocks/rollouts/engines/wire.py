@@ -5,6 +5,8 @@ Sources: vLLM 0.32, entrypoints/scale_out/token_in_token_out/protocol.py and ent
 """
 
 import weakref
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -35,12 +37,11 @@ ONCE = ("/start_weight_update", "/update_weights", "/finish_weight_update")
 class Server:
     """One vLLM server."""
 
-    def __init__(self, url: str, api_key: str | None, timeout: float) -> None:
+    def __init__(self, url: str, api_key: str | None, timeout: float, concurrency: int) -> None:
+        self.concurrency = concurrency
         self.url = url.rstrip("/").removesuffix("/v1")
         headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
-        self.http = httpx.Client(
-            base_url=self.url, headers=headers, timeout=timeout, transport=httpx.HTTPTransport(retries=3)
-        )
+        self.http = httpx.Client(base_url=self.url, headers=headers, timeout=timeout)
         weakref.finalize(self, self.http.close)
 
     def post(self, path: str, body: Any = None, **query: str) -> Any:
@@ -62,7 +63,9 @@ class Server:
         if answer.status_code in (404, 405):
             raise TrainingError(f"vLLM at {self.url} has no {path}; start it with\n  {START}")
         if answer.status_code != 200:
-            raise TrainingError(f"vLLM at {self.url} answers {path} with {answer.status_code}: {answer.text[:500]}")
+            hint = f"; start it with\n  {START}" if "weight_transfer_config" in answer.text else ""
+            text = f"{answer.status_code}: {answer.text[:500]}"
+            raise TrainingError(f"vLLM at {self.url} answers {path} with {text}{hint}")
         try:
             return answer.json()
         except ValueError:
@@ -94,35 +97,55 @@ class Server:
 
     # -- replies ----------------------------------------------------------------------
 
-    def replies(self, prompt: list[int], sampling: dict[str, Any], version: str) -> list[Reply]:
-        """Return replies to a prompt.
+    def answers(
+        self, asked: list[tuple[list[int], dict[str, Any]]], version: str, beat: Callable[[], None]
+    ) -> list[list[Reply]]:
+        """Return replies to some prompts, asked side by side.
 
         Args:
-            prompt: token ids.
-            sampling: `vllm.SamplingParams` as plain data.
+            asked: token ids, and `vllm.SamplingParams` as plain data.
             version: of the weights that are to say them.
+            beat: called after each answer.
 
         Raises:
-            TrainingError: other weights have said some of it, or the answer is not what it should be.
+            TrainingError: other weights have said some of it, or an answer is not what it should be.
         """
-        asked = {"token_ids": prompt, "sampling_params": {**WHOLE, "logprobs": 0, **sampling}}
-        choices = self.post("/inference/v1/generate", asked)["choices"]
-        return [self.reply(choice, version) for choice in sorted(choices, key=lambda choice: int(choice["index"]))]
+
+        def one(each: tuple[list[int], dict[str, Any]]) -> list[Reply]:
+            prompt, sampling = each
+            body = {"token_ids": prompt, "sampling_params": {**WHOLE, "logprobs": 0, **sampling}}
+            choices = sorted(self.post("/inference/v1/generate", body)["choices"], key=lambda choice: choice["index"])
+            beat()
+            return [self.reply(choice, version) for choice in choices]
+
+        with ThreadPoolExecutor(self.concurrency) as threads:
+            return list(threads.map(one, asked))
 
     def reply(self, choice: dict[str, Any], version: str) -> Reply:
         """Return a choice as a reply."""
         ids = choice["token_ids"]
         said = (choice.get("logprobs") or {}).get("content") or []
         if [one["token_id"] for one in said] != ids:
-            raise TrainingError(
-                f"vLLM at {self.url} gave {len(said)} log-probabilities for {len(ids)} tokens, or others"
-            )
-        spans = {str(span["version"]) for span in choice.get("weight_versions") or [{"version": "unknown"}]}
-        if spans != {version}:
-            raise TrainingError(
-                f"vLLM at {self.url} has sampled with the weights {', '.join(sorted(spans))} and not with {version}: "
-                "something else changes its weights. A server serves one run"
-            )
-        if choice["finish_reason"] not in ("stop", "length"):
-            raise TrainingError(f"vLLM at {self.url} ended a reply because of {choice['finish_reason']!r}")
-        return Reply(ids, [float(one["logprob"]) for one in said], choice["finish_reason"] == "stop")
+            raise TrainingError(f"vLLM at {self.url} gave log-probabilities of other tokens than those it sampled")
+        versions = {str(span["version"]) for span in choice.get("weight_versions") or []}
+        log_probs = [float(one["logprob"]) for one in said]
+        return reply(self.url, ids, log_probs, versions, version, choice["finish_reason"])
+
+
+def reply(
+    url: str, ids: list[int], log_probs: list[float], versions: set[str], version: str, reason: str | None
+) -> Reply:
+    """Return a reply that an engine gave.
+
+    Raises:
+        TrainingError: other weights have said some of it, or it did not end by itself or at its most tokens.
+    """
+    if versions != {version}:
+        said = ", ".join(sorted(versions)) or "unknown"
+        raise TrainingError(
+            f"{url} has sampled with the weights {said} and not with {version}: something else changes its weights. "
+            "An engine serves one run"
+        )
+    if reason not in ("stop", "length"):
+        raise TrainingError(f"{url} ended a reply because of {reason!r}")
+    return Reply(ids, log_probs, reason == "stop")

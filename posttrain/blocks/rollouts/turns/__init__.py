@@ -1,5 +1,5 @@
 """Conversations of several turns: environments that answer the policy, and tools.
 
-`calls` reads how a chat template writes tool calls, `tools` is the environment that runs them, and `conversations` lets
-policy and environment talk, by tokens.
+`calls` reads how a chat template writes tool calls, and `conversations` lets policy and environment talk, by tokens.
+The environment that runs tools is synth/environments.py.
 """

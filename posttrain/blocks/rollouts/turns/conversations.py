@@ -12,6 +12,7 @@ import torch
 from posttrain.blocks.data.rows.chat import ChatRenderer
 from posttrain.blocks.data.rows.messages import Refused
 from posttrain.blocks.data.rows.offsets import tokenize
+from posttrain.blocks.rollouts.in_process import ends_of
 from posttrain.blocks.rollouts.replies import Group, Outcome, Reply, Turn
 from posttrain.blocks.rollouts.turns.calls import convention
 from posttrain.errors import TrainingError
@@ -30,7 +31,7 @@ class Conversations:
     ) -> None:
         self.run, self.speaker, self.environment = run, speaker, environment
         self.renderer = ChatRenderer(run.tokenizer, template_args=template_args)
-        self.convention = convention(self.renderer)
+        self.convention, self.ends = convention(self.renderer), set(ends_of(run))
 
     def answers(
         self, groups: list[Group], keys: list[tuple[int, ...]], n: int, temperature: float | None
@@ -97,8 +98,7 @@ class Talk:
 
     def shown(self, ids: list[int]) -> str:
         """Return a turn with its special tokens, but for the one that ended it."""
-        special = set(self.tokenizer.all_special_ids)
-        return str(self.tokenizer.decode(ids[:-1] if ids and ids[-1] in special else ids))
+        return str(self.tokenizer.decode(ids[:-1] if ids and ids[-1] in self.among.ends else ids))
 
     def grown(self, turn: Turn, shown: str, answer: list[dict[str, Any]]) -> bool:
         """Append an answer, or begin anew where the template writes the turns so far otherwise.

@@ -1,7 +1,4 @@
-"""Tools that a model may call: the functions under `@tool`, which reinforcement learning lets a policy call as well.
-
-What a model is told of a function, it is told here as there: by its types and its docstring.
-"""
+"""Tools that a model may call: Python functions, described by their types and their docstring."""
 
 import hashlib
 import importlib.util
@@ -10,20 +7,39 @@ import json
 import re
 from collections.abc import Callable
 from functools import cached_property
-from typing import Any
+from typing import Any, TypeVar
 
 import attrs
 
-from posttrain.blocks.rollouts.turns.tools import named, tool
 from posttrain.errors import SynthError
 from posttrain.registry import suggest
 from posttrain.synth.ledger.replies import parsed
 from posttrain.synth.pipelines.rows import as_text
 
-__all__ = ["PythonTool", "found", "given", "tool"]
-
+F = TypeVar("F", bound=Callable[..., Any])
+_tools: dict[str, Callable[..., Any]] = {}
 NAME = re.compile(r"[a-zA-Z0-9_-]{1,64}")
 """What providers take as the name of a tool."""
+
+
+def tool(function: F) -> F:
+    """Let recipes name a function as a tool: `{type: converse, tools: [weather]}`.
+
+    Its parameters need types; the docstring says what it does, and under `Args:` what each parameter is. It must give
+    the same for the same arguments: it is called once for them, and what it gave is kept.
+
+    >>> @tool
+    ... def doctest_weather(city: str, days: int = 1) -> str:
+    ...     '''Say how the weather will be.
+    ...
+    ...     Args:
+    ...         city: where.
+    ...         days: how many, from today on.
+    ...     '''
+    ...     return f"sun over {city}"
+    """
+    _tools[function.__name__] = function
+    return function
 
 
 def found(given: Any) -> Callable[..., Any]:
@@ -33,10 +49,10 @@ def found(given: Any) -> Callable[..., Any]:
         SynthError: there is none of that name, or it is no function.
     """
     if isinstance(given, str):
-        if given not in named():
-            known = ", ".join(named()) or "none; put @tool above a function in a file that `code:` names"
-            raise SynthError(f"there is no tool {given!r}{suggest(given, named())} (known: {known})")
-        return named()[given]
+        if given not in _tools:
+            known = ", ".join(_tools) or "none; put @tool above a function in a file that `code:` names"
+            raise SynthError(f"there is no tool {given!r}{suggest(given, _tools)} (known: {known})")
+        return _tools[given]
     if not callable(given) or not NAME.fullmatch(getattr(given, "__name__", "")):
         raise SynthError(f"a tool is a function with a name, or the name of one, not {type(given).__name__}")
     function: Callable[..., Any] = given
@@ -59,19 +75,38 @@ class PythonTool:
         """What a request says of it, in OpenAI's form.
 
         Raises:
-            SynthError: its parameters cannot be described, or calls cannot be checked.
+            SynthError: its parameters cannot be described.
         """
-        from transformers.utils import get_json_schema
-        from transformers.utils.chat_template_utils import DocstringParsingException, TypeHintParsingException
-
-        if importlib.util.find_spec("jsonschema") is None:
-            raise SynthError("tools need the package jsonschema: pip install 'posttrain[schema]'")
-        try:
-            made = dict(get_json_schema(self.function)["function"])
-        except (DocstringParsingException, TypeHintParsingException) as error:
-            raise SynthError(f"the tool {self.name!r} cannot be described to a model: {error}") from None
-        made.pop("return", None)  # providers know no such key
+        text = inspect.getdoc(self.function) or ""
+        made = {
+            "name": self.name,
+            "description": text.partition("\n\n")[0].replace("\n", " "),
+            "parameters": self.schema,
+        }
         return {"type": "function", "function": made}
+
+    @cached_property
+    def schema(self) -> dict[str, Any]:
+        """The JSON schema of its arguments, with what the docstring says of each."""
+        if importlib.util.find_spec("pydantic") is None:
+            raise SynthError("tools need the package pydantic: pip install 'posttrain[schema]'")
+        from pydantic import PydanticUserError, TypeAdapter
+
+        parameters = inspect.signature(self.function).parameters.values()
+        bare = [p.name for p in parameters if p.annotation is p.empty]
+        if bare:
+            raise SynthError(f"the tool {self.name!r} has a parameter {bare[0]!r} without a type: models must know it")
+        try:
+            described: TypeAdapter[Any] = TypeAdapter(self.function)  # type: ignore[arg-type]  # functions are fine, too
+            made = described.json_schema()
+        except PydanticUserError as error:
+            raise SynthError(f"the parameters of the tool {self.name!r} cannot be described: {error}") from None
+        said = arguments_in(inspect.getdoc(self.function) or "")
+        for name, field in made.get("properties", {}).items():
+            field.pop("title", None)
+            if name in said:
+                field.setdefault("description", said[name])
+        return made
 
     @property
     def identity(self) -> str:
@@ -84,17 +119,34 @@ class PythonTool:
 
     def call(self, arguments: dict[str, Any]) -> tuple[str, bool]:
         """Return (what it says, whether it failed): arguments that do not fit, or an error of its own."""
-        from jsonschema.validators import validator_for
+        from pydantic import ValidationError, validate_call
 
-        schema = self.spec["function"]["parameters"]
-        wrong = list(validator_for(schema)(schema).iter_errors(arguments))
-        if wrong:
-            said = "; ".join(f"{'.'.join(map(str, e.path)) or 'it'}: {e.message[:200]}" for e in wrong[:5])
-            return f"Error: the arguments do not fit: {said}", True
         try:
-            return as_text(plain(self.function(**arguments))), False
+            return as_text(plain(validate_call(self.function)(**arguments))), False
+        except ValidationError as error:
+            wrong = "; ".join(f"{'.'.join(map(str, e['loc'])) or 'it'}: {e['msg']}" for e in error.errors()[:5])
+            return f"Error: the arguments do not fit: {wrong}", True
         except Exception as error:
             return f"Error: {type(error).__name__}: {error}", True
+
+
+def arguments_in(text: str) -> dict[str, str]:
+    """Return what a docstring says of each parameter, under `Args:`.
+
+    >>> arguments_in("Add.\\n\\nArgs:\\n    a (int): the first,\\n        or so.\\n    b: the second.\\n")
+    {'a': 'the first, or so.', 'b': 'the second.'}
+    """
+    _, _, rest = text.partition("Args:\n")
+    listed = re.split(r"\n\s*\n|\n(?=\S)", rest)[0]
+    made: dict[str, str] = {}
+    indent = len(listed) - len(listed.lstrip())
+    for line in listed.splitlines():
+        begun = re.match(rf"\s{{{indent}}}(\w+)\s*(?:\([^)]*\))?:\s*(.*)", line) if indent else None
+        if begun:
+            made[name := begun[1]] = begun[2].strip()
+        elif made:
+            made[name] += " " + line.strip()
+    return made
 
 
 def plain(value: Any) -> Any:
