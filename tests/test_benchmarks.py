@@ -41,14 +41,15 @@ def test_the_table_of_models_says_what_is_measured(kind: str) -> None:
     assert [row.verdict, row.way, row.export] == [rows_of_the_table()[kind][i] for i in (1, 2, -1)]
 
 
+@pytest.mark.skipif("POSTTRAIN_ALL_TYPES" not in os.environ, reason="an hour: set POSTTRAIN_ALL_TYPES=1")
 @pytest.mark.slow
 @pytest.mark.timeout(7200)
 @pytest.mark.filterwarnings("ignore")
-def test_every_causal_type_of_transformers_is_exact_or_refused() -> None:
-    found = {kind: models.measure(kind) for kind in models.CAUSAL}
-    verdicts = {kind: row.verdict for kind, row in found.items()}
-    assert not [kind for kind, verdict in verdicts.items() if verdict in ("wrong", "failed")]
-    assert sum(verdict == "exact" for verdict in verdicts.values()) >= 173
+def test_every_causal_type_of_transformers_is_what_the_table_says_and_none_is_wrong() -> None:
+    said = rows_of_the_table()
+    verdicts = {kind: models.measure(kind).verdict for kind in models.CAUSAL}
+    assert "wrong" not in verdicts.values()
+    assert verdicts == {kind: said[kind][1] for kind in models.CAUSAL}
 
 
 def test_a_collective_sends_what_a_ring_sends() -> None:

@@ -113,8 +113,8 @@ def test_it_prefers_right_orders_to_wrong_ones(orders: Path) -> None:
         for row, right, wrong in zip(rows, answers, [*answers[1:], answers[0]], strict=True)
     ]
     (orders / "pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
-    made = [f"data.sources.0={orders}/pairs.jsonl", "max_steps=4", "log_every=1", "output_dir=dpo"]
+    made = [f"data.sources.0={orders}/pairs.jsonl", "optimizer.lr=1e-4", "max_steps=4", "log_every=1", "output_dir=dpo"]
     assert posttrain_("train", "dpo", orders, orders / "sft" / "huggingface", *made) == 0
     found = losses(orders / "dpo")
-    assert found[0] == pytest.approx(0.6931, abs=0.05)  # nothing is preferred yet; of the sigmoid loss alone
+    assert found[0] > 0.6931  # nothing is preferred yet: log 2, and what the right orders cost
     assert found[-1] < 0.9 * found[0]

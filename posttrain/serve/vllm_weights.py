@@ -48,6 +48,13 @@ class FolderEngine(WeightTransferEngine[Begin, Update]):
     init_info_cls = Begin
     update_info_cls = Update
 
+    def __init__(self, *given: Any) -> None:
+        super().__init__(*given)
+        self.wanted: set[str] = set()
+        """Names of the parameters that must be sent."""
+        self.tied: dict[str, str] = {}
+        """Name of a parameter -> that of the one that it is."""
+
     def init_transfer_engine(self, init_info: Begin) -> None:
         """There is nothing to set up."""
 
@@ -55,6 +62,11 @@ class FolderEngine(WeightTransferEngine[Begin, Update]):
         """Let layers take weights in the form of a checkpoint again."""
         from vllm.model_executor.model_loader.reload import initialize_layerwise_reload
 
+        once: dict[int, str] = {}
+        for name, value in self.model.named_parameters(remove_duplicate=False):
+            if (first := once.setdefault(id(value), name)) != name:
+                self.tied[name] = first
+        self.wanted = set(once.values()) - self.tied.keys()
         initialize_layerwise_reload(self.model)
 
     def update_weights(self, update_info: dict[str, Any]) -> None:
@@ -69,7 +81,6 @@ class FolderEngine(WeightTransferEngine[Begin, Update]):
         Raises:
             Wrong: a tensor is another one, or missing, or the model is.
         """
-        wanted = {name for name, _ in self.model.named_parameters()}
         try:
             loaded = self.model.load_weights(self.read(update_info))
         except Exception as error:
@@ -79,7 +90,7 @@ class FolderEngine(WeightTransferEngine[Begin, Update]):
                 raise
             said = f"{type(error).__name__} {error}".strip()[:300]
             raise Wrong(f"these weights do not fit the model that is served here ({said})") from error
-        if loaded is not None and self.model_config.quantization is None and (missing := sorted(wanted - loaded)):
+        if loaded is not None and self.model_config.quantization is None and (missing := sorted(self.wanted - loaded)):
             raise Wrong(f"the trainer sent nothing for {missing[0]} ({len(missing)} such in all)")
 
     def read(self, update_info: Update) -> Iterator[tuple[str, torch.Tensor]]:
@@ -98,10 +109,17 @@ class FolderEngine(WeightTransferEngine[Begin, Update]):
             raise Wrong(f"the tensor {min(left)} is not in {update_info.folder}: is it shared?")
 
     def finish_weight_update(self) -> None:
-        """Let layers compute again."""
+        """Let layers compute again: also those that are tied to others, such as a head to the embedding. vLLM's reload
+        leaves these with what they had made of the old weights, such as the packed form of a CPU."""
         from vllm.model_executor.model_loader.reload import finalize_layerwise_reload
 
         finalize_layerwise_reload(self.model, self.model_config)
+        for name, first in self.tied.items():
+            path, _, own = name.rpartition(".")
+            layer: Any = self.model.get_submodule(path)
+            setattr(layer, own, self.model.get_parameter(first))
+            if self.model_config.quantization is None and hasattr(layer, "quant_method"):
+                layer.quant_method.process_weights_after_loading(layer)
 
     def shutdown(self) -> None:
         """There is nothing to release."""

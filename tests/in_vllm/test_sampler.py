@@ -13,7 +13,8 @@ import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
-from test_synth import save, serve
+from cases import SHAPE, spread
+from test_synth import CHATML, save, serve
 from test_vllm import SETTINGS
 
 from posttrain import JSONL, AdamW, Constant, GRPOTrainer, HFModel, LoRA, PromptData, VllmSampler, VllmServerSampler
@@ -158,9 +159,7 @@ def test_files_that_were_changed_on_the_way_are_named(tmp_path: Path, model: Pat
 
 
 def test_a_server_of_another_model_is_told_from_its_weights(tmp_path: Path, model: Path, server: str) -> None:
-    from cases import SHAPE, spread
     from conftest import byte_tokenizer
-    from test_synth import CHATML
     from transformers import LlamaConfig, LlamaForCausalLM
 
     config = {**SHAPE, "pad_token_id": 0, "num_hidden_layers": 2, "vocab_size": 261, "max_position_embeddings": 1024}
@@ -181,8 +180,15 @@ def test_a_server_of_another_model_is_told_from_its_weights(tmp_path: Path, mode
     train(tmp_path / "again", model, server, max_steps=1)  # and the server can still be used
 
 
-def test_an_engine_in_the_process_of_the_trainer_holds_the_weights_of_each_step(tmp_path: Path, model: Path) -> None:
-    """In a process of its own: an engine cannot be taken down cleanly."""
+def test_an_engine_in_the_process_of_the_trainer_holds_the_weights_of_each_step(tmp_path: Path) -> None:
+    """In a process of its own: an engine cannot be taken down cleanly. The head of its model is its embedding."""
+    from conftest import byte_tokenizer
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = {**SHAPE, "pad_token_id": 0, "num_hidden_layers": 2, "vocab_size": 261, "tie_word_embeddings": True}
+    model = tmp_path / "tied"
+    spread(LlamaForCausalLM(LlamaConfig(**config))).save_pretrained(model)
+    byte_tokenizer(CHATML).save_pretrained(model)
     script = (
         f"import sys; sys.path[:0] = {[str(Path(__file__).parent), str(Path(__file__).parent.parent)]!r}\n"
         "from pathlib import Path\nfrom test_sampler import train\n"
