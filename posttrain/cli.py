@@ -201,6 +201,9 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     generating.add_argument("--retry-failed", action="store_true", help="run: also send what was refused for good")
     generating.add_argument("--first", type=_count, metavar="N",
                             help="run: N rows only; show what is asked and answered, and what all cost")  # fmt: skip
+    generating.add_argument(
+        "--live", type=Path, metavar="FILE", help="run: write a page (.html) that shows how it goes"
+    )
     generating.add_argument("--no-wait", action="store_true", help="run: submit batches and return")
     generating.add_argument("--dropped", action="store_true", help="export: what was dropped, with the reasons")
     generating.add_argument("-o", "--output", type=Path, metavar="FILE",

@@ -115,6 +115,30 @@ def test_a_preset_of_the_literature_runs_as_written_names_its_paper_and_can_be_t
     assert [json.loads(line) for line in Path(f"runs/synth/{name}.jsonl").read_text().splitlines()] == rows
 
 
+def test_a_page_shows_how_a_run_goes_and_stops_to_reload_when_it_is_over(
+    url: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from posttrain.synth.pipelines import live_page
+
+    pages: list[str] = []
+    written = live_page.LivePage.write
+
+    def write(self: live_page.LivePage, now: str, again: int = 0) -> None:
+        written(self, now, again)
+        pages.append(Path("live.html").read_text())
+
+    monkeypatch.setattr(live_page, "EVERY", 1e-6)
+    monkeypatch.setattr(live_page.LivePage, "write", write)
+    command = ["synth", "run", "examples/synth/ultrafeedback.yaml", f"client.base_url={url}", "--live", "live.html"]
+    assert cli.main(command) == 0
+    assert "to watch it: file:///" in capsys.readouterr().out
+    assert any('http-equiv="refresh"' in page and "in flight" in page for page in pages)
+    assert any("1 generate" in page and "2 judge" not in page for page in pages)
+    assert "The run is over." in pages[-1]
+    assert "3 pair" in pages[-1]
+    assert 'http-equiv="refresh"' not in pages[-1]
+
+
 def test_everything_wrong_with_a_recipe_is_said_at_once(url: str, capsys: pytest.CaptureFixture[str]) -> None:
     wrong = ["client.mode=sometimes", "steps.0.n=0", "output=a.txt", "sauce=1", "client.api_key=sk-plain-text"]
     assert cli.main(["synth", "run", "recipe.yaml", *wrong]) == 2

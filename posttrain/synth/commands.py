@@ -2,13 +2,17 @@
 
 import argparse
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from posttrain.errors import SynthError
 from posttrain.synth.ledger.live import shown
+from posttrain.synth.ledger.session import Progress
 from posttrain.synth.pipelines.recipe import SynthRecipe, load
+
+Progressing = Callable[[Progress], None]
 
 
 def run(arguments: argparse.Namespace, made: SynthRecipe) -> int:
@@ -18,7 +22,7 @@ def run(arguments: argparse.Namespace, made: SynthRecipe) -> int:
     if arguments.first:
         return first(arguments, made)
     try:
-        with shown() as progress:
+        with shown() as progress, live(arguments.live, made, progress) as progress:
             report = made.pipeline.run(
                 made.source, made.synth, made.task, max_cost=arguments.max_cost, max_requests=arguments.max_requests,
                 retry_failed=arguments.retry_failed, wait=not arguments.no_wait, progress=progress, say=say,
@@ -36,6 +40,22 @@ def run(arguments: argparse.Namespace, made: SynthRecipe) -> int:
     if report.failed:
         raise SynthError("\n".join(stage.trouble for stage in report.stages if stage.trouble))
     return 0
+
+
+@contextmanager
+def live(file: Path | None, made: SynthRecipe, progress: Progressing) -> Iterator[Progressing]:
+    """Yield what is to be called with the progress; with a file, it writes a page there."""
+    if file is None:
+        yield progress
+        return
+    from posttrain.synth.pipelines.live_page import LivePage
+
+    page = LivePage(file, made.folder, progress)
+    say(f"to watch it: {file.absolute().as_uri()}")
+    try:
+        yield page
+    finally:
+        page.write("The run is over.")
 
 
 def first(arguments: argparse.Namespace, made: SynthRecipe) -> int:

@@ -18,14 +18,15 @@ def shown(progress: Callable[[Progress], None] | None = None) -> Iterator[Callab
         yield progress or silent
         return
     with Live(Text(""), console=console, refresh_per_second=4) as live:
-        yield lambda progress: live.update(Text(_line(progress)))
+        yield lambda progress: live.update(Text(line(progress)))
 
 
 def silent(progress: Progress) -> None:
     """Show nothing."""
 
 
-def _line(progress: Progress) -> str:
+def line(progress: Progress) -> str:
+    """Return the progress as a line."""
     left = progress.seconds_left
     parts = [
         f"{progress.done:,}/{progress.total:,} done", f"{progress.failed:,} failed",

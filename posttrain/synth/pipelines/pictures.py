@@ -41,10 +41,12 @@ details { margin:8px 0 } summary { cursor:pointer; color:var(--soft) }
 """
 
 
-def document(title: str, parts: Iterable[str], style: str = STYLE) -> str:
-    """Return a page of HTML that loads nothing and runs nothing: a policy in it forbids all but its own style."""
+def document(title: str, parts: Iterable[str], style: str = STYLE, again: int = 0) -> str:
+    """Return a page of HTML that loads nothing and runs nothing: a policy in it forbids all but its own style. A
+    browser reads it again after so many seconds, if that is above 0."""
+    reload = f'<meta http-equiv="refresh" content="{again}">' if again else ""
     return (
-        '<!doctype html><html lang="en"><head><meta charset="utf-8">'
+        f'<!doctype html><html lang="en"><head><meta charset="utf-8">{reload}'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         "<meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; style-src 'unsafe-inline'\">"
         f"<title>{escape(title)}</title><style>{style}</style></head><body>{''.join(parts)}</body></html>\n"

@@ -18,7 +18,7 @@ from posttrain.synth.clients.client import Synth
 from posttrain.synth.ledger import results
 from posttrain.synth.ledger.session import Progress
 from posttrain.synth.pipelines.images import held
-from posttrain.synth.pipelines.report import Report, rows_in
+from posttrain.synth.pipelines.report import UNDER_WAY, Report, rows_in
 from posttrain.synth.pipelines.rows import Row
 from posttrain.synth.pipelines.work import Work, about, client_of, others_of, wave_name
 
@@ -116,6 +116,7 @@ class Pipeline:
                 break
             incoming = report.write(stage, work.made())
             stage.facts = step.facts(row for row, _ in rows_in(incoming))
+            report.save(UNDER_WAY)
 
     def problems(self, client: Synth) -> Iterator[tuple[int, str]]:
         """Yield (number of the step, what is wrong): requests that no client could send, before any is paid for."""

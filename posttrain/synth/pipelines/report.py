@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from rich.console import Group
 
 COUNTS = "report.json"
+UNDER_WAY = "it is running, or was stopped on the way"
 CELLS = ("in", "new", "out", "dropped", "requests", "failed", "tokens", "cost")
 
 
@@ -106,9 +107,7 @@ class Report:
             SynthError: there are none.
         """
         stage = self.stage(0, "source")
-        self.unfinished = "it is running, or was stopped on the way"
-        self.save()  # what an earlier run has left here is over
-        self.unfinished = ""
+        self.save(UNDER_WAY)  # what an earlier run has left here is over
         file = self.write(stage, rows)
         stage.rows_in = stage.rows_out
         if not stage.rows_out:
@@ -153,12 +152,13 @@ class Report:
                 file.unlink()
         self.save()
 
-    def save(self) -> None:
-        """Write the counts so far."""
+    def save(self, unfinished: str | None = None) -> None:
+        """Write the counts so far, and why there are no more."""
         stages = [attrs.asdict(stage) for stage in self.stages]
         for stage in stages:
             stage["facts"] = {k: None if v != v else v for k, v in stage["facts"].items()}
-        text = json.dumps({"task": self.task, "unfinished": self.unfinished, "stages": stages}, indent=1)
+        why = self.unfinished if unfinished is None else unfinished
+        text = json.dumps({"task": self.task, "unfinished": why, "stages": stages}, indent=1)
         with results.writing(self.folder / COUNTS):
             (self.folder / COUNTS).write_text(text, encoding="utf-8")
 
