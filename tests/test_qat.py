@@ -1,6 +1,7 @@
 """Training for a quantized model: what is trained is what torchao writes, and what is read again."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -126,6 +127,17 @@ def test_options_that_contradict_the_training_are_refused(runs: dict[str, Path],
         quantize(str(runs["int4"]), tmp_path / "x", QAT(weights="int8"))
     with pytest.raises(RecipeError, match=r"was not trained to be quantized .* --weights int4"):
         quantize(str(runs["plain"]), tmp_path / "x")
+
+
+def test_a_run_whose_data_are_not_here_is_compared_on_drawn_tokens(
+    runs: dict[str, Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    moved = Path(shutil.copytree(runs["int4"], tmp_path / "moved"))
+    recipe = moved / "recipe.yaml"
+    recipe.write_text(recipe.read_text().replace("sums.jsonl", "gone.jsonl"))
+    assert quantize(str(moved), tmp_path / "small").apart.difference < 1e-6
+    assert "tokens drawn at random" in caplog.text
+    assert "gone.jsonl" in caplog.text
 
 
 @pytest.mark.slow

@@ -1,5 +1,6 @@
 """How far apart two models are: what each says next on the same texts."""
 
+import logging
 import random
 from itertools import islice
 from pathlib import Path
@@ -7,6 +8,9 @@ from typing import Any
 
 import attrs
 
+from posttrain.errors import PosttrainError
+
+log = logging.getLogger("posttrain")
 LONGEST = 128
 """Tokens of a text that are compared: what is said next takes a number for each token of the vocabulary."""
 
@@ -49,12 +53,17 @@ def texts_of(name: str, tokenizer: Any, count: int = 8) -> list[list[int]]:
     where there are none, tokens drawn at random."""
     from posttrain.recipes.load import load
 
-    recipe = Path(name) / "recipe.yaml"
+    recipe, draw = Path(name) / "recipe.yaml", random.Random(0)
+    drawn = [[draw.randrange(len(tokenizer)) for _ in range(64)] for _ in range(count)]
     if not recipe.is_file():
-        draw = random.Random(0)
-        return [[draw.randrange(len(tokenizer)) for _ in range(64)] for _ in range(count)]
-    data: Any = load(recipe).data
-    held = attrs.evolve(data, sources=data.eval_sources) if getattr(data, "eval_sources", []) else data
-    texts = ["".join(text for text, _, _ in shown.tokens) for shown in islice(held.preview(tokenizer, count), count)]
+        return drawn
+    try:
+        data: Any = load(recipe).data
+        held = attrs.evolve(data, sources=data.eval_sources) if getattr(data, "eval_sources", []) else data
+        shown = islice(held.preview(tokenizer, count), count)
+        texts = ["".join(text for text, _, _ in each.tokens) for each in shown]
+    except PosttrainError as error:  # moved, or asked for from another folder
+        log.warning("compared on tokens drawn at random, since the rows of %s cannot be read here: %s", name, error)
+        return drawn
     found = [tokenizer(text, add_special_tokens=False)["input_ids"][:LONGEST] for text in texts]
     return [ids for ids in found if len(ids) > 1]
