@@ -35,9 +35,9 @@ from posttrain.synth.ledger.replies import limits, verdict
 from posttrain.synth.ledger.session import finish
 from posttrain.synth.pipelines.rows import Reply, message_text
 from posttrain.synth.sending.online import OpenAIDialect
-from posttrain.synth.sending.wires.anthropic import MessagesDialect
-from posttrain.synth.sending.wires.bedrock import ConverseDialect
-from posttrain.synth.sending.wires.gemini import GeminiDialect
+from posttrain.synth.sending.wires.anthropic import MESSAGES
+from posttrain.synth.sending.wires.bedrock import CONVERSE
+from posttrain.synth.sending.wires.gemini import GENERATE
 from posttrain.synth.steps.form import Form, Unfit
 
 FUZZ = settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -219,9 +219,9 @@ def dialects() -> list[Any]:
         OpenAIDialect(),
         CompleteDialect(),
         SQLDialect({}, 60.0),
-        MessagesDialect(),
-        ConverseDialect(),
-        GeminiDialect(),
+        MESSAGES,
+        CONVERSE,
+        GENERATE,
     ]
 
 

@@ -13,7 +13,7 @@ from posttrain.synth.clients.openai import OpenAIProtocol
 from posttrain.synth.clients.structured import How
 from posttrain.synth.sending.batch_api import BatchService
 from posttrain.synth.sending.online import Service
-from posttrain.synth.sending.wires.anthropic import MessagesDialect
+from posttrain.synth.sending.wires.anthropic import MESSAGES
 from posttrain.synth.sending.wires.anthropic_batches import MessageBatches
 from posttrain.values import Secret
 
@@ -73,7 +73,7 @@ class AnthropicSynth(OpenAIProtocol):
 
     def online_service(self) -> Service:
         """Return where requests go one by one."""
-        return attrs.evolve(super().online_service(), dialect=MessagesDialect())
+        return attrs.evolve(super().online_service(), dialect=MESSAGES)
 
     def batch_service(self) -> BatchService:
         """Return where batches are made: of 100,000 requests and 256 MB at most."""

@@ -15,7 +15,7 @@ from posttrain.synth.clients.sigv4 import SigV4Auth
 from posttrain.synth.clients.structured import How
 from posttrain.synth.ledger.keys import as_secret
 from posttrain.synth.sending.online import Service
-from posttrain.synth.sending.wires.bedrock import FORMATS, KNOWN, ConverseDialect
+from posttrain.synth.sending.wires.bedrock import CONVERSE, FORMATS, KNOWN
 from posttrain.synth.sending.wires.parts import parts_of, picture
 from posttrain.values import Secret
 
@@ -108,4 +108,4 @@ class BedrockSynth(OpenAIProtocol):
 
     def online_service(self) -> Service:
         """Return where requests go one by one."""
-        return attrs.evolve(super().online_service(), dialect=ConverseDialect())
+        return attrs.evolve(super().online_service(), dialect=CONVERSE)

@@ -12,7 +12,7 @@ from posttrain.synth.clients.auth import KeyAuth
 from posttrain.synth.clients.openai import OpenAIProtocol
 from posttrain.synth.sending.batch_api import BatchService
 from posttrain.synth.sending.online import Service
-from posttrain.synth.sending.wires.gemini import KNOWN, GeminiDialect
+from posttrain.synth.sending.wires.gemini import GENERATE, KNOWN
 from posttrain.synth.sending.wires.gemini_batches import GeminiBatches
 from posttrain.values import Secret
 
@@ -53,7 +53,7 @@ class GeminiSynth(OpenAIProtocol):
 
     def online_service(self) -> Service:
         """Return where requests go one by one."""
-        return attrs.evolve(super().online_service(), dialect=GeminiDialect())
+        return attrs.evolve(super().online_service(), dialect=GENERATE)
 
     def batch_service(self) -> BatchService:
         """Return where batches are made."""

@@ -3,13 +3,9 @@
 Sources: docs.anthropic.com, api/messages, api/errors.
 """
 
-import json
 from typing import Any
 
-import httpx
-
-from posttrain.synth.ledger.keys import Request
-from posttrain.synth.ledger.replies import parsed
+from posttrain.synth.sending.wires.dialect import Translated
 from posttrain.synth.sending.wires.parts import (
     SYSTEM,
     call_of,
@@ -124,18 +120,4 @@ def from_wire(reply: Any) -> Any:
     return completion(message, reason, tokens, reply.get("id"), reply.get("model"))
 
 
-class MessagesDialect:
-    """One request at a time."""
-
-    def request(self, request: Request, base: httpx.URL) -> tuple[str, httpx.URL, bytes]:
-        """Return what to send."""
-        body = to_wire(json.loads(request.body))
-        return "POST", base.copy_with(path=base.path.rstrip("/") + PATH), json.dumps(body, ensure_ascii=False).encode()
-
-    def follow(self, response: httpx.Response, base: httpx.URL) -> httpx.URL | None:
-        """Return None: an answer is the answer."""
-        return None
-
-    def reply(self, response: httpx.Response) -> Any:
-        """Return the body as a chat completion."""
-        return from_wire(parsed(response.content))
+MESSAGES = Translated(lambda _: PATH, to_wire, from_wire)

@@ -3,14 +3,10 @@
 Source: the service model bedrock-runtime 2023-09-30 in botocore 1.44.8 (operation Converse).
 """
 
-import json
 from typing import Any
 from urllib.parse import quote
 
-import httpx
-
-from posttrain.synth.ledger.keys import Request
-from posttrain.synth.ledger.replies import parsed
+from posttrain.synth.sending.wires.dialect import Translated
 from posttrain.synth.sending.wires.parts import (
     SYSTEM,
     call_of,
@@ -154,19 +150,5 @@ def thinking(given: dict[str, Any]) -> dict[str, Any]:
     return {"type": "thinking", "thinking": said.get("text"), "signature": said.get("signature")}
 
 
-class ConverseDialect:
-    """One request at a time."""
-
-    def request(self, request: Request, base: httpx.URL) -> tuple[str, httpx.URL, bytes]:
-        """Return what to send; names of models hold colons and slashes."""
-        body = to_wire(json.loads(request.body))
-        path = f"{base.path.rstrip('/')}/model/{quote(request.model, safe='')}/converse"
-        return "POST", base.copy_with(raw_path=path.encode()), json.dumps(body, ensure_ascii=False).encode()
-
-    def follow(self, response: httpx.Response, base: httpx.URL) -> httpx.URL | None:
-        """Return None: an answer is the answer."""
-        return None
-
-    def reply(self, response: httpx.Response) -> Any:
-        """Return the body as a chat completion."""
-        return from_wire(parsed(response.content))
+CONVERSE = Translated(lambda model: f"/model/{quote(model, safe='')}/converse", to_wire, from_wire)
+"""Names of models hold colons and slashes."""

@@ -3,15 +3,11 @@
 Sources: ai.google.dev/api/generate-content, gemini-api/docs/thought-signatures; google-genai 3.6.1, models.py.
 """
 
-import json
 import mimetypes
 from typing import Any
 from urllib.parse import quote
 
-import httpx
-
-from posttrain.synth.ledger.keys import Request
-from posttrain.synth.ledger.replies import parsed
+from posttrain.synth.sending.wires.dialect import Translated
 from posttrain.synth.sending.wires.parts import (
     SYSTEM,
     call_of,
@@ -190,20 +186,6 @@ def _token(given: dict[str, Any]) -> dict[str, Any]:
     return {"token": given.get("token"), "logprob": given.get("logProbability")}
 
 
-class GeminiDialect:
-    """One request at a time."""
-
-    def request(self, request: Request, base: httpx.URL) -> tuple[str, httpx.URL, bytes]:
-        """Return what to send."""
-        body = to_wire(json.loads(request.body))
-        name = request.model.removeprefix("models/")
-        path = f"{base.path.rstrip('/')}/models/{quote(name, safe='')}:generateContent"
-        return "POST", base.copy_with(raw_path=path.encode()), json.dumps(body, ensure_ascii=False).encode()
-
-    def follow(self, response: httpx.Response, base: httpx.URL) -> httpx.URL | None:
-        """Return None: an answer is the answer."""
-        return None
-
-    def reply(self, response: httpx.Response) -> Any:
-        """Return the body as a chat completion."""
-        return from_wire(parsed(response.content))
+GENERATE = Translated(
+    lambda model: f"/models/{quote(model.removeprefix('models/'), safe='')}:generateContent", to_wire, from_wire
+)
