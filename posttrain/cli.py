@@ -37,13 +37,13 @@ def main(argv: list[str] | None = None) -> int:
 
     from posttrain.errors import PosttrainError, RecipeError, RegistryError
     from posttrain.runtime.failures import is_first, is_to_speak
+    from posttrain.runtime.launch import hush
     from posttrain.tools import commands
 
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
     logging.getLogger("huggingface_hub").propagate = False  # it prints by itself, and every line would be there twice
     first_rank = os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0"
-    for library in ("bitsandbytes", "torchao", "torch.utils._pytree"):  # they tell of kernels for other machines
-        logging.getLogger(library).setLevel(logging.ERROR)
+    hush()
     logging.getLogger("posttrain").setLevel(logging.INFO if first_rank else logging.ERROR)
     try:
         return int(getattr(commands, arguments.command)(arguments) or 0)

@@ -123,6 +123,9 @@ def test_what_cannot_be_quantized_is_refused(keys: dict[str, Any], said: str, tm
 
 
 def test_options_that_contradict_the_training_are_refused(runs: dict[str, Path], tmp_path: Path) -> None:
+    quantize(str(runs["int4"]), tmp_path / "small")
+    with pytest.raises(RecipeError, match="is quantized already"):
+        quantize(str(tmp_path / "small"), tmp_path / "x", QAT())
     with pytest.raises(RecipeError, match="was trained for QAT"):
         quantize(str(runs["int4"]), tmp_path / "x", QAT(weights="int8"))
     with pytest.raises(RecipeError, match=r"was not trained to be quantized .* --weights int4"):

@@ -97,10 +97,15 @@ def silence_libraries() -> None:
 
     for name in ("lightning.fabric", "lightning.pytorch"):
         logging.getLogger(name).setLevel(logging.WARNING)
-    for name in ("bitsandbytes", "torchao", "torch.utils._pytree"):  # which peft imports, of kernels for other machines
-        logging.getLogger(name).setLevel(logging.ERROR)
+    hush()
     if not torch.accelerator.is_available():  # DeepSpeed would look for one, and warn
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
+
+
+def hush() -> None:
+    """Keep libraries that transformers and peft import from telling of kernels for other machines."""
+    for name in ("bitsandbytes", "torchao", "torch.utils._pytree"):
+        logging.getLogger(name).setLevel(logging.ERROR)
 
 
 def slurm_tasks() -> int:

@@ -65,16 +65,19 @@ def lines(folder: Path) -> list[dict[str, float]]:
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
-def test_steps_are_sampled_by_an_engine_that_holds_the_weights_of_each(
-    tmp_path: Path, model: Path, server: str
-) -> None:
-    run = train(tmp_path / "run", model, server)
-    found = lines(tmp_path / "run")
+def assert_each_step_has_its_weights(found: list[dict[str, float]]) -> None:
     assert [line["step"] for line in found] == [1, 2, 3, 4]
     for line in found:
         assert line["sampler/gap"] < 1e-4
         assert line["sampler/probe"] < 1e-4
         assert line["policy/moved"] == 0.0
+
+
+def test_steps_are_sampled_by_an_engine_that_holds_the_weights_of_each(
+    tmp_path: Path, model: Path, server: str
+) -> None:
+    run = train(tmp_path / "run", model, server)
+    assert_each_step_has_its_weights(lines(tmp_path / "run"))
     version = httpx.get(f"{server}/weight_info").json()["weight_version"]
     assert version.endswith("-4")
     network, ids = run.model.module.base, [7, 8, 9, 10]
@@ -199,9 +202,5 @@ def test_an_engine_in_the_process_of_the_trainer_holds_the_weights_of_each_step(
     )
     assert done.returncode == 0, done.stderr[-3000:]
     found = lines(tmp_path / "run")
-    assert [line["step"] for line in found] == [1, 2, 3, 4]
-    for line in found:
-        assert line["sampler/gap"] < 1e-4
-        assert line["sampler/probe"] < 1e-4
-        assert line["policy/moved"] == 0.0
+    assert_each_step_has_its_weights(found)
     assert found[-1]["reward"] > found[0]["reward"]

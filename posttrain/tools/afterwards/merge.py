@@ -6,6 +6,7 @@ import attrs
 
 from posttrain.errors import CheckpointError, RecipeError
 from posttrain.tools.afterwards.closeness import Distance, distance, log_probs, texts_of
+from posttrain.tools.afterwards.written import whole
 
 
 @attrs.frozen
@@ -34,8 +35,6 @@ def merge(name: str, folder: Path, dtype: str | None = None) -> Merged:
         RecipeError: it is no adapter, or the folder is in use.
         CheckpointError: what was written is not the same model; it is removed again.
     """
-    import shutil
-
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -48,33 +47,27 @@ def merge(name: str, folder: Path, dtype: str | None = None) -> Merged:
     base, adapters = origin(place)
     if not adapters:
         raise RecipeError(f"{name} has no adapter: its export, {place}, is a whole model already")
-    if folder.exists() and any(folder.iterdir()):
-        raise RecipeError(f"{folder} is not empty: name another with -o")
-    tokenizer = AutoTokenizer.from_pretrained(place)
-    rows = texts_of(name, tokenizer)
-    block = HFModel(name_or_path=base)
-    hf = into(block.load(), adapters[:-1]).eval()
-    as_trained(hf, adapters[-1])
-    alone = log_probs(hf, rows)
-    hf = attach(hf, adapters[-1]).eval()
-    adapted = log_probs(hf, rows)
-    hf = hf.merge_and_unload(safe_merge=True)
-    wanted = dtype or block.saved_as() or "float32"
-    aside = folder.with_name(f"{folder.name}.tmp")
-    hf.to(getattr(torch, wanted)).save_pretrained(aside)
-    tokenizer.save_pretrained(aside)
-    written = AutoModelForCausalLM.from_pretrained(aside, dtype=torch.float32).eval()
-    merged = log_probs(written, rows)
-    result = Merged(folder, base, len(rows), distance(adapted, merged, rows), distance(adapted, alone, rows))
-    apart, effect = result.apart, result.effect
-    if not apart.difference <= max(0.1 * effect.difference, 1e-4):
-        shutil.rmtree(aside)
-        raise CheckpointError(
-            f"the merged model differs from the adapter on its base by up to {apart.difference:.3g} nats (mean KL "
-            f"{apart.kl:.3g}), and all that the adapter does is {effect.difference:.3g} (KL {effect.kl:.3g}): {wanted} "
-            "is too coarse for it; say --dtype float32"
-        )
-    if folder.exists():
-        folder.rmdir()
-    aside.rename(folder)
+    with whole(folder) as aside:
+        tokenizer = AutoTokenizer.from_pretrained(place)
+        rows = texts_of(name, tokenizer)
+        block = HFModel(name_or_path=base)
+        hf = into(block.load(), adapters[:-1]).eval()
+        as_trained(hf, adapters[-1])
+        alone = log_probs(hf, rows)
+        hf = attach(hf, adapters[-1]).eval()
+        adapted = log_probs(hf, rows)
+        hf = hf.merge_and_unload(safe_merge=True)
+        wanted = dtype or block.saved_as() or "float32"
+        hf.to(getattr(torch, wanted)).save_pretrained(aside)
+        tokenizer.save_pretrained(aside)
+        written = AutoModelForCausalLM.from_pretrained(aside, dtype=torch.float32).eval()
+        merged = log_probs(written, rows)
+        result = Merged(folder, base, len(rows), distance(adapted, merged, rows), distance(adapted, alone, rows))
+        apart, effect = result.apart, result.effect
+        if not apart.difference <= max(0.1 * effect.difference, 1e-4):
+            raise CheckpointError(
+                f"the merged model differs from the adapter on its base by up to {apart.difference:.3g} nats (mean KL "
+                f"{apart.kl:.3g}), and all that the adapter does is {effect.difference:.3g} (KL {effect.kl:.3g}): "
+                f"{wanted} is too coarse for it; say --dtype float32"
+            )
     return result

@@ -1,6 +1,5 @@
 """`posttrain quantize`: a model with weights of 4 or 8 bits, and how far it is from the one that was trained."""
 
-import shutil
 from pathlib import Path
 
 import attrs
@@ -8,6 +7,7 @@ import attrs
 from posttrain.blocks.models.quantized.aware import QAT
 from posttrain.errors import CheckpointError, RecipeError
 from posttrain.tools.afterwards.closeness import Distance, distance, log_probs, texts_of
+from posttrain.tools.afterwards.written import whole
 
 CLOSE = {False: 1e-5, True: 1e-2}
 """Mean KL in nats below which a model that was trained to be quantized counts as the same; in half precision: True."""
@@ -54,42 +54,41 @@ def quantize(name: str, folder: Path, qat: QAT | None = None, dtype: str | None 
     place = export_of(name)
     if origin(place)[1]:
         raise RecipeError(f"{name} is an adapter: make one model of it first (posttrain merge)")
-    if folder.exists() and any(folder.iterdir()):
-        raise RecipeError(f"{folder} is not empty: name another with -o")
+    config = HFModel(name_or_path=place).read_config()
+    if getattr(config, "quantization_config", None):
+        raise RecipeError(f"{name} is quantized already: name what it was made of")
     trained = qat_of(place)
     if trained and qat not in (None, trained):
         raise RecipeError(f"{name} was trained for {trained}: leave the options out")
     chosen = trained or qat
     if chosen is None:
         raise RecipeError(f"{name} was not trained to be quantized (model.qat): say how, as in --weights int4")
-    tokenizer = AutoTokenizer.from_pretrained(place)
-    rows = texts_of(name, tokenizer)
-    hf = HFModel(name_or_path=place).load().eval()
-    wanted = getattr(torch, dtype) if dtype else HFModel(name_or_path=place).read_config().dtype or torch.float32
-    left = [layer for layer, module in hf.named_modules() if isinstance(module, torch.nn.Linear)]
-    left = [layer for layer in left if layer not in chosen.chosen(hf)]
-    if trained:
-        chosen.prepare(hf)
-    given = log_probs(hf, rows)
-    del hf
-    how = TorchAoConfig(chosen.config(), modules_to_not_convert=left or None)
-    made = AutoModelForCausalLM.from_pretrained(place, dtype=wanted, quantization_config=how)
-    aside = folder.with_name(f"{folder.name}.tmp")
-    made.save_pretrained(aside)
-    tokenizer.save_pretrained(aside)
-    del made
-    written = AutoModelForCausalLM.from_pretrained(aside, dtype=wanted).eval()
-    apart = distance(given, log_probs(written, rows), rows)
-    result = Quantized(folder, chosen, trained is not None, len(rows), apart, (size_of(Path(place)), size_of(aside)))
-    if trained and not apart.kl <= CLOSE[wanted != torch.float32]:
-        shutil.rmtree(aside)
-        raise CheckpointError(
-            f"the quantized model differs from what was trained by {apart.kl:.3g} nats (mean KL, at most "
-            f"{CLOSE[wanted != torch.float32]:g} was expected): it was not written"
+    with whole(folder) as aside:
+        tokenizer = AutoTokenizer.from_pretrained(place)
+        rows = texts_of(name, tokenizer)
+        hf = HFModel(name_or_path=place).load().eval()
+        wanted = getattr(torch, dtype) if dtype else config.dtype or torch.float32
+        linear = {layer for layer, module in hf.named_modules() if isinstance(module, torch.nn.Linear)}
+        left = sorted(linear - chosen.chosen(hf).keys())
+        if trained:
+            chosen.prepare(hf)
+        given = log_probs(hf, rows)
+        del hf
+        how = TorchAoConfig(chosen.config(), modules_to_not_convert=left or None)
+        made = AutoModelForCausalLM.from_pretrained(place, dtype=wanted, quantization_config=how)
+        made.save_pretrained(aside)
+        tokenizer.save_pretrained(aside)
+        del made
+        written = AutoModelForCausalLM.from_pretrained(aside, dtype=wanted).eval()
+        apart = distance(given, log_probs(written, rows), rows)
+        result = Quantized(
+            folder, chosen, trained is not None, len(rows), apart, (size_of(Path(place)), size_of(aside))
         )
-    if folder.exists():
-        folder.rmdir()
-    aside.rename(folder)
+        if trained and not apart.kl <= CLOSE[wanted != torch.float32]:
+            raise CheckpointError(
+                f"the quantized model differs from what was trained by {apart.kl:.3g} nats (mean KL, at most "
+                f"{CLOSE[wanted != torch.float32]:g} was expected): it was not written"
+            )
     return result
 
 

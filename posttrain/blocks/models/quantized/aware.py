@@ -18,9 +18,6 @@ from posttrain.runtime.launch import silence_libraries
 if TYPE_CHECKING:
     from torch import nn
 
-LEFT = 0.1
-"""Share of the layers' numbers that may stay as they are, such as norms."""
-
 
 @attrs.frozen(kw_only=True, slots=False)
 class QAT:
@@ -72,13 +69,10 @@ class QAT:
         from torch import nn
 
         from posttrain.blocks.models.apart import decoder_of
+        from posttrain.blocks.models.quantized.quantize import LEFT, targets
 
-        decoder, head = decoder_of(hf), hf.get_output_embeddings()
-        inside = {id(module) for module in decoder.modules()}
-        found = {
-            name: module for name, module in hf.named_modules()
-            if id(module) in inside and isinstance(module, nn.Linear) and module is not head
-        }  # fmt: skip
+        decoder, linear = decoder_of(hf), {id(each) for _, found, _ in targets(hf) for each in found.values()}
+        found = {name: module for name, module in hf.named_modules() if id(module) in linear}
         odd = {name: module.in_features for name, module in found.items() if module.in_features % self.group_size}
         if odd:
             name, width = next(iter(odd.items()))
