@@ -131,8 +131,8 @@ def trl(shape: str, steps: int) -> dict:
     from trl import DPOConfig, DPOTrainer
     from trl.trainer.dpo_trainer import DataCollatorForPreference
 
-    sys.path.insert(0, str(ROOT / "tests"))
-    from conftest import byte_tokenizer
+    sys.path.insert(0, str(ROOT / "tests" / "support"))
+    from tokens import byte_tokenizer
 
     clock, waiting = Clock(), []
 

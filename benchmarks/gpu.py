@@ -293,7 +293,9 @@ SECONDS = {"posttrain, compiled": 150, "bare loop, compiled": 150, "tests": 240,
 def tests(tiny: bool, seconds: float) -> Found:
     """Run the tests of a GPU, and return how they ended."""
     emulate = {"POSTTRAIN_EMULATE": "1"} if tiny else {}
-    which = ["tests/test_gpu.py"] if tiny else ["tests/test_gpu.py", "tests/test_plan.py", "-n", "4"]
+    which = (
+        ["tests/devices/test_gpu.py"] if tiny else ["tests/devices/test_gpu.py", "tests/tools/test_plan.py", "-n", "4"]
+    )
     quiet = ["-W", "ignore", "-p", "no:cacheprovider", "--tb=short"]  # other versions may warn while they are imported
     command = [sys.executable, "-m", "pytest", "-m", "gpu", *quiet, *which]
     file = OUT / "tests.txt"

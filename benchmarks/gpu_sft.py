@@ -264,8 +264,8 @@ def trl(setting: Setting) -> dict:
     from transformers import LlamaForCausalLM, TrainerCallback
     from trl import SFTConfig, SFTTrainer
 
-    sys.path.insert(0, str(ROOT / "tests"))
-    from conftest import byte_tokenizer
+    sys.path.insert(0, str(ROOT / "tests" / "support"))
+    from tokens import byte_tokenizer
 
     clock, found = Clock(setting), setting.documents()
     row = setting.rows * setting.length * 0.99  # what best-fit fills; see benchmarks/README.md

@@ -20,8 +20,8 @@ from posttrain.blocks.images.processor import Processor, _class
 from posttrain.blocks.models import probe
 from posttrain.blocks.models.vision.sight import tried
 
-sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
-from conftest import byte_tokenizer
+sys.path.insert(0, str(Path(__file__).parent.parent / "tests" / "support"))
+from tokens import byte_tokenizer
 
 TOKEN = re.compile(r"""["'](<[^"'\s{}]+>|\[[A-Z_]+\])["']""")
 NAMED = re.compile(r"tokenizer\.(\w+_token)(?:_id)?\b")

@@ -106,7 +106,7 @@ def one(strategy: str, steps: int) -> None:
     import posttrain
     from posttrain.registry import lookup
 
-    sys.path.insert(0, str(ROOT / "tests"))
+    sys.path.insert(0, str(ROOT / "tests" / "support"))
     import toy
 
     ranks, at, totals = int(os.environ["WORLD_SIZE"]), [], []

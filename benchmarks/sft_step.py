@@ -182,8 +182,8 @@ def trl(shape: str, steps: int, replies_only: bool) -> dict:
     from transformers import LlamaForCausalLM, PreTrainedTokenizerFast, TrainerCallback
     from trl import SFTConfig, SFTTrainer
 
-    sys.path.insert(0, str(ROOT / "tests"))
-    from conftest import byte_tokenizer
+    sys.path.insert(0, str(ROOT / "tests" / "support"))
+    from tokens import byte_tokenizer
 
     clock = Clock()
 

@@ -44,8 +44,8 @@ SFTTrainer(
 
 def prepare(folder: Path) -> None:
     """Write a model, chats, and what each candidate starts from."""
-    sys.path.insert(0, str(ROOT / "tests"))
-    from conftest import byte_tokenizer
+    sys.path.insert(0, str(ROOT / "tests" / "support"))
+    from tokens import byte_tokenizer
     from transformers import LlamaConfig, LlamaForCausalLM
 
     from posttrain.blocks.tokenizers.templates import TEMPLATES

@@ -33,12 +33,12 @@ IMPORTED = (
 )  # fmt: skip
 """What ranks import, once for all of them."""
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "support")]
 
 
 def recipe(folder: Path) -> Path:
     """Write a tiny model, chats and their recipe."""
-    from conftest import byte_tokenizer
+    from tokens import byte_tokenizer
     from transformers import LlamaConfig, LlamaForCausalLM
 
     from posttrain.blocks.tokenizers.templates import TEMPLATES

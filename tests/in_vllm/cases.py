@@ -141,8 +141,8 @@ def main(work: Path, group: int | None, drafts: int | None, fast: bool, chunk: i
 
 def classify(work: Path) -> dict[str, Any]:
     """Score conversations with a reward model, in vLLM and in transformers."""
-    sys.path.insert(0, str(Path(__file__).parent.parent))
-    from conftest import byte_tokenizer
+    sys.path.insert(0, str(Path(__file__).parent.parent / "support"))
+    from tokens import byte_tokenizer
     from transformers import LlamaConfig, LlamaForSequenceClassification
     from vllm import PoolingParams
 

@@ -11,9 +11,8 @@ from typing import Any
 import httpx
 import pytest
 import torch
-
-sys.path.insert(0, str(Path(__file__).parent))
 from cases import SHAPE, spread
+from ranks import script
 from test_synth import CHATML, save, serve
 from test_vllm import SETTINGS
 
@@ -162,7 +161,7 @@ def test_files_that_were_changed_on_the_way_are_named(tmp_path: Path, model: Pat
 
 
 def test_a_server_of_another_model_is_told_from_its_weights(tmp_path: Path, model: Path, server: str) -> None:
-    from conftest import byte_tokenizer
+    from tokens import byte_tokenizer
     from transformers import LlamaConfig, LlamaForCausalLM
 
     config = {**SHAPE, "pad_token_id": 0, "num_hidden_layers": 2, "vocab_size": 261, "max_position_embeddings": 1024}
@@ -185,20 +184,20 @@ def test_a_server_of_another_model_is_told_from_its_weights(tmp_path: Path, mode
 
 def test_an_engine_in_the_process_of_the_trainer_holds_the_weights_of_each_step(tmp_path: Path) -> None:
     """In a process of its own: an engine cannot be taken down cleanly. The head of its model is its embedding."""
-    from conftest import byte_tokenizer
+    from tokens import byte_tokenizer
     from transformers import LlamaConfig, LlamaForCausalLM
 
     config = {**SHAPE, "pad_token_id": 0, "num_hidden_layers": 2, "vocab_size": 261, "tie_word_embeddings": True}
     model = tmp_path / "tied"
     spread(LlamaForCausalLM(LlamaConfig(**config))).save_pretrained(model)
     byte_tokenizer(CHATML).save_pretrained(model)
-    script = (
-        f"import sys; sys.path[:0] = {[str(Path(__file__).parent), str(Path(__file__).parent.parent)]!r}\n"
-        "from pathlib import Path\nfrom test_sampler import train\n"
-        f"run = train(Path({str(tmp_path / 'run')!r}), Path({str(model)!r}), '')\n"
-    )
+    code = script(tmp_path, "test_sampler", f"train(folder, Path({str(model)!r}), '')")
     done = subprocess.run(
-        [sys.executable, "-c", script], capture_output=True, text=True, timeout=280, env={**os.environ, **SETTINGS}
+        [sys.executable, code, tmp_path / "run"],
+        capture_output=True,
+        text=True,
+        timeout=280,
+        env={**os.environ, **SETTINGS},
     )
     assert done.returncode == 0, done.stderr[-3000:]
     found = lines(tmp_path / "run")

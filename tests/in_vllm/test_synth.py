@@ -13,12 +13,9 @@ from typing import Any
 import httpx
 import pytest
 import torch
-
-sys.path.insert(0, str(Path(__file__).parent))
-sys.path.insert(0, str(Path(__file__).parent.parent))
 from cases import SHAPE, spread
-from conftest import byte_tokenizer
 from test_vllm import SETTINGS
+from tokens import byte_tokenizer
 
 from posttrain.synth import Generate, Judge, Pair, Pipeline, Reward, VllmSynth
 
