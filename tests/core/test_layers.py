@@ -8,6 +8,7 @@ from pathlib import Path
 import posttrain
 
 ROOT = Path(posttrain.__file__).parent
+TESTS = Path(__file__).parent.parent
 LAYERS = """
 errors words yaml12 batch interfaces registry values hooks
 runtime
@@ -102,8 +103,19 @@ def test_no_files_import_each_other():
 
 
 def test_no_folder_is_a_heap():
-    crowded = {str(folder): n for folder in [ROOT, *ROOT.rglob("*/")] if (n := len(list(folder.glob("*.py")))) > 15}
-    assert not crowded
+    folders = [ROOT, *ROOT.rglob("*/"), *TESTS.rglob("*/")]
+    assert not {str(folder): n for folder in folders if (n := len(list(folder.glob("*.py")))) > 15}
+
+
+def test_tests_of_one_room_import_from_no_other():
+    """So that each file of tests runs by itself."""
+    names = {file.stem: file.parent for file in TESTS.rglob("*.py")}
+    for file in TESTS.rglob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text())):
+            taken = [node.module] if isinstance(node, ast.ImportFrom) else []
+            taken += [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            rooms = {names[name] for name in taken if name in names}
+            assert rooms <= {file.parent, TESTS / "support", TESTS}, f"{file} imports {taken}"
 
 
 def test_every_folder_says_what_lives_there():
