@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from posttrain.batch import Batch, Extra, Term
-    from posttrain.blocks.callbacks import EMA, EarlyStop, KeepBest, NEFTune, Profiler, Samples
+    from posttrain.blocks.callbacks import EMA, MFU, EarlyStop, KeepBest, NEFTune, Profiler, Samples
     from posttrain.blocks.checkpoints.checkpoint import HuggingFace, Resume
     from posttrain.blocks.data.kinds.causal import CausalData
     from posttrain.blocks.data.kinds.preference import PreferenceData
@@ -76,7 +76,7 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "batch": ("Batch", "Extra", "Term"),
-    "blocks.callbacks": ("EMA", "EarlyStop", "KeepBest", "NEFTune", "Profiler", "Samples"),
+    "blocks.callbacks": ("EMA", "EarlyStop", "KeepBest", "MFU", "NEFTune", "Profiler", "Samples"),
     "blocks.joined": ("JoinedOptimizer",),
     "blocks.checkpoints.checkpoint": ("HuggingFace", "Resume"),
     "blocks.data.kinds.causal": ("CausalData",),
@@ -136,15 +136,15 @@ __all__ = [
     "Adafactor", "AdamW", "AdamW8bit", "AdamWBF16", "Auto", "AzureOpenAISynth", "Batch", "CSV", "CausalData",
     "CausalTrainer", "CheckpointError", "Console", "Constant", "CortexSynth", "Cosine", "DDP", "DPOTrainer",
     "DataError", "DeepSpeed", "DistillTrainer", "EMA", "EarlyStop", "Extra", "FSDP", "GRPOTrainer", "HFModel",
-    "HFTokenizer", "HookError", "HuggingFace", "JSONL", "JoinedOptimizer", "KTOTrainer", "KeepBest", "Linear", "Lion",
-    "LoRA", "MLflow", "ModelReward", "Muon", "NEFTune", "OnPolicyDistillTrainer", "OnlineDPOTrainer", "OpenAISynth",
-    "ParameterGroup", "PosttrainError", "PreferenceData", "Profiler", "PromptData", "QAT", "RecipeError",
-    "RegistryError", "Resume", "RewardModel", "RewardTrainer", "Run", "SFTData", "SFTTrainer", "SGD", "Samples",
-    "ScheduleFree", "Secret", "Source", "SpeculatorModel", "SpeculatorTrainer", "SwiftKVModel", "SwiftKVTrainer",
-    "SynthError", "TensorBoard", "Term", "TorchOptimizer", "Trainer", "TrainingError", "TransformersSampler",
-    "TransformersSynth", "TwoStage", "Ulysses", "UnpairedData", "VllmSampler", "VllmServerSampler", "VllmSynth",
-    "WSD", "WandB", "after", "before", "block", "default", "key", "kind", "load", "policy_loss", "preference_loss",
-    "reward",
+    "HFTokenizer", "HookError", "HuggingFace", "JSONL", "JoinedOptimizer", "KTOTrainer", "KeepBest", "Linear",
+    "Lion", "LoRA", "MFU", "MLflow", "ModelReward", "Muon", "NEFTune", "OnPolicyDistillTrainer", "OnlineDPOTrainer",
+    "OpenAISynth", "ParameterGroup", "PosttrainError", "PreferenceData", "Profiler", "PromptData", "QAT",
+    "RecipeError", "RegistryError", "Resume", "RewardModel", "RewardTrainer", "Run", "SFTData", "SFTTrainer", "SGD",
+    "Samples", "ScheduleFree", "Secret", "Source", "SpeculatorModel", "SpeculatorTrainer", "SwiftKVModel",
+    "SwiftKVTrainer", "SynthError", "TensorBoard", "Term", "TorchOptimizer", "Trainer", "TrainingError",
+    "TransformersSampler", "TransformersSynth", "TwoStage", "Ulysses", "UnpairedData", "VllmSampler",
+    "VllmServerSampler", "VllmSynth", "WSD", "WandB", "after", "before", "block", "default", "key", "kind", "load",
+    "policy_loss", "preference_loss", "reward",
 ]  # fmt: skip
 
 

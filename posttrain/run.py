@@ -217,6 +217,8 @@ class Run:
     loggers: list[Logger] = attrs.field(factory=list)
     last: dict[str, float] = attrs.field(factory=dict)
     """The newest value of every metric, as the loggers got it."""
+    per_token: dict[str, float] = attrs.field(factory=dict)
+    """What a token stands for, by name: it is logged per second and device, beside the tokens per second."""
     _measured: float = attrs.field(factory=time.perf_counter)
 
     @property
@@ -268,7 +270,9 @@ class Run:
         now = time.perf_counter()
         tokens = sum(metrics.get("tokens", 0.0) for _, metrics in steps)
         if tokens:
-            steps[-1][1]["tokens_per_second"] = tokens / (now - self._measured)
+            rate = tokens / (now - self._measured)
+            each = {name: value * rate / self.fabric.world_size for name, value in self.per_token.items()}
+            steps[-1][1].update(tokens_per_second=rate, **each)
         steps[-1][1]["memory_gb"] = memory_gb(self.fabric)
         self._measured = now
         for step, metrics in steps:

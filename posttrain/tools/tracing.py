@@ -19,6 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
 from posttrain.batch import Batch, Extra
+from posttrain.blocks.callbacks.operations import operations
 from posttrain.blocks.data.data import Data
 from posttrain.blocks.models.quantized.sizes import Group, groups
 from posttrain.blocks.parallel.sharding import replace_tensors, units, weightless
@@ -26,7 +27,6 @@ from posttrain.blocks.parallel.strategy import FSDP, DeepSpeed
 from posttrain.errors import RecipeError
 from posttrain.run import Run
 from posttrain.runtime.launch import silence_libraries
-from posttrain.tools.operations import operations
 from posttrain.tools.vision.seen import UNKNOWN, constants, faked, fullest_of_images
 from posttrain.trainer import Trainer
 from posttrain.trainers.distill import DistillTrainer

@@ -3,17 +3,20 @@
 import itertools
 import json
 from collections import Counter
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import flash
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
-from toy import trainer
+from toy import VOCABULARY, trainer
 
 from posttrain import RecipeError, hooks
-from posttrain.blocks.callbacks import Profiler
+from posttrain.blocks.callbacks import MFU, Profiler
+from posttrain.blocks.callbacks.speed import peak_of
 from posttrain.runtime import signals
 from posttrain.trainers.dpo import DPOTrainer
 from posttrain.trainers.sft import SFTTrainer
@@ -134,3 +137,45 @@ def test_a_profile_of_some_steps_is_written(tmp_path: Path) -> None:
 def test_a_profile_that_the_run_is_too_short_for_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match=r"profiler: .* ends after step 3, .* 5 steps"):
         trainer(tmp_path, max_steps=3, callbacks=[Profiler(skip=2, steps=2)]).train()
+
+
+@pytest.mark.filterwarnings("ignore")  # torch.compile warns about its own ways
+@pytest.mark.parametrize("saving", [{}, {"activation_checkpointing": "full"}, {"tiled_mlp": 3}, {"compile": "eager"}])
+def test_operations_of_the_model_are_counted_and_not_what_is_computed_again(
+    tmp_path: Path, saving: dict[str, Any]
+) -> None:
+    """Written out: two for each number of a matrix and token, three times, and attention in documents."""
+    torch.compiler.reset()
+    made = trainer(tmp_path, max_steps=3, model=saving, callbacks=[MFU(peak_tflops=0.5)])
+    batches: list[Any] = []
+
+    @hooks.before("trainer.step")
+    def note(trainer: Any, found: list[Any]) -> None:
+        batches.append(found)
+
+    run = made.train(callbacks=[note])
+    tokens = sum(batch.tokens for batch in batches[0])
+    trained = sum(batch.supervised_tokens for batch in batches[0])
+    lengths = torch.cat([batch["cu_seqlens"].diff() for batch in batches[0]])
+    products = 3 * 2 * (2 * tokens * (2 * 32 * 32 + 2 * 32 * 16 + 3 * 32 * 64) + trained * 32 * VOCABULARY)
+    attention = 2 * int((lengths**2).sum()) * 32 * 2 * (1 + 2.5)
+    assert run.per_token["tflops"] * 1e12 * tokens == pytest.approx(products + attention, rel=0.02)
+    assert run.last["mfu"] == pytest.approx(run.last["tflops"] / 0.5)
+
+
+def test_kernels_for_many_documents_are_counted_like_attention_in_each(tmp_path: Path) -> None:
+    found = {}
+    for name, kernels in {"each": nullcontext, "one": flash.emulated}.items():
+        with kernels():
+            keys: dict[str, Any] = {"precision": "bf16-mixed", "max_steps": 1, "callbacks": [MFU()]}
+            found[name] = trainer(tmp_path / name, **keys).train().per_token
+    assert found["one"] == pytest.approx(found["each"])
+
+
+@pytest.mark.parametrize(("name", "peak"), [("NVIDIA H100 80GB HBM3", 989), ("NVIDIA H100 PCIe", 756), ("RTX", None)])
+def test_the_peak_of_a_device_is_that_of_its_data_sheet(
+    monkeypatch: pytest.MonkeyPatch, name: str, peak: float | None
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: name)
+    assert peak_of(torch.device("cuda")) == peak
+    assert peak_of(torch.device("cpu")) is None
