@@ -69,7 +69,9 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     rounds = parser.parse_args().rounds
     cli = [sys.executable, "-m", "posttrain.cli"]
+    libraries = "import torch; from transformers import AutoTokenizer, LlamaForCausalLM"
     commands = {
+        "torch and transformers: import": [sys.executable, "-c", libraries],
         "posttrain: import": [sys.executable, "-c", "import posttrain"],
         "posttrain: check a recipe": [*cli, "check", "recipe.yaml"],
         "posttrain: first step": [*cli, "train", "recipe.yaml"],
