@@ -1,8 +1,7 @@
 """What a model type can be used for: its twin, a plan, SwiftKV and a speculator, each tried, for models.py.
 
 `twin` are the checks of `posttrain check --twin` that need one process: documents packed as each alone, a step as its
-micro-batches, an export as what was trained. A plan is of full widths and few layers. A speculator's base is tried with
-packed documents, too.
+micro-batches, an export as what was trained. A plan is of the twin. A speculator's training is tried packed and alone, too.
 """
 
 import copy
@@ -18,10 +17,11 @@ import attrs
 from transformers import AutoConfig
 
 import posttrain
-from posttrain.blocks.models.tiny import shrunk, tiny
+from posttrain.blocks.models.tiny import shrunk
 from posttrain.errors import RecipeError
 from posttrain.tools import proofs
 from posttrain.tools.plan import estimate
+from posttrain.tools.twin import Twin, quietly
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests" / "support"))
 from tokens import ASK, CHATML, byte_tokenizer
@@ -33,8 +33,8 @@ CHECKS = {
 }
 BLOCKS = {"swiftkv": {"type": "swiftkv"}, "spec-decode": {"type": "mlp-speculator", "inner_dim": 32, "n_predict": 2}}
 VOCABULARY = 512
-FEW = {"layers": True, "width": False, "experts": False}
-"""What is made less of a model before a plan."""
+NOTHING = {"layers": False, "width": False, "experts": False}
+"""What is made less of a type's default configuration, but for its vocabulary: the twin does the rest."""
 
 
 @attrs.define
@@ -56,15 +56,16 @@ class Uses:
             rows = [{"prompt": "add " * i, "response": "1 2 3 4 5 6 7 8 9 "[: 4 * i]} for i in range(1, 9)]
             (place / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
             config = AutoConfig.for_model(kind, **copy.deepcopy(changes))
-            tiny(config, vocabulary=VOCABULARY).save_pretrained(place / "tiny")
-            shrunk(config, FEW, True, VOCABULARY, None).save_pretrained(place / "wide")
+            shrunk(config, NOTHING, False, VOCABULARY, None).save_pretrained(place / "default")
+            for method in ("sft", "swiftkv"):
+                (place / method).mkdir()
             twin, swiftkv, speculator = (proven(place, method) for method in CHECKS)
             return cls(twin, planned(place), swiftkv, speculator)
 
 
 def recipe(place: Path, method: str) -> dict[str, Any]:
     """Return a recipe that trains a type by a method."""
-    model = {"name_or_path": str(place / "tiny"), "random_init": True, **BLOCKS.get(method, {})}
+    model = {"name_or_path": str(place / "default"), "random_init": True, **BLOCKS.get(method, {})}
     return {
         "type": method, "model": model,
         "tokenizer": {"name_or_path": str(place / "tokenizer")}, "output_dir": str(place / "run"), "max_steps": 1,
@@ -77,7 +78,9 @@ def proven(place: Path, method: str) -> str:
     file = place / f"{method}.yaml"
     file.write_text(json.dumps(recipe(place, method)))
     try:
-        found = list(proofs.prove(file, [], list(CHECKS[method])))
+        with quietly():  # one folder for both, whose model is then tried once
+            twin = Twin(file, [], place / method.replace("spec-decode", "sft"))
+            found = [proofs.result(check, twin) for check in CHECKS[method]]
     except Exception as error:
         return said(error)
     failed = [f"{result.name}: {result.figure}" for result in found if result.passed is False]
@@ -90,9 +93,9 @@ def planned(place: Path) -> str:
     """Say whether a plan can be made."""
     try:
         made = posttrain.SFTTrainer(
-            model=posttrain.HFModel(name_or_path=str(place / "wide"), random_init=True),
+            model=posttrain.HFModel(name_or_path=str(place / "sft" / "model"), random_init=True),
             data=posttrain.SFTData(sources=[posttrain.Source(name_or_path=str(place / "rows.jsonl"))], max_length=128),
-            accelerator="cuda", devices=1,
+            tokenizer=posttrain.HFTokenizer(name_or_path=str(place / "tokenizer")), accelerator="cuda", devices=1,
         )  # fmt: skip
         return "yes" if estimate(made, 1).total else "nothing is counted"
     except Exception as error:

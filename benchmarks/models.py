@@ -39,10 +39,23 @@ DECODER = (
     "bert", "bert-generation", "big_bird", "camembert", "data2vec-text", "electra", "ernie", "megatron-bert", "rembert",
     "roberta", "roberta-prelayernorm", "roc_bert", "roformer", "xlm-roberta", "xlm-roberta-xl", "reformer",
 )  # fmt: skip
+PLAIN = {"rope_type": "default", "rope_theta": 1e4}
+INDEXED = {
+    "indexer_n_heads": 4, "indexer_kv_heads": 1, "indexer_head_dim": 64, "indexer_budget": 16,
+    "indexer_compress_ratio": 4, "ngram_vocab_size_base": 100,
+    "rope_parameters": {**PLAIN, "partial_rotary_factor": 0.25},
+}  # fmt: skip
 CHANGES = {
     **{kind: {"is_decoder": True} for kind in DECODER},
     "xmod": {"is_decoder": True, "default_language": "en_XX"},
-    "lfm2": {"layer_types": ["conv", "full_attention"] * 16},
+    **{kind: {"layer_types": ["conv", "full_attention"] * 16} for kind in ("lfm2", "lfm2_moe")},
+    "dots1": {"n_routed_experts": 4, "num_experts_per_tok": 2, "n_shared_experts": 1},
+    "dbrx": {"attn_config": {"rope_theta": 1e4, "clip_qkv": 8.0}},
+    "cohere_compass_text": {"rope_parameters": {"full_attention": PLAIN, "sliding_attention": PLAIN}},
+    "qwen4_exp_text": INDEXED,
+    "qwen4_exp": {"text_config": INDEXED},
+    "step3p7": {"text_config": {"sliding_window": 16}},
+    "chameleon": {"vocabulary_map": {"<image>": 4}},
     "deepseek_v2": {"num_experts_per_tok": 2, "n_routed_experts": 4, "topk_group": 1, "n_group": 1},
 }
 """What the default configuration of a type lacks to be a causal model."""
@@ -64,9 +77,9 @@ a model does is tried anew when it is built; this table only shows what to expec
 configuration gives no network that computes tokens alone.
 
 The last columns were tried with what is exact: `twin` are the checks of `posttrain check --twin` that need one process
-(packed as alone, a step as its micro-batches, an export as what was trained), `plan` is of the type's own widths with few
-layers, `speculator` is a step of its training packed and alone. SwiftKV says "no" to all but four families (llama, mistral,
-qwen2, qwen3), whose layers it knows.
+(packed as alone, a step as its micro-batches, an export as what was trained), from the type's default configuration on;
+`plan` is of that twin, and `speculator` a step of its training packed and alone. SwiftKV says "no" to all but four families
+(llama, mistral, qwen2, qwen3), whose layers it knows.
 
 """
 
