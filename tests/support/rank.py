@@ -13,7 +13,7 @@ import time
 import traceback
 from pathlib import Path
 
-folder, parent, rank = Path(sys.argv[1]), int(sys.argv[2]), os.environ["RANK"]
+folder, parent, agent, rank = Path(sys.argv[1]), int(sys.argv[2]), os.getppid(), os.environ["RANK"]
 LAUNCHED = dict(os.environ)
 """What torchrun has set, which the environment of a test has not."""
 
@@ -21,7 +21,16 @@ LAUNCHED = dict(os.environ)
 def wait_for(file: Path) -> None:
     while not file.exists():
         time.sleep(0.02)
-        os.kill(parent, 0)  # nobody waits any more
+        if os.getppid() != agent or gone(parent):  # nobody waits any more
+            os._exit(0)
+
+
+def gone(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return True
+    return False
 
 
 for number in itertools.count():

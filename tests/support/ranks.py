@@ -4,13 +4,11 @@ import atexit
 import json
 import os
 import random
-import signal
 import socket
 import subprocess
 import sys
 import tempfile
 import time
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -65,7 +63,7 @@ class Pair:
         with (self.folder / "log").open("w") as log:
             self.process = subprocess.Popen(
                 [*map(str, command), str(self.folder), str(os.getpid())],
-                stdout=log, stderr=log, env=environment, start_new_session=True,
+                stdout=log, stderr=log, env=environment,
             )  # fmt: skip
         atexit.register(self.end)
 
@@ -88,10 +86,13 @@ class Pair:
             raise AssertionError("\n".join(error[-3000:] for error in [*errors, (self.folder / "log").read_text()]))
 
     def end(self) -> None:
-        """Leave no process."""
-        with suppress(ProcessLookupError):
-            os.killpg(self.process.pid, signal.SIGKILL)
-        self.process.wait()
+        """Leave no process: torchrun ends its ranks, and they end themselves without it."""
+        self.process.terminate()
+        try:
+            self.process.wait(20)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
 
 
 pairs: list[Pair] = []
