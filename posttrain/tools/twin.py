@@ -196,7 +196,7 @@ class Twin:
 
     def make(self, name: str, **changes: Any) -> Trainer:
         """Return the recipe's trainer on the twin, in a folder of its own."""
-        real, models = recipe.load(self.path, self.overrides), {}  # anew: blocks may have a state
+        real, models = recipe.load(self.path, self.overrides), {}  # again: blocks may have a state
         for field in attrs.fields(type(real)):
             if field.init and isinstance(value := getattr(real, field.name), HFModel):
                 models[field.name] = self.small(value, field.name)

@@ -63,7 +63,7 @@ class GRPOTrainer(RewardedTrainer):
     """Answers the policy after each of its turns, until the conversation ends: `type: tools`, or one of your own. By
     default a reply is one turn."""
     resample: int = key(0, check=ge(0))
-    """How often a prompt whose replies are all worth the same is answered anew in its step, so that it teaches
+    """How often a prompt whose replies are all worth the same is answered again in its step, so that it teaches
     something (DAPO's dynamic sampling, with the same prompt); `resampled` is logged."""
     updates: int = key(1, check=gt(0), also=("num_iterations",))
     """Optimizer updates on the same replies."""

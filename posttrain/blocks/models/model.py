@@ -437,7 +437,7 @@ class HFModel:
 class RewardModel(HFModel):
     """A model that gives a conversation one number, at its last token: a sequence classifier with one label.
 
-    From a causal language model, its head starts anew. transformers and vLLM (`/classify`) load what is exported.
+    From a causal language model, its head is new. transformers and vLLM (`/classify`) load what is exported.
     """
 
     auto: ClassVar[str] = "AutoModelForSequenceClassification"

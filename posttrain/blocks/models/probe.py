@@ -101,7 +101,7 @@ def _find_way(said: str, held: Held, name: str, attention: str | None, remote: b
             if best is not None and (unfolds or not best.separated):
                 break
             if number:
-                hf, alone = twin(held.config, remote)  # anew: its modules were changed
+                hf, alone = twin(held.config, remote)  # again: its modules were changed
             found = tried(hf, alone, how, unfolds)
             if isinstance(found, str):
                 problems.append(f"{how} attention{' in rows of their own' if unfolds else ''}: {found}")

@@ -37,7 +37,7 @@ class CortexSynth(Synth):
     """Data from Snowflake Cortex, one request at a time and many in flight.
 
     With `token` (a programmatic access token) or `private_key_file` (a key pair: `cryptography` makes the tokens,
-    and makes them anew in long runs).
+    and makes them again in long runs).
     """
 
     account: str | None = None

@@ -175,7 +175,7 @@ class BatchRun:
         return self.ledger.folder / "batches" / f"posttrain-{nonce}.jsonl"
 
     def _file(self, batch: Batch) -> Path:
-        """Return the file of a batch, written anew from the ledger if it is gone or was changed."""
+        """Return the file of a batch, written again from the ledger if it is gone or was changed."""
         path = self._path(batch.nonce)
         if path.is_file() and hashlib.sha256(path.read_bytes()).hexdigest() == batch.sha256:
             return path
