@@ -53,7 +53,9 @@ def test_gradients_come_as_activations_go(tiny_model: Path, sums: Path, way: dic
     batch = tracing.fullest(trainer)
     with tracing.Alive() as alive:
         (network(batch) / batch["weight"]).backward()
-    assert said.total - said.device["parameters"] - said.device["optimizer state"] == pytest.approx(alive.peak, rel=0.02)
+    assert said.total - said.device["parameters"] - said.device["optimizer state"] == pytest.approx(
+        alive.peak, rel=0.02
+    )
     summed = plan.estimate(made(tiny_model, sums, way=way, micro_batch_size=1, gradient_accumulation_steps=2), world=1)
     assert summed.total - said.total == -said.device.get("never at the same moment", 0) > 0
 
