@@ -104,7 +104,7 @@ def _claim(run: "Run", resume: str, stack: ExitStack) -> str | None:
             differs = difference(run.recipe_before, run.recipe)
             if differs and resume != "force":
                 return f"{folder} holds a run of another recipe:\n  " + "\n  ".join(differs) + f"\n{ADVICE}"
-        apart = getattr(run.model.module, "apart", None)  # which a network of one's own need not know
+        apart = getattr(run.model.module, "apart", None)  # which a network of your own need not know
         found = {**versions(), **({"documents kept apart by": apart} if apart else {})}
         _write(folder / VERSIONS, json.dumps(found, indent=1))  # first: it tells our recipe from others
         _write(saved, yaml12.write(run.recipe))

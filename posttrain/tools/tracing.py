@@ -1,7 +1,7 @@
 """One step of a recipe on tensors that have shapes and no numbers (torch's FakeTensorMode): what it takes, unsharded.
 
 Network, loss, backward pass and an optimizer step are run with every micro-batch full; what is alive is counted
-operation by operation. So it holds for a network, a loss or an optimizer of one's own.
+operation by operation. So it holds for a network, a loss or an optimizer of your own.
 """
 
 import copy

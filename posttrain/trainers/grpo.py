@@ -235,7 +235,7 @@ class GRPOTrainer(RewardedTrainer):
 
 def gap_of(run: "Run", widest: Any) -> float | None:
     """Return the mean difference between sampler and trainer in the step in hand, over all ranks, and log the largest
-    ratio of their probabilities; None if a loss of one's own does not log it."""
+    ratio of their probabilities; None if a loss of your own does not log it."""
     import torch
 
     from posttrain.runtime.launch import all_reduce

@@ -308,7 +308,7 @@ def test_a_refused_batch_of_which_lines_were_paid_says_so(server: Server, tmp_pa
         batch["errors"] = {"data": [{"code": "quota", "message": "over", "line": 3}]}
 
     server.finish = finish
-    with pytest.raises(TaskStopped, match="2 of its lines were answered and are kept; put it right"):
+    with pytest.raises(TaskStopped, match="2 of its lines were answered and are kept; fix it"):
         add(client(server, tmp_path, mode="batch"), 5).execute_batch_task("t")
 
 

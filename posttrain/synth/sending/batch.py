@@ -352,7 +352,7 @@ class BatchRun:
             raise TaskStopped(
                 f"batch {batch.batch_id} of {batch.lines:,} requests was refused: {self.session.scrubber.text(why)}. "
                 + (f"{paid:,} of its lines were answered and are kept" if paid else "None of its lines was answered")
-                + "; put it right and run again"
+                + "; fix it and run again"
             )
 
     def _download(self, batch: Batch, file_id: str) -> None:
