@@ -101,7 +101,7 @@ def alone(tokenizer: Any, model: Any, row: dict[str, Any], root: Path) -> torch.
         inside = inside and token != "<|im_end|>"
         if "".join(decoded[: n + 1]).endswith("<|im_start|>assistant\n"):
             inside = True
-    wanted = supervised[1:]
+    wanted = supervised[1:] & (ids[0, 1:] != tokenizer.images.token_id)
     return torch.nn.functional.cross_entropy(logits[:-1][wanted], ids[0, 1:][wanted], reduction="sum")
 
 

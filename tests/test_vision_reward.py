@@ -29,7 +29,10 @@ def alone(tokenizer: Any, model: Any, messages: list[Any], root: Path) -> torch.
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         given = dict(tokenizer.images.theirs(text=[text], images=images or None, return_mm_token_type_ids=True))
-    known = {*inspect.signature(type(model).forward).parameters, *inspect.signature(type(model.model).forward).parameters}
+    known = {
+        *inspect.signature(type(model).forward).parameters,
+        *inspect.signature(type(model.model).forward).parameters,
+    }
     given = {k: as_tensor(v) for k, v in given.items() if k in known and k != "attention_mask"}
     score: torch.Tensor = model(**given, use_cache=False).logits[0, 0]
     return score
@@ -48,7 +51,11 @@ def test_packed_scores_are_those_of_each_conversation_alone(folder: Any, tmp_pat
     network.save_pretrained(tmp_path / "out")
     theirs = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "out").eval()
     scores = network.eval()(batch)
-    asked = [alone(tokenizer, theirs, [*row["prompt"], *row[side]], tmp_path) for row in rows for side in ("chosen", "rejected")]
+    asked = [
+        alone(tokenizer, theirs, [*row["prompt"], *row[side]], tmp_path)
+        for row in rows
+        for side in ("chosen", "rejected")
+    ]
     expected = torch.stack(asked).view(-1, 2)
     order = scores.detach()[:, 0].argsort(), expected.detach()[:, 0].argsort()  # the rows come in another order
     torch.testing.assert_close(scores[order[0]], expected[order[1]], rtol=1e-5, atol=1e-5)

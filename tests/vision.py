@@ -83,7 +83,12 @@ def config_of(family: str, tokenizer: Any) -> Any:
             vision_start_token_id=token("<|vision_start|>"), vision_end_token_id=token("<|vision_end|>"),
         )  # fmt: skip
     if family == "qwen3_5":  # gated delta rule and attention in turns
-        linear = {"linear_key_head_dim": 8, "linear_value_head_dim": 8, "linear_num_key_heads": 2, "linear_num_value_heads": 4}
+        linear = {
+            "linear_key_head_dim": 8,
+            "linear_value_head_dim": 8,
+            "linear_num_key_heads": 2,
+            "linear_num_value_heads": 4,
+        }
         vision = {
             "depth": 2, "hidden_size": 32, "intermediate_size": 48, "num_heads": 4, "patch_size": 8,
             "spatial_merge_size": 2, "temporal_patch_size": 2, "out_hidden_size": 32, "num_position_embeddings": 64,
