@@ -286,14 +286,12 @@ class HFModel:
         """Return how images enter the model, which is tried with the processor beside it, or why they cannot."""
         from posttrain.blocks.models.vision.sight import find_sight
 
-        if self.auto != "AutoModelForCausalLM":
-            return f"{type(hf).__name__} is trained on text alone"
         return find_sight(hf, self.name_or_path, way, self.hub)
 
     def sees_images(self) -> bool:
         """Whether it is a model of images and text."""
         config = self.read_config()
-        return self.auto == "AutoModelForCausalLM" and config.get_text_config() is not config
+        return config.get_text_config() is not config
 
     def saved_as(self) -> str | None:
         """Return the half-precision type that the model's files are in, for exports; None to write what is trained."""
@@ -449,6 +447,13 @@ class RewardModel(HFModel):
         from posttrain.blocks.models.reward import Scorer
 
         return Scorer(hf)
+
+    def auto_class(self, config: Any) -> Any:
+        """Return the class of transformers that loads the model."""
+        from posttrain.blocks.models.reward import know_scores
+
+        know_scores(config)
+        return super().auto_class(config)
 
 
 def use_liger(hf: Any) -> None:
