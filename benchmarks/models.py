@@ -22,6 +22,7 @@ import image_models
 import numpy as np
 import torch
 import transformers
+from model_uses import Uses
 from transformers import AutoConfig
 from transformers.models.auto import modeling_auto
 
@@ -38,14 +39,49 @@ DECODER = (
     "bert", "bert-generation", "big_bird", "camembert", "data2vec-text", "electra", "ernie", "megatron-bert", "rembert",
     "roberta", "roberta-prelayernorm", "roc_bert", "roformer", "xlm-roberta", "xlm-roberta-xl", "reformer",
 )  # fmt: skip
+PLAIN = {"rope_type": "default", "rope_theta": 1e4}
+INDEXED = {
+    "indexer_n_heads": 4, "indexer_kv_heads": 1, "indexer_head_dim": 64, "indexer_budget": 16,
+    "indexer_compress_ratio": 4, "ngram_vocab_size_base": 100,
+    "rope_parameters": {**PLAIN, "partial_rotary_factor": 0.25},
+}  # fmt: skip
 CHANGES = {
     **{kind: {"is_decoder": True} for kind in DECODER},
     "xmod": {"is_decoder": True, "default_language": "en_XX"},
-    "lfm2": {"layer_types": ["conv", "full_attention"] * 16},
+    **{kind: {"layer_types": ["conv", "full_attention"] * 16} for kind in ("lfm2", "lfm2_moe")},
+    "dots1": {"n_routed_experts": 4, "num_experts_per_tok": 2, "n_shared_experts": 1},
+    "dbrx": {"attn_config": {"rope_theta": 1e4, "clip_qkv": 8.0}},
+    "cohere_compass_text": {"rope_parameters": {"full_attention": PLAIN, "sliding_attention": PLAIN}},
+    "qwen4_exp_text": INDEXED,
+    "qwen4_exp": {"text_config": INDEXED},
+    "step3p7": {"text_config": {"sliding_window": 16}},
+    "chameleon": {"vocabulary_map": {"<image>": 4}},
     "deepseek_v2": {"num_experts_per_tok": 2, "n_routed_experts": 4, "topk_group": 1, "n_group": 1},
 }
 """What the default configuration of a type lacks to be a causal model."""
 CLOSE = 1e-5
+PAGE = Path(__file__).parent.parent / "docs" / "models.md"
+SECTIONS = {"Causal language models": CAUSAL, "Models of images and text, on text": IMAGES}
+COLUMNS = (
+    "type", "", "documents kept apart by", "loss", "gradient", "router loss", "export", "twin", "plan", "SwiftKV",
+    "speculator",
+)  # fmt: skip
+MEASURED = 7
+"""So many of them are of `measure`, the others of `Uses`."""
+HEAD = """# Models
+
+Every architecture of transformers was made tiny, with random weights, and its packed rows were compared with each
+document alone through transformers' own network: `python benchmarks/models.py --write docs/models.md`, transformers
+{transformers}, torch {torch}. `loss` and `gradient` are relative differences; exact is below 1e-05 in both. What
+a model does is tried anew when it is built; this table only shows what to expect. "no model" are types whose default
+configuration gives no network that computes tokens alone.
+
+The last columns were tried with what is exact: `twin` are the checks of `posttrain check --twin` that need one process
+(packed as alone, a step as its micro-batches, an export as what was trained), from the type's default configuration on;
+`plan` is of that twin, and `speculator` a step of its training packed and alone. SwiftKV says "no" to all but four families
+(llama, mistral, qwen2, qwen3), whose layers it knows.
+
+"""
 
 
 @attrs.define
@@ -149,64 +185,72 @@ def one_line(error: Exception) -> str:
     return " ".join(str(error).split())[:160]
 
 
-def table(rows: list[Row]) -> str:
-    """Return the rows as Markdown."""
-    lines = [
-        "| type | | documents kept apart by | loss | gradient | router loss | export |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    for row in rows:
-        figures = ["", ""] if math.isnan(row.loss) else [f"{row.loss:.0e}", f"{row.gradient:.0e}"]
-        said = row.problem.removeprefix("refused: ").replace("|", "/") if row.problem else row.way
-        lines.append(
-            f"| `{row.kind}` | {row.verdict} | {said} | {' | '.join(figures)} | {'yes' if row.router else ''} | {row.export} |"
-        )
-    return "\n".join(lines)
+def cells(row: Row) -> list[str]:
+    """Return what was measured as cells of the table; `uses` are filled in afterwards."""
+    figures = ["", ""] if math.isnan(row.loss) else [f"{row.loss:.0e}", f"{row.gradient:.0e}"]
+    said = row.problem.removeprefix("refused: ").replace("|", "/") if row.problem else row.way
+    return [f"`{row.kind}`", row.verdict, said, *figures, "yes" if row.router else "", row.export]
 
 
-def summary(rows: list[Row]) -> str:
+def summary(rows: list[list[str]]) -> str:
     """Say how many of each there are."""
-    count = Counter(row.verdict for row in rows)
-    return ", ".join(f"{count[name]} {name}" for name in ("exact", "refused", "wrong", "failed", "unknown", "no model"))
+    count = Counter(row[1] for row in rows)
+    found = ", ".join(
+        f"{count[name]} {name}" for name in ("exact", "refused", "wrong", "failed", "unknown", "no model")
+    )
+    can = {name: sum(row[i].startswith("yes") for row in rows) for i, name in enumerate(COLUMNS) if i >= MEASURED}
+    return f"{len(rows)} types: {found}. " + ", ".join(f"{name} {number}" for name, number in can.items())
+
+
+def read(page: str, title: str) -> dict[str, list[str]]:
+    """Return the rows of a section of the page, by type."""
+    section = page.partition(f"## {title}\n")[2].partition("\n## ")[0]
+    lines = [line for line in section.splitlines() if line.startswith("| `")]
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+    return {row[0].strip("`"): [*row, *[""] * (len(COLUMNS) - len(row))] for row in rows}
+
+
+def write(page: str, title: str, rows: list[list[str]]) -> str:
+    """Return the page with a section's rows replaced."""
+    before, _, rest = page.partition(f"## {title}\n")
+    after = rest.partition("\n## ")
+    lines = [" | ".join(["", *row, ""]).strip() for row in ([*COLUMNS], ["---"] * len(COLUMNS), *rows)]
+    return f"{before}## {title}\n\n{summary(rows)}.\n\n" + "\n".join(lines) + "\n" + "".join(after[1:])
 
 
 def main() -> None:
     """Measure, print and write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", nargs="+", metavar="TYPE")
+    parser.add_argument("--only", nargs="+", metavar="TYPE", help="these types; others stay as the page has them")
+    parser.add_argument("--uses", action="store_true", help="the last columns alone; the others stay")
     parser.add_argument("--write", type=Path, metavar="FILE")
     chosen = parser.parse_args()
     warnings.simplefilter("ignore")
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    parts = []
-    groups = (
-        {"Given": chosen.only}
-        if chosen.only
-        else {"Causal language models": CAUSAL, "Models of images and text, on text": IMAGES}
-    )
-    for title, kinds in groups.items():
-        rows = []
+    page = (chosen.write or PAGE).read_text()
+    for title, kinds in SECTIONS.items():
+        rows = read(page, title)
         for kind in kinds:
+            if kind not in (chosen.only or kinds):
+                continue
             with contextlib.redirect_stdout(io.StringIO()):
-                rows.append(measure(kind))
-            print(
-                f"{kind:28} {rows[-1].verdict:9} {rows[-1].loss:.0e} {rows[-1].gradient:.0e} {rows[-1].way or rows[-1].problem}",
-                flush=True,
-            )
-        parts.append(f"## {title}\n\n{len(rows)} types: {summary(rows)}.\n\n{table(rows)}\n")
-        print(f"{title}: {summary(rows)}")
-    if not chosen.only:
-        parts.append(image_models.section(IMAGES, CHANGES))
+                row = rows[kind][:MEASURED] if chosen.uses and kind in rows else cells(measure(kind))
+                found = attrs.astuple(Uses.of(kind, CHANGES.get(kind, {}))) if row[1] == "exact" else [""] * 4
+                rows[kind] = [*row, *found]
+            print(" | ".join(rows[kind]), flush=True)
+            if chosen.write:  # after each, since it takes long
+                page = write(page, title, [rows[kind] for kind in kinds if kind in rows])
+                chosen.write.write_text(page)
+        print(f"{title}: {summary(list(rows.values()))}")
+    if not chosen.only and not chosen.uses:
+        text = image_models.section(IMAGES, CHANGES)
+        page = page.partition(text.partition("\n")[0])[0] + text
     if chosen.write:
-        head = (
-            "# Models\n\nEvery architecture of transformers was made tiny, with random weights, and its packed rows were "
-            "compared with each\ndocument alone through transformers' own network: `python benchmarks/models.py --write "
-            f"docs/models.md`, transformers\n{transformers.__version__}, torch {torch.__version__}. `loss` and `gradient` are relative differences; "
-            f"exact is below {CLOSE:.0e} in both. What\na model does is tried anew when it is built; this table only shows what to "
-            'expect. "no model" are types whose default\nconfiguration gives no network that computes tokens alone.\n\n'
+        begin = page.index(f"## {next(iter(SECTIONS))}")
+        chosen.write.write_text(
+            HEAD.format(transformers=transformers.__version__, torch=torch.__version__) + page[begin:]
         )
-        chosen.write.write_text(head + "\n".join(parts))
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from posttrain.blocks.losses.surrogate import policy_loss
     from posttrain.blocks.models.model import HFModel, LoRA, RewardModel
     from posttrain.blocks.models.quantized.aware import QAT
+    from posttrain.blocks.models.quantized.fp8 import FP8
     from posttrain.blocks.models.speculator.model import SpeculatorModel
     from posttrain.blocks.models.swiftkv.model import SwiftKVModel
     from posttrain.blocks.optimizer import AdamW, ParameterGroup
@@ -88,6 +89,7 @@ _HOMES = {
     "blocks.rollouts.prompts": ("PromptData",),
     "blocks.models.model": ("HFModel", "LoRA", "RewardModel"),
     "blocks.models.quantized.aware": ("QAT",),
+    "blocks.models.quantized.fp8": ("FP8",),
     "blocks.optimizer": ("AdamW", "ParameterGroup"),
     "blocks.optimizers.blocks": (
         "SGD", "AdamW8bit", "AdamWBF16", "Adafactor", "Lion", "Muon", "ScheduleFree", "TorchOptimizer",
@@ -135,7 +137,7 @@ _HOME_OF = {name: f"posttrain.{module}" for module, found in _HOMES.items() for 
 __all__ = [
     "Adafactor", "AdamW", "AdamW8bit", "AdamWBF16", "Auto", "AzureOpenAISynth", "Batch", "CSV", "CausalData",
     "CausalTrainer", "CheckpointError", "Console", "Constant", "CortexSynth", "Cosine", "DDP", "DPOTrainer",
-    "DataError", "DeepSpeed", "DistillTrainer", "EMA", "EarlyStop", "Extra", "FSDP", "GRPOTrainer", "HFModel",
+    "DataError", "DeepSpeed", "DistillTrainer", "EMA", "EarlyStop", "Extra", "FP8", "FSDP", "GRPOTrainer", "HFModel",
     "HFTokenizer", "HookError", "HuggingFace", "JSONL", "JoinedOptimizer", "KTOTrainer", "KeepBest", "Linear",
     "Lion", "LoRA", "MFU", "MLflow", "ModelReward", "Muon", "NEFTune", "OnPolicyDistillTrainer", "OnlineDPOTrainer",
     "OpenAISynth", "ParameterGroup", "PosttrainError", "PreferenceData", "Profiler", "PromptData", "QAT",

@@ -216,14 +216,14 @@ def export(twin: Twin) -> str:
         raise Skipped(f"{kind} is no model of transformers")
     ids = torch.arange(3, 35)[None] % run.model.module.vocabulary  # type: ignore[operator]
     with torch.no_grad():
-        ours = run.model.module.hf.eval()(input_ids=ids).logits.float()  # type: ignore[union-attr]
+        ours = run.model.module.hf.eval()(input_ids=ids, use_cache=False).logits.float()  # type: ignore[union-attr]
         if model.quantize:  # its adapters belong to a base that was rounded
             loaded = attach(HFModel(name_or_path=origin(str(folder))[0]).load(), folder)
         elif model.qat:
             loaded = open_model(str(folder), "cpu").hf
         else:
             loaded = model.auto_class(run.model.module.base.config).from_pretrained(folder)  # type: ignore[union-attr]
-        theirs = loaded.eval()(input_ids=ids).logits.float()
+        theirs = loaded.eval()(input_ids=ids, use_cache=False).logits.float()
     difference = float((ours - theirs).abs().max())
     if difference > 1e-4:
         raise Failed(

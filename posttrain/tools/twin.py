@@ -189,6 +189,7 @@ class Twin:
             "revision": None, "compile": False, "liger": False, "offload_activations": False, "kwargs": {},
             "lora": attrs.evolve(block.lora, dropout=0.0, start_from=None) if block.lora else None,
             "qat": attrs.evolve(block.qat, group_size=min(block.qat.group_size, 8)) if block.qat else None,
+            "fp8": False,
         }  # fmt: skip
         return attrs.evolve(block, **changes)  # type: ignore[misc]
 

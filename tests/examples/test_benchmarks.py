@@ -38,7 +38,7 @@ def rows_of_the_table() -> dict[str, list[str]]:
 @pytest.mark.parametrize("kind", ["llama", "mamba2", "falcon"])
 def test_the_table_of_models_says_what_is_measured(kind: str) -> None:
     row = models.measure(kind)
-    assert [row.verdict, row.way, row.export] == [rows_of_the_table()[kind][i] for i in (1, 2, -1)]
+    assert [row.verdict, row.way, row.export] == [rows_of_the_table()[kind][i] for i in (1, 2, 6)]
 
 
 @pytest.mark.skipif("POSTTRAIN_ALL_TYPES" not in os.environ, reason="an hour: set POSTTRAIN_ALL_TYPES=1")

@@ -16,7 +16,7 @@ from transformers import AutoConfig
 
 from posttrain.blocks.layout import lay
 from posttrain.blocks.models import probe
-from posttrain.blocks.models.apart import Bounds, ByDocument, Way, by_document, groups
+from posttrain.blocks.models.apart import Bounds, ByDocument, Way, by_document, groups, short_chunks
 from posttrain.blocks.models.known import known_way
 from posttrain.blocks.models.model import HFModel
 from posttrain.blocks.models.tiny import tiny
@@ -115,6 +115,16 @@ def test_what_a_module_gives_by_document_lies_where_its_tokens_were() -> None:
     expected = torch.cat([part.cumsum(0) for part in x.flatten().split([5, 7, 1, 11])]).view(2, 12, 1)
     assert torch.equal(cumulated, expected)
     assert torch.equal(positions, torch.arange(24).view(2, 12))
+
+
+def test_a_scan_in_chunks_fills_no_document_up_to_a_whole_chunk() -> None:
+    mixer = torch.nn.Identity()
+    mixer.chunk_size = 16  # type: ignore[assignment]
+    for longest, expected in ((1, 1), (5, 5), (16, 16), (17, 9), (40, 14)):
+        with short_chunks(mixer, torch.zeros(2, longest, 8)):
+            assert mixer.chunk_size == expected
+            assert -(-longest // mixer.chunk_size) == -(-longest // 16)  # as many of them as before
+    assert mixer.chunk_size == 16
 
 
 @pytest.mark.parametrize("packing", [True, False])

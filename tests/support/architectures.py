@@ -34,7 +34,7 @@ KINDS: dict[str, tuple[dict[str, Any], str]] = {
     "stablelm": ({}, "sdpa attention"),  # ours would be by document
     "bloom": ({}, "row of its own"),
     "mamba": ({}, "MambaMixer by document"),
-    "mamba2": ({}, "Mamba2Mixer by document"),
+    "mamba2": ({"chunk_size": 16}, "Mamba2Mixer by document"),  # documents of less, of one and of some chunks
     "jamba": ({}, "JambaMambaMixer by document"),
     "qwen3_next": ({}, "Qwen3NextGatedDeltaNet by document"),
     "qwen3_5_text": ({}, "Qwen3_5GatedDeltaNet by document"),

@@ -238,6 +238,14 @@ def test_a_twin_with_latent_attention_runs(kind: str) -> None:
     assert sum(p.numel() for name, p in model.named_parameters() if "embed" not in name and "lm_head" not in name) < 1e6
 
 
+def test_experts_are_compared_in_float64_too(make: Any, tiny_model: Path) -> None:
+    """torch has no grouped product for it."""
+    config = {"model_type": "mixtral", "vocab_size": 512, "num_hidden_layers": 2, "hidden_size": 64}
+    model = {"name_or_path": "toy", "random_init": True, "config": config}
+    twin = make(model=model, tokenizer={"name_or_path": str(tiny_model)})
+    assert proofs.result(proofs.packing, twin).passed
+
+
 @pytest.mark.parametrize("kind", ["qwen2_5_vl", "qwen3_vl", "gemma3", "llava", "smolvlm", "idefics3", "mistral3"])
 def test_a_vision_tower_shrinks_with_its_model(kind: str) -> None:
     from transformers import CONFIG_MAPPING, AutoModelForImageTextToText

@@ -6,6 +6,7 @@ No kernel has to know of documents for that.
 """
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import attrs
@@ -111,12 +112,13 @@ class ByDocument:
         if bounds.at is None:
             return forward(*args, **kwargs)
 
-        def afresh(*args: Any, **kwargs: Any) -> Any:  # rotary embeddings remember the longest that they have seen
-            for name, value in self._fresh.items():
+        def one_batch(*args: Any, **kwargs: Any) -> Any:
+            for name, value in self._fresh.items():  # rotary embeddings remember the longest that they have seen
                 setattr(self, name, value.to(getattr(self, name).device) if isinstance(value, Tensor) else value)
-            return forward(*args, **kwargs)
+            with short_chunks(self, first_tensor(args, kwargs)):
+                return forward(*args, **kwargs)
 
-        return by_document(afresh if self._singly else forward, bounds, self._singly, args, kwargs)
+        return by_document(one_batch, bounds, self._singly, args, kwargs)
 
 
 _classes: dict[type, Any] = {}
@@ -153,6 +155,36 @@ def remembered(module: nn.Module) -> dict[str, Any]:
     return {**numbers, **{name: buffer.clone() for name, buffer in module.named_buffers(recurse=False)}}
 
 
+@contextmanager
+def short_chunks(module: Any, x: Tensor) -> Iterator[None]:
+    """Let a scan that goes through a sequence in chunks fill none up with padding.
+
+    Mamba 2 without kernels makes every sequence a multiple of its `chunk_size` long, 256 as a rule, and computes each
+    chunk's square. How long chunks are changes nothing but rounding (Dao and Gu, arXiv:2405.21060, section 6): they
+    become as few as before, and no longer than they must. Kernels want powers of two.
+
+    Args:
+        module: changed for as long as it computes.
+        x: [documents, longest, ...], what it computes with.
+    """
+    size = vars(module).get("chunk_size")
+    if not isinstance(size, int) or x.ndim < 2:
+        yield
+        return
+    longest = x.shape[1]
+    least = -(-longest // -(-longest // size)) if x.device.type == "cpu" else max(64, 1 << (longest - 1).bit_length())
+    module.chunk_size = min(size, least)
+    try:
+        yield
+    finally:
+        module.chunk_size = size
+
+
+def first_tensor(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    """Return the first tensor of a module's arguments."""
+    return next(x for x in flat((*args, *kwargs.values())) if isinstance(x, Tensor))
+
+
 @torch.compiler.disable  # type: ignore[untyped-decorator]
 def by_document(
     forward: Callable[..., Any], bounds: Bounds, singly: bool, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -172,7 +204,7 @@ def by_document(
         return forward(*args, **kwargs)
     kwargs = {name: value for name, value in kwargs.items() if not name.startswith(LAYOUT)}
     kwargs |= {name: None for name in kwargs if name == "attention_mask"}
-    plan = bounds.plan(singly, next(x for x in flat((*args, *kwargs.values())) if isinstance(x, Tensor)).device)
+    plan = bounds.plan(singly, first_tensor(args, kwargs).device)
     found = []
     for at in plan.batches:
         given = [changed(x, lambda x, at=at: gathered(x, at, *shape)) for x in args]  # type: ignore[misc]

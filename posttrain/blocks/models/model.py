@@ -15,6 +15,7 @@ from attrs.validators import ge, gt, min_len, optional
 
 from posttrain.blocks.models.adapters import CONFIG, attach, merge, origin
 from posttrain.blocks.models.quantized.aware import QAT
+from posttrain.blocks.models.quantized.fp8 import FP8
 from posttrain.errors import RecipeError
 from posttrain.registry import block, key
 from posttrain.runtime.launch import silence_libraries
@@ -122,6 +123,9 @@ class HFModel:
     """Quantize the scales of 4-bit numbers, too, which is the default: 4.13 bits a number instead of 4.5."""
     qat: QAT | None = None
     """Train for a model that will be quantized: `{weights: int4}` (see quantized/aware.py; extra `qat`)."""
+    fp8: FP8 | bool = key(False, convert=lambda value: FP8() if value is True else value)
+    """Multiply in 8-bit floating point, forward and backward: `true`, or `{recipe: rowwise}` (see quantized/fp8.py;
+    extra `qat`)."""
     train: list[Literal["language", "projector", "tower"]] = key(
         factory=lambda: ["language", "projector"], check=min_len(1)
     )
@@ -163,6 +167,8 @@ class HFModel:
             yield "double_quantization", "is of a quantized base: say how with quantize: nf4"
         if self.qat is not None and (self.lora is not None or self.quantize is not None):
             yield "qat", "trains the weights themselves: leave lora and quantize out"
+        if self.fp8 and (self.lora is not None or self.quantize is not None or self.qat is not None):
+            yield "fp8", "multiplies with the weights that are trained, as they are: leave lora, quantize and qat out"
         if self.compile and self.activation_checkpointing == "selective":
             yield "activation_checkpointing", "selective cannot look into compiled layers: say true, or compile: false"
 
@@ -190,8 +196,10 @@ class HFModel:
         Raises:
             RecipeError: the model cannot be loaded, or an option does not fit it.
         """
-        from posttrain.blocks.parallel.sharding import without_weights
+        from posttrain.blocks.parallel.sharding import only_shapes, without_weights
 
+        if isinstance(self.fp8, FP8) and not only_shapes():
+            self.fp8.check_device(fabric.device)
         if self.kwargs:  # they may change what is built, as other ways of quantization do
             return self.make(empty=False)
         with without_weights(fabric) as empty:
@@ -218,6 +226,8 @@ class HFModel:
             self.keep_as_bytes(hf, fabric)
         if self.qat is not None:
             self.qat.prepare(hf)
+        if isinstance(self.fp8, FP8):
+            self.fp8.prepare(hf)
         if self.lora is not None:
             hf = self.lora.apply(hf, self.task, linears(hf, self.train))
         self.freeze_parameters(hf)

@@ -117,6 +117,11 @@ def weightless() -> Iterator[None]:
         _weightless.reset(token)
 
 
+def only_shapes() -> bool:
+    """Whether networks are built for their shapes alone, on no device."""
+    return _weightless.get()
+
+
 @contextmanager
 def without_weights(fabric: Fabric | None) -> Iterator[bool]:
     """Build on the meta device where rank zero will send the weights, or nobody wants them; yields whether so."""

@@ -8,8 +8,8 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from posttrain.blocks.models.kernels import low_precision
 
-GROUPED = "grouped_mm"
-"""What transformers calls one product for all experts."""
+GROUPED, BATCHED = "grouped_mm", "batched_mm"
+"""What transformers calls one product for all experts, and one for each token, which torch has for float64, too."""
 NAME = "posttrain"
 PRODUCTS = ("gate_up_proj", "up_proj", "down_proj")
 """Beginnings of the names of what experts are multiplied with, and of what is added then."""
@@ -37,7 +37,7 @@ def grouped_experts(experts: nn.Module, hidden: Tensor, top_k_index: Tensor, top
         hidden: [tokens, size].
         top_k_index, top_k_weights: [tokens, k], the experts of each token, and what they count.
     """
-    compute, dtype = ALL_EXPERTS_FUNCTIONS[GROUPED], hidden.device.type
+    compute, dtype = ALL_EXPERTS_FUNCTIONS[BATCHED if hidden.dtype == torch.float64 else GROUPED], hidden.device.type
     if not torch.is_autocast_enabled(dtype) or (low := low_precision(hidden)) is None:
         return compute(experts, hidden, top_k_index, top_k_weights)  # type: ignore[no-any-return]
     found: Tensor = compute(_Cast(experts, low), hidden.to(low), top_k_index, top_k_weights)

@@ -2,5 +2,7 @@
 
 `aware` trains whole weights for a model that will be quantized afterwards.
 
+`fp8` computes products in fp8, of weights that stay as they are.
+
 `sizes` says how many numbers of a network are of which type, quantized or not, and what they take.
 """

@@ -66,22 +66,11 @@ class QAT:
         Raises:
             RecipeError: their widths are no multiples of `group_size`, or much would stay as it is.
         """
-        from torch import nn
+        from posttrain.blocks.models.quantized.quantize import linear_layers
 
-        from posttrain.blocks.models.apart import decoder_of
-        from posttrain.blocks.models.quantized.quantize import LEFT, targets
-
-        decoder, linear = decoder_of(hf), {id(each) for _, found, _ in targets(hf) for each in found.values()}
-        found = {name: module for name, module in hf.named_modules() if id(module) in linear}
+        found = linear_layers(hf, "model.qat")
         odd = {name: module.in_features for name, module in found.items() if module.in_features % self.group_size}
         if odd:
             name, width = next(iter(odd.items()))
             raise RecipeError(f"model.qat.group_size: {self.group_size} does not divide {width:,}, the width of {name}")
-        embedded = sum(m.weight.numel() for m in decoder.modules() if isinstance(m, nn.Embedding))
-        every = sum(parameter.numel() for parameter in decoder.parameters()) - embedded
-        if (left := every - sum(module.weight.numel() for module in found.values())) > LEFT * every:
-            raise RecipeError(
-                f"model.qat: {left:,} of {every:,} numbers of the layers are in none of its {len(found)} linear layers "
-                "and would stay as they are, such as stacks of experts"
-            )
         return found

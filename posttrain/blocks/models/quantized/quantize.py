@@ -2,7 +2,7 @@
 
 import logging
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -81,6 +81,29 @@ def targets(hf: Any) -> Iterator[tuple[nn.Module, dict[str, nn.Linear], dict[str
         stacked = {name: p for name, p in module._parameters.items() if p is not None and is_stack(module, p)}
         if linear or stacked:
             yield module, linear, stacked
+
+
+def linear_layers(hf: Any, key: str, fits: Callable[[nn.Linear], bool] = lambda layer: True) -> dict[str, nn.Linear]:
+    """Return the linear layers of a transformers model by their names, but for embeddings and heads.
+
+    Args:
+        hf: the model.
+        key: of the recipe that asks, for messages.
+        fits: whether a layer can be used.
+
+    Raises:
+        RecipeError: much of the model would be left out.
+    """
+    decoder, linear = decoder_of(hf), {id(each) for _, found, _ in targets(hf) for each in found.values()}
+    found = {n: m for n, m in hf.named_modules() if isinstance(m, nn.Linear) and id(m) in linear and fits(m)}
+    embedded = sum(m.weight.numel() for m in decoder.modules() if isinstance(m, nn.Embedding))
+    every = sum(parameter.numel() for parameter in decoder.parameters()) - embedded
+    if (left := every - sum(module.weight.numel() for module in found.values())) > LEFT * every:
+        raise RecipeError(
+            f"{key}: {left:,} of {every:,} numbers of the layers are in none of the {len(found)} linear layers that "
+            "can be used, and would stay as they are, such as stacks of experts"
+        )
+    return found
 
 
 @torch.no_grad()

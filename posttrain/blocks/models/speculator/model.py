@@ -44,6 +44,8 @@ class SpeculatorModel(HFModel):
             yield "quantize", "has no place here: a speculator learns what the model in full precision says"
         if self.qat is not None:
             yield "qat", "has no place here: the base is not trained"
+        if self.fp8:
+            yield "fp8", "has no place here: the base is not trained"
         if self.tie_weights and self.n_predict == 1:
             yield "tie_weights", "needs more than one head"
         given = self.top_k_tokens_per_head

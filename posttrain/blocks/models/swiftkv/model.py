@@ -42,6 +42,8 @@ class SwiftKVModel(HFModel):
             )
         if self.qat is not None:
             yield "qat", "has no place here: the teacher's weights, which the student shares, are not trained"
+        if self.fp8:
+            yield "fp8", "has no place here: the student is compared with its teacher, in the same precision"
 
     def configured(self, config: Any) -> Any:
         """Return the configuration of the network with a student.

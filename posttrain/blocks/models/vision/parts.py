@@ -38,7 +38,7 @@ def parts_of(hf: Any) -> Parts | None:
     decoder = getattr(decoder, "language_model", None) or decoder  # some have the image parts and the language in it
     language = tuple(f"{name_of(hf, part)}." for part in (decoder, head_of(hf)) if part is not None)
     encoder = hf.get_encoder(modality="image")
-    seen = encoder is not hf and encoder is not hf.base_model
+    seen = encoder is not None and encoder is not hf and encoder is not hf.base_model  # Gemma 4 may have no tower
     return Parts(language, f"{name_of(hf, encoder)}." if seen else None)
 
 
