@@ -20,7 +20,8 @@ if TYPE_CHECKING:
     from posttrain.blocks.loggers.services import CSV, MLflow, Trackio, WandB
     from posttrain.blocks.losses.objective import preference_loss
     from posttrain.blocks.losses.surrogate import policy_loss
-    from posttrain.blocks.models.model import HFModel, LoRA, RewardModel
+    from posttrain.blocks.models.lora import LoRA
+    from posttrain.blocks.models.model import HFModel, RewardModel
     from posttrain.blocks.models.quantized.aware import QAT
     from posttrain.blocks.models.quantized.fp8 import FP8
     from posttrain.blocks.models.speculator.model import SpeculatorModel
@@ -87,7 +88,8 @@ _HOMES = {
     "blocks.loggers.services": ("CSV", "MLflow", "Trackio", "WandB"),
     "blocks.rollouts.engines.vllm": ("VllmSampler", "VllmServerSampler"),
     "blocks.rollouts.prompts": ("PromptData",),
-    "blocks.models.model": ("HFModel", "LoRA", "RewardModel"),
+    "blocks.models.lora": ("LoRA",),
+    "blocks.models.model": ("HFModel", "RewardModel"),
     "blocks.models.quantized.aware": ("QAT",),
     "blocks.models.quantized.fp8": ("FP8",),
     "blocks.optimizer": ("AdamW", "ParameterGroup"),

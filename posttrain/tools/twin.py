@@ -24,8 +24,8 @@ from posttrain.blocks.images.pixels import LONGEST_NAME, image_as_text
 from posttrain.blocks.images.processor import images_of
 from posttrain.blocks.layout import Example
 from posttrain.blocks.loggers.logger import JSONL
+from posttrain.blocks.models.documents.tiny import tiny
 from posttrain.blocks.models.model import HFModel
-from posttrain.blocks.models.tiny import tiny
 from posttrain.blocks.parallel.strategy import Auto
 from posttrain.blocks.rollouts.prompts import PromptData
 from posttrain.blocks.rollouts.sampler import TransformersSampler

@@ -8,7 +8,7 @@ from typing import Any, Literal, TypeAlias
 import attrs
 from torch import nn
 
-from posttrain.blocks.models.apart import decoder_of
+from posttrain.blocks.models.documents.ways import decoder_of
 from posttrain.errors import RecipeError
 
 Part: TypeAlias = Literal["language", "projector", "tower"]

@@ -17,11 +17,11 @@ from torch import Tensor, nn
 
 from posttrain.batch import Batch
 from posttrain.blocks.layout import lay
-from posttrain.blocks.models.apart import Way, decoder_of, flat
-from posttrain.blocks.models.attention import NAME
 from posttrain.blocks.models.causal import CausalLM
-from posttrain.blocks.models.known import known_way
-from posttrain.blocks.models.tiny import tiny
+from posttrain.blocks.models.documents.attention import NAME
+from posttrain.blocks.models.documents.known import known_way
+from posttrain.blocks.models.documents.tiny import tiny
+from posttrain.blocks.models.documents.ways import Way, decoder_of, flat
 from posttrain.errors import RecipeError
 
 CLOSE = 1e-4

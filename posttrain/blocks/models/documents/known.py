@@ -13,7 +13,7 @@ from typing import Any
 
 import attrs
 
-from posttrain.blocks.models.apart import Way
+from posttrain.blocks.models.documents.ways import Way
 from posttrain.values import default_cache
 
 
