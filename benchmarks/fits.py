@@ -1,7 +1,7 @@
 """What fits on one card, for shapes of known models: `python benchmarks/memory.py --table [--write docs/memory.md]`.
 
-The shapes are numbers written here; nothing is fetched and nothing is trained. A plan traces a step at two lengths; what
-lies between and beyond is on a line, since what layers keep grows with each token alike.
+The shapes are numbers written here; nothing is fetched and nothing is trained. A step is traced at two lengths; at each
+moment of it, what lies between and beyond is on a line, since what layers keep grows with each token alike.
 """
 
 import sys
@@ -49,21 +49,19 @@ def settings() -> dict[str, tuple[dict[str, Any], dict[str, Any]]]:
     }
 
 
-def total(shape: dict[str, Any], model: dict[str, Any], more: dict[str, Any], length: int) -> tuple[int, int]:
-    """Return the bytes of a step on one row of so many tokens, and the parameters."""
+def traced(shape: dict[str, Any], model: dict[str, Any], more: dict[str, Any], length: int) -> Any:
+    """Return what a step on one row of so many tokens takes."""
     import posttrain
-    from posttrain.tools.plan import estimate
+    from posttrain.tools.tracing import trace
 
     config = {"model_type": "llama", "num_key_value_heads": 8, "max_position_embeddings": LONGEST, **shape}
-    made = posttrain.SFTTrainer(
+    return trace(posttrain.SFTTrainer(
         model=posttrain.HFModel(
             name_or_path="shape", random_init=True, config=config, activation_checkpointing=True, **model
         ),
         data=posttrain.SFTData(sources=[posttrain.Source(name_or_path="none")], max_length=length),
         accelerator="cuda", devices=1, **more,
-    )  # fmt: skip
-    found = estimate(made, 1)
-    return found.total, found.trained + found.frozen
+    ))  # fmt: skip
 
 
 def fixed(shape: dict[str, Any], model: dict[str, Any], more: dict[str, Any]) -> tuple[int, int]:
@@ -84,14 +82,19 @@ def longest(shape: dict[str, Any], model: dict[str, Any], more: dict[str, Any]) 
     count, least = fixed(shape, model, more)
     if least > max(CARDS) * (1 - SPARE) * 2**30:  # without one activation
         return ["-"] * len(CARDS), least, count
-    (low, _), (high, _) = (total(shape, model, more, length) for length in LENGTHS)
-    slope = (high - low) / (long - short)
+    first, second = (traced(shape, model, more, length) for length in LENGTHS)
+    kept = first.kept + first.optimizer
+    moments = [
+        (kept + made + alive, (later - alive) / (long - short))  # at the shorter length, and for each token more
+        for (made, alive), (_, later) in zip(first.moments, second.moments, strict=True)
+    ]
     found = []
     for card in CARDS:
-        fits = (card * (1 - SPARE) * 2**30 - low) / slope + short
+        room = card * (1 - SPARE) * 2**30
+        fits = min((room - taken) / each + short if each > 0 else LONGEST * (taken < room) for taken, each in moments)
         tokens = int(min(fits, LONGEST)) // 1024
         found.append("-" if tokens < 1 else f"{tokens}k" if tokens < LONGEST // 1024 else f"{tokens}k or more")
-    return found, low, count
+    return found, max(taken for taken, _ in moments), count
 
 
 def table(target: str | None, only: str | None = None) -> None:

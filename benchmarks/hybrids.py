@@ -21,9 +21,9 @@ import torch
 from transformers import AutoConfig
 
 from posttrain.blocks.layout import lay
-from posttrain.blocks.models import probe
-from posttrain.blocks.models.apart import LAYOUT, Way, groups
 from posttrain.blocks.models.causal import CausalLM
+from posttrain.blocks.models.documents import probe
+from posttrain.blocks.models.documents.ways import LAYOUT, Way, groups
 
 TYPES: dict[str, dict[str, Any]] = {
     "qwen3_next": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 256},

@@ -17,7 +17,7 @@ from transformers.models.auto.image_processing_auto import IMAGE_PROCESSOR_MAPPI
 from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES
 
 from posttrain.blocks.images.processor import Processor, _class
-from posttrain.blocks.models import probe
+from posttrain.blocks.models.documents import probe
 from posttrain.blocks.models.vision.sight import tried
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests" / "support"))

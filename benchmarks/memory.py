@@ -51,7 +51,7 @@ def status(name: str) -> int:
 
 
 def forget_peak() -> None:
-    """Begin to count the most memory anew."""
+    """Begin to count the most memory again."""
     Path("/proc/self/clear_refs").write_text("5")
 
 

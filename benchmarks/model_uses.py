@@ -18,7 +18,7 @@ import attrs
 from transformers import AutoConfig
 
 import posttrain
-from posttrain.blocks.models.tiny import shrunk
+from posttrain.blocks.models.documents.tiny import shrunk
 from posttrain.errors import RecipeError
 from posttrain.tools import proofs
 from posttrain.tools.plan import estimate

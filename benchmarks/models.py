@@ -27,10 +27,10 @@ from transformers import AutoConfig
 from transformers.models.auto import modeling_auto
 
 from posttrain.blocks.layout import lay
-from posttrain.blocks.models import probe
 from posttrain.blocks.models.causal import CausalLM
+from posttrain.blocks.models.documents import probe
+from posttrain.blocks.models.documents.tiny import tiny
 from posttrain.blocks.models.experts.router import has_routers
-from posttrain.blocks.models.tiny import tiny
 from posttrain.errors import RecipeError
 
 CAUSAL = sorted(modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)

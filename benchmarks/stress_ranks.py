@@ -27,7 +27,7 @@ IMPORTED = (
     "posttrain.trainer", "posttrain.blocks.checkpoints.state", "posttrain.blocks.models.causal", "torch._dynamo",
     "lightning.fabric", "lightning.fabric.loggers.tensorboard", "lightning.fabric.strategies.ddp", "datasets",
     "torch.utils.tensorboard", "torch.distributed.checkpoint", "posttrain.blocks.data.data", "rich.progress", "jinja2",
-    "posttrain.blocks.loggers.console", "posttrain.tools.commands", "filelock", "posttrain.blocks.models.attention",
+    "posttrain.blocks.loggers.console", "posttrain.tools.commands", "filelock", "posttrain.blocks.models.documents.attention",
     "posttrain.recipes.load", "posttrain.blocks.models.activations", "posttrain.blocks.losses.cross_entropy",
     "transformers.models.llama.modeling_llama", "transformers.models.auto.modeling_auto",
 )  # fmt: skip

@@ -17,10 +17,11 @@ if TYPE_CHECKING:
     from posttrain.blocks.data.sources import Source
     from posttrain.blocks.joined import JoinedOptimizer
     from posttrain.blocks.loggers.logger import JSONL, Console, TensorBoard
-    from posttrain.blocks.loggers.services import CSV, MLflow, WandB
+    from posttrain.blocks.loggers.services import CSV, MLflow, Trackio, WandB
     from posttrain.blocks.losses.objective import preference_loss
     from posttrain.blocks.losses.surrogate import policy_loss
-    from posttrain.blocks.models.model import HFModel, LoRA, RewardModel
+    from posttrain.blocks.models.lora import LoRA
+    from posttrain.blocks.models.model import HFModel, RewardModel
     from posttrain.blocks.models.quantized.aware import QAT
     from posttrain.blocks.models.quantized.fp8 import FP8
     from posttrain.blocks.models.speculator.model import SpeculatorModel
@@ -84,10 +85,11 @@ _HOMES = {
     "blocks.data.kinds.preference": ("PreferenceData",),
     "blocks.data.kinds.sft": ("SFTData",),
     "blocks.loggers.logger": ("Console", "JSONL", "TensorBoard"),
-    "blocks.loggers.services": ("CSV", "MLflow", "WandB"),
+    "blocks.loggers.services": ("CSV", "MLflow", "Trackio", "WandB"),
     "blocks.rollouts.engines.vllm": ("VllmSampler", "VllmServerSampler"),
     "blocks.rollouts.prompts": ("PromptData",),
-    "blocks.models.model": ("HFModel", "LoRA", "RewardModel"),
+    "blocks.models.lora": ("LoRA",),
+    "blocks.models.model": ("HFModel", "RewardModel"),
     "blocks.models.quantized.aware": ("QAT",),
     "blocks.models.quantized.fp8": ("FP8",),
     "blocks.optimizer": ("AdamW", "ParameterGroup"),
@@ -143,7 +145,7 @@ __all__ = [
     "OpenAISynth", "ParameterGroup", "PosttrainError", "PreferenceData", "Profiler", "PromptData", "QAT",
     "RecipeError", "RegistryError", "Resume", "RewardModel", "RewardTrainer", "Run", "SFTData", "SFTTrainer", "SGD",
     "Samples", "ScheduleFree", "Secret", "Source", "SpeculatorModel", "SpeculatorTrainer", "SwiftKVModel",
-    "SwiftKVTrainer", "SynthError", "TensorBoard", "Term", "TorchOptimizer", "Trainer", "TrainingError",
+    "SwiftKVTrainer", "SynthError", "TensorBoard", "Term", "TorchOptimizer", "Trackio", "Trainer", "TrainingError",
     "TransformersSampler", "TransformersSynth", "TwoStage", "Ulysses", "UnpairedData", "VllmSampler",
     "VllmServerSampler", "VllmSynth", "WSD", "WandB", "after", "before", "block", "default", "key", "kind", "load",
     "policy_loss", "preference_loss", "reward",

@@ -18,7 +18,7 @@ Per = Literal["token", "target", "span", "document", "example", "batch"]
 """What there is one value for: a position of the rows, a supervised token, tokens that belong together (of an image), a
 document, an example, or the batch."""
 ABSENT: Any = None
-"""Of what a data block of one's own need not give."""
+"""Of what a data block of your own need not give."""
 
 
 @attrs.frozen(eq=False)
@@ -96,7 +96,7 @@ class Batch(Layout):
 
     @classmethod
     def of(cls, given: "Batch | Mapping[str, Any]") -> "Batch":
-        """Return a batch; a data block of one's own may give a dict, with `weight` and what its loss needs."""
+        """Return a batch; a data block of your own may give a dict, with `weight` and what its loss needs."""
         return given if isinstance(given, Batch) else cls(weight=given["weight"]).but(**given)
 
     def but(self, **changes: Any) -> "Batch":

@@ -89,7 +89,7 @@ class TrainerKeys:
     """The run's folder: recipe, metrics, checkpoints."""
     resume: str = key("auto", check=_is_way_to_resume)
     """`auto` goes on from the newest checkpoint of the same recipe and refuses the folder of another;
-    `never` starts anew and clears the folder's earlier run; `force` goes on although the recipe differs;
+    `never` starts over and clears the folder's earlier run; `force` goes on although the recipe differs;
     `step-300` goes back to that checkpoint and sets newer ones aside, as `left-step-N`."""
     epochs: float = key(1.0, also=("num_train_epochs", "num_epochs"), check=gt(0))
     """How often the data are read, unless `max_steps` is given; 0.5 reads half of them."""

@@ -16,7 +16,7 @@ from rich.table import Table
 from torch.utils.flop_counter import FlopCounterMode
 
 import posttrain
-from posttrain.blocks.models.attention import CACHE
+from posttrain.blocks.models.documents.attention import CACHE
 from posttrain.blocks.models.speculator.network import load_speculator
 from posttrain.blocks.models.speculator.speculate import Drafts, speculate
 from posttrain.blocks.models.swiftkv.config import cache_bytes, prefill_flops

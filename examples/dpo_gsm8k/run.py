@@ -49,7 +49,7 @@ def make_model(folder: Path, texts: list[str]) -> None:
 
 
 def train(recipe: str, overrides: list[str]) -> posttrain.Run:
-    """Do what `posttrain train RECIPE` does, anew, and stop if it was interrupted."""
+    """Do what `posttrain train RECIPE` does, again, and stop if it was interrupted."""
     console.print(f"\n[bold]{recipe}[/]")
     run = posttrain.load(HERE / recipe, ["resume=never", *overrides]).train()
     if run.status != "finished":

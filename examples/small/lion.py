@@ -1,4 +1,4 @@
-"""A block of one's own: Lion, an optimizer that steps by signs (Chen et al., arXiv:2302.06675, algorithm 2)."""
+"""A block of your own: Lion, an optimizer that steps by signs (Chen et al., arXiv:2302.06675, algorithm 2)."""
 
 import torch
 

@@ -1,4 +1,4 @@
-"""A trainer of one's own: unlikelihood, which pushes the likeliest mistake down (Welleck et al., arXiv:1908.04319)."""
+"""A trainer of your own: unlikelihood, which pushes the likeliest mistake down (Welleck et al., arXiv:1908.04319)."""
 
 import posttrain
 

@@ -36,7 +36,7 @@ OURS = (
     "rollouts*.jsonl", "evaluations*.jsonl", "samples.jsonl",
 )  # fmt: skip
 """Files that a new start removes."""
-ADVICE = "give another output_dir, go on all the same with resume=force, or start anew with resume=never"
+ADVICE = "give another output_dir, go on all the same with resume=force, or start over with resume=never"
 VERSIONS = "versions.json"
 PACKAGES = ("posttrain", "torch", "lightning", "transformers", "tokenizers", "datasets", "peft", "deepspeed")
 
@@ -104,7 +104,7 @@ def _claim(run: "Run", resume: str, stack: ExitStack) -> str | None:
             differs = difference(run.recipe_before, run.recipe)
             if differs and resume != "force":
                 return f"{folder} holds a run of another recipe:\n  " + "\n  ".join(differs) + f"\n{ADVICE}"
-        apart = getattr(run.model.module, "apart", None)  # which a network of one's own need not know
+        apart = getattr(run.model.module, "apart", None)  # which a network of your own need not know
         found = {**versions(), **({"documents kept apart by": apart} if apart else {})}
         _write(folder / VERSIONS, json.dumps(found, indent=1))  # first: it tells our recipe from others
         _write(saved, yaml12.write(run.recipe))
@@ -112,7 +112,7 @@ def _claim(run: "Run", resume: str, stack: ExitStack) -> str | None:
     except OSError as error:
         return f"the run's folder {folder} cannot be written: {error.strerror or error}; give another output_dir"
     except (RecipeError, UnicodeDecodeError):
-        return f"{folder}/recipe.yaml is damaged; give another output_dir, or start anew with resume=never"
+        return f"{folder}/recipe.yaml is damaged; give another output_dir, or start over with resume=never"
     return None
 
 

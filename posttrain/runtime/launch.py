@@ -212,7 +212,7 @@ def _agree(asked: dict[str, Any], launcher: str, **started: int) -> None:
 
 
 def _warn_of_shared_store() -> None:
-    """Ranks that start anew mostly fail to find each other in a store that the agent kept (pytorch issue 135712)."""
+    """Ranks that start over mostly fail to find each other in a store that the agent kept (pytorch issue 135712)."""
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
         log.warning("torchrun --max-restarts: set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1, or restarts may not connect")
 

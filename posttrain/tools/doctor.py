@@ -26,6 +26,7 @@ EXTRAS = {
     "eval": ("lm_eval", "posttrain eval --tasks"),
     "wandb": ("wandb", "logger: wandb"),
     "mlflow": ("mlflow", "logger: mlflow"),
+    "trackio": ("trackio", "logger: trackio"),
 }
 """Extra -> its package, and what it is for."""
 SMALL = 5 * 2**30

@@ -2,7 +2,7 @@
 
 Changes are tried from those that leave every step as it is (how it is cut, what is computed again, what waits on the
 host) to those that change what is trained. They pile up until the recipe fits; then those that are not needed go again,
-the gravest first.
+the largest first.
 """
 
 import shlex

@@ -58,16 +58,19 @@ def estimate(trainer: Trainer, world: int) -> Estimate:
         "optimizer state": traced.optimizer, "activations, logits, loss": traced.activations,
     }  # fmt: skip
     host: set[str] = set()
+    parts = 1
+    """How many devices share what gradients take as they are made; 0 where room for all of them is there before."""
     low = 2 if "16" in precision_of(trainer) else 4  # bytes of a number in matrix products
     if isinstance(strategy, FSDP):
         ranks = min(strategy.shard_size or world, world)
         for name in ("parameters", "references and teachers", "gradients", "optimizer state"):
             sizes[name] = -(-sizes[name] // ranks)
         sizes["gathered layers"] = 2 * traced.layer + traced.outside + (low + 4) * traced.layer_trained
+        parts = ranks
         if strategy.cpu_offload:
             host |= {"parameters", "gradients", "optimizer state"}
     elif isinstance(strategy, DeepSpeed):
-        zero = strategy.config.get("zero_optimization", {})
+        parts, zero = 0, strategy.config.get("zero_optimization", {})
         stage = zero.get("stage", 0)
         for least, name in ((3, "parameters"), (2, "gradients"), (1, "optimizer state")):
             if stage >= least:
@@ -82,8 +85,13 @@ def estimate(trainer: Trainer, world: int) -> Estimate:
             host |= {"optimizer state", "gradients"}
         if "device" in zero.get("offload_param", {}):
             host.add("parameters")
-    elif world > 1 and not isinstance(strategy, DDP):
-        sizes["buckets"] = traced.gradients
+    elif world > 1:
+        parts = 0
+        if not isinstance(strategy, DDP):
+            sizes["buckets"] = traced.gradients
+    if parts and trainer.gradient_accumulation_steps == 1 and "gradients" not in host:
+        together = max(alive + made // parts for made, alive in traced.moments)
+        sizes["never at the same moment"] = min(0, together - sizes["activations, logits, loss"] - sizes["gradients"])
     return Estimate(
         {name: size for name, size in sizes.items() if name not in host and size},
         {name: size for name, size in sizes.items() if name in host and size},

@@ -1,7 +1,7 @@
 """One step of a recipe on tensors that have shapes and no numbers (torch's FakeTensorMode): what it takes, unsharded.
 
 Network, loss, backward pass and an optimizer step are run with every micro-batch full; what is alive is counted
-operation by operation. So it holds for a network, a loss or an optimizer of one's own.
+operation by operation. So it holds for a network, a loss or an optimizer of your own.
 """
 
 import copy
@@ -51,6 +51,8 @@ class Traced:
     others: int
     """Bytes of references and teachers."""
     activations: int
+    moments: list[tuple[int, int]]
+    """Gradients and activations as a backward pass goes on: see `Alive`."""
     layer: int
     """Bytes of the largest layer, as it is gathered for products."""
     layer_trained: int
@@ -87,6 +89,8 @@ class Alive(TorchDispatchMode):  # type: ignore[no-untyped-call]
         super().__init__()  # type: ignore[no-untyped-call]
         self.sizes: dict[int, int] = {}
         self.now = self.peak = self.operations = 0
+        self.moments = [(0, 0)]
+        """(bytes of gradients that are complete, the most bytes that were alive until the next one was)."""
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = called(function, args, kwargs or {})
@@ -95,7 +99,12 @@ class Alive(TorchDispatchMode):  # type: ignore[no-untyped-call]
         tree_map_only(Tensor, lambda tensor: known.add(tensor.untyped_storage()._cdata), (args, kwargs))
         tree_map_only(Tensor, lambda tensor: self.note(tensor, known), out)
         self.peak = max(self.peak, self.now)
+        self.moments[-1] = self.moments[-1][0], max(self.moments[-1][1], self.now)
         return out
+
+    def take(self, gradient: Tensor) -> None:
+        """Count a gradient that is complete by itself; whoever calls gives it up."""
+        self.moments.append((self.moments[-1][0] + gradient.nbytes, 0))
 
     def note(self, tensor: Tensor, known: set[int]) -> None:
         """Count a tensor's storage, unless it was there before."""
@@ -149,11 +158,11 @@ def _trace(trainer: Trainer) -> Traced:
         if deepspeed and precision in BF16:  # bfloat16 beside float32 that the optimizer works in
             states = 4 * counts[True] + states * 4 * counts[True] // gradients
             kept, gradients = gathered(network.parameters(), 2), 2 * counts[True]
-        passed = peak(trainer, fabric, network, others, faked(batch, mode))
-        activations = passed.peak
+        passed = fullest_pass = peak(trainer, fabric, network, others, faked(batch, mode))
         if seen is not None:
             try:
-                activations = max(activations, peak(trainer, fabric, network, others, faked(seen, mode)).peak)
+                of_images = peak(trainer, fabric, network, others, faked(seen, mode))
+                fullest_pass = max(passed, of_images, key=lambda each: each.peak)
             except UNKNOWN:
                 log.warning("what images take is not in the plan: this model does what depends on their numbers")
         low = 2 if "16" in precision else 4
@@ -162,7 +171,8 @@ def _trace(trainer: Trainer) -> Traced:
         trained = [sum(p.numel() for p in layer if p.requires_grad) for layer in layers]
     return Traced(
         trained=counts[True], frozen=counts[False], kept=kept, gradients=gradients, optimizer=states,
-        others=sum(size_of(other.parameters()) for other in others.values()), activations=activations,
+        others=sum(size_of(other.parameters()) for other in others.values()), activations=fullest_pass.peak,
+        moments=fullest_pass.moments,
         layer=max(sizes, default=0), layer_trained=max(trained, default=0),
         outside=gathered(network.parameters(), low) - sum(sizes), whole=gathered(network.parameters(), low),
         groups=parts, operations=passed.operations, tokens=batch.tokens,
@@ -178,17 +188,21 @@ def peak(trainer: Trainer, fabric: Any, network: nn.Module, others: dict[str, nn
     """Return the most bytes that are alive in a pass forward and backward, parameters and gradients aside, and the
     operations that it takes."""
 
+    alive = Alive()
+
     def forget(parameter: Tensor) -> None:
+        assert parameter.grad is not None
+        alive.take(parameter.grad)
         parameter.grad = None
 
-    for parameter in network.parameters():
-        if parameter.requires_grad:
-            parameter.register_post_accumulate_grad_hook(forget)  # type: ignore[no-untyped-call]
-
+    hooks = [
+        parameter.register_post_accumulate_grad_hook(forget)  # type: ignore[no-untyped-call]
+        for parameter in network.parameters()
+        if parameter.requires_grad
+    ]
     network.train()
     trainer.run = one_pass(trainer, fabric, network, others)
     try:
-        alive = Alive()
         with alive:
             if isinstance(trainer, DistillTrainer) and trainer.stored:
                 k, count = trainer.tokens_kept(trainer.run), len(batch.supervised)
@@ -199,6 +213,8 @@ def peak(trainer: Trainer, fabric: Any, network: nn.Module, others: dict[str, nn
                 trainer.weighed(trainer.terms(counted)).backward()  # type: ignore[no-untyped-call]
     finally:
         del trainer.run
+        for hook in hooks:
+            hook.remove()
     return alive
 
 

@@ -24,8 +24,8 @@ from posttrain.blocks.images.pixels import LONGEST_NAME, image_as_text
 from posttrain.blocks.images.processor import images_of
 from posttrain.blocks.layout import Example
 from posttrain.blocks.loggers.logger import JSONL
+from posttrain.blocks.models.documents.tiny import tiny
 from posttrain.blocks.models.model import HFModel
-from posttrain.blocks.models.tiny import tiny
 from posttrain.blocks.parallel.strategy import Auto
 from posttrain.blocks.rollouts.prompts import PromptData
 from posttrain.blocks.rollouts.sampler import TransformersSampler
@@ -197,7 +197,7 @@ class Twin:
 
     def make(self, name: str, **changes: Any) -> Trainer:
         """Return the recipe's trainer on the twin, in a folder of its own."""
-        real, models = recipe.load(self.path, self.overrides), {}  # anew: blocks may have a state
+        real, models = recipe.load(self.path, self.overrides), {}  # again: blocks may have a state
         for field in attrs.fields(type(real)):
             if field.init and isinstance(value := getattr(real, field.name), HFModel):
                 models[field.name] = self.small(value, field.name)

@@ -63,7 +63,7 @@ class GRPOTrainer(RewardedTrainer):
     """Answers the policy after each of its turns, until the conversation ends: `type: tools`, or one of your own. By
     default a reply is one turn."""
     resample: int = key(0, check=ge(0))
-    """How often a prompt whose replies are all worth the same is answered anew in its step, so that it teaches
+    """How often a prompt whose replies are all worth the same is answered again in its step, so that it teaches
     something (DAPO's dynamic sampling, with the same prompt); `resampled` is logged."""
     updates: int = key(1, check=gt(0), also=("num_iterations",))
     """Optimizer updates on the same replies."""
@@ -235,7 +235,7 @@ class GRPOTrainer(RewardedTrainer):
 
 def gap_of(run: "Run", widest: Any) -> float | None:
     """Return the mean difference between sampler and trainer in the step in hand, over all ranks, and log the largest
-    ratio of their probabilities; None if a loss of one's own does not log it."""
+    ratio of their probabilities; None if a loss of your own does not log it."""
     import torch
 
     from posttrain.runtime.launch import all_reduce

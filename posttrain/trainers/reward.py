@@ -1,7 +1,7 @@
 """Reward modelling: a number for each conversation, higher for the side of a pair that people prefer."""
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from attrs.validators import ge
 
@@ -37,7 +37,9 @@ class RewardTrainer(Trainer):
     def setup(self) -> "Run":
         """Tell the exported model which token is padding."""
         run = super().setup()
-        run.model.module.base.config.pad_token_id = run.tokenizer.pad_token_id  # type: ignore[union-attr]
+        config: Any = run.model.module.base.config  # type: ignore[union-attr]
+        for part in (config, config.get_text_config()):  # two, where the model sees images
+            part.pad_token_id = run.tokenizer.pad_token_id
         return run
 
     def loss(self, batch: Batch) -> "Tensor":

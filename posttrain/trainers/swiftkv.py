@@ -27,7 +27,8 @@ class SwiftKVTrainer(Trainer):
     temperature: float = key(2.0, also=("logits_loss_temp",), check=gt(0))
     """What the logits of both are divided by; the divergence is multiplied by its square."""
     hidden_loss_mult: float = key(1.0, check=ge(0))
-    """Weight of the mean squared error between hidden states."""
+    """Weight of the mean squared error between hidden states. How large that is, is a matter of the model: where the
+    logged `hidden_error` starts hundreds of times above `divergence`, a weight of 0.003 lets both count alike."""
     hidden_loss_layer: int = key(-2, check=lt(0))
     """Which hidden state, as transformers counts them from the end: -2 is the input of the last layer."""
     arctic_masks: bool = False

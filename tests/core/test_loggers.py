@@ -1,6 +1,7 @@
 """Loggers of services get what others get, in one run there, however often the run is cut. The services are doubles here."""
 
 import csv
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -10,7 +11,7 @@ import pytest
 from toy import metrics, trainer
 
 from posttrain.blocks.loggers.logger import JSONL
-from posttrain.blocks.loggers.services import CSV, MLflow, WandB
+from posttrain.blocks.loggers.services import CSV, MLflow, Trackio, WandB
 from posttrain.blocks.loggers.services import missing as services_missing
 from posttrain.errors import RecipeError
 
@@ -75,6 +76,23 @@ def test_mlflow_goes_on_in_the_same_run_and_says_how_it_ended(tmp_path: Path) ->
     assert [call for call in CALLS if isinstance(call, str)][1:] == ["KILLED", "FINISHED"]
 
 
+def test_trackio_goes_on_in_the_same_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def init(**given: Any) -> Any:
+        CALLS.append(given)
+        return SimpleNamespace(log=lambda found, step: CALLS.append((step, found)))
+
+    double = SimpleNamespace(init=init, finish=lambda: CALLS.append("closed"))
+    monkeypatch.setitem(sys.modules, "trackio", double)
+    run(tmp_path / "first", Trackio(), stop_after=4)
+    run(tmp_path / "first", Trackio())
+    run(tmp_path / "second" / "first", Trackio())
+    names = [call["name"] for call in CALLS if isinstance(call, dict)]
+    assert names[0] == names[1] != names[2]
+    assert names[0].startswith("first-")
+    assert [call[0] for call in CALLS if isinstance(call, tuple)] == [1, 2, 3, 4, 5, 6] * 2
+    assert CALLS.count("closed") == 3
+
+
 def test_a_spreadsheet_holds_every_step(tmp_path: Path) -> None:
     run(tmp_path, CSV(), stop_after=4)
     run(tmp_path, CSV())
@@ -84,7 +102,7 @@ def test_a_spreadsheet_holds_every_step(tmp_path: Path) -> None:
     assert [float(row["loss"]) for row in rows] == [line["loss"] for line in metrics(tmp_path)]
 
 
-@pytest.mark.parametrize("block", [WandB(), MLflow()])
+@pytest.mark.parametrize("block", [WandB(), MLflow(), Trackio()])
 def test_a_service_that_is_not_installed_is_noticed_before_anything_is_loaded(
     block: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:

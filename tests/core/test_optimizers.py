@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from ranks import by_torchrun, recipe
+from ranks import on_two_ranks, recipe
 from toy import losses, metrics, network, trainer
 
 import posttrain
@@ -362,8 +362,8 @@ def on_ranks(folder: Path) -> None:
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("two")
-    by_torchrun(2, folder, "test_optimizers", timeout=600)
-    return folder
+    on_two_ranks(folder, "test_optimizers", "on_ranks(folder)", timeout=600)
+    return folder / "two"
 
 
 @pytest.fixture(scope="module")

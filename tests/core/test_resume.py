@@ -166,8 +166,8 @@ def test_the_folder_of_another_recipe_is_refused_with_the_difference(tmp_path: P
 def test_a_new_start_clears_the_earlier_run_and_nothing_else(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("mine")
     long(tmp_path).train()
-    anew = long(tmp_path, seed=7, resume="never", max_steps=2).train()
-    assert (anew.first_step, anew.step) == (0, 2)
+    again = long(tmp_path, seed=7, resume="never", max_steps=2).train()
+    assert (again.first_step, again.step) == (0, 2)
     assert [found.name for found in checkpoints(tmp_path)] == ["step-00000002"]
     assert (tmp_path / "notes.txt").read_text() == "mine"
 

@@ -34,7 +34,7 @@ from posttrain.synth.ledger.pricing import usage
 from posttrain.synth.ledger.replies import limits, verdict
 from posttrain.synth.ledger.session import finish
 from posttrain.synth.pipelines.rows import Reply, message_text
-from posttrain.synth.sending.online import OpenAIDialect
+from posttrain.synth.sending.service import OpenAIDialect
 from posttrain.synth.sending.wires.anthropic import MESSAGES
 from posttrain.synth.sending.wires.bedrock import CONVERSE
 from posttrain.synth.sending.wires.gemini import GENERATE

@@ -22,10 +22,10 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from posttrain import hooks
 from posttrain.blocks.layout import lay
-from posttrain.blocks.models import kernels
-from posttrain.blocks.models.attention import packed_attention
+from posttrain.blocks.models.documents import kernels
+from posttrain.blocks.models.documents.attention import packed_attention
+from posttrain.blocks.models.documents.tiny import tiny
 from posttrain.blocks.models.experts.precision import use_grouped_experts
-from posttrain.blocks.models.tiny import tiny
 from posttrain.blocks.parallel.sharding import replace_tensors
 
 Calls = Counter[str]

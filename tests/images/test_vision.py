@@ -101,7 +101,7 @@ def alone(tokenizer: Any, model: Any, row: dict[str, Any], root: Path) -> torch.
         inside = inside and token != "<|im_end|>"
         if "".join(decoded[: n + 1]).endswith("<|im_start|>assistant\n"):
             inside = True
-    wanted = supervised[1:]
+    wanted = supervised[1:] & (ids[0, 1:] != tokenizer.images.token_id)
     return torch.nn.functional.cross_entropy(logits[:-1][wanted], ids[0, 1:][wanted], reduction="sum")
 
 
@@ -142,7 +142,7 @@ def test_without_its_measure_a_packed_image_would_be_another(
     network = block.build(None).eval()
     right = network(batch, "log_probs")
     if spoil == "blocks":
-        from posttrain.blocks.models.apart import Sight
+        from posttrain.blocks.models.documents.ways import Sight
 
         assert network.sight.blocks
         network.sight = Sight(False, network.sight.language)
@@ -271,8 +271,8 @@ def recipe(family_folder: Path, source: Path, root: Path, **keys: Any) -> Path:
     return file
 
 
-@pytest.mark.parametrize("inline", [False, True])
-def test_the_twin_of_a_recipe_sees_images(folder: Any, tmp_path: Path, inline: bool) -> None:
+@pytest.mark.parametrize(("family", "inline"), [("qwen3_vl", False), ("qwen3_vl", True), ("qwen3_5", False)])
+def test_the_twin_of_a_recipe_sees_images(folder: Any, tmp_path: Path, family: str, inline: bool) -> None:
     from posttrain.tools import proofs
 
     rows = chats(tmp_path)
@@ -282,7 +282,7 @@ def test_the_twin_of_a_recipe_sees_images(folder: Any, tmp_path: Path, inline: b
                 if part["type"] == "image":
                     data = (tmp_path / part.pop("path")).read_bytes()
                     part["base64"] = base64.b64encode(data).decode()
-    file = recipe(folder("qwen3_vl"), written(tmp_path, rows), tmp_path)
+    file = recipe(folder(family), written(tmp_path, rows), tmp_path)
     checks = [proofs.masks, proofs.packing, proofs.cuts, proofs.export]
     found = list(proofs.prove(file, [], checks))
     assert [(one.name, one.passed) for one in found if not one.passed] == []

@@ -15,11 +15,11 @@ from toy import trainer
 from transformers import AutoConfig
 
 from posttrain.blocks.layout import lay
-from posttrain.blocks.models import probe
-from posttrain.blocks.models.apart import Bounds, ByDocument, Way, by_document, groups, short_chunks
-from posttrain.blocks.models.known import known_way
+from posttrain.blocks.models.documents import probe
+from posttrain.blocks.models.documents.known import known_way
+from posttrain.blocks.models.documents.tiny import tiny
+from posttrain.blocks.models.documents.ways import Bounds, ByDocument, Way, by_document, groups, short_chunks
 from posttrain.blocks.models.model import HFModel
-from posttrain.blocks.models.tiny import tiny
 from posttrain.errors import RecipeError
 
 

@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from posttrain.blocks.layout import lay
 from posttrain.blocks.losses import cross_entropy as losses
 from posttrain.blocks.models.causal import CausalLM
-from posttrain.blocks.models.probe import find_way
+from posttrain.blocks.models.documents.probe import find_way
 
 SMALL = {k: v for k, v in LLAMA.items() if k != "model_type"}
 SLIDING = {**SMALL, "sliding_window": 8, "head_dim": 8}

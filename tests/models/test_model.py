@@ -16,8 +16,8 @@ from toy import LLAMA, losses, trainer
 from transformers import AutoModelForCausalLM
 
 from posttrain.blocks.models.causal import CausalLM
+from posttrain.blocks.models.documents.tiny import tiny
 from posttrain.blocks.models.model import HFModel, LoRA
-from posttrain.blocks.models.tiny import tiny
 from posttrain.blocks.optimizer import AdamW
 from posttrain.blocks.scheduler import Constant
 from posttrain.blocks.tokenizers.tokenizer import HFTokenizer

@@ -15,7 +15,7 @@ from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_fun
 
 from posttrain import DPOTrainer, HFModel, LoRA
 from posttrain.blocks.layout import lay
-from posttrain.blocks.models.tiny import tiny
+from posttrain.blocks.models.documents.tiny import tiny
 from posttrain.errors import RecipeError
 
 KINDS = ("mixtral", "qwen3_moe", "gpt_oss", "jamba")

@@ -304,13 +304,14 @@ def test_a_rank_that_hangs_is_named(tmp_path: Path, tiny_model: Path, sums: Path
 def test_a_disk_that_is_slow_is_no_hang(tmp_path: Path, slow: str) -> None:
     """Writing takes four times as long as `hang_after`; the other rank waits."""
     on_two_ranks(
-        tmp_path, "test_faults", f"slow_disk({slow!r})",
-        "run = trainer(folder, devices=2, micro_batch_size=2, max_steps=2, hang_after=2.0).train()",
+        tmp_path, "test_faults", f"with slow_disk({slow!r}):",
+        "    run = trainer(folder, devices=2, micro_batch_size=2, max_steps=2, hang_after=2.0).train()",
         "assert run.status == 'finished'",
     )  # fmt: skip
 
 
-def slow_disk(what: str) -> None:
+@contextmanager
+def slow_disk(what: str) -> Iterator[None]:
     """Let the files of rank zero take eight seconds."""
     owner, name = (state, "write") if what == "a checkpoint" else (PackedModel, "save_pretrained")
     original = getattr(owner, name)
@@ -327,6 +328,10 @@ def slow_disk(what: str) -> None:
         original(*args, **kwargs)
 
     setattr(owner, name, slowly)
+    try:
+        yield
+    finally:
+        setattr(owner, name, original)
 
 
 def test_who_is_behind() -> None:

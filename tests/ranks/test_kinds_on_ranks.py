@@ -15,7 +15,7 @@ from toy import metrics, trainer
 from transformers import AutoConfig
 
 from posttrain import HFModel
-from posttrain.blocks.models.tiny import tiny
+from posttrain.blocks.models.documents.tiny import tiny
 
 KINDS: dict[str, dict[str, Any]] = {
     "gpt_oss": {},

@@ -54,12 +54,13 @@ def test_two_ranks_train_like_one(how: str, script: Path, tmp_path: Path) -> Non
     assert max(float((ours[name] - theirs[name]).abs().max()) for name in ours) < 1e-5
 
 
-def test_a_run_of_two_ranks_goes_on_with_one(script: Path, tmp_path: Path) -> None:
+def test_a_run_of_two_ranks_goes_on_with_one(tmp_path: Path) -> None:
     trainer(tmp_path / "alone", eval_rows=5, eval_every=4).train()
-    start("plain", script, tmp_path / "cut", {"micro_batch_size": 2, "stop_after": 5})
-    resumed = trainer(tmp_path / "cut", eval_rows=5, eval_every=4).train()
+    keys = "eval_rows=5, eval_every=4, micro_batch_size=2, stop_after=5"
+    on_two_ranks(tmp_path, "toy", f"trainer(folder, {keys}).train()")
+    resumed = trainer(tmp_path / "two", eval_rows=5, eval_every=4).train()
     assert resumed.first_step == 5
-    assert losses(tmp_path / "cut") == pytest.approx(losses(tmp_path / "alone"), abs=1e-6)
+    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "alone"), abs=1e-6)
 
 
 def test_fabric_run_starts_a_recipe(tmp_path: Path, tiny_model: Path, sums: Path) -> None:
@@ -141,3 +142,16 @@ def test_a_step_that_is_left_out_shows_the_rows_that_ranks_share(tmp_path: Path)
     ]
     assert {row["step"] for row in shown} == {2}
     assert {row["row"] for row in shown} == {0, 1, 2, 3}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rank", [0, 1])
+def test_what_fails_on_one_of_two_ranks_fails_a_test(tmp_path: Path, rank: int) -> None:
+    """And the next test has ranks that work."""
+    with pytest.raises(AssertionError, match="there is no oven"):
+        on_two_ranks(
+            tmp_path, "toy", "import os, torch", f"if os.environ['RANK'] == '{rank}':",
+            "    raise ValueError('there is no oven')", "trainer(folder, devices=2, micro_batch_size=2).train()",
+        )  # fmt: skip
+    on_two_ranks(tmp_path, "toy", "trainer(folder, devices=2, micro_batch_size=2, max_steps=1).train()")
+    assert len(losses(tmp_path / "two")) == 1

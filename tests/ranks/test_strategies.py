@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from ranks import by_torchrun
+from ranks import on_many_ranks, on_two_ranks
 from strategies import SHARDED, STRATEGIES, TRAINERS
 from toy import metrics, trainer
 
@@ -101,14 +101,18 @@ def a_rank_cannot_write(made: Any, rank: int) -> None:
 def launch(folder: Path, ranks: int) -> Path:
     """Run `on_ranks` in so many processes."""
     trainer(folder / "cut alone", **KEYS, stop_after=LAST).train()
-    by_torchrun(ranks, folder, "test_strategies", timeout=900)
+    call = ["test_strategies", "on_ranks(folder)"]
+    if ranks == 2:
+        on_two_ranks(folder.parent, *call, timeout=900)
+    else:
+        on_many_ranks(ranks, folder.parent, *call, timeout=900)
     return folder
 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What two ranks trained; some of it goes on from what one process saved."""
-    return launch(tmp_path_factory.mktemp("two"), 2)
+    return launch(tmp_path_factory.mktemp("ranks") / "two", 2)
 
 
 @pytest.fixture(scope="module")
@@ -177,7 +181,7 @@ def test_one_process_goes_on_from_any_checkpoint(origin: str, runs: Path, alone:
 @pytest.mark.timeout(900)
 def test_four_ranks_do_so_too(tmp_path: Path, alone: dict[str, Path]) -> None:
     """Hybrid sharding, two copies of two shards each, is among the strategies."""
-    runs = launch(tmp_path, 4)
+    runs = launch(tmp_path / "two", 4)
     trained = [found.parent for found in runs.glob("*/metrics.jsonl") if found.parent.name != "full disk"]
     assert len(trained) > 40
     for found in trained:

@@ -7,9 +7,9 @@ import numpy as np
 import torch
 from transformers import AutoConfig
 
-from posttrain.blocks.models import probe
 from posttrain.blocks.models.causal import CausalLM
-from posttrain.blocks.models.tiny import tiny
+from posttrain.blocks.models.documents import probe
+from posttrain.blocks.models.documents.tiny import tiny
 
 LONGROPE = {
     "rope_type": "longrope", "rope_theta": 1e4, "long_factor": [3.0] * 48, "short_factor": [1.0] * 48,

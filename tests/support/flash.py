@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from posttrain.blocks.models import kernels
+from posttrain.blocks.models.documents import kernels
 
 calls: Counter[str] = Counter()
 """How often each was called since `emulated` began."""

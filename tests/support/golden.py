@@ -1,6 +1,6 @@
 """Ten steps of every trainer, seeded, and the file of what they gave.
 
-`PYTHONPATH=. python tests/support/golden.py` writes the curves anew; say in the commit why they moved.
+`PYTHONPATH=. python tests/support/golden.py` writes the curves again; say in the commit why they moved.
 """
 
 import json

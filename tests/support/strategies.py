@@ -7,7 +7,7 @@ from typing import Any
 from toy import network, trainer
 
 import posttrain
-from posttrain.blocks.models.model import LoRA
+from posttrain.blocks.models.lora import LoRA
 from posttrain.trainers.distill import DistillTrainer
 from posttrain.trainers.dpo import DPOTrainer
 from posttrain.trainers.mlp_speculator import SpeculatorTrainer

@@ -17,9 +17,10 @@ TOWER = {
 }  # fmt: skip
 QWEN = {"min_pixels": 256, "max_pixels": 4096, "patch_size": 8, "merge_size": 2, "temporal_patch_size": 2}
 MROPE = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 1, 1]}
-FAMILIES = ("qwen2_5_vl", "qwen3_vl", "llava", "idefics3", "smolvlm", "gemma3", "internvl", "mistral3")
+FAMILIES = ("qwen2_5_vl", "qwen3_vl", "qwen3_5", "llava", "idefics3", "smolvlm", "gemma3", "internvl", "mistral3")
 PLACES = {
     "qwen2_5_vl": "<|vision_start|><|image_pad|><|vision_end|>", "qwen3_vl": "<|vision_start|><|image_pad|><|vision_end|>",
+    "qwen3_5": "<|vision_start|><|image_pad|><|vision_end|>",
     "llava": "<image>", "idefics3": "<image>", "smolvlm": "<image>", "gemma3": "<start_of_image>",
     "internvl": "<IMG_CONTEXT>", "mistral3": "[IMG]",
 }  # fmt: skip
@@ -79,6 +80,24 @@ def config_of(family: str, tokenizer: Any) -> Any:
         return t.Qwen2_5_VLConfig(
             text_config={**TEXT, **size, "rope_parameters": MROPE}, vision_config=vision,
             image_token_id=token("<|image_pad|>"), video_token_id=token("<|video_pad|>"),
+            vision_start_token_id=token("<|vision_start|>"), vision_end_token_id=token("<|vision_end|>"),
+        )  # fmt: skip
+    if family == "qwen3_5":  # gated delta rule and attention in turns
+        linear = {
+            "linear_key_head_dim": 8,
+            "linear_value_head_dim": 8,
+            "linear_num_key_heads": 2,
+            "linear_num_value_heads": 4,
+        }
+        vision = {
+            "depth": 2, "hidden_size": 32, "intermediate_size": 48, "num_heads": 4, "patch_size": 8,
+            "spatial_merge_size": 2, "temporal_patch_size": 2, "out_hidden_size": 32, "num_position_embeddings": 64,
+            "initializer_range": 0.2,
+        }  # fmt: skip
+        return t.Qwen3_5Config(
+            text_config={**TEXT, **size, **linear, "layer_types": ["linear_attention", "full_attention"],
+                         "rope_parameters": {**MROPE, "mrope_interleaved": True, "partial_rotary_factor": 1.0}},
+            vision_config=vision, image_token_id=token("<|image_pad|>"), video_token_id=token("<|video_pad|>"),
             vision_start_token_id=token("<|vision_start|>"), vision_end_token_id=token("<|vision_end|>"),
         )  # fmt: skip
     if family == "qwen3_vl":

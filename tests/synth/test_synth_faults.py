@@ -35,7 +35,7 @@ from posttrain.synth import (
 from posttrain.synth.ledger import results
 from posttrain.synth.ledger.keys import CHAT, canonical, content_hash, sample_key
 from posttrain.synth.pipelines.view import page
-from posttrain.synth.sending import batch_api
+from posttrain.synth.sending import batch_api, endpoints
 from posttrain.synth.sending import online as engine
 from posttrain.synth.steps.rows import items
 from posttrain.synth.steps.verify import last_number
@@ -46,7 +46,7 @@ KEY = "sk-very-secret-0123456789"
 @pytest.fixture(autouse=True)
 def hasty(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(engine, "FIRST_BACKOFF", 0.01)
-    monkeypatch.setattr(engine, "SHORTEST_EJECTION", 0.02)
+    monkeypatch.setattr(endpoints, "SHORTEST_EJECTION", 0.02)
     monkeypatch.setattr("posttrain.synth.sending.limits.FIRST_WAIT", 0.02)
     monkeypatch.setattr(batch_api, "FIRST_BACKOFF", 0.01)
 
@@ -308,7 +308,7 @@ def test_a_refused_batch_of_which_lines_were_paid_says_so(server: Server, tmp_pa
         batch["errors"] = {"data": [{"code": "quota", "message": "over", "line": 3}]}
 
     server.finish = finish
-    with pytest.raises(TaskStopped, match="2 of its lines were answered and are kept; put it right"):
+    with pytest.raises(TaskStopped, match="2 of its lines were answered and are kept; fix it"):
         add(client(server, tmp_path, mode="batch"), 5).execute_batch_task("t")
 
 

@@ -15,6 +15,7 @@ from synth_server import Server, add, chat, error, raw, reset, short, texts
 
 from posttrain.errors import SynthError
 from posttrain.synth import IncompleteTask, OpenAISynth, Price, TaskStopped, VllmSynth
+from posttrain.synth.sending import endpoints
 from posttrain.synth.sending import online as engine
 
 KEY = "sk-very-secret-0123456789"
@@ -23,7 +24,7 @@ KEY = "sk-very-secret-0123456789"
 @pytest.fixture(autouse=True)
 def hasty(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(engine, "FIRST_BACKOFF", 0.01)
-    monkeypatch.setattr(engine, "SHORTEST_EJECTION", 0.02)
+    monkeypatch.setattr(endpoints, "SHORTEST_EJECTION", 0.02)
     monkeypatch.setattr("posttrain.synth.sending.limits.FIRST_WAIT", 0.02)
 
 

@@ -105,7 +105,7 @@ def test_no_row_gets_the_reply_of_another_whatever_fails(
 ) -> None:
     """Requests fail, connections break, replies are cut, lose their order in threads; some rows fail for good."""
     monkeypatch.setattr("posttrain.synth.sending.online.FIRST_BACKOFF", 0.01)
-    monkeypatch.setattr("posttrain.synth.sending.online.SHORTEST_EJECTION", 0.01)
+    monkeypatch.setattr("posttrain.synth.sending.endpoints.SHORTEST_EJECTION", 0.01)
     monkeypatch.setattr("posttrain.synth.sending.limits.FIRST_WAIT", 0.01)
     chance = random.Random(7)
     server.answer = saying(lambda body: f"echo of <{last(body)}>")

@@ -44,6 +44,22 @@ def test_activations_are_those_of_a_real_step(tiny_model: Path, sums: Path, way:
     assert said == pytest.approx(alive.peak, rel=0.02)
 
 
+@pytest.mark.parametrize("way", WAYS, ids=str)
+def test_gradients_come_as_activations_go(tiny_model: Path, sums: Path, way: dict[str, Any]) -> None:
+    """Of a step in one pass; where several are summed, all gradients are there while the next has its activations."""
+    trainer = made(tiny_model, sums, way=way, micro_batch_size=1)
+    said = plan.estimate(trainer, world=1)
+    network = trainer.model.build(None)  # type: ignore[arg-type]
+    batch = tracing.fullest(trainer)
+    with tracing.Alive() as alive:
+        (network(batch) / batch["weight"]).backward()
+    assert said.total - said.device["parameters"] - said.device["optimizer state"] == pytest.approx(
+        alive.peak, rel=0.02
+    )
+    summed = plan.estimate(made(tiny_model, sums, way=way, micro_batch_size=1, gradient_accumulation_steps=2), world=1)
+    assert summed.total - said.total == -said.device.get("never at the same moment", 0) > 0
+
+
 def test_parameters_gradients_and_optimizer_state_are_exact(tiny_model: Path, sums: Path) -> None:
     trainer = made(tiny_model, sums)
     network = trainer.model.build(None)  # type: ignore[arg-type]

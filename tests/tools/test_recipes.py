@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 import posttrain
 from posttrain import registry
 from posttrain.blocks.data.sources import Source
-from posttrain.blocks.models.model import LoRA
+from posttrain.blocks.models.lora import LoRA
 from posttrain.errors import RecipeError, RegistryError
 from posttrain.recipes.elsewhere import ELSEWHERE
 from posttrain.recipes.explain import explain, init_fields

@@ -10,7 +10,7 @@ import torch
 import transformers
 
 from posttrain import yaml12
-from posttrain.blocks.models.tiny import tiny
+from posttrain.blocks.models.documents.tiny import tiny
 from posttrain.cli import main
 from posttrain.tools import proofs
 from posttrain.tools.proofs import Failed, Skipped

@@ -13,9 +13,9 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from posttrain.blocks.layout import lay
 from posttrain.blocks.losses.cross_entropy import divergence_sum
-from posttrain.blocks.models import attention as registered  # noqa: F401 - under the name `packed`
-from posttrain.blocks.models.attention import CACHE
-from posttrain.blocks.models.model import LoRA
+from posttrain.blocks.models.documents import attention as registered  # noqa: F401 - under the name `packed`
+from posttrain.blocks.models.documents.attention import CACHE
+from posttrain.blocks.models.lora import LoRA
 from posttrain.blocks.models.swiftkv.config import FAMILIES, cache_bytes, prefill_flops
 from posttrain.blocks.models.swiftkv.model import SwiftKVModel
 from posttrain.blocks.models.swiftkv.modeling import family, start_from_teacher

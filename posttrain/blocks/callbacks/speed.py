@@ -86,7 +86,7 @@ class MFU:
     can do at most (model FLOPs utilization, arXiv:2204.02311).
 
     The operations of matrix products and attention are counted as they are called in the first step of a process, so
-    adapters, experts and networks of one's own are counted as what they are. What a backward pass computes again to
+    adapters, experts and networks of your own are counted as what they are. What a backward pass computes again to
     save memory is left out.
     """
 

@@ -236,7 +236,7 @@ class HuggingFace:
         aside = folder.with_name(f"{folder.name}.tmp-{os.getpid()}")
         try:
             shutil.rmtree(aside, ignore_errors=True)
-            dtype = self.dtype or getattr(run.model.module, "saved_as", None)  # a network of one's own may not know
+            dtype = self.dtype or getattr(run.model.module, "saved_as", None)  # a network of your own may not know
             if dtype is not None:
                 parameters = cast(run.model.module, parameters, dtype)
             run.model.module.save_pretrained(aside, state_dict=parameters)  # type: ignore[operator]

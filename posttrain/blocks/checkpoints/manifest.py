@@ -71,7 +71,7 @@ def newest_whole(folder: Path, fabric: "Fabric") -> tuple[Path | None, str | Non
         damaged.append(f"{found}: {problem}")
         log.warning("damaged checkpoint skipped: %s", damaged[-1])
     if damaged:
-        return None, "no checkpoint in this folder is whole; start anew with resume=never\n  " + "\n  ".join(damaged)
+        return None, "no checkpoint in this folder is whole; start over with resume=never\n  " + "\n  ".join(damaged)
     return None, None
 
 

@@ -36,7 +36,7 @@ OTHERS = (
     "memory_gb",
     "skipped_steps",
 )
-"""Metrics that the line of a step shows in another place, or not; it shows all others, also those of one's own."""
+"""Metrics that the line of a step shows in another place, or not; it shows all others, also those of your own."""
 COLORS = {"finished": "green", "interrupted": "yellow", "failed": "red"}
 
 

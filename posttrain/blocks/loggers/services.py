@@ -106,6 +106,35 @@ class MLflow:
         return Service(logger.log_metrics, lambda status: logger.finalize(states.get(status, status.upper())))
 
 
+@block("logger", "trackio")
+class Trackio:
+    """Trackio (extra `trackio`): on this machine, for `trackio show`, or in a Space of the Hugging Face hub."""
+
+    project: str = "posttrain"
+    """Made if there is none."""
+    name: str | None = None
+    """Of the run there; the name of the run's folder and four letters by default, for runs are told apart by it."""
+    group: str | None = None
+    """Shown together with other runs of this name."""
+    space_id: str | None = None
+    """A Space to write to, such as `me/curves`; made if there is none."""
+
+    def check(self) -> Iterator[tuple[str, str]]:
+        """Yield that it is not installed."""
+        yield from missing("trackio")
+
+    def build(self, run: "Run") -> Logger:
+        """Return the logger, with the recipe as the run's configuration."""
+        import trackio
+
+        name = run.memory.setdefault("trackio", self.name or f"{run.output_dir.absolute().name}-{secrets.token_hex(2)}")
+        there = trackio.init(
+            project=self.project, name=name, group=self.group, space_id=self.space_id, config=run.recipe,
+            resume="allow", embed=False,
+        )  # fmt: skip
+        return Service(there.log, lambda status: trackio.finish())
+
+
 @block("logger", "csv")
 class CSV:
     """`metrics.csv` in the run's folder, a line per step, written when the run ends: for spreadsheets."""

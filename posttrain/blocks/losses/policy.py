@@ -1,7 +1,7 @@
 """What sampled replies are worth: the losses of GRPO and its relatives, as pure functions.
 
 Each takes the tokens of sampled replies and gives the loss of each token or of each reply; their mean is what is
-minimized, over all tokens or replies of the step. One function more is one loss more:
+minimized, over all tokens or replies of the step. To add a loss, write a function:
 
     @policy_loss("mine", over="tokens", advantage="group")
     def mine(new, old, advantages, replies, *, power=1.0):

@@ -1,7 +1,7 @@
 """What preference pairs are worth: the losses of DPO and its relatives, as pure functions.
 
 Each takes, for every pair, the log-probabilities of both replies and gives the loss of each pair; their mean is what
-the paper minimizes. One function more is one loss more:
+the paper minimizes. To add a loss, write a function:
 
     @preference_loss("mine")
     def mine(policy, reference, lengths, *, beta=0.1):

@@ -12,7 +12,7 @@ import torch.nn.attention.varlen  # registers its operation
 from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-from posttrain.blocks.models.apart import decoder_of
+from posttrain.blocks.models.documents.ways import decoder_of
 from posttrain.errors import RecipeError
 
 aten = torch.ops.aten

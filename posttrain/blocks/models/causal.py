@@ -18,8 +18,8 @@ from posttrain.blocks.losses.cross_entropy import nll_sum, token_log_probs, top_
 from posttrain.blocks.losses.entropy import log_probs_and_entropy, of_logits
 from posttrain.blocks.models.activations import Offload
 from posttrain.blocks.models.adapters import QUANTIZED
-from posttrain.blocks.models.apart import Bounds, ByDocument, Sight, Way, by_document, decoder_of, separate
-from posttrain.blocks.models.attention import CACHE, NAME, known_on_host, no_mask
+from posttrain.blocks.models.documents.attention import CACHE, NAME, known_on_host, no_mask
+from posttrain.blocks.models.documents.ways import Bounds, ByDocument, Sight, Way, by_document, decoder_of, separate
 from posttrain.blocks.models.experts.load import Load
 from posttrain.blocks.models.experts.router import balance, small
 from posttrain.errors import RecipeError, TrainingError

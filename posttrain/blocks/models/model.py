@@ -4,86 +4,31 @@ import fnmatch
 import hashlib
 import logging
 import sys
-import warnings
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import attrs
 from attrs.validators import ge, gt, min_len, optional
 
-from posttrain.blocks.models.adapters import CONFIG, attach, merge, origin
+from posttrain.blocks.models.adapters import merge, origin
+from posttrain.blocks.models.content import content_of
+from posttrain.blocks.models.lora import LoRA
 from posttrain.blocks.models.quantized.aware import QAT
 from posttrain.blocks.models.quantized.fp8 import FP8
 from posttrain.errors import RecipeError
 from posttrain.registry import block, key
 from posttrain.runtime.launch import silence_libraries
-from posttrain.values import Secret, as_data, expanded, missing_folder
+from posttrain.values import Secret, as_data, missing_folder
 
 if TYPE_CHECKING:
     from lightning.fabric import Fabric
     from torch import nn
 
-    from posttrain.blocks.models.apart import Sight, Way
+    from posttrain.blocks.models.documents.ways import Sight, Way
 
 log = logging.getLogger("posttrain")
-HASHED = (".json", ".safetensors", ".bin")
 QUANTIZE = {"load_in_4bit": "nf4", "load_in_8bit": "int8"}
 """Arguments of older versions of transformers -> what `model.quantize` says instead."""
-
-
-@attrs.frozen(kw_only=True, slots=False)
-class LoRA:
-    """Low-rank adapters (Hu et al., arXiv:2106.09685), through peft (extra `peft`)."""
-
-    r: int = key(16, also=("rank",), check=gt(0))
-    """Rank."""
-    alpha: float = key(32.0, also=("lora_alpha",), check=gt(0))
-    """The adapters' output is scaled by alpha / r."""
-    dropout: float = key(0.0, also=("lora_dropout",), check=ge(0))
-    """Probability, on the adapters' input."""
-    target_modules: str | list[str] = "all-linear"
-    """Names of the layers to adapt, or `all-linear`."""
-    start_from: str | None = None
-    """Folder of an adapter to train on, the export of an earlier run, instead of a new one. Its shape is its own: leave
-    the other keys out."""
-    kwargs: dict[str, Any] = attrs.field(factory=dict)
-    """Further arguments of `peft.LoraConfig`."""
-
-    def check(self) -> Iterator[tuple[str, str]]:
-        """Yield a folder that is no adapter, and keys that would do nothing."""
-        if self.start_from is None:
-            return
-        if not (expanded(self.start_from) / CONFIG).is_file():
-            yield "start_from", missing_folder(self.start_from) or f"{self.start_from} holds no {CONFIG}"
-        if self != LoRA(start_from=self.start_from):
-            yield "start_from", "the adapter has its own r, alpha, dropout and modules: leave the other keys out"
-
-    def apply(self, hf: Any, task: str, linears: list[str]) -> Any:
-        """Return the model with adapters, everything else frozen.
-
-        Args:
-            hf: of transformers.
-            task: peft's name of what the model does.
-            linears: of a model of images and text, what `all-linear` means: the layers of the parts that are trained.
-        """
-        if self.start_from is not None:
-            return attach(hf, expanded(self.start_from), task)
-        try:
-            from peft import LoraConfig, get_peft_model
-        except ImportError:
-            raise RecipeError("model.lora needs peft: pip install 'posttrain[peft]'") from None
-        every = self.target_modules == "all-linear" and hf.config.get_text_config() is not hf.config
-        config = LoraConfig(
-            r=self.r, lora_alpha=self.alpha, lora_dropout=self.dropout,
-            target_modules=linears if every else self.target_modules,
-            task_type=task, **self.kwargs,
-        )  # fmt: skip
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*")  # peft's own affair
-            warnings.filterwarnings("ignore", message=".*_pattern keys did not match.*")  # experts' old names
-            return get_peft_model(hf, config)
 
 
 @block("model", "hf")
@@ -105,8 +50,8 @@ class HFModel:
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Of the weights in memory; with precision `bf16-mixed` keep float32."""
     attn_implementation: str = "auto"
-    """`auto` takes what keeps packed documents apart best, which is tried on a tiny copy of the model (see probe.py):
-    `packed` (see attention.py) for most. Or `sdpa`, `eager`, `flex_attention`, `flash_attention_2`, or another that
+    """`auto` takes what keeps packed documents apart best, which is tried on a tiny copy of the model (see documents/):
+    `packed`, our own, for most. Or `sdpa`, `eager`, `flex_attention`, `flash_attention_2`, or another that
     transformers knows."""
     trust_remote_code: bool = False
     """Run Python code that comes with the model."""
@@ -221,6 +166,8 @@ class HFModel:
         sight = self.sight(hf, way)
         freeze_parts(hf, self.train, sight if isinstance(sight, str) else None)
         if self.liger:
+            from posttrain.blocks.models.liger import use_liger
+
             use_liger(hf)
         if self.quantize is not None:
             self.keep_as_bytes(hf, fabric)
@@ -242,7 +189,7 @@ class HFModel:
         network.keep_apart(way)
         network.sight, network.blind = (None, sight) if isinstance(sight, str) else (sight, "")
         if not way.proven and not empty:
-            from posttrain.blocks.models.probe import confirm
+            from posttrain.blocks.models.documents.probe import confirm
 
             confirm(network, self.name_or_path)
         network.offload = self.offload_activations
@@ -284,7 +231,7 @@ class HFModel:
         Raises:
             RecipeError: it cannot.
         """
-        from posttrain.blocks.models.probe import find_way, set_attention
+        from posttrain.blocks.models.documents.probe import find_way, set_attention
 
         asked = None if self.attn_implementation == "auto" else self.attn_implementation
         way = find_way(hf.config, self.name_or_path, asked, hf.is_remote_code())
@@ -296,14 +243,12 @@ class HFModel:
         """Return how images enter the model, which is tried with the processor beside it, or why they cannot."""
         from posttrain.blocks.models.vision.sight import find_sight
 
-        if self.auto != "AutoModelForCausalLM":
-            return f"{type(hf).__name__} is trained on text alone"
         return find_sight(hf, self.name_or_path, way, self.hub)
 
     def sees_images(self) -> bool:
         """Whether it is a model of images and text."""
         config = self.read_config()
-        return self.auto == "AutoModelForCausalLM" and config.get_text_config() is not config
+        return config.get_text_config() is not config
 
     def saved_as(self) -> str | None:
         """Return the half-precision type that the model's files are in, for exports; None to write what is trained."""
@@ -360,7 +305,7 @@ class HFModel:
         """Return the class of transformers that loads the model; one of images and text is loaded as a whole."""
         import transformers
 
-        from posttrain.blocks.models.probe import auto_of
+        from posttrain.blocks.models.documents.probe import auto_of
 
         return auto_of(config) if self.auto == "AutoModelForCausalLM" else getattr(transformers, self.auto)
 
@@ -392,38 +337,16 @@ class HFModel:
 
         None if nothing does: the weights are random, or the hub does not say.
         """
-        found = self._content()
+        found = content_of(self)
         return hashlib.sha256(found).hexdigest() if isinstance(found, bytes) else found
 
     def fingerprint(self) -> str | None:
         """Return what identifies the network, that is, its weights and how they are used; None if nothing does."""
         said = repr({k: v for k, v in as_data(self).items() if k not in ("name_or_path", "token")})
-        found = self._content()
+        found = content_of(self)
         if isinstance(found, bytes):
             return hashlib.sha256(said.encode() + found).hexdigest()
         return f"{said} {found}" if found else None
-
-    def _content(self) -> bytes | str | None:
-        """Return names and hashes of the files of folders, or the commit of a hub model."""
-        from transformers import AutoConfig
-
-        if self.random_init:
-            return None
-        base, folders = origin(self.name_or_path)
-        commit = b""
-        if Path(base).is_dir():
-            folders = [Path(base), *folders]
-        else:
-            try:
-                found = AutoConfig.from_pretrained(base, **self.hub)._commit_hash
-            except (OSError, ValueError) as error:
-                raise RecipeError(f"model {base!r} cannot be loaded: {error}") from error
-            if not found or not folders:
-                return str(found) if found else None
-            commit = str(found).encode()
-        files = [file for folder in folders for file in sorted(folder.iterdir()) if file.suffix in HASHED]
-        with ThreadPoolExecutor() as threads:  # hashing lets other threads run
-            return commit + b"".join(threads.map(_named_hash, files))
 
     def freeze_parameters(self, hf: Any) -> None:
         """Freeze the parameters whose names match a pattern.
@@ -447,7 +370,7 @@ class HFModel:
 class RewardModel(HFModel):
     """A model that gives a conversation one number, at its last token: a sequence classifier with one label.
 
-    From a causal language model, its head starts anew. transformers and vLLM (`/classify`) load what is exported.
+    From a causal language model, its head is new. transformers and vLLM (`/classify`) load what is exported.
     """
 
     auto: ClassVar[str] = "AutoModelForSequenceClassification"
@@ -460,28 +383,9 @@ class RewardModel(HFModel):
 
         return Scorer(hf)
 
+    def auto_class(self, config: Any) -> Any:
+        """Return the class of transformers that loads the model."""
+        from posttrain.blocks.models.reward import know_scores
 
-def use_liger(hf: Any) -> None:
-    """Patch a transformers model to use Liger's kernels, but for the loss, which is ours.
-
-    Raises:
-        RecipeError: they are not installed, do not run here, or do not know the model.
-    """
-    import torch
-
-    try:
-        from liger_kernel.transformers.monkey_patch import MODEL_TYPE_TO_APPLY_LIGER_FN
-    except ImportError as error:
-        raise RecipeError(f"model.liger needs Triton and Liger: pip install 'posttrain[liger]' ({error})") from None
-    if not torch.cuda.is_available():
-        raise RecipeError("model.liger: these kernels run on GPUs, and there is none")
-    kind = hf.config.model_type
-    if kind not in MODEL_TYPE_TO_APPLY_LIGER_FN:
-        known = ", ".join(sorted(MODEL_TYPE_TO_APPLY_LIGER_FN))
-        raise RecipeError(f"model.liger: Liger does not know models of type {kind!r} (known: {known})")
-    MODEL_TYPE_TO_APPLY_LIGER_FN[kind](model=hf, cross_entropy=False, fused_linear_cross_entropy=False)
-
-
-def _named_hash(file: Path) -> bytes:
-    with file.open("rb") as content:
-        return file.name.encode() + hashlib.file_digest(content, "sha256").digest()
+        know_scores(config)
+        return super().auto_class(config)

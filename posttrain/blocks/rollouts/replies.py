@@ -21,7 +21,7 @@ class Reply:
     prompt: list[int] | None = None
     """What it goes on from, if that is not the prompt of its group."""
     earlier: "tuple[Reply, ...]" = ()
-    """Turns of the same conversation before it was rendered anew, since its tokens would have changed."""
+    """Turns of the same conversation before it was rendered again, since its tokens would have changed."""
     messages: list[dict[str, Any]] = attrs.field(factory=list)
     """Of several turns, all that was said behind the prompt, as a conversation."""
     reward: float = 0.0
@@ -113,7 +113,7 @@ class Group:
     """The weighted sum for each reply; None if a part of it failed."""
     advantages: list[float] = attrs.field(factory=list)
     rounds: int | None = None
-    """How often its replies were sampled anew, since all were worth the same; None where that is not done."""
+    """How often its replies were sampled again, since all were worth the same; None where that is not done."""
 
     @property
     def flat(self) -> bool:

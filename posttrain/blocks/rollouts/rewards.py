@@ -1,4 +1,4 @@
-"""Rewards: what a reply is worth, from a function of one's own or from a reward model.
+"""Rewards: what a reply is worth, from a function of your own or from a reward model.
 
 A reward that raises, hangs or gives no finite number is counted and named; its reply is not learned from.
 """

@@ -34,7 +34,7 @@ class KeyAuth(httpx.Auth):
 
 
 class KeyPairAuth(httpx.Auth):
-    """Snowflake's key-pair JWT (RS256), made anew before it runs out and once more if it is refused.
+    """Snowflake's key-pair JWT (RS256), made again before it runs out and once more if it is refused.
 
     Source: docs.snowflake.com, developer-guide/sql-api/authenticating.
     """

@@ -14,7 +14,7 @@ from posttrain.synth.clients.openai import OpenAIProtocol
 from posttrain.synth.clients.sigv4 import SigV4Auth
 from posttrain.synth.clients.structured import How
 from posttrain.synth.ledger.keys import as_secret
-from posttrain.synth.sending.online import Service
+from posttrain.synth.sending.service import Service
 from posttrain.synth.sending.wires.bedrock import CONVERSE, FORMATS, KNOWN
 from posttrain.synth.sending.wires.parts import parts_of, picture
 from posttrain.values import Secret

@@ -118,7 +118,7 @@ class Synth:
     # -- adding -----------------------------------------------------------------------
 
     def begin_batch_task(self, task_name: str) -> None:
-        """Begin a task anew: what is added from here on replaces what this process had added. Results stay."""
+        """Begin a task again: what is added from here on replaces what this process had added. Results stay."""
         self._adding.pop(task_name, None)
 
     def add_chat_to_batch_task(

@@ -23,7 +23,8 @@ from posttrain.synth.clients.structured import How
 from posttrain.synth.ledger.keys import Request, as_secret
 from posttrain.synth.ledger.replies import choices, parsed
 from posttrain.synth.ledger.session import Session
-from posttrain.synth.sending.online import OpenAIDialect, Service, send_all
+from posttrain.synth.sending.online import send_all
+from posttrain.synth.sending.service import OpenAIDialect, Service
 from posttrain.values import Secret
 
 PATHS = {"openai": "/api/v2/cortex/v1", "complete": "/api/v2/cortex/inference:complete", "sql": "/api/v2/statements"}
@@ -36,7 +37,7 @@ class CortexSynth(Synth):
     """Data from Snowflake Cortex, one request at a time and many in flight.
 
     With `token` (a programmatic access token) or `private_key_file` (a key pair: `cryptography` makes the tokens,
-    and makes them anew in long runs).
+    and makes them again in long runs).
     """
 
     account: str | None = None

@@ -15,7 +15,8 @@ from posttrain.synth.ledger.keys import as_secret
 from posttrain.synth.ledger.session import Session
 from posttrain.synth.sending.batch import BatchRun
 from posttrain.synth.sending.batch_api import BatchService
-from posttrain.synth.sending.online import OpenAIDialect, Service, send_all
+from posttrain.synth.sending.online import send_all
+from posttrain.synth.sending.service import OpenAIDialect, Service
 from posttrain.values import Secret
 
 

@@ -50,7 +50,7 @@ class TransformersSynth(Synth):
 
     @cached_property
     def namespace(self) -> str:
-        """The weights, so that a model that was trained further answers anew."""
+        """The weights, so that a model that was trained further answers again."""
         if self.weights:
             return f"transformers:{self.weights}"
         from posttrain.blocks.models.model import HFModel

@@ -19,7 +19,8 @@ from posttrain.synth.clients.client import Synth
 from posttrain.synth.ledger.keys import CHAT, Request, as_secret
 from posttrain.synth.ledger.replies import Action, Verdict
 from posttrain.synth.ledger.session import Session, dumped
-from posttrain.synth.sending.online import OpenAIDialect, Service, send_all
+from posttrain.synth.sending.online import send_all
+from posttrain.synth.sending.service import OpenAIDialect, Service
 from posttrain.values import Secret
 
 PARAMS_OF_WEIGHTS = ("revision", "quantization", "dtype", "hf_overrides", "load_format", "tokenizer", "chat_template")

@@ -118,7 +118,7 @@ class Session:
         what = f"HTTP {said.status} {said.code}" if said.status else said.code
         return (
             f"task {self.name!r} stopped: {what}: {self.scrubber.text(said.message)}. "
-            f"{self.progress.done:,} of {self.progress.total:,} results are kept; put it right and run again to go on"
+            f"{self.progress.done:,} of {self.progress.total:,} results are kept; fix it and run again to go on"
         )
 
 

@@ -170,7 +170,7 @@ class Ledger:
 
         Args:
             task: its number.
-            start: the first position; 0 begins the task anew, as far as counting samples goes.
+            start: the first position; 0 begins the task again, as far as counting samples goes.
             rows: (content hash, the one that version 0.1 gave it or None, endpoint, model, body, prompt tokens,
                 reply tokens, what to keep beside the result).
         """

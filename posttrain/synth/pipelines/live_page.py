@@ -1,4 +1,4 @@
-"""A page that shows how a run goes, written anew every few seconds; a browser that has it open reads it again."""
+"""A page that shows how a run goes, written again every few seconds; a browser that has it open reads it again."""
 
 import time
 from collections.abc import Callable

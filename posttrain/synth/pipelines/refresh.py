@@ -1,4 +1,4 @@
-"""Generation while training: between two passes the model answers the prompts anew, and trains on what comes of that.
+"""Generation while training: between two passes the model answers the prompts again, and trains on what comes of that.
 
 What each pass was trained on is a function of the weights at its beginning, and stays in the run's folder. So a run
 that goes on from a checkpoint reads the same rows, or makes the same rows again.

@@ -175,7 +175,7 @@ class BatchRun:
         return self.ledger.folder / "batches" / f"posttrain-{nonce}.jsonl"
 
     def _file(self, batch: Batch) -> Path:
-        """Return the file of a batch, written anew from the ledger if it is gone or was changed."""
+        """Return the file of a batch, written again from the ledger if it is gone or was changed."""
         path = self._path(batch.nonce)
         if path.is_file() and hashlib.sha256(path.read_bytes()).hexdigest() == batch.sha256:
             return path
@@ -352,7 +352,7 @@ class BatchRun:
             raise TaskStopped(
                 f"batch {batch.batch_id} of {batch.lines:,} requests was refused: {self.session.scrubber.text(why)}. "
                 + (f"{paid:,} of its lines were answered and are kept" if paid else "None of its lines was answered")
-                + "; put it right and run again"
+                + "; fix it and run again"
             )
 
     def _download(self, batch: Batch, file_id: str) -> None:

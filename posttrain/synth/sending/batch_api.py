@@ -298,7 +298,7 @@ class BatchAPI:
         said = said._replace(message=self._scrubber.text(said.message))
         if said.action is Action.STOP:
             raise TaskStopped(
-                f"stopped: HTTP {said.status} {said.code}: {said.message}. Everything that came is kept; put it right "
+                f"stopped: HTTP {said.status} {said.code}: {said.message}. Everything that came is kept; fix it "
                 "and run again to go on"
             )
         return said

@@ -11,137 +11,29 @@ import random
 import ssl
 import time
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple, Protocol
+from functools import partial
+from typing import Any, NamedTuple
 
-import attrs
 import httpx
 
 from posttrain.errors import SynthError
 from posttrain.synth.errors import TaskStopped
 from posttrain.synth.ledger.keys import CHAT, Request
 from posttrain.synth.ledger.pricing import usage
-from posttrain.synth.ledger.replies import CONFIGURED, TOO_LARGE_CODE, Action, Verdict, limits, parsed, verdict
+from posttrain.synth.ledger.replies import CONFIGURED, TOO_LARGE_CODE, Action, Verdict, limits, verdict
 from posttrain.synth.ledger.session import Session, Statement, dumped
 from posttrain.synth.ledger.store import Writer
+from posttrain.synth.sending.endpoints import OUTAGES, Endpoint, Endpoints
 from posttrain.synth.sending.limits import Gate
+from posttrain.synth.sending.refusals import Refusals
+from posttrain.synth.sending.service import OpenAIDialect, Service
 from posttrain.synth.sending.transport import exchange, hopeless, lane_transport, user_agent
 
 log = logging.getLogger("posttrain.synth")
 FIRST_BACKOFF, LONGEST_BACKOFF = 0.5, 30.0
-SAME_FAILURES = 20
-"""After so many refusals for the same reason in a row, requests from all over the task are tried. If they are refused
-alike, it is not the rows that are wrong, and the task stops."""
-PROBES = 3
 WAITS = 20
 """So often a request may be told to wait while others are answered; then it is the request, and it is given up."""
-OUTAGE = 3
-"""So many requests that meet one of these in a row are an outage of the server; 500 and 504 can be about one row."""
-OUTAGES = {502, 503, 529}
-SHORTEST_EJECTION, LONGEST_EJECTION = 1.0, 30.0
 REPORT_EVERY = 0.2
-
-
-class Dialect(Protocol):
-    """How a request looks on the wire, and its answer; OpenAI's way is the identity."""
-
-    def request(self, request: Request, base: httpx.URL) -> tuple[str, httpx.URL, bytes]:
-        """Return (method, URL, body)."""
-
-    def follow(self, response: httpx.Response, base: httpx.URL) -> httpx.URL | None:
-        """Return where the real answer will be, if this one only says that it will come."""
-
-    def reply(self, response: httpx.Response) -> Any:
-        """Return the answer's body in OpenAI's shape, or None if it is not readable."""
-
-
-class OpenAIDialect:
-    """The wire format of OpenAI, vLLM, Azure's v1 and Cortex' OpenAI-compatible path."""
-
-    def __init__(self, query: dict[str, str] | None = None) -> None:
-        self._query = query
-        self._urls: dict[tuple[str, str], httpx.URL] = {}
-
-    def request(self, request: Request, base: httpx.URL) -> tuple[str, httpx.URL, bytes]:
-        """Return what to send."""
-        known = (str(base), request.endpoint)
-        if known not in self._urls:
-            url = base.copy_with(path=base.path.rstrip("/") + request.endpoint)
-            self._urls[known] = url.copy_merge_params(self._query) if self._query else url
-        return "POST", self._urls[known], request.body
-
-    def follow(self, response: httpx.Response, base: httpx.URL) -> httpx.URL | None:
-        """Return None: an answer is the answer."""
-        return None
-
-    def reply(self, response: httpx.Response) -> Any:
-        """Return the body as JSON."""
-        return parsed(response.content)
-
-
-@attrs.frozen
-class Service:
-    """Where requests go, and under which conditions."""
-
-    urls: list[str]
-    """Base URLs; all of them serve the same models."""
-    auth: httpx.Auth
-    headers: dict[str, str] = attrs.field(factory=dict)
-    dialect: Dialect = attrs.field(factory=OpenAIDialect)
-    concurrency: int = 64
-    start: int = 16
-    attempts: int = 6
-    timeout: float = 600.0
-    patience: float = 600.0
-    rpm: float | None = None
-    tpm: float | None = None
-    transport: httpx.AsyncBaseTransport | None = None
-
-
-class Endpoint:
-    """One server, and whether it answers."""
-
-    def __init__(self, url: str) -> None:
-        self.base = httpx.URL(url)
-        self.in_flight = 0
-        self.down_until = 0.0
-        self.down_since: float | None = None
-        self._ejections = 0
-        self.probing = False
-        """A request is on its way to see whether it is back."""
-        self._troubled: set[int] = set()
-        """Requests that met an outage since the last answer."""
-
-    def free(self, now: float) -> bool:
-        """Whether a request may go there; after a pause one tries whether it is back, before all do."""
-        return now >= self.down_until and not self.probing
-
-    def begin(self) -> bool:
-        """Count a request that is sent; true if it tries whether the server is back."""
-        self.in_flight += 1
-        self.probing = self.probing or bool(self._ejections)
-        return bool(self._ejections)
-
-    def eject(self, now: float, wait: float = 0.0) -> None:
-        """Leave the server alone for a while, longer each time; lanes that find it down together count once."""
-        self.down_since = now if self.down_since is None else self.down_since
-        if now >= self.down_until:
-            backoff = min(LONGEST_EJECTION, SHORTEST_EJECTION * 2 ** min(self._ejections, 5))
-            self.down_until = now + max(backoff, wait)
-            self._ejections += 1
-
-    def outage(self, request: Request, now: float, wait: float) -> bool:
-        """Whether it is the server that is ill and not one request: several have met the same since the last answer.
-        Then it is left alone, and nothing counts against the requests."""
-        self._troubled.add(request.id)
-        if len(self._troubled) < OUTAGE:
-            return False
-        self.eject(now, wait)
-        return True
-
-    def answered(self) -> None:
-        """It is there."""
-        self.down_since, self._ejections, self.down_until = None, 0, 0.0
-        self._troubled.clear()
 
 
 class Sent(NamedTuple):
@@ -163,18 +55,12 @@ class OnlineRun:
         self.service, self.session = service, session
         self.loop = asyncio.get_running_loop()
         self.gate = Gate(service.concurrency, service.start, service.rpm, service.tpm)
-        self.endpoints = [Endpoint(url) for url in service.urls]
+        self.endpoints = Endpoints(service.urls)
+        self.refusals = Refusals(partial(session.ledger.spread, session.task))
         self.writer = Writer(session.ledger, self._committed)
         self.stopped: TaskStopped | None = None
         self._todo: Iterator[Request] = session.todo()
         self._context: ssl.SSLContext | None = None
-        self._refused: list[tuple[str, int]] = []
-        """(code, request) of each refusal since the last result."""
-        self._probes: list[Request] = []
-        self._tried: set[int] = set()
-        """Requests that were sent ahead of their turn."""
-        self._probing = 0
-        """Refusals for the same reason that stop the task, once probes are out; 0: none are."""
         self._successes = 0
         self._reported = 0.0
         self._end = asyncio.Event()
@@ -188,7 +74,7 @@ class OnlineRun:
             TaskStopped: something concerns the whole task.
         """
         self.session.on_stop.append(self._stop_from_anywhere)
-        if any(endpoint.base.scheme == "https" for endpoint in self.endpoints):
+        if self.endpoints.secure:
             self._context = httpx.create_ssl_context()
         try:
             async with asyncio.TaskGroup() as lanes:
@@ -206,7 +92,7 @@ class OnlineRun:
     # -- a lane -----------------------------------------------------------------------
 
     async def _lane(self) -> None:
-        transports: dict[int, httpx.AsyncBaseTransport] = {}
+        transports: dict[httpx.URL, httpx.AsyncBaseTransport] = {}
         try:
             while not self._over and (request := self._next()) is not None:
                 await self._serve(request, transports)
@@ -220,11 +106,11 @@ class OnlineRun:
         return self.stopped is not None or self.session.stopping.is_set()
 
     def _next(self) -> Request | None:
-        if self._probes:
-            return self._probes.pop()
-        return next((request for request in self._todo if request.id not in self._tried), None)
+        if self.refusals.probes:
+            return self.refusals.probes.pop()
+        return next((request for request in self._todo if request.id not in self.refusals.tried), None)
 
-    async def _serve(self, request: Request, transports: dict[int, httpx.AsyncBaseTransport]) -> None:
+    async def _serve(self, request: Request, transports: dict[httpx.URL, httpx.AsyncBaseTransport]) -> None:
         """Bring one request to its end: a result, a failure, or the end of the run."""
         attempts, waits = 0, 0
         while True:
@@ -263,28 +149,24 @@ class OnlineRun:
         self.gate.leave()
         return None
 
-    async def _attempt(self, request: Request, transports: dict[int, httpx.AsyncBaseTransport]) -> Sent | None:
+    async def _attempt(self, request: Request, transports: dict[httpx.URL, httpx.AsyncBaseTransport]) -> Sent | None:
         """Send a request once; None if no server is there to take it."""
         now = self.loop.time()
-        index = min(
-            range(len(self.endpoints)),
-            key=lambda i: (not self.endpoints[i].free(now), self.endpoints[i].in_flight, random.random()),
-        )
-        endpoint = self.endpoints[index]
-        if not endpoint.free(now):
+        endpoint = self.endpoints.best(now)
+        if endpoint is None:
             self.session.budget.release(request)
             self.session.budget.sent -= 1
             await self._wait_for_servers(now)
             return None
-        if index not in transports:
-            transports[index] = self.service.transport or lane_transport(endpoint.base, self._context)
+        if endpoint.base not in transports:
+            transports[endpoint.base] = self.service.transport or lane_transport(endpoint.base, self._context)
         probe = endpoint.begin()
         self.session.progress.in_flight += 1
         try:
             async with asyncio.timeout(self.service.timeout):
-                response = await self._exchange(request, endpoint.base, transports[index])
+                response = await self._exchange(request, endpoint.base, transports[endpoint.base])
         except httpx.ConnectError as error:
-            if len(self.endpoints) == 1 and hopeless(error) and not self._successes:
+            if len(self.endpoints.each) == 1 and hopeless(error) and not self._successes:
                 self._stop(TaskStopped(self.session.stop_message(Verdict(Action.STOP, "no_server", str(error)))))
             if endpoint.down_since is None:
                 log.warning("no connection to %s; waiting for it", self.session.scrubber.text(str(error)))
@@ -336,13 +218,12 @@ class OnlineRun:
 
     async def _wait_for_servers(self, now: float) -> None:
         """Wait until a server may be tried again; give up the task when none has answered for long."""
-        since = [e.down_since for e in self.endpoints if e.down_since is not None]
-        if now - max(since, default=now) > self.service.patience:
+        if self.endpoints.silent_for(now) > self.service.patience:
             note = self.session.progress.note or "no server answers"
             said = Verdict(Action.STOP, "no_server", f"{note}, for {self.service.patience:g} s")
             self._stop(TaskStopped(self.session.stop_message(said)))
             return
-        await self._sleep(min(0.5, max(0.05, min(e.down_until for e in self.endpoints) - now)))
+        await self._sleep(min(0.5, max(0.05, self.endpoints.next_try(now))))
 
     # -- what came --------------------------------------------------------------------
 
@@ -351,8 +232,7 @@ class OnlineRun:
         said, session = sent.said, self.session
         if said.action is Action.RESULT:
             self._successes += 1
-            self._refused.clear()
-            self._probing = 0
+            self.refusals.forget()
             self.gate.succeeded()
             if self.gate.counts_tokens and any(used := usage(sent.reply)):
                 self._settle(request, used)
@@ -405,16 +285,9 @@ class OnlineRun:
         sent again by the next run; anything else counts against its row, so that rows at the head block no run."""
         if said.action is not Action.REFUSED or self.stopped is not None or waited_in_vain(said):
             return
-        self._refused.append((said.code, request.id))
-        same = [number for code, number in self._refused if code == said.code]
-        if len(same) < (self._probing or SAME_FAILURES):
+        same = self.refusals.all_alike(request, said)
+        if not same:
             return
-        if not self._probing:
-            self._probes = [r for r in self.session.ledger.spread(self.session.task, PROBES) if r.id not in same]
-            self._tried |= {r.id for r in self._probes}
-            self._probing = len(same) + len(self._probes)
-            if self._probes:
-                return
         again = "retry_failed=True sends them again"
         if said.status in CONFIGURED:
             pardon = "UPDATE failure SET permanent = 0 WHERE request = ?"

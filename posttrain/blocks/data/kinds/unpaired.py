@@ -8,11 +8,12 @@ import attrs
 from attrs.validators import gt
 
 from posttrain.batch import Batch, Extra
-from posttrain.blocks.data.data import Data, pad_id
-from posttrain.blocks.data.encoding.encoders import ChatEncoder, Encoded, Encoder, Values
+from posttrain.blocks.data.data import Data, anchor_of, pad_id
+from posttrain.blocks.data.encoding.encoders import ChatEncoder, Encoded, Encoder, Values, apart
 from posttrain.blocks.data.rows.chat import ChatRenderer
 from posttrain.blocks.data.rows.messages import Refused
 from posttrain.blocks.data.rows.schemas import VERDICTS, Sample, Schema, conversation, schema
+from posttrain.blocks.images.arrange import IMAGES
 from posttrain.blocks.layout import Column, Columns, Document, Example, collate_groups
 from posttrain.registry import block, key
 
@@ -27,6 +28,7 @@ class UnpairedData(Data):
     `kto_tag`) with true or false."""
 
     policies: ClassVar[tuple[str, ...]] = ("drop",)
+    takes_images: ClassVar[bool] = True
 
     overflow: Literal["error", "drop"] = "error"
     """What happens to a row that is too long, also with the reply of its neighbour: say so and stop, or leave it
@@ -48,7 +50,9 @@ class UnpairedData(Data):
 
     def collator(self, tokenizer: Any) -> Callable[[list[list[Example]], int], Batch]:
         """Return what makes a batch of replies, with the replies of other rows as a batch of its own, `others`."""
-        return partial(_collated, pad_id=pad_id(tokenizer), packing=self.packing, columns=self.columns)
+        columns = self.columns_of(tokenizer)
+        lay = partial(collate_groups, pad_id=pad_id(tokenizer), packing=self.packing, columns=columns)
+        return partial(_collated, lay=self.with_images(lay, tokenizer), columns=columns)
 
     def fullest(self, length: int) -> Example:
         """Return an example as large as can be."""
@@ -57,8 +61,12 @@ class UnpairedData(Data):
 
     def encoder(self, tokenizer: Any) -> Encoder:
         """Return what renders and tokenizes conversations."""
-        renderer = ChatRenderer(tokenizer, template_args=self.template_args, last_turn_only=True)
-        single = ChatEncoder(renderer, self.sample, _schema, columns=self.columns)
+        renderer = ChatRenderer(
+            tokenizer, template_args=self.template_args, last_turn_only=True, anchor=anchor_of(tokenizer)
+        )
+        single = ChatEncoder(
+            renderer, self.sample, _schema, columns=self.columns_of(tokenizer), sight=self.sight(tokenizer)
+        )
         return UnpairedEncoder(single)
 
     def sample(self, row: dict[str, Any]) -> Sample:
@@ -121,13 +129,19 @@ def _beside(one: Example, other: Example) -> Example:
     first, begin = int(mask.argmax()), int(their_mask.argmax())
     reply = theirs[begin:]
     mixed: Document = np.concatenate([ids[:first], reply]), np.concatenate([mask[:first], their_mask[begin:]])
-    return Example(((ids, mask), mixed), one.values | {"matched": one is not other})
+    values = one.values | {"matched": one is not other}
+    if IMAGES in values:
+        (own,), (others,) = values[IMAGES], other.values[IMAGES]
+        moved = [span | {"at": span["at"] - begin + first} for span in others if span["at"] >= begin]
+        values[IMAGES] = own, [span for span in own if span["at"] < first] + moved
+    return Example(((ids, mask), mixed), values)
 
 
-def _collated(rows: list[list[Example]], multiple: int, *, pad_id: int, packing: bool, columns: Columns) -> Batch:
-    first, second = ([[Example((one.documents[i],), one.values) for one in row] for row in rows] for i in range(2))
-    others = collate_groups(second, multiple, pad_id=pad_id, packing=packing, columns=columns)
-    batch = collate_groups(first, multiple, pad_id=pad_id, packing=packing, columns=columns)
+def _collated(rows: list[list[Example]], multiple: int, *, lay: Callable[..., Batch], columns: Columns) -> Batch:
+    first, second = ([[apart(one, (), columns)[i] for one in row] for row in rows] for i in range(2))
+    others, batch = lay(second, multiple), lay(first, multiple)
     good = int(batch["good"].sum())
-    counted = {"replies": len(batch["good"]), "good": good, "bad": len(batch["good"]) - good}
+    counted: dict[str, float] = {"replies": len(batch["good"]), "good": good, "bad": len(batch["good"]) - good}
+    if IMAGES in batch.counted:
+        counted[IMAGES] = batch.counted[IMAGES] + others.counted[IMAGES]
     return batch.but(weight=counted["replies"], counted=counted, others=Extra(others))

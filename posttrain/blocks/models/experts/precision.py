@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
-from posttrain.blocks.models.kernels import low_precision
+from posttrain.blocks.models.documents.kernels import low_precision
 
 GROUPED, BATCHED = "grouped_mm", "batched_mm"
 """What transformers calls one product for all experts, and one for each token, which torch has for float64, too."""

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from posttrain.blocks.models.apart import decoder_of
+from posttrain.blocks.models.documents.ways import decoder_of
 from posttrain.blocks.models.quantized.layers import Code, Kind, Numbers, QuantizedLinear, Remade, codes
 from posttrain.errors import RecipeError
 from posttrain.runtime.bnb import require

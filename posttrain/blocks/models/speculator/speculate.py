@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from posttrain.blocks.models.attention import CACHE
+from posttrain.blocks.models.documents.attention import CACHE
 from posttrain.errors import RecipeError
 
 if TYPE_CHECKING:

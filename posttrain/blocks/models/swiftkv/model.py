@@ -13,7 +13,7 @@ from posttrain.registry import block, key
 if TYPE_CHECKING:
     from torch import nn
 
-    from posttrain.blocks.models.apart import Way
+    from posttrain.blocks.models.documents.ways import Way
 
 
 @block("model", "swiftkv")
@@ -98,8 +98,8 @@ class SwiftKVModel(HFModel):
 
     def way(self, hf: Any) -> "Way":
         """Return packed attention, or what the recipe asks for: the families are known to keep documents apart."""
-        from posttrain.blocks.models.apart import Way
-        from posttrain.blocks.models.attention import NAME
+        from posttrain.blocks.models.documents.attention import NAME
+        from posttrain.blocks.models.documents.ways import Way
 
         attention = NAME if self.attn_implementation == "auto" else self.attn_implementation
         hf.set_attn_implementation(attention)

@@ -26,7 +26,7 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb, eager
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from posttrain.blocks.models.attention import CACHE
+from posttrain.blocks.models.documents.attention import CACHE
 from posttrain.blocks.models.swiftkv.config import FAMILIES, SUFFIX
 
 

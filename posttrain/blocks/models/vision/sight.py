@@ -20,10 +20,9 @@ from posttrain.batch import Batch
 from posttrain.blocks.images.arrange import IMAGES, arrange
 from posttrain.blocks.images.processor import INSTALL, Processor, as_tensor, load
 from posttrain.blocks.layout import lay
-from posttrain.blocks.models.apart import Sight, Way
-from posttrain.blocks.models.attention import NAME
 from posttrain.blocks.models.causal import CausalLM
-from posttrain.blocks.models.probe import (
+from posttrain.blocks.models.documents.attention import NAME
+from posttrain.blocks.models.documents.probe import (
     GRADIENTS,
     LEAKS,
     WINDOW,
@@ -35,7 +34,8 @@ from posttrain.blocks.models.probe import (
     slopes_differ,
     slopes_of,
 )
-from posttrain.blocks.models.tiny import tiny
+from posttrain.blocks.models.documents.tiny import tiny
+from posttrain.blocks.models.documents.ways import Sight, Way
 from posttrain.blocks.models.vision.parts import parts_of
 
 VOCABULARY = 256

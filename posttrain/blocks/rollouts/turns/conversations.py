@@ -101,7 +101,7 @@ class Talk:
         return str(self.tokenizer.decode(ids[:-1] if ids and ids[-1] in self.among.ends else ids))
 
     def grown(self, turn: Turn, shown: str, answer: list[dict[str, Any]]) -> bool:
-        """Append an answer, or begin anew where the template writes the turns so far otherwise.
+        """Append an answer, or begin again where the template writes the turns so far otherwise.
 
         Returns:
             Whether there is room for another turn.

@@ -13,7 +13,7 @@ from posttrain.synth.ledger.replies import parsed
 
 @attrs.frozen
 class Translated:
-    """How such an interface is asked; see `Dialect` in online.py."""
+    """How such an interface is asked; see `Dialect` in service.py."""
 
     path: Callable[[str], str]
     """Name of a model -> the path behind the base URL, with what must be quoted quoted."""

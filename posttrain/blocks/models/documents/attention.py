@@ -24,7 +24,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import create_causal_mask, sdpa_mask
 
-from posttrain.blocks.models.kernels import DEVICES, LARGEST, head_size, low_precision, variable_length
+from posttrain.blocks.models.documents.kernels import DEVICES, LARGEST, head_size, low_precision, variable_length
 from posttrain.blocks.parallel.ulysses import divisible, own_columns, whole_rows
 from posttrain.errors import TrainingError
 

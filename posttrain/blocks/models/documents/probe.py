@@ -17,11 +17,11 @@ from torch import Tensor, nn
 
 from posttrain.batch import Batch
 from posttrain.blocks.layout import lay
-from posttrain.blocks.models.apart import Way, decoder_of, flat
-from posttrain.blocks.models.attention import NAME
 from posttrain.blocks.models.causal import CausalLM
-from posttrain.blocks.models.known import known_way
-from posttrain.blocks.models.tiny import tiny
+from posttrain.blocks.models.documents.attention import NAME
+from posttrain.blocks.models.documents.known import known_way
+from posttrain.blocks.models.documents.tiny import tiny
+from posttrain.blocks.models.documents.ways import Way, decoder_of, flat
 from posttrain.errors import RecipeError
 
 CLOSE = 1e-4
@@ -101,7 +101,7 @@ def _find_way(said: str, held: Held, name: str, attention: str | None, remote: b
             if best is not None and (unfolds or not best.separated):
                 break
             if number:
-                hf, alone = twin(held.config, remote)  # anew: its modules were changed
+                hf, alone = twin(held.config, remote)  # again: its modules were changed
             found = tried(hf, alone, how, unfolds)
             if isinstance(found, str):
                 problems.append(f"{how} attention{' in rows of their own' if unfolds else ''}: {found}")

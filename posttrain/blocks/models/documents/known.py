@@ -1,4 +1,4 @@
-"""Ways to keep documents apart that were found before, on the disk: trying takes seconds, in each process anew.
+"""Ways to keep documents apart that were found before, on the disk: trying takes seconds, in each process again.
 
 What was found depends on the configuration, on transformers and torch, and on our own code that tried it; all of these
 name the file.
@@ -13,7 +13,7 @@ from typing import Any
 
 import attrs
 
-from posttrain.blocks.models.apart import Way
+from posttrain.blocks.models.documents.ways import Way
 from posttrain.values import default_cache
 
 

@@ -85,7 +85,7 @@ def ways() -> Iterator[dict[str, bool]]:
 
 
 def shrunk(config: Any, way: dict[str, bool], layers: bool, vocabulary: int | None, window: int | None) -> Any:
-    """Return a configuration shrunk in one way, made anew of its values so that what is derived from them fits."""
+    """Return a configuration shrunk in one way, made again of its values so that what is derived from them fits."""
     said = copy.deepcopy(config.to_dict())
     text = text_of(said, config)
     rope = text.get("rope_parameters")
