@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM
 
 from posttrain.blocks.models.causal import CausalLM
 from posttrain.blocks.models.documents.tiny import tiny
-from posttrain.blocks.models.model import HFModel, LoRA
+from posttrain.blocks.models.model import HFModel, LoRA, RewardModel
 from posttrain.blocks.optimizer import AdamW
 from posttrain.blocks.scheduler import Constant
 from posttrain.blocks.tokenizers.tokenizer import HFTokenizer
@@ -36,6 +36,14 @@ def test_a_saved_model_is_loaded_with_its_weights(tiny_model: Path) -> None:
     for name, value in theirs.state_dict().items():
         torch.testing.assert_close(ours.hf.state_dict()[name], value)
     assert ours.hf.config._attn_implementation == "packed"
+
+
+def test_files_that_lack_weights_are_refused(tiny_model: Path) -> None:
+    """transformers would draw them at random, with a report that is easily overlooked."""
+    deeper = HFModel(name_or_path=str(tiny_model), config={"num_hidden_layers": 3})
+    with pytest.raises(RecipeError, match=r"hold no model.layers.2.\S+, .* and 6 more weights, which would be random"):
+        deeper.build(None)  # type: ignore[arg-type]
+    RewardModel(name_or_path=str(tiny_model)).build(None)  # type: ignore[arg-type]  # its head is new
 
 
 def test_random_weights_take_only_the_configuration(tiny_model: Path) -> None:

@@ -4,7 +4,7 @@ import fnmatch
 import hashlib
 import logging
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import attrs
@@ -39,6 +39,8 @@ class HFModel:
     task: ClassVar[str] = "CAUSAL_LM"
     fixed: ClassVar[dict[str, Any]] = {}
     """What the configuration must be for this kind of model."""
+    begins: ClassVar[tuple[str, ...]] = ()
+    """Patterns of the weights that are new, and in no files."""
 
     name_or_path: str
     """A folder or a hub name. The folder of an adapter, as a run with LoRA exports it, stands for the adapter's base
@@ -283,7 +285,10 @@ class HFModel:
             else:
                 plain = self.quantize and not origin(self.name_or_path)[1]
                 dtype = "auto" if plain else self.dtype  # as in the files, which are then not even copied
-                hf = auto.from_pretrained(self.base, config=config, dtype=dtype, **self.hub, **self.kwargs)
+                hf, report = auto.from_pretrained(
+                    self.base, config=config, dtype=dtype, output_loading_info=True, **self.hub, **self.kwargs
+                )
+                self.refuse_missing(report["missing_keys"])
         except (OSError, ValueError, ImportError) as error:
             raise RecipeError(f"model {self.name_or_path!r} cannot be loaded: {error}") from error
         except TypeError as error:
@@ -295,6 +300,20 @@ class HFModel:
             hf = hf if empty else merge(hf, adapters)
             hf.name_or_path = hf.config._name_or_path = self.name_or_path  # what a new adapter has as its base
         return hf
+
+    def refuse_missing(self, names: Iterable[str]) -> None:
+        """Refuse files that lack weights of the model: transformers draws them at random, and training would go on.
+
+        Raises:
+            RecipeError: there are such weights.
+        """
+        found = sorted(name for name in names if not any(fnmatch.fnmatch(name, pattern) for pattern in self.begins))
+        if found:
+            raise RecipeError(
+                f"model {self.name_or_path!r}: its files hold no {', '.join(found[:3])}"
+                + (f" and {len(found) - 3} more weights" if len(found) > 3 else "")
+                + ", which would be random; look at model.config, or begin from random weights with random_init"
+            )
 
     @property
     def base(self) -> str:
@@ -376,6 +395,7 @@ class RewardModel(HFModel):
     auto: ClassVar[str] = "AutoModelForSequenceClassification"
     task: ClassVar[str] = "SEQ_CLS"
     fixed: ClassVar[dict[str, Any]] = {"num_labels": 1}
+    begins: ClassVar[tuple[str, ...]] = ("score.*",)
 
     def wrap(self, hf: Any) -> "nn.Module":
         """Return a `Scorer` around a transformers model (see reward.py)."""

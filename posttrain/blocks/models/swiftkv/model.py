@@ -1,6 +1,6 @@
 """The SwiftKV model block: a teacher and its student in one set of weights, and what the student saves."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from attrs.validators import gt, optional
@@ -95,6 +95,10 @@ class SwiftKVModel(HFModel):
         for name, parameter in hf.named_parameters():
             parameter.requires_grad_("_swiftkv" in name)
         return hf
+
+    def refuse_missing(self, names: Iterable[str]) -> None:
+        """Refuse files that lack weights, but for a student that begins as its teacher."""
+        super().refuse_missing(name for name in names if self.is_exported or "_swiftkv" not in name)
 
     def way(self, hf: Any) -> "Way":
         """Return packed attention, or what the recipe asks for: the families are known to keep documents apart."""
