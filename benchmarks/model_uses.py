@@ -4,6 +4,7 @@
 micro-batches, an export as what was trained. A plan is of the twin. A speculator's training is tried packed and alone, too.
 """
 
+import contextlib
 import copy
 import json
 import re
@@ -56,7 +57,9 @@ class Uses:
             rows = [{"prompt": "add " * i, "response": "1 2 3 4 5 6 7 8 9 "[: 4 * i]} for i in range(1, 9)]
             (place / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
             config = AutoConfig.for_model(kind, **copy.deepcopy(changes))
-            shrunk(config, NOTHING, False, VOCABULARY, None).save_pretrained(place / "default")
+            with contextlib.suppress(ValueError):  # some cannot have fewer tokens
+                config = shrunk(config, NOTHING, False, VOCABULARY, None)
+            config.save_pretrained(place / "default")
             for method in ("sft", "swiftkv"):
                 (place / method).mkdir()
             twin, swiftkv, speculator = (proven(place, method) for method in CHECKS)

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import attrs
 import pytest
 import torch
 
@@ -39,6 +40,15 @@ def rows_of_the_table() -> dict[str, list[str]]:
 def test_the_table_of_models_says_what_is_measured(kind: str) -> None:
     row = models.measure(kind)
     assert [row.verdict, row.way, row.export] == [rows_of_the_table()[kind][i] for i in (1, 2, 6)]
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    "kind", ["mixtral", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("gemma4", "bamba"))]
+)
+def test_the_table_of_models_says_what_a_type_can_be_used_for(kind: str) -> None:
+    """Experts in float64; a model of images without its tower; a cache that does not know its length."""
+    assert list(attrs.astuple(models.Uses.of(kind, {}))) == rows_of_the_table()[kind][models.MEASURED :]
 
 
 @pytest.mark.skipif("POSTTRAIN_ALL_TYPES" not in os.environ, reason="an hour: set POSTTRAIN_ALL_TYPES=1")

@@ -359,15 +359,10 @@ def test_an_argument_that_the_processor_does_not_know_is_refused(folder: Any, ti
 
 
 def test_data_that_cannot_take_images_refuses_them(folder: Any, tmp_path: Path) -> None:
-    from posttrain.blocks.data.kinds.unpaired import UnpairedData
     from posttrain.blocks.rollouts.prompts import PromptData
 
     (tmp_path / "a.png").write_bytes(png(0))
     tokenizer = HFTokenizer().build(HFModel(name_or_path=str(folder("llava"))))
-    rows = [{"messages": [ask(Path("a.png"), "what?"), reply("a")], "label": True, "answer": "a"}]
-    source = str(written(tmp_path, rows))
-    with pytest.raises(DataError, match="there are images, and .* this kind of data takes none"):
-        UnpairedData(sources=[source], cache_dir=tmp_path / "c").build(tokenizer, 1, 0, 1, 0)
     asked = str(written(tmp_path, [{"messages": [ask(Path("a.png"), "what?")]}], "prompts.jsonl"))
     with pytest.raises(DataError, match="there are images, and replies to them cannot be sampled yet"):
         PromptData(sources=[asked], cache_dir=tmp_path / "c").build(tokenizer, 1, 0, 1, 0)
