@@ -89,7 +89,9 @@ def seen(kind: str, config, way) -> str:
 
 def processor_of(kind: str, config) -> Processor:
     """Return the processor of a type, made from its defaults and its configuration."""
-    name = PROCESSOR_MAPPING_NAMES[kind]
+    name = PROCESSOR_MAPPING_NAMES.get(kind)
+    if name is None:
+        raise LookupError("transformers names no processor for this type")
     module = importlib.import_module(f"transformers.{transformers._class_to_module[name]}") if "pixtral" not in str(
         transformers._class_to_module[name]) else None  # fmt: skip
     cls = _class(name)
@@ -102,7 +104,12 @@ def processor_of(kind: str, config) -> Processor:
         token = f"<{n}>"
         setattr(tokenizer, n, token)
         setattr(tokenizer, f"{n}_id", tokenizer.convert_tokens_to_ids(token))
-    made = IMAGE_PROCESSOR_MAPPING_NAMES[kind]
+    alike = [
+        k for k, theirs in PROCESSOR_MAPPING_NAMES.items() if theirs == name and k in IMAGE_PROCESSOR_MAPPING_NAMES
+    ]
+    if kind not in IMAGE_PROCESSOR_MAPPING_NAMES and not alike:
+        raise LookupError("transformers names no processor of images for this type")
+    made = IMAGE_PROCESSOR_MAPPING_NAMES[kind if kind in IMAGE_PROCESSOR_MAPPING_NAMES else alike[0]]
     made = made.get("pil") or made.get("torchvision") if isinstance(made, dict) else made
     images = getattr(transformers, made)
     with contextlib.suppress(Exception):
