@@ -10,7 +10,7 @@ import lightning.pytorch.loggers as theirs
 import pytest
 from toy import metrics, trainer
 
-from posttrain.blocks.loggers.logger import JSONL
+from posttrain.blocks.loggers.logger import JSONL, Console
 from posttrain.blocks.loggers.services import CSV, MLflow, Trackio, WandB
 from posttrain.blocks.loggers.services import missing as services_missing
 from posttrain.errors import RecipeError
@@ -121,3 +121,13 @@ def test_what_was_opened_is_closed_when_a_later_logger_fails(tmp_path: Path) -> 
     with pytest.raises(RecipeError):
         made.train()
     assert CALLS[-1] == "FAILED"
+
+
+@pytest.mark.parametrize(("keys", "said"), [({}, "run the same command"), ({"checkpoint": []}, "nothing was saved")])
+def test_an_interrupted_run_says_whether_it_can_go_on(
+    keys: dict[str, Any], said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    made = trainer(tmp_path, max_steps=6, stop_after=2, **keys)
+    made.logger = [Console()]
+    made.train()
+    assert said in capsys.readouterr().out

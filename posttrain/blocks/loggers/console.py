@@ -172,7 +172,9 @@ class ConsoleLogger:
             table.add_row("peak memory", f"{run.last['memory_gb']:.2f} GiB")
         table.add_row("folder", str(run.output_dir))
         if status == "interrupted":
-            table.add_row("to go on", "run the same command again")
+            goes_on = run.recipe.get("resume") != "never" and any(run.output_dir.glob("step-*"))
+            how = "run the same command again" if goes_on else "not possible: resume is never, or nothing was saved"
+            table.add_row("to go on", how)
         return table
 
 
