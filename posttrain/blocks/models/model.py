@@ -389,7 +389,8 @@ class HFModel:
 class RewardModel(HFModel):
     """A model that gives a conversation one number, at its last token: a sequence classifier with one label.
 
-    From a causal language model, its head is new. transformers and vLLM (`/classify`) load what is exported.
+    From a causal language model, its head is new. transformers and vLLM (`/classify`) load what is exported; of a model
+    of images and text, see docs/images.md.
     """
 
     auto: ClassVar[str] = "AutoModelForSequenceClassification"
