@@ -98,7 +98,8 @@ class SwiftKVModel(HFModel):
 
     def refuse_missing(self, names: Iterable[str]) -> None:
         """Refuse files that lack weights, but for a student that begins as its teacher."""
-        super().refuse_missing(name for name in names if self.is_exported or "_swiftkv" not in name)
+        begins = not self.is_exported
+        super().refuse_missing(name for name in names if not (begins and "_swiftkv" in name))
 
     def way(self, hf: Any) -> "Way":
         """Return packed attention, or what the recipe asks for: the families are known to keep documents apart."""
