@@ -31,7 +31,6 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-PEAK = {"H100 PCIe": 756e12, "H100": 989e12, "H200": 989e12, "A100": 312e12}
 """Dense bf16 operations per second, by a part of the device's name; the first that fits."""
 CANDIDATES = ("posttrain", "bare", "trl")
 WARM_UP = 3
@@ -143,10 +142,12 @@ class Clock:
             peak, name = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, platform.machine()
         else:
             peak, name = torch.cuda.max_memory_allocated() / 2**30, torch.cuda.get_device_name()
-        speed = next((speed for part, speed in PEAK.items() if part in name), None)
+        from posttrain.blocks.callbacks.speed import peak_of
+
+        speed = peak_of(torch.device("cpu" if self.setting.tiny else "cuda"))
         return {
             "rate": self.tokens / self.spent, "gib": peak, "device": name, "steps": self.steps,
-            "mfu": self.operations / self.spent / speed if speed else None,
+            "mfu": self.operations / self.spent / speed / 1e12 if speed else None,
         }  # fmt: skip
 
 

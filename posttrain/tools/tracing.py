@@ -52,7 +52,7 @@ class Traced:
     """Bytes of references and teachers."""
     activations: int
     moments: list[tuple[int, int]]
-    """Gradients and activations as a backward pass goes on: see `Alive`."""
+    """Gradients and activations as backward passes go on, of text and of images: see `Alive`."""
     layer: int
     """Bytes of the largest layer, as it is gathered for products."""
     layer_trained: int
@@ -158,11 +158,12 @@ def _trace(trainer: Trainer) -> Traced:
         if deepspeed and precision in BF16:  # bfloat16 beside float32 that the optimizer works in
             states = 4 * counts[True] + states * 4 * counts[True] // gradients
             kept, gradients = gathered(network.parameters(), 2), 2 * counts[True]
-        passed = fullest_pass = peak(trainer, fabric, network, others, faked(batch, mode))
+        passed = peak(trainer, fabric, network, others, faked(batch, mode))
+        activations, moments = passed.peak, passed.moments
         if seen is not None:
             try:
                 of_images = peak(trainer, fabric, network, others, faked(seen, mode))
-                fullest_pass = max(passed, of_images, key=lambda each: each.peak)
+                activations, moments = max(activations, of_images.peak), [*moments, *of_images.moments]
             except UNKNOWN:
                 log.warning("what images take is not in the plan: this model does what depends on their numbers")
         low = 2 if "16" in precision else 4
@@ -171,8 +172,8 @@ def _trace(trainer: Trainer) -> Traced:
         trained = [sum(p.numel() for p in layer if p.requires_grad) for layer in layers]
     return Traced(
         trained=counts[True], frozen=counts[False], kept=kept, gradients=gradients, optimizer=states,
-        others=sum(size_of(other.parameters()) for other in others.values()), activations=fullest_pass.peak,
-        moments=fullest_pass.moments,
+        others=sum(size_of(other.parameters()) for other in others.values()), activations=activations,
+        moments=moments,
         layer=max(sizes, default=0), layer_trained=max(trained, default=0),
         outside=gathered(network.parameters(), low) - sum(sizes), whole=gathered(network.parameters(), low),
         groups=parts, operations=passed.operations, tokens=batch.tokens,

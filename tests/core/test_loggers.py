@@ -123,7 +123,13 @@ def test_what_was_opened_is_closed_when_a_later_logger_fails(tmp_path: Path) -> 
     assert CALLS[-1] == "FAILED"
 
 
-@pytest.mark.parametrize(("keys", "said"), [({}, "run the same command"), ({"checkpoint": []}, "nothing was saved")])
+@pytest.mark.parametrize(
+    ("keys", "said"),
+    [
+        ({}, "run the same command again "), ({"checkpoint": []}, "nothing was saved"),
+        ({"resume": "never"}, "run the same command again with resume=auto"),
+    ],
+)  # fmt: skip
 def test_an_interrupted_run_says_whether_it_can_go_on(
     keys: dict[str, Any], said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -14,9 +14,10 @@ from architectures import KINDS, ROWS, alone, config_of, networks
 from toy import trainer
 from transformers import AutoConfig
 
+import posttrain
 from posttrain.blocks.layout import lay
 from posttrain.blocks.models.documents import probe
-from posttrain.blocks.models.documents.known import known_way
+from posttrain.blocks.models.documents.known import known_way, named
 from posttrain.blocks.models.documents.tiny import tiny
 from posttrain.blocks.models.documents.ways import Bounds, ByDocument, Way, by_document, groups, short_chunks
 from posttrain.blocks.models.model import HFModel
@@ -192,3 +193,14 @@ def test_what_could_not_be_proven_or_kept_is_tried_again(tmp_path: Path) -> None
         assert known_way(["m"], lambda: next(found)).proven  # from the disk
         patch.setenv("POSTTRAIN_CACHE", "/proc/nothing")
         assert known_way(["m"], lambda: Way("sdpa")) == Way("sdpa")
+
+
+@pytest.mark.parametrize("file", ["causal.py", "documents/probe.py", "vision/parts.py"])
+def test_what_is_known_is_forgotten_when_code_that_was_tried_changes(
+    file: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before, read = named(["m"]), Path.read_bytes
+    changed = Path(posttrain.__file__).parent / "blocks" / "models" / file
+    assert changed.is_file()
+    monkeypatch.setattr(Path, "read_bytes", lambda path: read(path) + (b"#" if path == changed else b""))
+    assert named(["m"]) != before

@@ -100,6 +100,7 @@ class MFU:
         """Count the first step."""
         from posttrain.blocks.callbacks.operations import Counting
 
+        self.stop()  # of a run whose first step failed
         if "tflops" not in trainer.run.per_token:
             self._counting.append(Counting())
             self._counting[0].__enter__()
@@ -108,12 +109,16 @@ class MFU:
     def end(self, trainer: Any, loss: Any) -> None:
         """Note what a token took."""
         run = trainer.run
-        if self._counting:
-            counting = self._counting.pop()
-            counting.__exit__(None, None, None)
+        if counting := self.stop():
             run.per_token["tflops"] = counting.operations / 1e12 / max(1, sum(batch.tokens for batch in run.batches))
             if peak := self.peak_tflops or peak_of(run.fabric.device):
                 run.per_token["mfu"] = run.per_token["tflops"] / peak
+
+    def stop(self) -> Any:
+        """Count no more; return what counted, if anything did."""
+        for counting in self._counting:
+            counting.__exit__(None, None, None)
+        return self._counting.pop() if self._counting else None
 
 
 def peak_of(device: Any) -> float | None:

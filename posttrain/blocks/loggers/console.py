@@ -16,6 +16,7 @@ from rich.table import Table
 
 from posttrain.blocks.loggers.ledger import ledger
 from posttrain.errors import TrainingError
+from posttrain.runtime.ours import is_checkpoint
 from posttrain.words import counted, duration, human
 
 if TYPE_CHECKING:
@@ -172,9 +173,9 @@ class ConsoleLogger:
             table.add_row("peak memory", f"{run.last['memory_gb']:.2f} GiB")
         table.add_row("folder", str(run.output_dir))
         if status == "interrupted":
-            goes_on = run.recipe.get("resume") != "never" and any(run.output_dir.glob("step-*"))
-            how = "run the same command again" if goes_on else "not possible: resume is never, or nothing was saved"
-            table.add_row("to go on", how)
+            how = "run the same command again" + (" with resume=auto" if run.recipe.get("resume") == "never" else "")
+            saved = any(map(is_checkpoint, run.output_dir.iterdir()))
+            table.add_row("to go on", how if saved else "not possible: nothing was saved (checkpoint: [resume])")
         return table
 
 

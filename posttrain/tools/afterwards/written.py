@@ -1,5 +1,6 @@
 """A folder that is there whole, or not at all."""
 
+import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,7 +18,7 @@ def whole(folder: Path) -> Iterator[Path]:
     """
     if folder.exists() and any(folder.iterdir()):
         raise RecipeError(f"{folder} is not empty: name another with -o")
-    aside = folder.with_name(f"{folder.name}.tmp")
+    aside = folder.with_name(f"{folder.name}.tmp-{os.getpid()}")
     try:
         yield aside
     except BaseException:

@@ -1,4 +1,4 @@
-"""Ways to keep documents apart that were found before, on the disk: trying takes seconds, in each process again.
+"""Ways to keep documents apart that were found before, on the disk: trying takes seconds, and each process would.
 
 What was found depends on the configuration, on transformers and torch, and on our own code that tried it; all of these
 name the file.
@@ -46,7 +46,8 @@ def named(asked: list[Any]) -> str:
     import torch
     import transformers
 
-    ours = [file.read_bytes() for file in sorted(Path(__file__).parent.rglob("*.py"))]
+    models = Path(__file__).parent.parent  # networks, experts and images are tried, too
+    ours = [file.read_bytes() for file in sorted(models.rglob("*.py"))]
     content = hashlib.sha256(json.dumps([asked, torch.__version__, transformers.__version__]).encode())
     content.update(b"".join(ours))
     return content.hexdigest()[:32]

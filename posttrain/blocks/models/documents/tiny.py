@@ -21,8 +21,7 @@ NARROW = {
 FEW = {
     "num_experts": 4, "num_local_experts": 4, "n_routed_experts": 4, "num_experts_per_tok": 2, "moe_num_experts": 4,
     "n_group": 1, "num_expert_group": 1, "topk_group": 1, "first_k_dense_replace": 1, "moe_topk": 2, "moe_k": 2,
-    "top_k_experts": 2,
-    "num_experts_per_token": 2, "zero_expert_num": 1,
+    "top_k_experts": 2, "num_experts_per_token": 2, "zero_expert_num": 1,
 }  # fmt: skip
 RANKS = {
     "kv_lora_rank": 16, "q_lora_rank": 16, "o_lora_rank": 16, "index_head_dim": 16, "index_n_heads": 2,
