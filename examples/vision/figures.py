@@ -22,7 +22,7 @@ NUMBERS = ("one", "two", "three")
 SIDE, CELL = 24, 12
 """Pixels of a picture, and of a quarter of it."""
 TEMPLATE = (
-    "{% for m in messages %}{% if m.role == 'user' %}<user> {% for p in m.content %}{% if p.type == 'image' %}<image> "
+    "{% for m in messages %}{% if m.role == 'user' %}<user> {% for p in m.content %}{% if p.type == 'image' %}<see> "
     "{% else %}{{ p.text }} {% endif %}{% endfor %}{% else %}<reply> {{ m.content }} <end>{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}<reply> {% endif %}"
 )
@@ -35,7 +35,7 @@ def draw(rng: random.Random):
     """Return a picture, and its figures as (color, shape, place); no two have the same color or the same shape."""
     from PIL import Image, ImageDraw
 
-    count = rng.choice([1, 1, 1, 2, 3])
+    count = rng.choice([1, 1, 1, 1, 2, 3])
     chosen = (rng.sample(list(known), count) for known in (COLORS, SHAPES, PLACES))
     figures = list(zip(*chosen, strict=True))
     ground = tuple(rng.randint(0, 60) for _ in range(3))
@@ -90,7 +90,7 @@ def rows(seed: int, count: int) -> Iterator[dict]:
 
 
 def tokenizer():
-    """Return a tokenizer of whole words."""
+    """Return a tokenizer of whole words, with the marks around an image that Gemma 3 knows."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
@@ -101,35 +101,40 @@ def tokenizer():
     made.decoder = decoders.WordPiece(prefix="##")  # puts spaces between words
     return PreTrainedTokenizerFast(
         tokenizer_object=made, pad_token="<pad>", eos_token="<end>", unk_token="<unk>", chat_template=TEMPLATE,
-        additional_special_tokens=["<user>", "<reply>", "<image>"],
+        additional_special_tokens=["<user>", "<reply>"],
+        extra_special_tokens={"image_token": "<image>", "boi_token": "<see>", "eoi_token": "<seen>"},
     )  # fmt: skip
 
 
-def model(folder: Path, patch: int = 6, hidden: int = 64, seen: int = 48) -> None:
-    """Write the configuration of a tiny LLaVA, its tokenizer and its processor; there are no weights."""
+def model(folder: Path, patch: int = 6, hidden: int = 48, seen: int = 48, layers: int = 2) -> None:
+    """Write the configuration of a tiny Gemma 3, its tokenizer and its processor; there are no weights.
+
+    The tower's patches are averaged to one token for each picture. So what a patch is, and where, must have been found
+    out before: by the tower, and not by the language model.
+    """
     import transformers
-    from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+    from transformers.models.gemma3.image_processing_pil_gemma3 import Gemma3ImageProcessorPil
 
     words = tokenizer()
-    common = {"intermediate_size": 3 * hidden, "num_hidden_layers": 3, "num_attention_heads": 4}
-    config = transformers.LlavaConfig(
-        text_config={
-            "model_type": "llama", "vocab_size": len(words), "hidden_size": hidden, **common, "num_key_value_heads": 4,
-            "max_position_embeddings": 512, "pad_token_id": words.pad_token_id, "eos_token_id": words.eos_token_id,
-            "bos_token_id": None, "initializer_range": 0.06,
-        },
-        vision_config={
-            "model_type": "clip_vision_model", "image_size": SIDE, "patch_size": patch, "hidden_size": seen, **common,
-            "intermediate_size": 3 * seen, "projection_dim": seen, "initializer_range": 0.06,
-        },
-        image_token_id=words.convert_tokens_to_ids("<image>"), vision_feature_layer=-1,
-    )  # fmt: skip
+    of_image = {name: words.convert_tokens_to_ids(token) for name, token in (
+        ("image_token_id", "<image>"), ("boi_token_index", "<see>"), ("eoi_token_index", "<seen>"),
+    )}  # fmt: skip
+    text = {
+        "vocab_size": len(words), "hidden_size": hidden, "intermediate_size": 3 * hidden, "num_hidden_layers": 3,
+        "num_attention_heads": 4, "num_key_value_heads": 4, "head_dim": hidden // 4,
+        "query_pre_attn_scalar": hidden // 4, "max_position_embeddings": 512, "layer_types": ["full_attention"] * 3,
+        "pad_token_id": words.pad_token_id, "eos_token_id": words.eos_token_id, "bos_token_id": None,
+        "initializer_range": 0.06,
+    }  # fmt: skip
+    tower = {
+        "model_type": "siglip_vision_model", "image_size": SIDE, "patch_size": patch, "hidden_size": seen,
+        "intermediate_size": 3 * seen, "num_hidden_layers": layers, "num_attention_heads": 4, "vision_use_head": False,
+    }  # fmt: skip
+    config = transformers.Gemma3Config(text_config=text, vision_config=tower, mm_tokens_per_image=1, **of_image)
     config.save_pretrained(folder)
-    images = CLIPImageProcessorPil(size={"shortest_edge": SIDE}, crop_size={"height": SIDE, "width": SIDE})
-    transformers.LlavaProcessor(
-        images, words, patch_size=patch, vision_feature_select_strategy="default", num_additional_image_tokens=1,
-        chat_template=TEMPLATE,
-    ).save_pretrained(folder)  # fmt: skip
+    images = Gemma3ImageProcessorPil(size={"height": SIDE, "width": SIDE})
+    processor = transformers.Gemma3Processor(images, words, chat_template=TEMPLATE, image_seq_length=1)
+    processor.save_pretrained(folder)
 
 
 def make(folder: Path, train: int = 20_000, test: int = 400) -> None:

@@ -27,14 +27,13 @@ console = Console(highlight=False)
 
 
 def questions(count: int) -> list[dict]:
-    """Return held-out pictures, each with one question and its answer."""
+    """Return every question about some held-out pictures, with its answer."""
     found = []
-    for number, line in enumerate((FOLDER / "data" / "test.jsonl").read_text().splitlines()[:count]):
+    for line in (FOLDER / "data" / "test.jsonl").read_text().splitlines()[:count]:
         messages = json.loads(line)["messages"]
-        asked = 2 * (number % (len(messages) // 2))
         image = base64.b64decode(messages[0]["content"][0]["base64"])
-        found.append({"image": image, "question": messages[asked]["content"][-1]["text"],
-                      "right": messages[asked + 1]["content"]})  # fmt: skip
+        for asked, answer in zip(messages[::2], messages[1::2], strict=True):
+            found.append({"image": image, "question": asked["content"][-1]["text"], "right": answer["content"]})
     return found
 
 
@@ -52,7 +51,7 @@ def answers(folder: Path, asked: list[dict]) -> list[str]:
         content = [[{"type": "image"}, {"type": "text", "text": one["question"]}] for one in batch]
         chats = [[{"role": "user", "content": parts}] for parts in content]
         texts = [processor.apply_chat_template(chat, add_generation_prompt=True, tokenize=False) for chat in chats]
-        images = [Image.open(io.BytesIO(one["image"])).convert("RGB") for one in batch]
+        images = [[Image.open(io.BytesIO(one["image"])).convert("RGB")] for one in batch]
         given = processor(text=texts, images=images, padding=True, return_tensors="pt")
         said = model.generate(**given, max_new_tokens=4, do_sample=False)[:, given["input_ids"].shape[1] :]
         found += [text.strip() for text in processor.tokenizer.batch_decode(said, skip_special_tokens=True)]
@@ -111,14 +110,16 @@ def main(overrides: list[str]) -> list[float]:
     finally:
         control.kill()
     folders = {"untrained": "untrained", "tower frozen at random": "frozen", "all trained": "run"}
-    table = Table("exactly right, of 400 held-out pictures", *KINDS, "all", box=box.SIMPLE_HEAD, pad_edge=False)
+    title = "exactly right, of all questions about 400 held-out pictures"
+    table = Table(title, *KINDS, "all", box=box.SIMPLE_HEAD, pad_edge=False)
     totals = []
     for label, name in folders.items():
         said = answers(FOLDER / name / "huggingface", asked)
         found = shares(asked, said)
         table.add_row(label, *(f"{share:.1%}" for share in found))
         totals.append(found[-1])
-    picture(asked[:24], said[:24], FOLDER / "answers.png")
+    one_each = list({one["image"]: number for number, one in enumerate(asked)}.values())[:24]
+    picture([asked[n] for n in one_each], [said[n] for n in one_each], FOLDER / "answers.png")
     console.print(table)
     console.print(f"trained in {seconds:.0f} s; what it saw and said: {FOLDER / 'answers.png'}")
     return totals

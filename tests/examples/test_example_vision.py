@@ -60,7 +60,7 @@ def test_dpo_on_right_and_wrong_answers_about_pictures_is_right_about_held_out_o
     import learn_to_see as demo
 
     figures.make(demo.FOLDER / "data", train=4000, test=400)
-    demo.train(["max_steps=100", "accelerator=cpu"])
+    demo.train(["max_steps=300", "accelerator=cpu"])
     for name, seed, count in (("train", 3, 3000), ("test", 4, 600)):
         Path(f"{name}.jsonl").write_text("\n".join(map(json.dumps, wrong_and_right(figures.rows(seed, count), seed))))
     recipe = {
