@@ -40,6 +40,7 @@ DECODER = (
     "roberta", "roberta-prelayernorm", "roc_bert", "roformer", "xlm-roberta", "xlm-roberta-xl", "reformer",
 )  # fmt: skip
 PLAIN = {"rope_type": "default", "rope_theta": 1e4}
+COMPASS = {"rope_parameters": {"full_attention": PLAIN, "sliding_attention": PLAIN}}
 INDEXED = {
     "indexer_n_heads": 4, "indexer_kv_heads": 1, "indexer_head_dim": 64, "indexer_budget": 16,
     "indexer_compress_ratio": 4, "ngram_vocab_size_base": 100,
@@ -51,7 +52,15 @@ CHANGES = {
     **{kind: {"layer_types": ["conv", "full_attention"] * 16} for kind in ("lfm2", "lfm2_moe")},
     "dots1": {"n_routed_experts": 4, "num_experts_per_tok": 2, "n_shared_experts": 1},
     "dbrx": {"attn_config": {"rope_theta": 1e4, "clip_qkv": 8.0}},
-    "cohere_compass_text": {"rope_parameters": {"full_attention": PLAIN, "sliding_attention": PLAIN}},
+    "cohere_compass_text": COMPASS,
+    "cohere_compass": {"text_config": COMPASS},
+    "deepseek_ocr2": {"text_config": {"mlp_layer_types": ["dense", "sparse"] * 16, "num_experts_per_tok": 2}},
+    "ernie4_5_vl_moe": {"text_config": {"rope_parameters": {**PLAIN, "mrope_section": [22, 22, 20]}}},
+    "granite4_vision": {
+        "downsample_rate": "1/2",
+        "deepstack_layer_map": [[0, 0]],
+        "spatial_target_layers": [0, 0, 1, 1],
+    },
     "qwen4_exp_text": INDEXED,
     "qwen4_exp": {"text_config": INDEXED},
     "step3p7": {"text_config": {"sliding_window": 16}},

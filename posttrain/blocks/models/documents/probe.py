@@ -21,7 +21,7 @@ from posttrain.blocks.models.causal import CausalLM
 from posttrain.blocks.models.documents.attention import NAME
 from posttrain.blocks.models.documents.known import known_way
 from posttrain.blocks.models.documents.tiny import tiny
-from posttrain.blocks.models.documents.ways import Way, decoder_of, flat
+from posttrain.blocks.models.documents.ways import Way, decoder_of, flat, head_of
 from posttrain.errors import RecipeError
 
 CLOSE = 1e-4
@@ -271,10 +271,10 @@ def set_attention(hf: Any, attention: str) -> None:
 def agrees(network: Any, alone: list[Alone], plain_head: bool = True) -> bool:
     """Whether packed documents get the log-probabilities that each gets alone."""
     expected = torch.cat([one.log_probs for one in alone])
-    network.plain_head = plain_head and type(network.base.get_output_embeddings()) is nn.Linear
+    network.plain_head = plain_head and type(head_of(network.base)) is nn.Linear
     if plain_head:
         hidden = network.hidden_states(packed(alone)).flatten(0, 1)
-        head = network.base.get_output_embeddings()
+        head = head_of(network.base)
         if not network.plain_head or hidden.shape[-1] != head.in_features:
             return False
     return close(network(packed(alone), "log_probs"), expected)

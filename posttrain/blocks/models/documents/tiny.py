@@ -15,7 +15,7 @@ NARROW = {
     "intermediate_size": 64, "moe_intermediate_size": 32, "shared_expert_intermediate_size": 32, "ffn_dim": 64,
     "d_ff": 64, "n_inner": 64, "encoder_ffn_dim": 64, "decoder_ffn_dim": 64, "intermediate_size_mlp": 64,
     "mlp_dim": 64, "ffn_hidden_size": 64, "expert_ffn_hidden_size": 32,
-    "shared_intermediate_size": 32, "moe_shared_expert_intermediate_size": 32,
+    "shared_intermediate_size": 32, "moe_shared_expert_intermediate_size": 32, "base_channels": 32,
 }  # fmt: skip
 """Widths of the layers between."""
 FEW = {
@@ -25,16 +25,19 @@ FEW = {
 }  # fmt: skip
 RANKS = {
     "kv_lora_rank": 16, "q_lora_rank": 16, "o_lora_rank": 16, "index_head_dim": 16, "index_n_heads": 2,
-    "qk_nope_head_dim": 16, "qk_rope_head_dim": 8, "qk_head_dim": 24, "v_head_dim": 16,
+    "qk_rope_head_dim": 8, "v_head_dim": 16,
 }  # fmt: skip
 """Of latent attention, whose queries and values differ in size."""
 STATES = {
     "linear_key_head_dim": 16, "linear_value_head_dim": 16, "linear_num_key_heads": 2, "linear_num_value_heads": 4,
+    "linear_head_dim": 16, "linear_num_heads": 4,
     "hidden_size_per_layer_input": 16, "vocab_size_per_layer_input": 512, "altup_lauxi_rank": 4,
 }  # fmt: skip
 DERIVED = ("head_dim", "num_key_value_heads", "num_attention_heads")
 """What a configuration may leave to be derived, and some forget to."""
-OUTPUTS = ("out_hidden_size", "text_hidden_size", "output_dim", "n_embed")
+OUTPUTS = (
+    "out_hidden_size", "text_hidden_size", "output_dim", "n_embed", "projection_dim", "image_token_embed_dim",
+)  # fmt: skip
 """What else is as wide as the language model: what towers of images hand on to it."""
 WINDOWS = ("sliding_window", "attention_chunk_size", "local_attention", "attention_window_size", "window_size")
 """What a short document must be longer than, or a twin would not show it."""
@@ -91,11 +94,10 @@ def shrunk(config: Any, way: dict[str, bool], layers: bool, vocabulary: int | No
     if text is not said and isinstance(rope, dict) and "rope_type" in rope:
         rope.setdefault("mrope_section", [0, 0, 0])  # which some take for granted
     change(text, way, layers, vocabulary, window)
-    for name, part in said.items():
-        if isinstance(part, dict) and name.endswith("_config") and part is not text:
-            change(part, way, layers, None, None)
-            if way["width"]:
-                part.update({n: text["hidden_size"] for n in OUTPUTS if part.get(n) and text.get("hidden_size")})
+    for part in towers(said, text):
+        change(part, way, layers, None, None)
+        if way["width"]:
+            part.update({n: text["hidden_size"] for n in OUTPUTS if part.get(n) and text.get("hidden_size")})
     for name in ("architectures", "transformers_version", "quantization_config"):
         said.pop(name, None)
     made = type(config).from_dict(said)
@@ -112,6 +114,14 @@ def text_of(said: dict[str, Any], config: Any) -> dict[str, Any]:
     return said
 
 
+def towers(said: dict[str, Any], text: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """Yield the values of what else a model is made of, and of what that is made of."""
+    for name, part in said.items():
+        if isinstance(part, dict) and name.endswith("_config") and part is not text:
+            yield part
+            yield from towers(part, text)
+
+
 def change(
     said: dict[str, Any], way: dict[str, bool], layers: bool, vocabulary: int | None, window: int | None
 ) -> None:
@@ -120,7 +130,7 @@ def change(
     if way["width"]:
         small |= widths(said) | NARROW | RANKS | STATES
     if way["experts"]:
-        small |= {name: min(said.get(name) or most, most) for name, most in FEW.items()}
+        small |= {name: fewer(said.get(name) or most, most) for name, most in FEW.items()}
     if layers and way["layers"]:
         small |= kept_layers(said)
     if window is not None:
@@ -136,8 +146,15 @@ def change(
     if said.get("per_layer_config"):
         said["per_layer_config"] = per_layer(said["per_layer_config"], small)
     for name, value in small.items():
-        if said.get(name) is not None or (name in said and name in DERIVED):
-            said[name] = value
+        before = said.get(name)
+        if before or (before is None and name in said and name in DERIVED):  # what it has none of, it gets none of
+            several = isinstance(before, list | tuple) and not isinstance(value, list | tuple)
+            said[name] = [value] * len(before) if several else value
+
+
+def fewer(before: Any, most: int) -> Any:
+    """Return a count, or one for each layer or kind of input, that is not above another."""
+    return [fewer(one, most) for one in before] if isinstance(before, list | tuple) else min(before, most)
 
 
 def fit_rope(rope: Any, said: dict[str, Any], narrow: bool, short: bool) -> None:
@@ -147,7 +164,9 @@ def fit_rope(rope: Any, said: dict[str, Any], narrow: bool, short: bool) -> None
     pairs = int(WIDTH * rope.get("partial_rotary_factor", said.get("partial_rotary_factor") or 1)) // 2
     if narrow and (sections := rope.get("mrope_section")):
         other = (pairs - pairs // 4) // 2
-        rope["mrope_section"] = [pairs - 2 * other, *[other] * (len(sections) - 1)]
+        first, rest = [pairs - 2 * other], [other] * (len(sections) - 1)
+        alike = len(set(sections[:-1])) == 1 and sections[-1] != sections[0]  # then the last one differs
+        rope["mrope_section"] = rest + first if alike else first + rest
     for name in ("long_factor", "short_factor"):
         if narrow and name in rope:
             rope[name] = rope[name][:pairs]
@@ -177,6 +196,12 @@ def widths(said: dict[str, Any]) -> dict[str, Any]:
     mamba |= dict.fromkeys(("mamba_d_head", "mamba_head_dim", "mamba_headdim"), WIDTH)
     if said.get("expand") and said.get("state_size"):  # Mamba's own configurations: heads are those of its state
         count = size * said["expand"] // WIDTH
+    rope, nope = said.get("qk_rope_head_dim"), said.get("qk_nope_head_dim")
+    turned = RANKS["qk_rope_head_dim"] if rope else 0
+    still = turned * nope // rope if rope and nope else WIDTH  # in proportion, of which a configuration may make use
+    latent = {"qk_nope_head_dim": still, "qk_head_dim": turned + still}
+    if rope:  # what some call the head's width is all of it, others mean what turns
+        latent["head_dim"] = turned + still if said.get("head_dim") == rope + (nope or 0) else turned
     return {
         **mamba, "mamba_d_state": 16, "state_size": 16, "ssm_state_size": 16, "mamba_n_groups": 1, "n_groups": 1,
         "mamba_d_ssm": size * (said.get("mamba_expand") or 2), "mamba_ngroups": 1, "emb_dim": size,
@@ -185,7 +210,7 @@ def widths(said: dict[str, Any]) -> dict[str, Any]:
         "num_key_value_heads": groups, "encoder_attention_heads": count, "decoder_attention_heads": count,
         "head_dim": WIDTH, "global_head_dim": WIDTH, "hidden_size": size, "d_model": size, "n_embd": size,
         "embed_dim": size, "word_embed_proj_dim": size, "rotary_dim": 8,
-        **({"head_dim": RANKS["qk_rope_head_dim"]} if said.get("qk_rope_head_dim") else {}),
+        **latent,
     }  # fmt: skip
 
 
