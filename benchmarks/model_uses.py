@@ -15,10 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import attrs
+import torch
 from transformers import AutoConfig
 
 import posttrain
-from posttrain.blocks.models.documents.tiny import shrunk
+from posttrain.blocks.models.documents.tiny import shrunk, tiny, ways
 from posttrain.errors import RecipeError
 from posttrain.tools import proofs
 from posttrain.tools.plan import estimate
@@ -64,6 +65,21 @@ class Uses:
                 (place / method).mkdir()
             twin, swiftkv, speculator = (proven(place, method) for method in CHECKS)
             return cls(twin, planned(place), swiftkv, speculator)
+
+
+def refusal(kind: str, default: Any) -> str | None:
+    """Return why a network of a type, which computes nothing of tokens alone, is not even built; None if it is."""
+    try:
+        config, empty = tiny(default, vocabulary=97, window=8), False
+    except ValueError:  # then it is one that takes no memory
+        config, empty = shrunk(default, next(ways()), True, 97, 8), True
+    with tempfile.TemporaryDirectory() as folder, torch.device("meta" if empty else "cpu"):
+        config.save_pretrained(folder)
+        try:
+            posttrain.HFModel(name_or_path=folder, random_init=True).make(empty)
+        except RecipeError as error:
+            return str(error).replace(folder, kind)
+    return None
 
 
 def recipe(place: Path, method: str) -> dict[str, Any]:

@@ -22,7 +22,7 @@ import image_models
 import numpy as np
 import torch
 import transformers
-from model_uses import Uses
+from model_uses import Uses, refusal
 from transformers import AutoConfig
 from transformers.models.auto import modeling_auto
 
@@ -55,6 +55,7 @@ CHANGES = {
     "cohere_compass_text": COMPASS,
     "cohere_compass": {"text_config": COMPASS},
     "deepseek_ocr2": {"text_config": {"mlp_layer_types": ["dense", "sparse"] * 16, "num_experts_per_tok": 2}},
+    "diffusion_gemma": {"text_config": {"num_experts": 4, "top_k_experts": 2, "moe_intermediate_size": 32}},
     "ernie4_5_vl_moe": {"text_config": {"rope_parameters": {**PLAIN, "mrope_section": [22, 22, 20]}}},
     "granite4_vision": {
         "downsample_rate": "1/2",
@@ -124,14 +125,15 @@ def document(seed: int, length: int, vocabulary: int):
 def measure(kind: str) -> Row:
     """Try one type."""
     row = Row(kind)
+    default = AutoConfig.for_model(kind, **CHANGES.get(kind, {}))
     try:
-        default = AutoConfig.for_model(kind, **CHANGES.get(kind, {}))
         torch.manual_seed(0)
         config = tiny(default, vocabulary=97, window=8, works=forwards)
         config.get_text_config().initializer_range = 0.06
         theirs = probe.auto_of(config).from_config(config, dtype=torch.float32).eval()
     except Exception as error:
-        row.problem = f"{type(error).__name__}: {one_line(error)}"
+        said = refusal(kind, default)
+        row.problem = f"refused: {said}" if said else f"{type(error).__name__}: {one_line(error)}"
         return row
     row.router = has_routers(theirs)
     try:

@@ -169,6 +169,8 @@ def confirm(network: Any, name: str) -> None:
         RecipeError: packed documents do not get what each gets alone.
     """
     hf, training = network.base, network.training
+    if hf.config.is_encoder_decoder:
+        raise RecipeError(f"model {name!r} writes with a decoder what it reads with an encoder (no causal model)")
     network.eval()
     try:
         with torch.no_grad():

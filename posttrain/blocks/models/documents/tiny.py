@@ -26,8 +26,9 @@ FEW = {
 RANKS = {
     "kv_lora_rank": 16, "q_lora_rank": 16, "o_lora_rank": 16, "index_head_dim": 16, "index_n_heads": 2,
     "qk_rope_head_dim": 8, "v_head_dim": 16,
+    "swa_head_dim": 16, "swa_num_attention_heads": 4, "swa_num_key_value_heads": 2,
 }  # fmt: skip
-"""Of latent attention, whose queries and values differ in size."""
+"""Of latent attention, whose queries and values differ in size, and of windows that have heads of their own."""
 STATES = {
     "linear_key_head_dim": 16, "linear_value_head_dim": 16, "linear_num_key_heads": 2, "linear_num_value_heads": 4,
     "linear_head_dim": 16, "linear_num_heads": 4,
@@ -39,7 +40,10 @@ OUTPUTS = (
     "out_hidden_size", "text_hidden_size", "output_dim", "n_embed", "projection_dim", "image_token_embed_dim",
 )  # fmt: skip
 """What else is as wide as the language model: what towers of images hand on to it."""
-WINDOWS = ("sliding_window", "attention_chunk_size", "local_attention", "attention_window_size", "window_size")
+WINDOWS = (
+    "sliding_window", "attention_chunk_size", "local_attention", "attention_window_size", "window_size",
+    "sliding_window_size",
+)  # fmt: skip
 """What a short document must be longer than, or a twin would not show it."""
 
 
@@ -93,9 +97,11 @@ def shrunk(config: Any, way: dict[str, bool], layers: bool, vocabulary: int | No
     rope = text.get("rope_parameters")
     if text is not said and isinstance(rope, dict) and "rope_type" in rope:
         rope.setdefault("mrope_section", [0, 0, 0])  # which some take for granted
+    known = text.get("vocab_size")
     change(text, way, layers, vocabulary, window)
     for part in towers(said, text):
-        change(part, way, layers, None, None)
+        shared = known is not None and part.get("vocab_size") == known
+        change(part, way, layers, vocabulary if shared else None, None)
         if way["width"]:
             part.update({n: text["hidden_size"] for n in OUTPUTS if part.get(n) and text.get("hidden_size")})
     for name in ("architectures", "transformers_version", "quantization_config"):
@@ -117,7 +123,7 @@ def text_of(said: dict[str, Any], config: Any) -> dict[str, Any]:
 def towers(said: dict[str, Any], text: dict[str, Any]) -> Iterator[dict[str, Any]]:
     """Yield the values of what else a model is made of, and of what that is made of."""
     for name, part in said.items():
-        if isinstance(part, dict) and name.endswith("_config") and part is not text:
+        if isinstance(part, dict) and (name.endswith("_config") or "model_type" in part) and part is not text:
             yield part
             yield from towers(part, text)
 

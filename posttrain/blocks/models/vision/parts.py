@@ -36,7 +36,8 @@ def parts_of(hf: Any) -> Parts | None:
         return None
     decoder = decoder_of(hf)
     decoder = getattr(decoder, "language_model", None) or decoder  # some have the image parts and the language in it
-    language = tuple(f"{name_of(hf, part)}." for part in (decoder, output_of(hf)) if part is not None)
+    named = (name_of(hf, part) for part in (decoder, output_of(hf)) if part is not None)
+    language = tuple(f"{name}." if name else "" for name in named)  # all of it is, if nothing else makes hidden states
     encoder = hf.get_encoder(modality="image")
     seen = encoder is not None and encoder is not hf and encoder is not hf.base_model  # Gemma 4 may have no tower
     return Parts(language, f"{name_of(hf, encoder)}." if seen else None)
