@@ -41,6 +41,9 @@ DECODER = (
 )  # fmt: skip
 PLAIN = {"rope_type": "default", "rope_theta": 1e4}
 COMPASS = {"rope_parameters": {"full_attention": PLAIN, "sliding_attention": PLAIN}}
+DRAFTER = {
+    "hidden_size_per_layer_input": 0, "vocab_size_per_layer_input": 0, "num_hidden_layers": 30, "num_kv_shared_layers": 30,
+}  # fmt: skip
 INDEXED = {
     "indexer_n_heads": 4, "indexer_kv_heads": 1, "indexer_head_dim": 64, "indexer_budget": 16,
     "indexer_compress_ratio": 4, "ngram_vocab_size_base": 100,
@@ -55,6 +58,8 @@ CHANGES = {
     "cohere_compass_text": COMPASS,
     "cohere_compass": {"text_config": COMPASS},
     "deepseek_ocr2": {"text_config": {"mlp_layer_types": ["dense", "sparse"] * 16, "num_experts_per_tok": 2}},
+    "gemma4_assistant": {"text_config": DRAFTER},
+    "emu3": {"vocabulary_map": {"<image>": 4}},
     "diffusion_gemma": {"text_config": {"num_experts": 4, "top_k_experts": 2, "moe_intermediate_size": 32}},
     "ernie4_5_vl_moe": {"text_config": {"rope_parameters": {**PLAIN, "mrope_section": [22, 22, 20]}}},
     "granite4_vision": {

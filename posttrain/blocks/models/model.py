@@ -275,6 +275,7 @@ class HFModel:
             disable_progress_bar()
         try:
             config = self.configured(self.read_config())
+            config.get_text_config()  # some have several, and do not say which
             auto = self.auto_class(config)
             if self.attn_implementation != "auto":
                 config._attn_implementation = self.attn_implementation

@@ -25,19 +25,22 @@ FEW = {
 }  # fmt: skip
 RANKS = {
     "kv_lora_rank": 16, "q_lora_rank": 16, "o_lora_rank": 16, "index_head_dim": 16, "index_n_heads": 2,
-    "qk_rope_head_dim": 8, "v_head_dim": 16,
+    "qk_nope_head_dim": 16, "qk_head_dim": 16, "v_head_dim": 16,
     "swa_head_dim": 16, "swa_num_attention_heads": 4, "swa_num_key_value_heads": 2,
 }  # fmt: skip
 """Of latent attention, whose queries and values differ in size, and of windows that have heads of their own."""
+TURNED, HEAD_SIZES = 8, ("qk_rope_head_dim", "qk_nope_head_dim", "qk_head_dim", "v_head_dim", "head_dim")
 STATES = {
     "linear_key_head_dim": 16, "linear_value_head_dim": 16, "linear_num_key_heads": 2, "linear_num_value_heads": 4,
     "linear_head_dim": 16, "linear_num_heads": 4,
     "hidden_size_per_layer_input": 16, "vocab_size_per_layer_input": 512, "altup_lauxi_rank": 4,
+    "encoder_hash_byte_group_vocab": 500,
 }  # fmt: skip
 DERIVED = ("head_dim", "num_key_value_heads", "num_attention_heads")
 """What a configuration may leave to be derived, and some forget to."""
 OUTPUTS = (
     "out_hidden_size", "text_hidden_size", "output_dim", "n_embed", "projection_dim", "image_token_embed_dim",
+    "adapter_out_dim",
 )  # fmt: skip
 """What else is as wide as the language model: what towers of images hand on to it."""
 WINDOWS = (
@@ -134,7 +137,7 @@ def change(
     """Shrink the values of one network in place."""
     small: dict[str, Any] = {"initializer_range": 0.2}
     if way["width"]:
-        small |= widths(said) | NARROW | RANKS | STATES
+        small |= widths(said) | NARROW | RANKS | STATES | latent(said, said)
     if way["experts"]:
         small |= {name: fewer(said.get(name) or most, most) for name, most in FEW.items()}
     if layers and way["layers"]:
@@ -150,7 +153,7 @@ def change(
         if "drop" in name and isinstance(value, float):
             small[name] = 0.0
     if said.get("per_layer_config"):
-        said["per_layer_config"] = per_layer(said["per_layer_config"], small)
+        said["per_layer_config"] = per_layer(said["per_layer_config"], small, said)
     for name, value in small.items():
         before = said.get(name)
         if before or (before is None and name in said and name in DERIVED):  # what it has none of, it gets none of
@@ -202,12 +205,6 @@ def widths(said: dict[str, Any]) -> dict[str, Any]:
     mamba |= dict.fromkeys(("mamba_d_head", "mamba_head_dim", "mamba_headdim"), WIDTH)
     if said.get("expand") and said.get("state_size"):  # Mamba's own configurations: heads are those of its state
         count = size * said["expand"] // WIDTH
-    rope, nope = said.get("qk_rope_head_dim"), said.get("qk_nope_head_dim")
-    turned = RANKS["qk_rope_head_dim"] if rope else 0
-    still = turned * nope // rope if rope and nope else WIDTH  # in proportion, of which a configuration may make use
-    latent = {"qk_nope_head_dim": still, "qk_head_dim": turned + still}
-    if rope:  # what some call the head's width is all of it, others mean what turns
-        latent["head_dim"] = turned + still if said.get("head_dim") == rope + (nope or 0) else turned
     return {
         **mamba, "mamba_d_state": 16, "state_size": 16, "ssm_state_size": 16, "mamba_n_groups": 1, "n_groups": 1,
         "mamba_d_ssm": size * (said.get("mamba_expand") or 2), "mamba_ngroups": 1, "emb_dim": size,
@@ -215,8 +212,8 @@ def widths(said: dict[str, Any]) -> dict[str, Any]:
         "num_attention_heads": count, "n_head": count, "n_heads": count, "num_heads": count,
         "num_key_value_heads": groups, "encoder_attention_heads": count, "decoder_attention_heads": count,
         "head_dim": WIDTH, "global_head_dim": WIDTH, "hidden_size": size, "d_model": size, "n_embd": size,
-        "embed_dim": size, "word_embed_proj_dim": size, "rotary_dim": 8,
-        **latent,
+        "embed_dim": size, "word_embed_proj_dim": size, "rotary_dim": 8, "adapter_in_dim": size,
+        "adapter_input_size": size, "hidden_size_global": size,
     }  # fmt: skip
 
 
@@ -233,12 +230,21 @@ def kept_layers(said: dict[str, Any]) -> dict[str, Any]:
     return {**{name: min(said.get(name) or kept, kept) for name in names}, **lists, **shared}
 
 
-def per_layer(said: dict[Any, dict[str, Any]], small: dict[str, Any]) -> dict[Any, dict[str, Any]]:
+def latent(sizes: dict[str, Any], said: dict[str, Any]) -> dict[str, Any]:
+    """Return the sizes of heads, if some of each turns with the position: in the proportions that they had."""
+    rope = said.get("qk_rope_head_dim")
+    return {n: TURNED * size // rope for n, size in sizes.items() if n in HEAD_SIZES and size} if rope else {}
+
+
+def per_layer(
+    layers: dict[Any, dict[str, Any]], small: dict[str, Any], said: dict[str, Any]
+) -> dict[Any, dict[str, Any]]:
     """Return what differs from layer to layer, of the layers that stay; heads that are larger there stay larger."""
     kept = small.get("num_hidden_layers")
+    larger = {"head_dim": 2 * WIDTH, "global_head_dim": 2 * WIDTH}
     return {
-        layer: {name: 2 * WIDTH if "head_dim" in name else small.get(name, value) for name, value in one.items()}
-        for layer, one in said.items()
+        layer: {name: (small | larger | latent(one, said)).get(name, value) for name, value in one.items()}
+        for layer, one in layers.items()
         if kept is None or int(layer) < kept
     }
 
