@@ -42,7 +42,8 @@ DECODER = (
 PLAIN = {"rope_type": "default", "rope_theta": 1e4}
 COMPASS = {"rope_parameters": {"full_attention": PLAIN, "sliding_attention": PLAIN}}
 DRAFTER = {
-    "hidden_size_per_layer_input": 0, "vocab_size_per_layer_input": 0, "num_hidden_layers": 30, "num_kv_shared_layers": 30,
+    "hidden_size_per_layer_input": 0, "vocab_size_per_layer_input": 0, "num_hidden_layers": 2, "num_kv_shared_layers": 2,
+    "layer_types": ["sliding_attention", "full_attention"],
 }  # fmt: skip
 INDEXED = {
     "indexer_n_heads": 4, "indexer_kv_heads": 1, "indexer_head_dim": 64, "indexer_budget": 16,
@@ -88,8 +89,9 @@ HEAD = """# Models
 Every architecture of transformers was made tiny, with random weights, and its packed rows were compared with each
 document alone through transformers' own network: `python benchmarks/models.py --write docs/models.md`, transformers
 {transformers}, torch {torch}. `loss` and `gradient` are relative differences; exact is below 1e-05 in both. What
-a model does is tried anew when it is built; this table only shows what to expect. "no model" are types whose default
-configuration gives no network that computes tokens alone.
+a model does is tried anew when it is built; this table only shows what to expect. What is refused says why, as building it
+would: it needs more than tokens, or looks ahead, or transformers cannot make it without another package. "no model" are
+types whose default configuration gives no network at all.
 
 The last columns were tried with what is exact: `twin` are the checks of `posttrain check --twin` that need one process
 (packed as alone, a step as its micro-batches, an export as what was trained), from the type's default configuration on;
