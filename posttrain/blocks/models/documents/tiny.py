@@ -153,7 +153,7 @@ def change(
         if "drop" in name and isinstance(value, float):
             small[name] = 0.0
     if said.get("per_layer_config"):
-        said["per_layer_config"] = per_layer(said["per_layer_config"], small, said)
+        said["per_layer_config"] = per_layer(said["per_layer_config"], small, said, way["width"])
     for name, value in small.items():
         before = said.get(name)
         if before or (before is None and name in said and name in DERIVED):  # what it has none of, it gets none of
@@ -237,13 +237,13 @@ def latent(sizes: dict[str, Any], said: dict[str, Any]) -> dict[str, Any]:
 
 
 def per_layer(
-    layers: dict[Any, dict[str, Any]], small: dict[str, Any], said: dict[str, Any]
+    layers: dict[Any, dict[str, Any]], small: dict[str, Any], said: dict[str, Any], narrow: bool
 ) -> dict[Any, dict[str, Any]]:
     """Return what differs from layer to layer, of the layers that stay; heads that are larger there stay larger."""
     kept = small.get("num_hidden_layers")
-    larger = {"head_dim": 2 * WIDTH, "global_head_dim": 2 * WIDTH}
+    larger = {"head_dim": 2 * WIDTH, "global_head_dim": 2 * WIDTH} if narrow else {}
     return {
-        layer: {name: (small | larger | latent(one, said)).get(name, value) for name, value in one.items()}
+        layer: one | {n: v for n, v in (small | larger | (latent(one, said) if narrow else {})).items() if n in one}
         for layer, one in layers.items()
         if kept is None or int(layer) < kept
     }
