@@ -148,6 +148,9 @@ def measure(kind: str) -> Row:
     except RecipeError as error:
         row.problem = f"refused: {one_line(error)}"
         return row
+    if not way.proven and (said := refusal(kind, default)):
+        row.problem = f"refused: {said}"
+        return row
     row.way = str(way)
     try:
         compare(row, way, theirs)

@@ -156,9 +156,10 @@ def change(
         said["per_layer_config"] = per_layer(said["per_layer_config"], small, said, way["width"])
     for name, value in small.items():
         before = said.get(name)
-        if before or (before is None and name in said and name in DERIVED):  # what it has none of, it gets none of
-            several = isinstance(before, list | tuple) and not isinstance(value, list | tuple)
-            said[name] = [value] * len(before) if several else value
+        if isinstance(before, list | tuple) and isinstance(value, int):
+            said[name] = [value] * len(before)
+        elif before or (before is None and name in said and name in DERIVED):  # what it has none of, it gets none of
+            said[name] = value
 
 
 def fewer(before: Any, most: int) -> Any:
