@@ -49,7 +49,7 @@ def test_replies_are_said_by_the_policy_one_step_before(
     tmp_path: Path,
     tiny_model: Path,
     serve: Any,
-    eval_every: int | None,  # noqa: F811
+    eval_every: int | None,
 ) -> None:
     server, kept = serve(), Weights()
     grpo(
