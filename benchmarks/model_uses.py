@@ -105,7 +105,7 @@ def proven(place: Path, method: str) -> str:
     failed = [f"{result.name}: {result.figure}" for result in found if result.passed is False]
     if failed:
         return "no" if any("SwiftKV knows" in each for each in failed) else short(failed[0])
-    return "yes" if any(result.passed for result in found) else short(found[0].figure)
+    return "yes" if found[0].passed else short(f"{found[0].name}: {found[0].figure}")
 
 
 def planned(place: Path) -> str:

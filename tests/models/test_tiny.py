@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 from architectures import ROWS, alone
-from transformers import AutoConfig
+from transformers import CONFIG_MAPPING, AutoConfig
 
 from posttrain.blocks.layout import lay
 from posttrain.blocks.models.causal import CausalLM
@@ -18,6 +18,8 @@ from posttrain.errors import RecipeError
 
 
 def small(kind: str, **changes: Any) -> Any:
+    if kind not in CONFIG_MAPPING:
+        pytest.skip(f"this transformers has no {kind}")
     return tiny(AutoConfig.for_model(kind, **changes), vocabulary=97, window=8)
 
 
@@ -40,7 +42,7 @@ def test_widths_that_are_given_one_by_one_stay_as_many() -> None:
 @pytest.mark.parametrize("kind", ["mistral4", "deepseek_v3", "dots3_note_text"])
 def test_heads_of_which_a_part_turns_stay_in_proportion(kind: str) -> None:
     """Some configurations call the width of all of a head its `head_dim`, some that of the part that turns."""
-    before, after = (config.to_dict() for config in (AutoConfig.for_model(kind), small(kind)))
+    after, before = (config.to_dict() for config in (small(kind), AutoConfig.for_model(kind)))
     for name in ("qk_nope_head_dim", "v_head_dim", "head_dim"):
         assert after[name] * before["qk_rope_head_dim"] == before[name] * after["qk_rope_head_dim"] > 0
 
@@ -92,7 +94,7 @@ def test_a_model_that_cannot_be_trained_on_text_is_refused_for_what_it_is(tmp_pa
 def test_what_transformers_does_not_load_as_one_language_model_is_refused_in_few_words(
     tmp_path: Any, kind: str, said: str
 ) -> None:
-    AutoConfig.for_model(kind).save_pretrained(tmp_path)
+    CONFIG_MAPPING[kind]().save_pretrained(tmp_path)
     with pytest.raises(RecipeError, match=said) as caught, torch.device("meta"):
         HFModel(name_or_path=str(tmp_path), random_init=True).make(empty=True)
     assert len(str(caught.value)) < 400
