@@ -80,12 +80,16 @@ def test_a_language_model_that_is_kept_whole_gives_its_hidden_states_and_its_hea
     [
         ("blip", r"'.*' cannot be trained on tokens alone: TypeError: Blip.* 'pixel_values'"),
         ("pix2struct", r"writes with a decoder what it reads with an encoder"),
+        ("reformer", r"cannot be trained on tokens alone: \w+Error: .*train"),
         ("diffusion_gemma", r"looks at later tokens"),
     ],
 )
 def test_a_model_that_cannot_be_trained_on_text_is_refused_for_what_it_is(tmp_path: Any, kind: str, said: str) -> None:
-    changes = {"text_config": {"num_experts": 4, "top_k_experts": 2, "moe_intermediate_size": 32}}
-    small(kind, **changes if kind == "diffusion_gemma" else {}).save_pretrained(tmp_path)
+    changes = {
+        "diffusion_gemma": {"text_config": {"num_experts": 4, "top_k_experts": 2, "moe_intermediate_size": 32}},
+        "reformer": {"is_decoder": True},
+    }
+    small(kind, **changes.get(kind, {})).save_pretrained(tmp_path)
     with pytest.raises(RecipeError, match=said):
         HFModel(name_or_path=str(tmp_path), random_init=True).make(empty=False)
 

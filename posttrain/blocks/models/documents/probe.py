@@ -181,6 +181,10 @@ def confirm(network: Any, name: str) -> None:
                 alone.append(logits[:-1].log_softmax(-1).gather(1, ids[1:, None])[:, 0])
             rows = packed([Alone(ids, x, Calls(hf), []) for ids, x in zip(documents(hf.config), alone, strict=True)])
             found = network(rows, "log_probs").float()
+        with torch.enable_grad(), torch.random.fork_rng(devices=[]):
+            network.train()
+            if trained := [parameter for parameter in hf.parameters() if parameter.requires_grad]:
+                torch.autograd.grad(network(rows), trained[0], allow_unused=True)
     except Exception as error:  # what a model wants besides tokens
         raise RecipeError(
             f"model {name!r} cannot be trained on tokens alone: {type(error).__name__}: {error}"
