@@ -1,3 +1,4 @@
+# ruff: noqa: F811 - the fixture of another file is named as an argument
 """A sampler one step ahead: replies are of the policy one step before, sampled while the step is learned from."""
 
 import threading
@@ -63,7 +64,7 @@ def test_replies_are_said_by_the_policy_one_step_before(
     assert [step for step, *_ in replies(tmp_path / "run")] == sorted(step for step, *_ in replies(tmp_path / "run"))
 
 
-def test_the_next_step_is_sampled_before_this_one_has_ended(tmp_path: Path, tiny_model: Path, serve: Any) -> None:  # noqa: F811
+def test_the_next_step_is_sampled_before_this_one_has_ended(tmp_path: Path, tiny_model: Path, serve: Any) -> None:
     server: Double = serve()
     answer, learned, met = server.generate, threading.Event(), list[bool]()
 
@@ -90,7 +91,7 @@ AT_ONCE = 5
 def test_conversations_and_second_tries_come_from_a_sampler_ahead_as_well(
     tmp_path: Path,
     tiny_model: Path,
-    serve: Any,  # noqa: F811
+    serve: Any,
 ) -> None:
     last = quiz(tmp_path / "run", tiny_model, sampler=sampler(serve()), resample=1, **AHEAD).train().last
     assert last["policy/moved"] == 0.0
@@ -102,14 +103,14 @@ def train_ahead(folder: Path, model: str, url: str) -> None:
     grpo(folder / "run", Path(model), sampler=block, micro_batch_size=2, devices=2, max_steps=3, **AHEAD).train()
 
 
-def test_two_ranks_are_told_the_same_as_one(tmp_path: Path, tiny_model: Path, serve: Any) -> None:  # noqa: F811
+def test_two_ranks_are_told_the_same_as_one(tmp_path: Path, tiny_model: Path, serve: Any) -> None:
     server = serve()
     grpo(tmp_path / "run", tiny_model, sampler=sampler(serve()), max_steps=3, **AHEAD).train()
     on_two_ranks(tmp_path, "test_ahead", f"train_ahead(folder, {str(tiny_model)!r}, {server.url!r})")
     assert replies(tmp_path / "two" / "run") == replies(tmp_path / "run")
 
 
-def test_what_a_sampler_ahead_raises_ends_the_run(tmp_path: Path, tiny_model: Path, serve: Any) -> None:  # noqa: F811
+def test_what_a_sampler_ahead_raises_ends_the_run(tmp_path: Path, tiny_model: Path, serve: Any) -> None:
     server: Double = serve()
     answer = server.generate
 
