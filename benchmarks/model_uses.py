@@ -15,10 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import attrs
+import torch
 from transformers import AutoConfig
 
 import posttrain
-from posttrain.blocks.models.documents.tiny import shrunk
+from posttrain.blocks.models.documents.tiny import shrunk, tiny, ways
 from posttrain.errors import RecipeError
 from posttrain.tools import proofs
 from posttrain.tools.plan import estimate
@@ -66,6 +67,21 @@ class Uses:
             return cls(twin, planned(place), swiftkv, speculator)
 
 
+def refusal(kind: str, default: Any) -> str | None:
+    """Return why a network of a type, which computes nothing of tokens alone, is not even built; None if it is."""
+    config, empty = default, True  # of which one is built that takes no memory
+    with contextlib.suppress(Exception):  # every architecture has rules of its own
+        config = shrunk(default, next(ways()), True, 97, 8)
+        config, empty = tiny(default, vocabulary=97, window=8), False
+    with tempfile.TemporaryDirectory() as folder, torch.device("meta" if empty else "cpu"):
+        config.save_pretrained(folder)
+        try:
+            posttrain.HFModel(name_or_path=folder, random_init=True).make(empty)
+        except RecipeError as error:
+            return str(error).replace(folder, kind)
+    return None
+
+
 def recipe(place: Path, method: str) -> dict[str, Any]:
     """Return a recipe that trains a type by a method."""
     model = {"name_or_path": str(place / "default"), "random_init": True, **BLOCKS.get(method, {})}
@@ -89,7 +105,7 @@ def proven(place: Path, method: str) -> str:
     failed = [f"{result.name}: {result.figure}" for result in found if result.passed is False]
     if failed:
         return "no" if any("SwiftKV knows" in each for each in failed) else short(failed[0])
-    return "yes" if any(result.passed for result in found) else short(found[0].figure)
+    return "yes" if found[0].passed else short(f"{found[0].name}: {found[0].figure}")
 
 
 def planned(place: Path) -> str:

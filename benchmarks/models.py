@@ -22,7 +22,7 @@ import image_models
 import numpy as np
 import torch
 import transformers
-from model_uses import Uses
+from model_uses import Uses, refusal
 from transformers import AutoConfig
 from transformers.models.auto import modeling_auto
 
@@ -40,6 +40,11 @@ DECODER = (
     "roberta", "roberta-prelayernorm", "roc_bert", "roformer", "xlm-roberta", "xlm-roberta-xl", "reformer",
 )  # fmt: skip
 PLAIN = {"rope_type": "default", "rope_theta": 1e4}
+COMPASS = {"rope_parameters": {"full_attention": PLAIN, "sliding_attention": PLAIN}}
+DRAFTER = {
+    "hidden_size_per_layer_input": 0, "vocab_size_per_layer_input": 0, "num_hidden_layers": 2, "num_kv_shared_layers": 2,
+    "layer_types": ["sliding_attention", "full_attention"],
+}  # fmt: skip
 INDEXED = {
     "indexer_n_heads": 4, "indexer_kv_heads": 1, "indexer_head_dim": 64, "indexer_budget": 16,
     "indexer_compress_ratio": 4, "ngram_vocab_size_base": 100,
@@ -51,7 +56,18 @@ CHANGES = {
     **{kind: {"layer_types": ["conv", "full_attention"] * 16} for kind in ("lfm2", "lfm2_moe")},
     "dots1": {"n_routed_experts": 4, "num_experts_per_tok": 2, "n_shared_experts": 1},
     "dbrx": {"attn_config": {"rope_theta": 1e4, "clip_qkv": 8.0}},
-    "cohere_compass_text": {"rope_parameters": {"full_attention": PLAIN, "sliding_attention": PLAIN}},
+    "cohere_compass_text": COMPASS,
+    "cohere_compass": {"text_config": COMPASS},
+    "deepseek_ocr2": {"text_config": {"mlp_layer_types": ["dense", "sparse"] * 16, "num_experts_per_tok": 2}},
+    "gemma4_assistant": {"text_config": DRAFTER},
+    "emu3": {"vocabulary_map": {"<image>": 4}},
+    "diffusion_gemma": {"text_config": {"num_experts": 4, "top_k_experts": 2, "moe_intermediate_size": 32}},
+    "ernie4_5_vl_moe": {"text_config": {"rope_parameters": {**PLAIN, "mrope_section": [22, 22, 20]}}},
+    "granite4_vision": {
+        "downsample_rate": "1/2",
+        "deepstack_layer_map": [[0, 0]],
+        "spatial_target_layers": [0, 0, 1, 1],
+    },
     "qwen4_exp_text": INDEXED,
     "qwen4_exp": {"text_config": INDEXED},
     "step3p7": {"text_config": {"sliding_window": 16}},
@@ -73,8 +89,9 @@ HEAD = """# Models
 Every architecture of transformers was made tiny, with random weights, and its packed rows were compared with each
 document alone through transformers' own network: `python benchmarks/models.py --write docs/models.md`, transformers
 {transformers}, torch {torch}. `loss` and `gradient` are relative differences; exact is below 1e-05 in both. What
-a model does is tried anew when it is built; this table only shows what to expect. "no model" are types whose default
-configuration gives no network that computes tokens alone.
+a model does is tried anew when it is built; this table only shows what to expect. What is refused says why, as building it
+would: it needs more than tokens, or looks ahead, or transformers cannot make it without another package. "no model" are
+types whose default configuration gives no network at all.
 
 The last columns were tried with what is exact: `twin` are the checks of `posttrain check --twin` that need one process
 (packed as alone, a step as its micro-batches, an export as what was trained), from the type's default configuration on;
@@ -115,20 +132,24 @@ def document(seed: int, length: int, vocabulary: int):
 def measure(kind: str) -> Row:
     """Try one type."""
     row = Row(kind)
+    default = AutoConfig.for_model(kind, **CHANGES.get(kind, {}))
     try:
-        default = AutoConfig.for_model(kind, **CHANGES.get(kind, {}))
         torch.manual_seed(0)
         config = tiny(default, vocabulary=97, window=8, works=forwards)
         config.get_text_config().initializer_range = 0.06
         theirs = probe.auto_of(config).from_config(config, dtype=torch.float32).eval()
     except Exception as error:
-        row.problem = f"{type(error).__name__}: {one_line(error)}"
+        said = refusal(kind, default)
+        row.problem = f"refused: {said}" if said else f"{type(error).__name__}: {one_line(error)}"
         return row
     row.router = has_routers(theirs)
     try:
         way = probe.find_way(default, kind, None)
     except RecipeError as error:
         row.problem = f"refused: {one_line(error)}"
+        return row
+    if not way.proven and (said := refusal(kind, default)):
+        row.problem = f"refused: {said}"
         return row
     row.way = str(way)
     try:
@@ -155,7 +176,7 @@ def compare(row: Row, way, theirs) -> None:
     probe.set_attention(hf, way.attention)
     net = CausalLM(hf)
     net.keep_apart(way)
-    ours = net.eval()(lay(rows, 0))
+    ours = net.eval()(lay(rows, int(rows[0][0][0][0])))  # the token for padding is zero in random weights
     ours.backward()
     expected = torch.zeros(())
     for ids, mask in (one for each in rows for one in each):

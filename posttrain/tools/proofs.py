@@ -31,16 +31,13 @@ from posttrain.blocks.models.model import HFModel
 from posttrain.blocks.rollouts.gap import GAP
 from posttrain.blocks.rollouts.prompts import PromptData
 from posttrain.errors import PosttrainError, RecipeError
-from posttrain.tools.twin import LONGEST, NoRows, Row, Step, Twin, quietly
+from posttrain.tools.twin import CLOSE, LONGEST, NoRows, Row, Step, Twin, quietly
 from posttrain.trainers.dpo import DPOTrainer
 from posttrain.trainers.grpo import GRPOTrainer
 from posttrain.words import counted
 
 if TYPE_CHECKING:
     from rich.table import Table
-
-CLOSE = 1e-6
-"""Relative difference, in float64, that counts as none: a real mistake makes 1e-3 and more."""
 
 MARKUP = r"(?:</?[\w|]+>|\[/?\w+\])*"
 """What templates write around replies, such as an empty `<think></think>`; an expression."""
@@ -125,7 +122,7 @@ def packing(twin: Twin) -> str:
         raise Skipped(f"four documents make {counted(rows or 0, 'row')}")
     packed = twin.one_step("packed", rows=1, packing=True, max_length=together)
     hint = "does the model or loss() look across documents, or count rows in place of batch['weight']?"
-    same = _same(twin.whole, packed, f"packed differs from alone: {hint}")
+    same = _same(twin, packed, f"packed differs from alone: {hint}")
     return f"four documents in a row count as each alone: {same}"
 
 
@@ -133,7 +130,7 @@ def cuts(twin: Twin) -> str:
     """A step is the same in one micro-batch, two or four."""
     hint = "loss() must return a mean over what batch['weight'] counts, by which micro-batches are added up"
     two, four = twin.one_step("2x2", rows=2, parts=2), twin.one_step("1x4", rows=1, parts=4)
-    found = _same(twin.whole, two, f"2x2: {hint}"), _same(twin.whole, four, f"1x4: {hint}")
+    found = _same(twin, two, f"2x2: {hint}"), _same(twin, four, f"1x4: {hint}")
     return f"a step in micro-batches 4x1 = 2x2 ({found[0]}) = 1x4 ({found[1]})"
 
 
@@ -141,14 +138,14 @@ def ranks(twin: Twin) -> str:
     """A step is the same on two ranks."""
     from safetensors.torch import load_file
 
-    whole = twin.whole  # first: the processes use the model and the sample that it writes
+    _ = twin.whole  # first: the processes use the model and the sample that it writes
     done = _child(twin, ["-m", "posttrain.tools.twin", "ranks"])
     if done.returncode:
         raise Failed(f"two processes failed: {_last_line(done.stderr)}")
     made = load_file(twin.folder / "two.safetensors")
     hint = "does loss() use anything but its own batch, or a method depend on the rank?"
     two = Step(float(made["loss"]), made["gradient"], {})
-    return "a step on two ranks is the same: " + _same(whole, two, f"two ranks: {hint}")
+    return "a step on two ranks is the same: " + _same(twin, two, f"two ranks: {hint}")
 
 
 def resume(twin: Twin) -> str:
@@ -175,26 +172,26 @@ def first_loss(twin: Twin) -> str:
     """The policy begins as its reference: margins of 0, and a DPO loss of ln 2; and as what samples."""
     trainer = twin.real
     if isinstance(trainer, GRPOTrainer):
-        return _on_policy(twin.whole.metrics, trainer.updates)
+        return _on_policy(twin.whole.metrics, trainer.updates, CLOSE[twin.precision])
     if not isinstance(trainer, DPOTrainer) or not trainer.objective.needs_reference or trainer.reference is not None:
         raise Skipped("only where the reference is the model itself")
     step = twin.whole
     margin = step.metrics["rewards/margin"]
-    if abs(margin) > CLOSE:
+    if abs(margin) > CLOSE[twin.precision]:
         raise Failed(f"the margin of the first step is {margin:g}: policy and reference compute different things")
     if trainer.objective.weights == {"sigmoid": 1.0} and type(trainer).loss is DPOTrainer.loss:
-        if not math.isclose(step.loss, math.log(2), rel_tol=CLOSE):
+        if not math.isclose(step.loss, math.log(2), rel_tol=CLOSE[twin.precision]):
             raise Failed(f"the first loss is {step.loss:.6f}, not ln 2 = 0.693147")
         return f"margin {margin:g}, loss {step.loss:.6f}"
     return f"margin {margin:g}"
 
 
-def _on_policy(metrics: dict[str, float], updates: int) -> str:
+def _on_policy(metrics: dict[str, float], updates: int, close: float) -> str:
     """Return how far sampler, trainer and reference are apart in the first step."""
     moved, gap, kl = (metrics.get(name, 0.0) for name in ("policy/moved", GAP, "kl"))
     if gap > 1e-4:
         raise Failed(f"sampler and trainer give a token log-probabilities that differ by {gap:.3g} on average")
-    if updates == 1 and max(moved, abs(kl)) > CLOSE:
+    if updates == 1 and max(moved, abs(kl)) > close:
         raise Failed(f"before the first update, ratios are {moved:.3g} from 1 and the divergence is {kl:.3g}")
     return f"sampler and trainer within {gap:.0e} nats; ratios {moved:g} from 1, divergence {abs(kl):g}"
 
@@ -343,18 +340,22 @@ def _listed(found: "Counter[str]") -> str:
     return "; ".join(f"{count} x {what}" for what, count in found.most_common(3))
 
 
-def _same(one: Step, other: Step, hint: str) -> str:
-    """Return how far two steps are apart, relative to the first.
+def _same(twin: Twin, other: Step, hint: str) -> str:
+    """Return how far a step is from the one in one micro-batch, relative to that.
 
     Raises:
         Failed: too far.
+        Skipped: it would be so if both were cut alike.
     """
+    one = twin.whole
     size = float(one.gradient.norm())
     if size == 0:
         raise Failed("the gradient is 0: nothing would be learned")
     gradient = float((one.gradient - other.gradient).norm()) / size
     loss = abs(one.loss - other.loss) / max(abs(one.loss), size, 1e-12)  # on-policy, a loss is 0 whatever is learned
-    if max(gradient, loss) > CLOSE:
+    if max(gradient, loss) > CLOSE[twin.precision]:
+        if twin.draws:
+            raise Skipped("the network draws at random while it trains (a router?): no two steps of it are alike")
         raise Failed(f"loss {one.loss:.6f} and {other.loss:.6f}, gradients differ by {gradient:.1%}; {hint}")
     return f"gradients within {gradient:.0e}"
 

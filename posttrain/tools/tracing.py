@@ -128,10 +128,20 @@ def called(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
 
 
 def trace(trainer: Trainer) -> Traced:
-    """Run one step of a recipe on tensors without numbers."""
+    """Run one step of a recipe on tensors without numbers.
+
+    Raises:
+        RecipeError: how much the network computes depends on numbers.
+    """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of libraries that look for the numbers
-        return _trace(trainer)
+        try:
+            return _trace(trainer)
+        except UNKNOWN as error:
+            raise RecipeError(
+                f"model: how much this model computes depends on what it is given ({error.func}), so there is no plan "
+                "of it; run one step, and look at the memory that is logged"
+            ) from error
 
 
 def _trace(trainer: Trainer) -> Traced:

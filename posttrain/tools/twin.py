@@ -41,8 +41,10 @@ from posttrain.trainers.grpo import GRPOTrainer
 from posttrain.trainers.on_policy_distill import OnPolicyDistillTrainer
 from posttrain.trainers.online_dpo import OnlineDPOTrainer
 
-EXACT = "64-true"
-"""The precision in which steps are compared."""
+EXACT, ROUGH = "64-true", "32-true"
+"""The precision in which steps are compared; and of networks that have float32 written into them."""
+CLOSE = {EXACT: 1e-6, ROUGH: 1e-4}
+"""Relative difference that counts as none: a real mistake makes 1e-3 and more."""
 READ = 256
 """Rows of each source to look at."""
 LONGEST = 512
@@ -112,7 +114,7 @@ class Twin:
 
     def __init__(self, path: Path, overrides: list[str], folder: Path) -> None:
         self.path, self.overrides, self.folder = path, overrides, folder
-        self.real = recipe.load(path, overrides)
+        self.real, self.precision = recipe.load(path, overrides), EXACT
         self.tokenizer = self.real.tokenizer.build(self.real.model)
         self.rows = list(self._read()) if isinstance(self.real.data, Data) else []
 
@@ -201,7 +203,7 @@ class Twin:
         for field in attrs.fields(type(real)):
             if field.init and isinstance(value := getattr(real, field.name), HFModel):
                 models[field.name] = self.small(value, field.name)
-        if changes.get("precision", EXACT) == EXACT:  # which torchao cannot round
+        if changes.get("precision", self.precision) == EXACT:  # which torchao cannot round
             models = {field: attrs.evolve(model, qat=None) for field, model in models.items()}  # type: ignore[misc]
         tokenizer = real.tokenizer
         if isinstance(tokenizer, HFTokenizer):
@@ -213,7 +215,7 @@ class Twin:
             "sequence": None, "checkpoint": [],
             "logger": [JSONL()], "output_dir": self.folder / name, "resume": "auto", "max_steps": 1, "stop_after": None,
             "eval_every": None, "log_every": 1, "overfit_first_batch": False, "accelerator": "cpu", "devices": 1,
-            "num_nodes": 1, "precision": EXACT, **changes,
+            "num_nodes": 1, "precision": self.precision, **changes,
         }  # fmt: skip
         return attrs.evolve(real, **asked)
 
@@ -240,7 +242,13 @@ class Twin:
         def remember(owner: Trainer, run: Any) -> None:
             before.extend(p.detach().clone() for p in run.model.parameters() if p.requires_grad)
 
-        run = trainer.train(callbacks=[remember])
+        try:
+            run = trainer.train(callbacks=[remember])
+        except RuntimeError as error:
+            if self.precision == ROUGH or "dtype" not in str(error):
+                raise
+            self.precision = ROUGH
+            return self.one_step(name, rows, devices, parts, **data)
         now = [p.detach() for p in run.model.parameters() if p.requires_grad]
         gradient = torch.cat([(old - new).double().flatten() for old, new in zip(before, now, strict=True)])
         return Step(run.last["loss"], gradient, dict(run.last))
@@ -249,6 +257,21 @@ class Twin:
     def whole(self) -> Step:
         """A step in one micro-batch, which others are held against."""
         return self.one_step("4x1", rows=4)
+
+    @cached_property
+    def draws(self) -> bool:
+        """Whether its network draws at random while it trains, as some routers do: then no two steps are alike."""
+        import torch
+
+        if not isinstance(self.real.model, HFModel):
+            return False
+        hf, found = self.small(self.real.model, "model").load().train(), []
+        with torch.no_grad(), torch.random.fork_rng():
+            ids = torch.randint(hf.config.get_text_config().vocab_size, (8, 64))
+            for seed in range(2):
+                torch.manual_seed(seed)
+                found.append(hf(input_ids=ids, use_cache=False).logits)
+        return not torch.equal(*found)
 
     def resumable(self, name: str) -> Trainer:
         """Return a trainer of six steps that saves every second one, with the recipe's optimizer and schedule."""

@@ -92,6 +92,13 @@ def test_a_model_that_looks_ahead_is_refused() -> None:
     probe.find_way(AutoConfig.for_model("bert", is_decoder=True), "bert", None)
 
 
+def test_a_gradient_that_is_not_a_number_is_not_that_of_each_document_alone() -> None:
+    one, lost = torch.ones(3), torch.full((3,), math.nan)
+    assert not probe.slopes_differ([2 * one, None], [[one, None], [one, None]])
+    assert probe.slopes_differ([lost, one], [[one, one]])
+    assert not probe.slopes_differ([one], [[lost]])  # transformers' own is none
+
+
 def test_documents_of_like_length_share_a_batch_and_little_of_it_is_padding() -> None:
     lengths = [100, 3, 80, 41, 9, 1, 76, 40]
     bounds = [0, *np.cumsum(lengths).tolist()]

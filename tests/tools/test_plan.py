@@ -6,9 +6,12 @@ from typing import Any
 import pytest
 import torch
 from ranks import recipe
+from transformers import AutoConfig
 
 import posttrain
+from posttrain.blocks.models.documents.tiny import tiny
 from posttrain.cli import main
+from posttrain.errors import RecipeError
 from posttrain.tools import plan, tracing
 from posttrain.trainers.sft import SFTTrainer
 
@@ -131,6 +134,14 @@ def test_operations_are_those_of_the_products(tiny_model: Path, sums: Path, kind
     products = 3 * 2 * (tokens * layers * layer + head)
     attention = layers * tokens * trainer.data.max_length * size * 2 * (1 + 2.5)  # half of the square, forward and back
     assert found.operations == pytest.approx(products + attention, rel=0.01)
+
+
+def test_a_model_that_looks_at_numbers_has_no_plan_and_says_so(sums: Path, tiny_model: Path) -> None:
+    """JetMoE asks how many tokens each of its experts gets."""
+    config = tiny(AutoConfig.for_model("jetmoe"), vocabulary=97).to_dict()
+    way = {"random_init": True, "config": config}
+    with pytest.raises(RecipeError, match=r"depends on what it is given \(aten._local_scalar_dense"):
+        plan.estimate(made(tiny_model, sums, way=way), world=1)
 
 
 @pytest.mark.gpu

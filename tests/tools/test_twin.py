@@ -11,6 +11,7 @@ import transformers
 
 from posttrain import yaml12
 from posttrain.blocks.models.documents.tiny import tiny
+from posttrain.blocks.models.model import HFModel
 from posttrain.cli import main
 from posttrain.tools import proofs
 from posttrain.tools.proofs import Failed, Skipped
@@ -244,6 +245,35 @@ def test_experts_are_compared_in_float64_too(make: Any, tiny_model: Path) -> Non
     model = {"name_or_path": "toy", "random_init": True, "config": config}
     twin = make(model=model, tokenizer={"name_or_path": str(tiny_model)})
     assert proofs.result(proofs.packing, twin).passed
+
+
+def test_a_network_that_computes_in_float32_whatever_it_is_given_is_compared_in_that(make: Any) -> None:
+    """As the routers of some mixtures do."""
+
+    def rounded(module: Any, args: Any) -> Any:
+        return tuple(x.float() for x in args)
+
+    twin = make()
+    load = HFModel.load
+
+    def loaded(block: HFModel, empty: bool = False) -> Any:
+        hf = load(block, empty)
+        hf.get_decoder().layers[0].mlp.up_proj.register_forward_pre_hook(rounded)
+        return hf
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(HFModel, "load", loaded)
+        assert proofs.result(proofs.packing, twin).passed
+    assert twin.precision == "32-true"
+
+
+def test_a_network_that_draws_while_it_trains_is_not_said_to_leak(make: Any, tiny_model: Path) -> None:
+    """The router of Phi 3.5 MoE samples experts."""
+    config = tiny(transformers.PhimoeConfig(), vocabulary=512).to_dict()
+    model = {"name_or_path": "toy", "random_init": True, "config": config}
+    found = proofs.result(proofs.packing, make(model=model, tokenizer={"name_or_path": str(tiny_model)}))
+    assert found.passed is None
+    assert "draws at random while it trains" in found.figure
 
 
 @pytest.mark.parametrize("kind", ["qwen2_5_vl", "qwen3_vl", "gemma3", "llava", "smolvlm", "idefics3", "mistral3"])

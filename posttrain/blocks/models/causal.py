@@ -19,7 +19,16 @@ from posttrain.blocks.losses.entropy import log_probs_and_entropy, of_logits
 from posttrain.blocks.models.activations import Offload
 from posttrain.blocks.models.adapters import QUANTIZED
 from posttrain.blocks.models.documents.attention import CACHE, NAME, known_on_host, no_mask
-from posttrain.blocks.models.documents.ways import Bounds, ByDocument, Sight, Way, by_document, decoder_of, separate
+from posttrain.blocks.models.documents.ways import (
+    Bounds,
+    ByDocument,
+    Sight,
+    Way,
+    by_document,
+    decoder_of,
+    head_of,
+    separate,
+)
 from posttrain.blocks.models.experts.load import Load
 from posttrain.blocks.models.experts.router import balance, small
 from posttrain.errors import RecipeError, TrainingError
@@ -317,7 +326,7 @@ class CausalLM(PackedModel):
 
     def head_inputs(self, layout: Layout) -> tuple[Tensor, Tensor, Tensor | None]:
         """Return the hidden states at the supervised positions, [n, size], and the head's weight and bias."""
-        head = self.base.get_output_embeddings()
+        head = head_of(self.base)
         return self.hidden_states(layout).flatten(0, 1).index_select(0, layout.supervised), head.weight, head.bias
 
     def logits(self, layout: Layout) -> Tensor:

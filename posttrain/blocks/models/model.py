@@ -275,6 +275,7 @@ class HFModel:
             disable_progress_bar()
         try:
             config = self.configured(self.read_config())
+            config.get_text_config()  # some have several, and do not say which
             auto = self.auto_class(config)
             if self.attn_implementation != "auto":
                 config._attn_implementation = self.attn_implementation
@@ -290,7 +291,8 @@ class HFModel:
                 )
                 self.refuse_missing(report["missing_keys"])
         except (OSError, ValueError, ImportError) as error:
-            raise RecipeError(f"model {self.name_or_path!r} cannot be loaded: {error}") from error
+            said = " ".join(str(error).partition("Model type should be one of")[0].split())  # hundreds of names
+            raise RecipeError(f"model {self.name_or_path!r} cannot be loaded: {said}") from error
         except TypeError as error:
             if unknown := [name for name in self.kwargs if f"'{name}'" in str(error)]:
                 hint = f": write model.quantize: {QUANTIZE[unknown[0]]}" if unknown[0] in QUANTIZE else ""

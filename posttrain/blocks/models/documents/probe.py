@@ -7,6 +7,7 @@ compared with each alone. A module that leaks is found by its inputs, which are 
 import functools
 import json
 import logging
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -21,7 +22,7 @@ from posttrain.blocks.models.causal import CausalLM
 from posttrain.blocks.models.documents.attention import NAME
 from posttrain.blocks.models.documents.known import known_way
 from posttrain.blocks.models.documents.tiny import tiny
-from posttrain.blocks.models.documents.ways import Way, decoder_of, flat
+from posttrain.blocks.models.documents.ways import Way, decoder_of, flat, head_of
 from posttrain.errors import RecipeError
 
 CLOSE = 1e-4
@@ -169,6 +170,8 @@ def confirm(network: Any, name: str) -> None:
         RecipeError: packed documents do not get what each gets alone.
     """
     hf, training = network.base, network.training
+    if hf.config.is_encoder_decoder:
+        raise RecipeError(f"model {name!r} writes with a decoder what it reads with an encoder (no causal model)")
     network.eval()
     try:
         with torch.no_grad():
@@ -178,6 +181,10 @@ def confirm(network: Any, name: str) -> None:
                 alone.append(logits[:-1].log_softmax(-1).gather(1, ids[1:, None])[:, 0])
             rows = packed([Alone(ids, x, Calls(hf), []) for ids, x in zip(documents(hf.config), alone, strict=True)])
             found = network(rows, "log_probs").float()
+        with torch.enable_grad(), torch.random.fork_rng(devices=[]):
+            network.train()
+            if trained := [parameter for parameter in hf.parameters() if parameter.requires_grad]:
+                torch.autograd.grad(network(rows), trained[0], allow_unused=True)
     except Exception as error:  # what a model wants besides tokens
         raise RecipeError(
             f"model {name!r} cannot be trained on tokens alone: {type(error).__name__}: {error}"
@@ -214,11 +221,11 @@ def documents(config: Any) -> list[Tensor]:
 
 
 def packed(alone: list[Alone]) -> Batch:
-    """Return them in two rows, of which one has padding."""
+    """Return them in two rows, of which one has padding; random weights may be zero for the token that is for it."""
     import numpy as np
 
     first, second, third = ((one.ids.numpy(), np.ones(len(one.ids), dtype=bool)) for one in alone)
-    return lay([[first, second], [third]], 0)
+    return lay([[first, second], [third]], int(first[0][0]))
 
 
 def candidates(hf: Any, attention: str | None) -> Iterator[tuple[str, bool]]:
@@ -271,10 +278,10 @@ def set_attention(hf: Any, attention: str) -> None:
 def agrees(network: Any, alone: list[Alone], plain_head: bool = True) -> bool:
     """Whether packed documents get the log-probabilities that each gets alone."""
     expected = torch.cat([one.log_probs for one in alone])
-    network.plain_head = plain_head and type(network.base.get_output_embeddings()) is nn.Linear
+    network.plain_head = plain_head and type(head_of(network.base)) is nn.Linear
     if plain_head:
         hidden = network.hidden_states(packed(alone)).flatten(0, 1)
-        head = network.base.get_output_embeddings()
+        head = head_of(network.base)
         if not network.plain_head or hidden.shape[-1] != head.in_features:
             return False
     return close(network(packed(alone), "log_probs"), expected)
@@ -294,7 +301,9 @@ def slopes_differ(ours: list[Tensor | None], each: list[list[Tensor | None]]) ->
         theirs = sum((x for x in others if x is not None), start=torch.zeros(()))
         differ += float(((0.0 if slope is None else slope) - theirs).square().sum())
         whole += float(theirs.square().sum())
-    return differ > STEEP**2 * whole  # where transformers' own is not a number, nothing can be said
+    if not math.isfinite(whole):  # transformers' own is not a number: nothing can be said
+        return False
+    return not differ <= STEEP**2 * whole  # also if ours is not a number
 
 
 def close(found: Tensor, expected: Tensor) -> bool:

@@ -15,7 +15,7 @@ NARROW = {
     "intermediate_size": 64, "moe_intermediate_size": 32, "shared_expert_intermediate_size": 32, "ffn_dim": 64,
     "d_ff": 64, "n_inner": 64, "encoder_ffn_dim": 64, "decoder_ffn_dim": 64, "intermediate_size_mlp": 64,
     "mlp_dim": 64, "ffn_hidden_size": 64, "expert_ffn_hidden_size": 32,
-    "shared_intermediate_size": 32, "moe_shared_expert_intermediate_size": 32,
+    "shared_intermediate_size": 32, "moe_shared_expert_intermediate_size": 32, "base_channels": 32,
 }  # fmt: skip
 """Widths of the layers between."""
 FEW = {
@@ -25,18 +25,28 @@ FEW = {
 }  # fmt: skip
 RANKS = {
     "kv_lora_rank": 16, "q_lora_rank": 16, "o_lora_rank": 16, "index_head_dim": 16, "index_n_heads": 2,
-    "qk_nope_head_dim": 16, "qk_rope_head_dim": 8, "qk_head_dim": 24, "v_head_dim": 16,
+    "qk_nope_head_dim": 16, "qk_head_dim": 16, "v_head_dim": 16,
+    "swa_head_dim": 16, "swa_num_attention_heads": 4, "swa_num_key_value_heads": 2,
 }  # fmt: skip
-"""Of latent attention, whose queries and values differ in size."""
+"""Of latent attention, whose queries and values differ in size, and of windows that have heads of their own."""
+TURNED, HEAD_SIZES = 8, ("qk_rope_head_dim", "qk_nope_head_dim", "qk_head_dim", "v_head_dim", "head_dim")
 STATES = {
     "linear_key_head_dim": 16, "linear_value_head_dim": 16, "linear_num_key_heads": 2, "linear_num_value_heads": 4,
+    "linear_head_dim": 16, "linear_num_heads": 4,
     "hidden_size_per_layer_input": 16, "vocab_size_per_layer_input": 512, "altup_lauxi_rank": 4,
+    "encoder_hash_byte_group_vocab": 500,
 }  # fmt: skip
 DERIVED = ("head_dim", "num_key_value_heads", "num_attention_heads")
 """What a configuration may leave to be derived, and some forget to."""
-OUTPUTS = ("out_hidden_size", "text_hidden_size", "output_dim", "n_embed")
+OUTPUTS = (
+    "out_hidden_size", "text_hidden_size", "output_dim", "n_embed", "projection_dim", "image_token_embed_dim",
+    "adapter_out_dim",
+)  # fmt: skip
 """What else is as wide as the language model: what towers of images hand on to it."""
-WINDOWS = ("sliding_window", "attention_chunk_size", "local_attention", "attention_window_size", "window_size")
+WINDOWS = (
+    "sliding_window", "attention_chunk_size", "local_attention", "attention_window_size", "window_size",
+    "sliding_window_size",
+)  # fmt: skip
 """What a short document must be longer than, or a twin would not show it."""
 
 
@@ -90,12 +100,13 @@ def shrunk(config: Any, way: dict[str, bool], layers: bool, vocabulary: int | No
     rope = text.get("rope_parameters")
     if text is not said and isinstance(rope, dict) and "rope_type" in rope:
         rope.setdefault("mrope_section", [0, 0, 0])  # which some take for granted
+    known = text.get("vocab_size")
     change(text, way, layers, vocabulary, window)
-    for name, part in said.items():
-        if isinstance(part, dict) and name.endswith("_config") and part is not text:
-            change(part, way, layers, None, None)
-            if way["width"]:
-                part.update({n: text["hidden_size"] for n in OUTPUTS if part.get(n) and text.get("hidden_size")})
+    for part in towers(said, text):
+        shared = known is not None and part.get("vocab_size") == known
+        change(part, way, layers, vocabulary if shared else None, None)
+        if way["width"]:
+            part.update({n: text["hidden_size"] for n in OUTPUTS if part.get(n) and text.get("hidden_size")})
     for name in ("architectures", "transformers_version", "quantization_config"):
         said.pop(name, None)
     made = type(config).from_dict(said)
@@ -112,15 +123,23 @@ def text_of(said: dict[str, Any], config: Any) -> dict[str, Any]:
     return said
 
 
+def towers(said: dict[str, Any], text: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """Yield the values of what else a model is made of, and of what that is made of."""
+    for name, part in said.items():
+        if isinstance(part, dict) and (name.endswith("_config") or "model_type" in part) and part is not text:
+            yield part
+            yield from towers(part, text)
+
+
 def change(
     said: dict[str, Any], way: dict[str, bool], layers: bool, vocabulary: int | None, window: int | None
 ) -> None:
     """Shrink the values of one network in place."""
     small: dict[str, Any] = {"initializer_range": 0.2}
     if way["width"]:
-        small |= widths(said) | NARROW | RANKS | STATES
+        small |= widths(said) | NARROW | RANKS | STATES | latent(said, said)
     if way["experts"]:
-        small |= {name: min(said.get(name) or most, most) for name, most in FEW.items()}
+        small |= {name: fewer(said.get(name) or most, most) for name, most in FEW.items()}
     if layers and way["layers"]:
         small |= kept_layers(said)
     if window is not None:
@@ -134,10 +153,18 @@ def change(
         if "drop" in name and isinstance(value, float):
             small[name] = 0.0
     if said.get("per_layer_config"):
-        said["per_layer_config"] = per_layer(said["per_layer_config"], small)
+        said["per_layer_config"] = per_layer(said["per_layer_config"], small, said, way["width"])
     for name, value in small.items():
-        if said.get(name) is not None or (name in said and name in DERIVED):
+        before = said.get(name)
+        if isinstance(before, list | tuple) and isinstance(value, int):
+            said[name] = [value] * len(before)
+        elif before or (before is None and name in said and name in DERIVED):  # what it has none of, it gets none of
             said[name] = value
+
+
+def fewer(before: Any, most: int) -> Any:
+    """Return a count, or one for each layer or kind of input, that is not above another."""
+    return [fewer(one, most) for one in before] if isinstance(before, list | tuple) else min(before, most)
 
 
 def fit_rope(rope: Any, said: dict[str, Any], narrow: bool, short: bool) -> None:
@@ -147,7 +174,9 @@ def fit_rope(rope: Any, said: dict[str, Any], narrow: bool, short: bool) -> None
     pairs = int(WIDTH * rope.get("partial_rotary_factor", said.get("partial_rotary_factor") or 1)) // 2
     if narrow and (sections := rope.get("mrope_section")):
         other = (pairs - pairs // 4) // 2
-        rope["mrope_section"] = [pairs - 2 * other, *[other] * (len(sections) - 1)]
+        first, rest = [pairs - 2 * other], [other] * (len(sections) - 1)
+        alike = len(set(sections[:-1])) == 1 and sections[-1] != sections[0]  # then the last one differs
+        rope["mrope_section"] = rest + first if alike else first + rest
     for name in ("long_factor", "short_factor"):
         if narrow and name in rope:
             rope[name] = rope[name][:pairs]
@@ -184,8 +213,8 @@ def widths(said: dict[str, Any]) -> dict[str, Any]:
         "num_attention_heads": count, "n_head": count, "n_heads": count, "num_heads": count,
         "num_key_value_heads": groups, "encoder_attention_heads": count, "decoder_attention_heads": count,
         "head_dim": WIDTH, "global_head_dim": WIDTH, "hidden_size": size, "d_model": size, "n_embd": size,
-        "embed_dim": size, "word_embed_proj_dim": size, "rotary_dim": 8,
-        **({"head_dim": RANKS["qk_rope_head_dim"]} if said.get("qk_rope_head_dim") else {}),
+        "embed_dim": size, "word_embed_proj_dim": size, "rotary_dim": 8, "adapter_in_dim": size,
+        "adapter_input_size": size, "hidden_size_global": size,
     }  # fmt: skip
 
 
@@ -202,12 +231,21 @@ def kept_layers(said: dict[str, Any]) -> dict[str, Any]:
     return {**{name: min(said.get(name) or kept, kept) for name in names}, **lists, **shared}
 
 
-def per_layer(said: dict[Any, dict[str, Any]], small: dict[str, Any]) -> dict[Any, dict[str, Any]]:
+def latent(sizes: dict[str, Any], said: dict[str, Any]) -> dict[str, Any]:
+    """Return the sizes of heads, if some of each turns with the position: in the proportions that they had."""
+    rope = said.get("qk_rope_head_dim")
+    return {n: TURNED * size // rope for n, size in sizes.items() if n in HEAD_SIZES and size} if rope else {}
+
+
+def per_layer(
+    layers: dict[Any, dict[str, Any]], small: dict[str, Any], said: dict[str, Any], narrow: bool
+) -> dict[Any, dict[str, Any]]:
     """Return what differs from layer to layer, of the layers that stay; heads that are larger there stay larger."""
     kept = small.get("num_hidden_layers")
+    larger = {"head_dim": 2 * WIDTH, "global_head_dim": 2 * WIDTH} if narrow else {}
     return {
-        layer: {name: 2 * WIDTH if "head_dim" in name else small.get(name, value) for name, value in one.items()}
-        for layer, one in said.items()
+        layer: one | {n: v for n, v in (small | larger | (latent(one, said) if narrow else {})).items() if n in one}
+        for layer, one in layers.items()
         if kept is None or int(layer) < kept
     }
 

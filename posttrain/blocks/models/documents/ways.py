@@ -285,6 +285,14 @@ def decoder_of(hf: Any) -> Any:
 
     decoder = hf.get_decoder()
     for found in (decoder, hf.base_model, getattr(hf, "model", None), getattr(decoder, "model", None)):
-        if isinstance(found, PreTrainedModel) and found.get_output_embeddings() is None:
+        if isinstance(found, PreTrainedModel) and found is not hf and found.get_output_embeddings() is None:
             return found
     return hf.base_model
+
+
+def head_of(hf: Any) -> Any:
+    """Return the layer that makes logits of hidden states; some models keep a whole language model inside, with it."""
+    from transformers import PreTrainedModel
+
+    head, decoder = hf.get_output_embeddings(), hf.get_decoder()
+    return decoder.get_output_embeddings() if head is None and isinstance(decoder, PreTrainedModel) else head

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from posttrain.blocks.models.documents.ways import decoder_of
+from posttrain.blocks.models.documents.ways import decoder_of, head_of
 from posttrain.blocks.models.quantized.layers import Code, Kind, Numbers, QuantizedLinear, Remade, codes
 from posttrain.errors import RecipeError
 from posttrain.runtime.bnb import require
@@ -72,7 +72,7 @@ def quantize(hf: Any, kind: Kind, double: bool, device: torch.device | None = No
 
 def targets(hf: Any) -> Iterator[tuple[nn.Module, dict[str, nn.Linear], dict[str, nn.Parameter]]]:
     """Yield modules with what is to be quantized of them, by name: linear layers, and stacks of matrices."""
-    head = hf.get_output_embeddings()  # its outputs are too fine for it
+    head = head_of(hf)  # its outputs are too fine for it
     for module in list(decoder_of(hf).modules()):
         linear = {
             name: child for name, child in module.named_children()

@@ -8,7 +8,7 @@ from typing import Any, Literal, TypeAlias
 import attrs
 from torch import nn
 
-from posttrain.blocks.models.documents.ways import decoder_of
+from posttrain.blocks.models.documents.ways import decoder_of, head_of
 from posttrain.errors import RecipeError
 
 Part: TypeAlias = Literal["language", "projector", "tower"]
@@ -36,15 +36,16 @@ def parts_of(hf: Any) -> Parts | None:
         return None
     decoder = decoder_of(hf)
     decoder = getattr(decoder, "language_model", None) or decoder  # some have the image parts and the language in it
-    language = tuple(f"{name_of(hf, part)}." for part in (decoder, head_of(hf)) if part is not None)
+    named = (name_of(hf, part) for part in (decoder, output_of(hf)) if part is not None)
+    language = tuple(f"{name}." if name else "" for name in named)  # all of it is, if nothing else makes hidden states
     encoder = hf.get_encoder(modality="image")
     seen = encoder is not None and encoder is not hf and encoder is not hf.base_model  # Gemma 4 may have no tower
     return Parts(language, f"{name_of(hf, encoder)}." if seen else None)
 
 
-def head_of(hf: Any) -> nn.Module | None:
+def output_of(hf: Any) -> nn.Module | None:
     """Return what makes logits, or the score of a reward model."""
-    head: nn.Module | None = hf.get_output_embeddings()
+    head: nn.Module | None = head_of(hf)
     return hf._modules.get("score") if head is None else head
 
 
@@ -85,7 +86,7 @@ def freeze_parts(hf: Any, train: list[Part], blind: str | None) -> None:
 
 def linears(hf: Any, train: list[Part]) -> list[str]:
     """Return the names of the linear layers in some parts of a model, but for its head."""
-    parts, head = parts_of(hf), head_of(hf)
+    parts, head = parts_of(hf), output_of(hf)
     return [
         name
         for name, module in hf.named_modules()
