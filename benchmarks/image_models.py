@@ -16,7 +16,8 @@ from transformers import AutoConfig
 from transformers.models.auto.image_processing_auto import IMAGE_PROCESSOR_MAPPING_NAMES
 from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES
 
-from posttrain.blocks.images.processor import Processor, _class
+from posttrain.blocks.images.loading import class_of
+from posttrain.blocks.images.processor import Processor
 from posttrain.blocks.models.documents import probe
 from posttrain.blocks.models.vision.sight import tried
 
@@ -94,7 +95,7 @@ def processor_of(kind: str, config) -> Processor:
         raise LookupError("transformers names no processor for this type")
     module = importlib.import_module(f"transformers.{transformers._class_to_module[name]}") if "pixtral" not in str(
         transformers._class_to_module[name]) else None  # fmt: skip
-    cls = _class(name)
+    cls = class_of(name)
     source = inspect.getsource(module or sys.modules[cls.__module__])
     tokens = ["<|im_start|>", "<|im_end|>", "<|pad|>", *dict.fromkeys(TOKEN.findall(source))]
     attributes = {n for n in NAMED.findall(source) if n not in ("pad_token", "eos_token", "bos_token", "unk_token")}
@@ -118,12 +119,13 @@ def processor_of(kind: str, config) -> Processor:
     said = {}
     for n in known:
         for part in (config, getattr(config, "vision_config", None)):
-            if n not in said and n not in ("self", "tokenizer", "chat_template") and getattr(part, n, None) is not None:
+            if n not in said and n not in ("self", "chat_template", *cls.parts) and getattr(part, n, None) is not None:
                 said[n] = getattr(part, n)
     if "num_additional_image_tokens" in known:
         said["num_additional_image_tokens"] = 1  # what CLIP puts in front, and its features leave out
     said |= ARGUMENTS.get(kind, {})
-    theirs = cls(fitted(images(), config), tokenizer, **said)
+    parts = dict.fromkeys(cls.parts) | {"image_processor": fitted(images(), config), "tokenizer": tokenizer}
+    theirs = cls(**parts, **said)
     anchor = getattr(theirs, "image_token_id", None) or tokenizer.convert_tokens_to_ids(theirs.image_token)
     for n in ("image_token_id", "image_token_index"):
         if n in config.to_dict():

@@ -76,7 +76,7 @@ def make(family: str, folder: Path) -> None:
     import transformers
     import vision
 
-    from posttrain.blocks.images.processor import _class
+    from posttrain.blocks.images.loading import class_of
 
     tokenizer = vision.tokenizer_of(family)
     tokenizer.chat_template = TEMPLATE.replace("PLACE", vision.PLACES[family])
@@ -85,12 +85,12 @@ def make(family: str, folder: Path) -> None:
     if family == "qwen2_5_vl":
         from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-        made = _class("Qwen2_5_VLProcessor")(Qwen2VLImageProcessorPil(), tokenizer)
+        made = class_of("Qwen2_5_VLProcessor")(Qwen2VLImageProcessorPil(), tokenizer)
     else:
         from transformers.models.smolvlm.image_processing_pil_smolvlm import SmolVLMImageProcessorPil
 
         images = SmolVLMImageProcessorPil(size={"longest_edge": 384}, max_image_size={"longest_edge": 192})
-        made = _class("SmolVLMProcessor")(images, tokenizer, image_seq_len=36)
+        made = class_of("SmolVLMProcessor")(images, tokenizer, image_seq_len=36)
     made.chat_template = tokenizer.chat_template
     made.save_pretrained(folder)
 
@@ -176,7 +176,7 @@ def trl(folder: Path, steps: int, parts: list[str]) -> dict[str, Any]:
     from transformers import AutoModelForImageTextToText, TrainerCallback
     from trl import SFTConfig, SFTTrainer
 
-    from posttrain.blocks.images.processor import _class
+    from posttrain.blocks.images.loading import class_of
     from posttrain.blocks.models.vision.parts import parts_of
 
     clock, tokens, images, losses = Clock(), [], [], []
@@ -204,7 +204,7 @@ def trl(folder: Path, steps: int, parts: list[str]) -> dict[str, Any]:
         for row in chats
     ]).cast_column("images", List(Image()))  # fmt: skip
     saved = json.loads((folder / "processor_config.json").read_text())
-    processor = _class(saved["processor_class"]).from_pretrained(folder)
+    processor = class_of(saved["processor_class"]).from_pretrained(folder)
     model = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32)
     where = parts_of(model)
     for name, parameter in model.named_parameters():

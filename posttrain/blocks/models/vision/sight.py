@@ -18,7 +18,8 @@ from torch import Tensor
 
 from posttrain.batch import Batch
 from posttrain.blocks.images.arrange import IMAGES, arrange
-from posttrain.blocks.images.processor import INSTALL, Processor, as_tensor, load
+from posttrain.blocks.images.loading import INSTALL, load
+from posttrain.blocks.images.processor import Processor, as_tensor
 from posttrain.blocks.layout import lay
 from posttrain.blocks.models.causal import CausalLM
 from posttrain.blocks.models.documents.attention import NAME
