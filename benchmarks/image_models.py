@@ -9,14 +9,17 @@ import inspect
 import re
 import sys
 import warnings
+from collections import Counter
 from pathlib import Path
 
 import transformers
+from PIL import Image
 from transformers import AutoConfig
 from transformers.models.auto.image_processing_auto import IMAGE_PROCESSOR_MAPPING_NAMES
 from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES
+from transformers.utils import is_torchvision_available
 
-from posttrain.blocks.images.loading import class_of
+from posttrain.blocks.images.loading import SeesImages, class_of, for_images
 from posttrain.blocks.images.processor import Processor
 from posttrain.blocks.models.documents import probe
 from posttrain.blocks.models.vision.sight import tried
@@ -25,9 +28,14 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "tests" / "support"))
 from tokens import byte_tokenizer
 
 TOKEN = re.compile(r"""["'](<[^"'\s{}]+>|\[[A-Z_]+\])["']""")
-NAMED = re.compile(r"tokenizer\.(\w+_token)(?:_id)?\b")
+NAMED = re.compile(r"tokenizer(?:\.|, \")(\w+_token)(?:_id)?\b")
 TILES = {"vision_config": {"image_size": 256, "patch_size": 32}, "scale_factor": 2}
-CHANGES = {"gemma3": {"mm_tokens_per_image": 49}, "idefics3": TILES, "smolvlm": TILES}
+CHANGES = {
+    "gemma3": {"mm_tokens_per_image": 49}, "idefics3": TILES, "smolvlm": TILES,
+    "aria": {"vision_config": {"model_type": "idefics3_vision", "image_size": 490, "patch_size": 14}},
+    "aya_vision": {"vision_config": {"model_type": "siglip_vision_model", "image_size": 224, "patch_size": 14}},
+    "gemma4": {"vision_config": {"model_type": "gemma4_vision"}},
+}  # fmt: skip
 """What the default configuration of a type lacks to see images."""
 HEAD = """## Models of images and text, with images
 
@@ -37,7 +45,7 @@ torchvision: a downloaded model brings what fits, and is tried when it is built.
 
 """
 ARGUMENTS = {
-    "gemma3": {"image_seq_length": 49}, "idefics3": {"image_seq_len": 16}, "smolvlm": {"image_seq_len": 16},
+    "gemma3": {"image_seq_length": 49}, "aya_vision": {"img_size": 224}, "idefics3": {"image_seq_len": 16}, "smolvlm": {"image_seq_len": 16},
 }  # fmt: skip
 """What its processor must be told to fit that."""
 
@@ -58,7 +66,9 @@ def fitted(images, config):
         return images
     for name, times in (("size", 2), ("crop_size", 1), ("max_image_size", 1)):
         held = getattr(images, name, None)
-        if held:
+        if isinstance(held, int):
+            setattr(images, name, side)
+        elif held:
             keys = [
                 key
                 for key in ("height", "width", "shortest_edge", "longest_edge")
@@ -76,8 +86,10 @@ def seen(kind: str, config, way) -> str:
             processor = processor_of(kind, config)
     except Exception as error:
         return f"not tried: {type(error).__name__}: {' '.join(str(error).split())[:110]}"
-    if way.unfolds or not way.proven:
+    if way.unfolds:
         return "refused: documents have rows of their own"
+    if not way.proven:
+        return "refused: no tiny copy of it could be tried"
     try:
         with probe.on_the_side():
             found = tried(config, processor, way)
@@ -96,6 +108,7 @@ def processor_of(kind: str, config) -> Processor:
     module = importlib.import_module(f"transformers.{transformers._class_to_module[name]}") if "pixtral" not in str(
         transformers._class_to_module[name]) else None  # fmt: skip
     cls = class_of(name)
+    cls = cls if issubclass(cls, SeesImages) else for_images(cls)
     source = inspect.getsource(module or sys.modules[cls.__module__])
     tokens = ["<|im_start|>", "<|im_end|>", "<|pad|>", *dict.fromkeys(TOKEN.findall(source))]
     attributes = {n for n in NAMED.findall(source) if n not in ("pad_token", "eos_token", "bos_token", "unk_token")}
@@ -111,7 +124,9 @@ def processor_of(kind: str, config) -> Processor:
     if kind not in IMAGE_PROCESSOR_MAPPING_NAMES and not alike:
         raise LookupError("transformers names no processor of images for this type")
     made = IMAGE_PROCESSOR_MAPPING_NAMES[kind if kind in IMAGE_PROCESSOR_MAPPING_NAMES else alike[0]]
-    made = made.get("pil") or made.get("torchvision") if isinstance(made, dict) else made
+    made = made.get("torchvision" if is_torchvision_available() else "pil") or made.get("pil")
+    if made is None:
+        raise LookupError("its processor of images needs torchvision")
     images = getattr(transformers, made)
     with contextlib.suppress(Exception):
         images = getattr(importlib.import_module(f"transformers.{transformers._class_to_module[made]}"), made)
@@ -123,14 +138,19 @@ def processor_of(kind: str, config) -> Processor:
                 said[n] = getattr(part, n)
     if "num_additional_image_tokens" in known:
         said["num_additional_image_tokens"] = 1  # what CLIP puts in front, and its features leave out
+    vision = getattr(config, "vision_config", None)
+    if "num_image_tokens" in known and getattr(vision, "patch_size", None):
+        said.setdefault("num_image_tokens", (vision.image_size // vision.patch_size) ** 2)
     said |= ARGUMENTS.get(kind, {})
     parts = dict.fromkeys(cls.parts) | {"image_processor": fitted(images(), config), "tokenizer": tokenizer}
     theirs = cls(**parts, **said)
-    anchor = getattr(theirs, "image_token_id", None) or tokenizer.convert_tokens_to_ids(theirs.image_token)
+    made = Processor(theirs, tokenizer, config, {})
+    (text,) = made.process([Image.new("RGB", (64, 64))])[1]
+    made.token_id = Counter(theirs.tokenizer(text, add_special_tokens=False)["input_ids"]).most_common(1)[0][0]
     for n in ("image_token_id", "image_token_index"):
         if n in config.to_dict():
-            setattr(config, n, anchor)
-    return Processor(theirs, tokenizer, config, {})
+            setattr(config, n, made.token_id)
+    return made
 
 
 def section(kinds: list[str], changes: dict[str, dict]) -> str:

@@ -34,7 +34,7 @@ TEXT = {
     "num_attention_heads": 8, "num_key_value_heads": 4, "max_position_embeddings": 8192, "bos_token_id": None,
     "eos_token_id": None, "pad_token_id": None, "tie_word_embeddings": True,
 }  # fmt: skip
-FAMILIES = ("qwen2_5_vl", "smolvlm")
+FAMILIES = ("qwen2_5_vl", "idefics3")
 PARTS = ("language", "projector", "tower")
 TEMPLATE = """{% for m in messages %}{{ '\\n<|im_start|>' + m.role + '\\n' }}{% if m.content is string %}{{ m.content }}\
 {% else %}{% for p in m.content %}{{ 'PLACE' if p.type == 'image' else p.text }}{% endfor %}{% endif %}<|im_end|>\
@@ -64,7 +64,7 @@ def config(family: str, tokenizer: Any) -> Any:
         "hidden_size": 320, "intermediate_size": 1280, "num_hidden_layers": 8, "num_attention_heads": 8,
         "image_size": 192, "patch_size": 16,
     }  # fmt: skip
-    return transformers.SmolVLMConfig(
+    return transformers.Idefics3Config(
         text_config={"model_type": "llama", **TEXT}, vision_config=vision, scale_factor=2, tie_word_embeddings=True,
         image_token_id=token("<image>"), pad_token_id=token("<|pad|>"),
     )  # fmt: skip
@@ -87,10 +87,10 @@ def make(family: str, folder: Path) -> None:
 
         made = class_of("Qwen2_5_VLProcessor")(Qwen2VLImageProcessorPil(), tokenizer)
     else:
-        from transformers.models.smolvlm.image_processing_pil_smolvlm import SmolVLMImageProcessorPil
+        from transformers.models.idefics3.image_processing_pil_idefics3 import Idefics3ImageProcessorPil
 
-        images = SmolVLMImageProcessorPil(size={"longest_edge": 384}, max_image_size={"longest_edge": 192})
-        made = class_of("SmolVLMProcessor")(images, tokenizer, image_seq_len=36)
+        images = Idefics3ImageProcessorPil(size={"longest_edge": 384}, max_image_size={"longest_edge": 192})
+        made = class_of("Idefics3Processor")(images, tokenizer, image_seq_len=36)
     made.chat_template = tokenizer.chat_template
     made.save_pretrained(folder)
 

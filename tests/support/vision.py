@@ -166,7 +166,8 @@ def processor_of(family: str, tokenizer: Any) -> Any:
         module, name = ("idefics3", "Idefics3") if family == "idefics3" else ("smolvlm", "SmolVLM")
         images = pil(f"{module}.image_processing_pil_{module}", f"{name}ImageProcessorPil", size={"longest_edge": 64},
                      max_image_size={"longest_edge": 32})  # fmt: skip
-        return class_of(f"{name}Processor")(images, tokenizer, image_seq_len=4)
+        videos = {"video_processor": None} if name == "SmolVLM" else {}  # which it wants to be told
+        return class_of(f"{name}Processor")(images, tokenizer, image_seq_len=4, **videos)
     if family == "gemma3":
         images = pil("gemma3.image_processing_pil_gemma3", "Gemma3ImageProcessorPil", size={"height": 32, "width": 32})
         return class_of("Gemma3Processor")(images, tokenizer, image_seq_length=4)

@@ -109,9 +109,13 @@ def class_of(name: str) -> Any:
         return getattr(transformers, name)
     with without_torchvision():
         module = importlib.import_module(f"transformers.{transformers._class_to_module[name]}")
-    theirs = getattr(module, name)
+    return for_images(getattr(module, name))
+
+
+def for_images(theirs: Any) -> Any:
+    """Return a class of processor that leaves videos and sound out."""
     said = {"parts": theirs.get_attributes(), "__module__": theirs.__module__}
-    return type(name, (theirs, SeesImages), said)
+    return type(theirs.__name__, (theirs, SeesImages), said)
 
 
 @contextmanager

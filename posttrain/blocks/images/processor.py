@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 import attrs
 
+from posttrain.errors import RecipeError
+
 if TYPE_CHECKING:
     from PIL.Image import Image
     from torch import Tensor
@@ -46,11 +48,18 @@ class Processor:
             tokenizer: of the run.
             config: of the model.
             said: what the processor was made of.
+
+        Raises:
+            RecipeError: the processor does not say what becomes of the place of one image.
         """
+        from transformers import ProcessorMixin
+
+        if not hasattr(theirs, "image_token") or type(theirs).replace_image_token is ProcessorMixin.replace_image_token:
+            raise RecipeError(f"{type(theirs).__name__} does not say what becomes of the place of one image alone")
         self.theirs, self.config, self.said = theirs, config, said
         theirs.tokenizer = copy.copy(tokenizer)
         theirs.chat_template = tokenizer.chat_template
-        self.token = str(theirs.image_token)
+        self.token = str(getattr(theirs, "image_placeholder_token", theirs.image_token))
         """What a chat template writes where an image stands."""
         self.token_id = image_token_of(config)
         """What the network replaces by what it sees."""
@@ -73,10 +82,14 @@ class Processor:
 
     def process(self, images: "list[Image]") -> "tuple[dict[str, Tensor], list[str]]":
         """Return the tensors of images that the network takes, and what the placeholder of each becomes."""
-        said = self.theirs._merge_kwargs(return_tensors="np")["images_kwargs"]  # torch would copy pixel by pixel
+        said = self.theirs._merge_kwargs(return_tensors="np")  # torch would copy pixel by pixel
+        wanted = inspect.signature(self.theirs._process_images).parameters.values()
+        more = {one.name: said[one.name] for one in wanted if one.kind is not one.VAR_KEYWORD and one.name in said}
         text = [self.token * len(images)]  # one document, which some processors want to know
         nested = self.theirs.prepare_inputs_layout(images=list(images), text=text)[0]
-        found, texts = self.theirs._process_images(nested, **said)
+        found, texts = self.theirs._process_images(nested, **more, **said["images_kwargs"])
+        if "pixel_values" not in found:
+            raise RecipeError(f"{type(self.theirs).__name__} makes {', '.join(found)} of images, and no pixel_values")
         return {name: as_tensor(found[name]) for name in found if name in self.taken}, texts
 
     def expansion(self, size: tuple[int, int]) -> Expansion:

@@ -153,11 +153,9 @@ def document(hf: Any, small: Processor, processor: Processor, number: int) -> Se
     """Return a document with images, and what transformers' own network gives for it."""
     random = np.random.default_rng(number)
     images = [noise(random, size) for size in SIZES[number]]
-    anchor = processor.token
-    text = "The first words, " + "".join(f"then {anchor} and more of them, " for _ in images) + "and the last words."
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of arrays that are turned into tensors
-        given = dict(processor.theirs(text=[text], images=images or None, return_mm_token_type_ids=True))
+        given = processed(processor, images)
     whole = as_tensor(given.pop("input_ids"))
     seen = whole == processor.token_id
     words = hf.config.get_text_config().vocab_size - 3
@@ -170,6 +168,25 @@ def document(hf: Any, small: Processor, processor: Processor, number: int) -> Se
         log_probs = logits[:-1].log_softmax(-1).gather(1, ids[0, 1:, None])[:, 0]
         slopes = slopes_of(hf, log_probs.sum())
     return Seen(ids[0], spans, images, log_probs.detach(), slopes)
+
+
+def processed(processor: Processor, images: list[Any]) -> dict[str, Any]:
+    """Return what transformers' processor makes of a text with images; some refuse one without.
+
+    Some also want what the chat template writes around the place of an image.
+    """
+    theirs, anchor = processor.theirs, processor.token
+    text = "The first words, " + "".join(f"then {anchor} and more of them, " for _ in images) + "and the last words."
+    if not images:
+        return dict(theirs.tokenizer([text], return_tensors="np"))
+    try:
+        return dict(theirs(text=[text], images=images, return_mm_token_type_ids=True, return_tensors="np"))
+    except ValueError:
+        if theirs.chat_template is None:
+            raise
+        said = [{"type": "text", "text": "The first words, "}, *({"type": "image"} for _ in images)]
+        text = theirs.tokenizer.apply_chat_template([{"role": "user", "content": said}], tokenize=False)
+        return dict(theirs(text=[text], images=images, return_mm_token_type_ids=True, return_tensors="np"))
 
 
 def spans_of(seen: Tensor, tokens: list[int]) -> list[dict[str, Any]]:
