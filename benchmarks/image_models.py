@@ -16,6 +16,7 @@ import transformers
 from PIL import Image
 from transformers import AutoConfig
 from transformers.models.auto.image_processing_auto import IMAGE_PROCESSOR_MAPPING_NAMES
+from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES
 from transformers.utils import is_torchvision_available
 
@@ -23,6 +24,7 @@ from posttrain.blocks.images.loading import SeesImages, class_of, for_images
 from posttrain.blocks.images.processor import Processor
 from posttrain.blocks.models.documents import probe
 from posttrain.blocks.models.vision.sight import tried
+from posttrain.errors import RecipeError
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests" / "support"))
 from tokens import byte_tokenizer
@@ -34,9 +36,11 @@ CHANGES = {
     "gemma3": {"mm_tokens_per_image": 49}, "idefics3": TILES, "smolvlm": TILES,
     "aria": {"vision_config": {"model_type": "idefics3_vision", "image_size": 490, "patch_size": 14}},
     "aya_vision": {"vision_config": {"model_type": "siglip_vision_model", "image_size": 224, "patch_size": 14}},
+    "hunyuan_vl": {"text_config": {"head_dim": 128}},
     "gemma4": {"vision_config": {"model_type": "gemma4_vision"}},
 }  # fmt: skip
 """What the default configuration of a type lacks to see images."""
+TYPES = sorted(MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES)
 HEAD = """## Models of images and text, with images
 
 A processor of each type, made from its defaults beside a tokenizer of bytes, saw documents with no, one and two images,
@@ -44,6 +48,8 @@ packed and alone. "Not tried" are types whose defaults do not fit each other, or
 torchvision: a downloaded model brings what fits, and is tried when it is built.
 
 """
+PROCESSORS = {"glm_ocr": "Glm46VProcessor"}
+"""Of types for which transformers names none."""
 ARGUMENTS = {
     "gemma3": {"image_seq_length": 49}, "aya_vision": {"img_size": 224}, "idefics3": {"image_seq_len": 16}, "smolvlm": {"image_seq_len": 16},
 }  # fmt: skip
@@ -78,31 +84,37 @@ def fitted(images, config):
     return images
 
 
-def seen(kind: str, config, way) -> str:
+def seen(kind: str, changes: dict[str, dict]) -> str:
     """Say what becomes of the images of a type: exact, and how, or why not."""
     try:
+        config = AutoConfig.for_model(kind, **changes.get(kind, {}), **CHANGES.get(kind, {}))
+        way = probe.find_way(config, kind, None)
+        if not way.proven:
+            return "refused: no tiny copy of it could be tried"
+        if way.unfolds:
+            return "refused: documents have rows of their own"
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             processor = processor_of(kind, config)
-    except Exception as error:
-        return f"not tried: {type(error).__name__}: {' '.join(str(error).split())[:110]}"
-    if way.unfolds:
-        return "refused: documents have rows of their own"
-    if not way.proven:
-        return "refused: no tiny copy of it could be tried"
-    try:
         with probe.on_the_side():
             found = tried(config, processor, way)
+    except RecipeError as error:
+        return f"refused: {in_short(error)}"
     except Exception as error:
-        return f"not tried: {type(error).__name__}: {' '.join(str(error).split())[:110]}"
+        return f"not tried: {type(error).__name__}: {in_short(error)}"
     if isinstance(found, str):
         return f"refused: {found}"
     return "exact, each image sees all of itself" if found else "exact"
 
 
+def in_short(error: Exception) -> str:
+    """Return the beginning of a message, as a cell of a table."""
+    return " ".join(str(error).split())[:110].replace("|", "/")
+
+
 def processor_of(kind: str, config) -> Processor:
     """Return the processor of a type, made from its defaults and its configuration."""
-    name = PROCESSOR_MAPPING_NAMES.get(kind)
+    name = PROCESSOR_MAPPING_NAMES.get(kind) or PROCESSORS.get(kind)
     if name is None:
         raise LookupError("transformers names no processor for this type")
     module = importlib.import_module(f"transformers.{transformers._class_to_module[name]}") if "pixtral" not in str(
@@ -138,9 +150,9 @@ def processor_of(kind: str, config) -> Processor:
                 said[n] = getattr(part, n)
     if "num_additional_image_tokens" in known:
         said["num_additional_image_tokens"] = 1  # what CLIP puts in front, and its features leave out
-    vision = getattr(config, "vision_config", None)
-    if "num_image_tokens" in known and getattr(vision, "patch_size", None):
-        said.setdefault("num_image_tokens", (vision.image_size // vision.patch_size) ** 2)
+    tower = getattr(config, "vision_config", None)
+    if "num_image_tokens" in known and getattr(tower, "patch_size", None):
+        said.setdefault("num_image_tokens", (tower.image_size // tower.patch_size) ** 2)
     said |= ARGUMENTS.get(kind, {})
     parts = dict.fromkeys(cls.parts) | {"image_processor": fitted(images(), config), "tokenizer": tokenizer}
     theirs = cls(**parts, **said)
@@ -153,23 +165,21 @@ def processor_of(kind: str, config) -> Processor:
     return made
 
 
-def section(kinds: list[str], changes: dict[str, dict]) -> str:
-    """Return what becomes of the images of some types as a section of Markdown, and print it on the way.
+def rewritten(page: str, only: list[str] | None, changes: dict[str, dict]) -> str:
+    """Return a page with its section on images measured anew, and print that on the way.
 
     Args:
-        kinds: types.
-        changes: what their default configurations lack, by type.
+        page: ends with that section.
+        only: these types; others stay as the page has them. None for all.
+        changes: what the default configurations of types lack, by type.
     """
-    lines = []
-    for kind in kinds:
-        try:
-            config = AutoConfig.for_model(kind, **changes.get(kind, {}), **CHANGES.get(kind, {}))
-            found = seen(kind, config, probe.find_way(config, kind, None))
-        except Exception as error:
-            found = f"not tried: {type(error).__name__}: {' '.join(str(error).split())[:110]}"
+    page, _, old = page.partition(HEAD.partition("\n")[0])
+    rows = {line.split("`")[1]: line for line in old.splitlines() if line.startswith("| `")}
+    for kind in TYPES if only is None else only:
+        found = seen(kind, changes)
         print(f"{kind:28} {found}", flush=True)
-        lines.append(f"| `{kind}` | {found.replace('|', '/')} |")
-    exact = sum(line.split("|")[2].strip().startswith("exact") for line in lines)
-    return (
-        f"{HEAD}{len(lines)} types: {exact} exact.\n\n| type | packed images |\n|---|---|\n" + "\n".join(lines) + "\n"
-    )
+        rows[kind] = f"| `{kind}` | {found} |"
+    kept = [rows[kind] for kind in TYPES if kind in rows]
+    count = Counter(line.split("|")[2].split()[0].strip(",:") for line in kept)
+    said = f"{len(kept)} types: {count['exact']} exact, {count['refused']} refused, {count['not']} not tried."
+    return f"{page}{HEAD}{said}\n\n| type | packed images |\n|---|---|\n" + "\n".join(kept) + "\n"

@@ -51,6 +51,23 @@ def test_the_table_of_models_says_what_a_type_can_be_used_for(kind: str) -> None
     assert list(attrs.astuple(models.Uses.of(kind, {}))) == rows_of_the_table()[kind][models.MEASURED :]
 
 
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "deepseek_vl",
+        "llava_next_video",
+        *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("aria", "gemma4", "idefics2", "qianfan_ocr")),
+    ],
+)
+def test_the_table_of_models_says_what_becomes_of_images(kind: str) -> None:
+    """Features of the inner network alone; a part for videos in front; texts without images, which a processor refuses;
+    a part for sound; places that depend on each other; a place that is not the token."""
+    section = (ROOT / "docs" / "models.md").read_text().partition(models.image_models.HEAD.partition("\n")[0])[2]
+    said = {line.split("`")[1]: line.split("|")[2].strip() for line in section.splitlines() if line.startswith("| `")}
+    assert models.image_models.seen(kind, models.CHANGES) == said[kind]
+
+
 @pytest.mark.skipif("POSTTRAIN_ALL_TYPES" not in os.environ, reason="an hour: set POSTTRAIN_ALL_TYPES=1")
 @pytest.mark.slow
 @pytest.mark.timeout(7200)

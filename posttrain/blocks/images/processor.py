@@ -80,9 +80,16 @@ class Processor:
         """Names of what the network takes of images."""
         return {*inspect.signature(self.skeleton.base_model.get_image_features).parameters, "image_grid_thw"}
 
+    @cached_property
+    def made_as(self) -> str:
+        """What its processor of images makes, as transformers calls it."""
+        from transformers.image_processing_backends import PilBackend
+
+        return "np" if isinstance(self.theirs.image_processor, PilBackend) else "pt"  # else it copies pixel by pixel
+
     def process(self, images: "list[Image]") -> "tuple[dict[str, Tensor], list[str]]":
         """Return the tensors of images that the network takes, and what the placeholder of each becomes."""
-        said = self.theirs._merge_kwargs(return_tensors="np")  # torch would copy pixel by pixel
+        said = self.theirs._merge_kwargs(return_tensors=self.made_as)
         wanted = inspect.signature(self.theirs._process_images).parameters.values()
         more = {one.name: said[one.name] for one in wanted if one.kind is not one.VAR_KEYWORD and one.name in said}
         text = [self.token * len(images)]  # one document, which some processors want to know
@@ -145,10 +152,12 @@ class Processor:
 
 
 def as_tensor(values: Any) -> "Tensor":
-    """Return an array as a tensor; a processor may give a list of them."""
+    """Return an array as a tensor; a processor may give a list of them. Llama 4's makes pixels of bfloat16."""
     import numpy as np
     import torch
 
+    if isinstance(values, torch.Tensor):
+        return values.float() if values.is_floating_point() else values
     return torch.from_numpy(np.ascontiguousarray(values))
 
 

@@ -171,22 +171,12 @@ def document(hf: Any, small: Processor, processor: Processor, number: int) -> Se
 
 
 def processed(processor: Processor, images: list[Any]) -> dict[str, Any]:
-    """Return what transformers' processor makes of a text with images; some refuse one without.
-
-    Some also want what the chat template writes around the place of an image.
-    """
+    """Return what transformers' processor makes of a text with images; some refuse one without."""
     theirs, anchor = processor.theirs, processor.token
     text = "The first words, " + "".join(f"then {anchor} and more of them, " for _ in images) + "and the last words."
     if not images:
         return dict(theirs.tokenizer([text], return_tensors="np"))
-    try:
-        return dict(theirs(text=[text], images=images, return_mm_token_type_ids=True, return_tensors="np"))
-    except ValueError:
-        if theirs.chat_template is None:
-            raise
-        said = [{"type": "text", "text": "The first words, "}, *({"type": "image"} for _ in images)]
-        text = theirs.tokenizer.apply_chat_template([{"role": "user", "content": said}], tokenize=False)
-        return dict(theirs(text=[text], images=images, return_mm_token_type_ids=True, return_tensors="np"))
+    return dict(theirs(text=[text], images=images, return_mm_token_type_ids=True, return_tensors=processor.made_as))
 
 
 def spans_of(seen: Tensor, tokens: list[int]) -> list[dict[str, Any]]:
