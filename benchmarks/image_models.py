@@ -100,11 +100,18 @@ def seen(kind: str, changes: dict[str, dict]) -> str:
             found = tried(config, processor, way)
     except RecipeError as error:
         return f"refused: {in_short(error)}"
+    except NotTried as error:
+        return f"not tried: {error}"
     except Exception as error:
         return f"not tried: {type(error).__name__}: {in_short(error)}"
     if isinstance(found, str):
         return f"refused: {found}"
-    return "exact, each image sees all of itself" if found else "exact"
+    how = ", each image sees all of itself" if found else ""
+    return f"exact{how}" if "pil" in image_processors(kind) else f"exact{how}, with torchvision"
+
+
+class NotTried(Exception):
+    """Why a type is not tried at all."""
 
 
 def in_short(error: Exception) -> str:
@@ -112,11 +119,21 @@ def in_short(error: Exception) -> str:
     return " ".join(str(error).split())[:110].replace("|", "/")
 
 
+def image_processors(kind: str) -> dict[str, str]:
+    """Return the classes that process the images of a type, by what they need; those of a type with its processor."""
+    name = PROCESSOR_MAPPING_NAMES.get(kind) or PROCESSORS.get(kind)
+    alike = [k for k, theirs in PROCESSOR_MAPPING_NAMES.items() if theirs == name]
+    for k in (kind, *alike):
+        if k in IMAGE_PROCESSOR_MAPPING_NAMES:
+            return IMAGE_PROCESSOR_MAPPING_NAMES[k]
+    raise NotTried("transformers names no processor of images for this type")
+
+
 def processor_of(kind: str, config) -> Processor:
     """Return the processor of a type, made from its defaults and its configuration."""
     name = PROCESSOR_MAPPING_NAMES.get(kind) or PROCESSORS.get(kind)
     if name is None:
-        raise LookupError("transformers names no processor for this type")
+        raise NotTried("transformers names no processor for this type")
     module = importlib.import_module(f"transformers.{transformers._class_to_module[name]}") if "pixtral" not in str(
         transformers._class_to_module[name]) else None  # fmt: skip
     cls = class_of(name)
@@ -130,15 +147,10 @@ def processor_of(kind: str, config) -> Processor:
         token = f"<{n}>"
         setattr(tokenizer, n, token)
         setattr(tokenizer, f"{n}_id", tokenizer.convert_tokens_to_ids(token))
-    alike = [
-        k for k, theirs in PROCESSOR_MAPPING_NAMES.items() if theirs == name and k in IMAGE_PROCESSOR_MAPPING_NAMES
-    ]
-    if kind not in IMAGE_PROCESSOR_MAPPING_NAMES and not alike:
-        raise LookupError("transformers names no processor of images for this type")
-    made = IMAGE_PROCESSOR_MAPPING_NAMES[kind if kind in IMAGE_PROCESSOR_MAPPING_NAMES else alike[0]]
+    made = image_processors(kind)
     made = made.get("torchvision" if is_torchvision_available() else "pil") or made.get("pil")
     if made is None:
-        raise LookupError("its processor of images needs torchvision")
+        raise NotTried("its processor of images needs torchvision")
     images = getattr(transformers, made)
     with contextlib.suppress(Exception):
         images = getattr(importlib.import_module(f"transformers.{transformers._class_to_module[made]}"), made)
