@@ -51,7 +51,8 @@ torchvision: a downloaded model brings what fits, and is tried when it is built.
 PROCESSORS = {"glm_ocr": "Glm46VProcessor"}
 """Of types for which transformers names none."""
 ARGUMENTS = {
-    "gemma3": {"image_seq_length": 49}, "aya_vision": {"img_size": 224}, "idefics3": {"image_seq_len": 16}, "smolvlm": {"image_seq_len": 16},
+    "gemma3": {"image_seq_length": 49}, "idefics3": {"image_seq_len": 16}, "smolvlm": {"image_seq_len": 16},
+    "aya_vision": {"img_size": 224}, "vipllava": {"vision_feature_select_strategy": "default"},
 }  # fmt: skip
 """What its processor must be told to fit that."""
 

@@ -133,11 +133,17 @@ def tried(config: Any, processor: Processor, way: Way) -> bool | str:
 def twin(config: Any, processor: Processor) -> tuple[Any, Processor]:
     """Return a tiny network of the same architecture that takes the same images, and a processor of its tokens."""
 
+    pixels = processor.process([noise(np.random.default_rng(0), (64, 64))])[0]
+
     def built(small: Any) -> Any:
         small._attn_implementation = None  # its own
         return auto_of(small).from_config(small, dtype=torch.float32).eval()
 
-    small = tiny(config, vocabulary=VOCABULARY, window=WINDOW, works=built)
+    def sees(small: Any) -> None:
+        with torch.no_grad():
+            built(small).base_model.get_image_features(**pixels, return_dict=True)
+
+    small = tiny(config, vocabulary=VOCABULARY, window=WINDOW, works=sees)
     for name in ("image_token_id", "image_token_index"):
         if name in small.to_dict():
             setattr(small, name, IMAGE)
