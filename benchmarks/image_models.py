@@ -41,11 +41,13 @@ CHANGES = {
 }  # fmt: skip
 """What the default configuration of a type lacks to see images."""
 TYPES = sorted(MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES)
-HEAD = """## Models of images and text, with images
+TITLE = "## Models of images and text, with images"
+HEAD = f"""{TITLE}
 
 A processor of each type, made from its defaults beside a tokenizer of bytes, saw documents with no, one and two images,
-packed and alone. "Not tried" are types whose defaults do not fit each other, or that transformers cannot load without
-torchvision: a downloaded model brings what fits, and is tried when it is built.
+packed and alone: `python benchmarks/models.py --images --write docs/models.md`. "Not tried" are types whose defaults, or
+what they become in a tiny copy, do not fit each other, and those whose processor needs torchvision where there was none. A
+downloaded model brings what fits, and is tried when it is built.
 
 """
 PROCESSORS = {"glm_ocr": "Glm46VProcessor"}
@@ -186,7 +188,7 @@ def rewritten(page: str, only: list[str] | None, changes: dict[str, dict]) -> st
         only: these types; others stay as the page has them. None for all.
         changes: what the default configurations of types lack, by type.
     """
-    page, _, old = page.partition(HEAD.partition("\n")[0])
+    page, _, old = page.partition(TITLE)
     rows = {line.split("`")[1]: line for line in old.splitlines() if line.startswith("| `")}
     for kind in TYPES if only is None else only:
         found = seen(kind, changes)
