@@ -9,34 +9,52 @@ import inspect
 import re
 import sys
 import warnings
+from collections import Counter
 from pathlib import Path
 
 import transformers
+from PIL import Image
 from transformers import AutoConfig
 from transformers.models.auto.image_processing_auto import IMAGE_PROCESSOR_MAPPING_NAMES
+from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES
+from transformers.utils import is_torchvision_available
 
-from posttrain.blocks.images.processor import Processor, _class
+from posttrain.blocks.images.loading import SeesImages, class_of, for_images
+from posttrain.blocks.images.processor import Processor
 from posttrain.blocks.models.documents import probe
 from posttrain.blocks.models.vision.sight import tried
+from posttrain.errors import RecipeError
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests" / "support"))
 from tokens import byte_tokenizer
 
 TOKEN = re.compile(r"""["'](<[^"'\s{}]+>|\[[A-Z_]+\])["']""")
-NAMED = re.compile(r"tokenizer\.(\w+_token)(?:_id)?\b")
+NAMED = re.compile(r"tokenizer(?:\.|, \")(\w+_token)(?:_id)?\b")
 TILES = {"vision_config": {"image_size": 256, "patch_size": 32}, "scale_factor": 2}
-CHANGES = {"gemma3": {"mm_tokens_per_image": 49}, "idefics3": TILES, "smolvlm": TILES}
+CHANGES = {
+    "gemma3": {"mm_tokens_per_image": 49}, "idefics3": TILES, "smolvlm": TILES,
+    "aria": {"vision_config": {"model_type": "idefics3_vision", "image_size": 490, "patch_size": 14}},
+    "aya_vision": {"vision_config": {"model_type": "siglip_vision_model", "image_size": 224, "patch_size": 14}},
+    "hunyuan_vl": {"text_config": {"head_dim": 128}},
+    "gemma4": {"vision_config": {"model_type": "gemma4_vision"}},
+}  # fmt: skip
 """What the default configuration of a type lacks to see images."""
-HEAD = """## Models of images and text, with images
+TYPES = sorted(MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES)
+TITLE = "## Models of images and text, with images"
+HEAD = f"""{TITLE}
 
 A processor of each type, made from its defaults beside a tokenizer of bytes, saw documents with no, one and two images,
-packed and alone. "Not tried" are types whose defaults do not fit each other, or that transformers cannot load without
-torchvision: a downloaded model brings what fits, and is tried when it is built.
+packed and alone: `python benchmarks/models.py --images --write docs/models.md`. "Not tried" are types whose defaults, or
+what they become in a tiny copy, do not fit each other, and those whose processor needs torchvision where there was none. A
+downloaded model brings what fits, and is tried when it is built.
 
 """
+PROCESSORS = {"glm_ocr": "Glm46VProcessor"}
+"""Of types for which transformers names none."""
 ARGUMENTS = {
     "gemma3": {"image_seq_length": 49}, "idefics3": {"image_seq_len": 16}, "smolvlm": {"image_seq_len": 16},
+    "aya_vision": {"img_size": 224}, "vipllava": {"vision_feature_select_strategy": "default"},
 }  # fmt: skip
 """What its processor must be told to fit that."""
 
@@ -57,7 +75,9 @@ def fitted(images, config):
         return images
     for name, times in (("size", 2), ("crop_size", 1), ("max_image_size", 1)):
         held = getattr(images, name, None)
-        if held:
+        if isinstance(held, int):
+            setattr(images, name, side)
+        elif held:
             keys = [
                 key
                 for key in ("height", "width", "shortest_edge", "longest_edge")
@@ -67,34 +87,60 @@ def fitted(images, config):
     return images
 
 
-def seen(kind: str, config, way) -> str:
+def seen(kind: str, changes: dict[str, dict]) -> str:
     """Say what becomes of the images of a type: exact, and how, or why not."""
     try:
+        config = AutoConfig.for_model(kind, **changes.get(kind, {}), **CHANGES.get(kind, {}))
+        way = probe.find_way(config, kind, None)
+        if not way.proven:
+            return "refused: no tiny copy of it could be tried"
+        if way.unfolds:
+            return "refused: documents have rows of their own"
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             processor = processor_of(kind, config)
-    except Exception as error:
-        return f"not tried: {type(error).__name__}: {' '.join(str(error).split())[:110]}"
-    if way.unfolds or not way.proven:
-        return "refused: documents have rows of their own"
-    try:
         with probe.on_the_side():
             found = tried(config, processor, way)
+    except RecipeError as error:
+        return f"refused: {in_short(error)}"
+    except NotTried as error:
+        return f"not tried: {error}"
     except Exception as error:
-        return f"not tried: {type(error).__name__}: {' '.join(str(error).split())[:110]}"
+        return f"not tried: {type(error).__name__}: {in_short(error)}"
     if isinstance(found, str):
         return f"refused: {found}"
-    return "exact, each image sees all of itself" if found else "exact"
+    how = ", each image sees all of itself" if found else ""
+    return f"exact{how}" if "pil" in image_processors(kind) else f"exact{how}, with torchvision"
+
+
+class NotTried(Exception):
+    """Why a type is not tried at all."""
+
+
+def in_short(error: Exception) -> str:
+    """Return the beginning of a message, as a cell of a table."""
+    return " ".join(str(error).split())[:110].replace("|", "/")
+
+
+def image_processors(kind: str) -> dict[str, str]:
+    """Return the classes that process the images of a type, by what they need; those of a type with its processor."""
+    name = PROCESSOR_MAPPING_NAMES.get(kind) or PROCESSORS.get(kind)
+    alike = [k for k, theirs in PROCESSOR_MAPPING_NAMES.items() if theirs == name]
+    for k in (kind, *alike):
+        if k in IMAGE_PROCESSOR_MAPPING_NAMES:
+            return IMAGE_PROCESSOR_MAPPING_NAMES[k]
+    raise NotTried("transformers names no processor of images for this type")
 
 
 def processor_of(kind: str, config) -> Processor:
     """Return the processor of a type, made from its defaults and its configuration."""
-    name = PROCESSOR_MAPPING_NAMES.get(kind)
+    name = PROCESSOR_MAPPING_NAMES.get(kind) or PROCESSORS.get(kind)
     if name is None:
-        raise LookupError("transformers names no processor for this type")
+        raise NotTried("transformers names no processor for this type")
     module = importlib.import_module(f"transformers.{transformers._class_to_module[name]}") if "pixtral" not in str(
         transformers._class_to_module[name]) else None  # fmt: skip
-    cls = _class(name)
+    cls = class_of(name)
+    cls = cls if issubclass(cls, SeesImages) else for_images(cls)
     source = inspect.getsource(module or sys.modules[cls.__module__])
     tokens = ["<|im_start|>", "<|im_end|>", "<|pad|>", *dict.fromkeys(TOKEN.findall(source))]
     attributes = {n for n in NAMED.findall(source) if n not in ("pad_token", "eos_token", "bos_token", "unk_token")}
@@ -104,13 +150,10 @@ def processor_of(kind: str, config) -> Processor:
         token = f"<{n}>"
         setattr(tokenizer, n, token)
         setattr(tokenizer, f"{n}_id", tokenizer.convert_tokens_to_ids(token))
-    alike = [
-        k for k, theirs in PROCESSOR_MAPPING_NAMES.items() if theirs == name and k in IMAGE_PROCESSOR_MAPPING_NAMES
-    ]
-    if kind not in IMAGE_PROCESSOR_MAPPING_NAMES and not alike:
-        raise LookupError("transformers names no processor of images for this type")
-    made = IMAGE_PROCESSOR_MAPPING_NAMES[kind if kind in IMAGE_PROCESSOR_MAPPING_NAMES else alike[0]]
-    made = made.get("pil") or made.get("torchvision") if isinstance(made, dict) else made
+    made = image_processors(kind)
+    made = made.get("torchvision" if is_torchvision_available() else "pil") or made.get("pil")
+    if made is None:
+        raise NotTried("its processor of images needs torchvision")
     images = getattr(transformers, made)
     with contextlib.suppress(Exception):
         images = getattr(importlib.import_module(f"transformers.{transformers._class_to_module[made]}"), made)
@@ -118,36 +161,40 @@ def processor_of(kind: str, config) -> Processor:
     said = {}
     for n in known:
         for part in (config, getattr(config, "vision_config", None)):
-            if n not in said and n not in ("self", "tokenizer", "chat_template") and getattr(part, n, None) is not None:
+            if n not in said and n not in ("self", "chat_template", *cls.parts) and getattr(part, n, None) is not None:
                 said[n] = getattr(part, n)
     if "num_additional_image_tokens" in known:
         said["num_additional_image_tokens"] = 1  # what CLIP puts in front, and its features leave out
+    tower = getattr(config, "vision_config", None)
+    if "num_image_tokens" in known and getattr(tower, "patch_size", None):
+        said.setdefault("num_image_tokens", (tower.image_size // tower.patch_size) ** 2)
     said |= ARGUMENTS.get(kind, {})
-    theirs = cls(fitted(images(), config), tokenizer, **said)
-    anchor = getattr(theirs, "image_token_id", None) or tokenizer.convert_tokens_to_ids(theirs.image_token)
+    parts = dict.fromkeys(cls.parts) | {"image_processor": fitted(images(), config), "tokenizer": tokenizer}
+    theirs = cls(**parts, **said)
+    made = Processor(theirs, tokenizer, config, {})
+    (text,) = made.process([Image.new("RGB", (64, 64))])[1]
+    made.token_id = Counter(theirs.tokenizer(text, add_special_tokens=False)["input_ids"]).most_common(1)[0][0]
     for n in ("image_token_id", "image_token_index"):
         if n in config.to_dict():
-            setattr(config, n, anchor)
-    return Processor(theirs, tokenizer, config, {})
+            setattr(config, n, made.token_id)
+    return made
 
 
-def section(kinds: list[str], changes: dict[str, dict]) -> str:
-    """Return what becomes of the images of some types as a section of Markdown, and print it on the way.
+def rewritten(page: str, only: list[str] | None, changes: dict[str, dict]) -> str:
+    """Return a page with its section on images measured anew, and print that on the way.
 
     Args:
-        kinds: types.
-        changes: what their default configurations lack, by type.
+        page: ends with that section.
+        only: these types; others stay as the page has them. None for all.
+        changes: what the default configurations of types lack, by type.
     """
-    lines = []
-    for kind in kinds:
-        try:
-            config = AutoConfig.for_model(kind, **changes.get(kind, {}), **CHANGES.get(kind, {}))
-            found = seen(kind, config, probe.find_way(config, kind, None))
-        except Exception as error:
-            found = f"not tried: {type(error).__name__}: {' '.join(str(error).split())[:110]}"
+    page, _, old = page.partition(TITLE)
+    rows = {line.split("`")[1]: line for line in old.splitlines() if line.startswith("| `")}
+    for kind in TYPES if only is None else only:
+        found = seen(kind, changes)
         print(f"{kind:28} {found}", flush=True)
-        lines.append(f"| `{kind}` | {found.replace('|', '/')} |")
-    exact = sum(line.split("|")[2].strip().startswith("exact") for line in lines)
-    return (
-        f"{HEAD}{len(lines)} types: {exact} exact.\n\n| type | packed images |\n|---|---|\n" + "\n".join(lines) + "\n"
-    )
+        rows[kind] = f"| `{kind}` | {found} |"
+    kept = [rows[kind] for kind in TYPES if kind in rows]
+    count = Counter(line.split("|")[2].split()[0].strip(",:") for line in kept)
+    said = f"{len(kept)} types: {count['exact']} exact, {count['refused']} refused, {count['not']} not tried."
+    return f"{page}{HEAD}{said}\n\n| type | packed images |\n|---|---|\n" + "\n".join(kept) + "\n"

@@ -244,6 +244,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", metavar="TYPE", help="these types; others stay as the page has them")
     parser.add_argument("--uses", action="store_true", help="the last columns alone; the others stay")
+    parser.add_argument("--images", action="store_true", help="the table of images alone")
     parser.add_argument("--write", type=Path, metavar="FILE")
     chosen = parser.parse_args()
     warnings.simplefilter("ignore")
@@ -253,7 +254,7 @@ def main() -> None:
     for title, kinds in SECTIONS.items():
         rows = read(page, title)
         for kind in kinds:
-            if kind not in (chosen.only or kinds):
+            if chosen.images or kind not in (chosen.only or kinds):
                 continue
             with contextlib.redirect_stdout(io.StringIO()):
                 row = rows[kind][:MEASURED] if chosen.uses and kind in rows else cells(measure(kind))
@@ -264,9 +265,8 @@ def main() -> None:
                 page = write(page, title, [rows[kind] for kind in kinds if kind in rows])
                 chosen.write.write_text(page)
         print(f"{title}: {summary(list(rows.values()))}")
-    if not chosen.only and not chosen.uses:
-        text = image_models.section(IMAGES, CHANGES)
-        page = page.partition(text.partition("\n")[0])[0] + text
+    if chosen.images or not (chosen.only or chosen.uses):
+        page = image_models.rewritten(page, chosen.only, CHANGES)
     if chosen.write:
         begin = page.index(f"## {next(iter(SECTIONS))}")
         chosen.write.write_text(

@@ -28,9 +28,10 @@ def printed(script: str, *options: str) -> list[list[str]]:
     return [[cell.strip() for cell in line.strip("|").split("|")] for line in done.stdout.splitlines() if "|" in line]
 
 
-def rows_of_the_table() -> dict[str, list[str]]:
-    """What docs/models.md says of each type."""
-    lines = (ROOT / "docs" / "models.md").read_text().splitlines()
+def rows_of_the_table(images: bool = False) -> dict[str, list[str]]:
+    """What docs/models.md says of each type, on text or on images."""
+    text, _, seen = (ROOT / "docs" / "models.md").read_text().partition(models.image_models.TITLE)
+    lines = (seen if images else text).splitlines()
     cells = ([cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("| `"))
     return {row[0].strip("`"): row for row in cells}
 
@@ -49,6 +50,21 @@ def test_the_table_of_models_says_what_is_measured(kind: str) -> None:
 def test_the_table_of_models_says_what_a_type_can_be_used_for(kind: str) -> None:
     """Experts in float64; a model of images without its tower; a cache that does not know its length."""
     assert list(attrs.astuple(models.Uses.of(kind, {}))) == rows_of_the_table()[kind][models.MEASURED :]
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "deepseek_vl",
+        "llava_next_video",
+        *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("aria", "gemma4", "idefics2", "qianfan_ocr")),
+    ],
+)
+def test_the_table_of_models_says_what_becomes_of_images(kind: str) -> None:
+    """Features of the inner network alone; a part for videos in front; texts without images, which a processor refuses;
+    a part for sound; places that depend on each other; a place that is not the token."""
+    assert models.image_models.seen(kind, models.CHANGES) == rows_of_the_table(images=True)[kind][1]
 
 
 @pytest.mark.skipif("POSTTRAIN_ALL_TYPES" not in os.environ, reason="an hour: set POSTTRAIN_ALL_TYPES=1")
@@ -109,6 +125,14 @@ def test_the_gpu_benchmark_runs_on_a_cpu_with_a_small_model() -> None:
     found = {row[0]: row for row in rows}
     assert all(float(found[name][1]) > 0 for name in ("posttrain", "bare"))
     assert "activation_checkpointing" in found["1024"][-1]
+
+
+@pytest.mark.slow
+def test_a_step_with_images_is_measured_from_files_on() -> None:
+    """TRL's half of a cell is a dash where it is not installed."""
+    [*_, row] = printed("image_step.py", "--only", "qwen2_5_vl", "--steps", "1", "--rounds", "1")
+    assert row[:2] == ["qwen2_5_vl", "language, projector, tower"]
+    assert all(float(cell.split(" / ")[0]) > 0 for cell in row[2:6])
 
 
 def test_a_profile_says_how_long_the_device_was_idle_and_with_what_it_was_busy() -> None:

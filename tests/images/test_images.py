@@ -2,7 +2,9 @@
 
 import base64
 import io
+import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -10,8 +12,14 @@ import pytest
 import torch
 import vision
 from test_vision import ask, folder, pictures, reply, written
+from tokens import byte_tokenizer
+from transformers.models.gemma4.image_processing_pil_gemma4 import Gemma4ImageProcessorPil
+from transformers.models.idefics2.image_processing_pil_idefics2 import Idefics2ImageProcessorPil
+from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
 
 from posttrain import HFModel, HFTokenizer, SFTData, Source
+from posttrain.blocks.images import loading
+from posttrain.blocks.images.processor import Processor, as_tensor
 from posttrain.errors import DataError, RecipeError
 
 __all__ = ["folder"]  # a fixture
@@ -356,6 +364,39 @@ def test_an_argument_that_the_processor_does_not_know_is_refused(folder: Any, ti
         HFTokenizer(processor={"max_pixel": 9}).build(HFModel(name_or_path=str(folder("qwen2_5_vl"))))
     with pytest.raises(RecipeError, match="there is no processor of images beside"):
         HFTokenizer(processor={"max_pixels": 9}).build(HFModel(name_or_path=str(tiny_model)))
+
+
+@pytest.mark.parametrize(("kind", "first"), [("Gemma4", "feature_extractor"), ("LlavaNextVideo", "video_processor")])
+def test_parts_for_sound_and_videos_may_come_first_and_are_kept(tmp_path: Path, kind: str, first: str) -> None:
+    """Without torchvision they are not loaded, and transformers hands parts on by position."""
+    tokenizer, name = vision.tokenizer_of("gemma3" if kind == "Gemma4" else "llava"), f"{kind}Processor"
+    seen = LlavaNextImageProcessorPil() if kind == "LlavaNextVideo" else Gemma4ImageProcessorPil()
+    assert loading.class_of(name).parts[0] == first
+    parts = dict.fromkeys(loading.class_of(name).parts) | {"image_processor": seen, "tokenizer": tokenizer}
+    loading.class_of(name)(**parts).save_pretrained(tmp_path / "theirs")
+    file = tmp_path / "theirs" / "processor_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {first: {"size": 1}}))
+    config = SimpleNamespace(image_token_id=1)
+    ours = loading.load(str(tmp_path / "theirs"), tokenizer, config, {}, {})
+    assert ours is not None
+    assert type(ours.theirs.image_processor) is type(seen)
+    assert not hasattr(ours.theirs, first)
+    ours.save_pretrained(tmp_path / "ours")
+    assert json.loads((tmp_path / "ours" / file.name).read_text()) == json.loads(file.read_text())
+
+
+def test_a_processor_whose_places_depend_on_each_other_is_refused() -> None:
+    theirs = loading.class_of("Idefics2Processor")(Idefics2ImageProcessorPil(), byte_tokenizer())
+    with pytest.raises(
+        RecipeError, match="Idefics2Processor does not say what becomes of the place of one image alone"
+    ):
+        Processor(theirs, theirs.tokenizer, SimpleNamespace(image_token_id=1), {})
+
+
+def test_pixels_in_half_precision_become_what_others_are() -> None:
+    """As Llama 4's processor makes them."""
+    assert as_tensor(torch.ones(2, dtype=torch.bfloat16)).dtype == torch.float32
+    assert as_tensor(torch.ones(2, dtype=torch.int64)).dtype == torch.int64
 
 
 def test_data_that_cannot_take_images_refuses_them(folder: Any, tmp_path: Path) -> None:

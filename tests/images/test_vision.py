@@ -309,14 +309,14 @@ def test_a_processor_that_cannot_be_loaded_leaves_the_text(
     folder: Any, sums: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Such as one that wants torchvision."""
-    from posttrain.blocks.images import processor
+    from posttrain.blocks.images import loading
 
     name = vision.make("llava", tmp_path / "model")
 
     def refuse(kind: str) -> Any:
         raise ImportError(f"{kind} requires the Torchvision library")
 
-    monkeypatch.setattr(processor, "_class", refuse)
+    monkeypatch.setattr(loading, "class_of", refuse)
     made = trainer(name, str(sums), tmp_path)
     assert made.train().status == "finished"
     assert "requires the Torchvision library; it can be trained on text alone" in caplog.text

@@ -146,7 +146,7 @@ def config_of(family: str, tokenizer: Any) -> Any:
 
 def processor_of(family: str, tokenizer: Any) -> Any:
     """A processor of transformers for it, on Pillow."""
-    from posttrain.blocks.images.processor import _class
+    from posttrain.blocks.images.loading import class_of
 
     def pil(module: str, name: str, **keys: Any) -> Any:
         import importlib
@@ -155,29 +155,30 @@ def processor_of(family: str, tokenizer: Any) -> Any:
 
     if family.startswith("qwen"):
         images = pil("qwen2_vl.image_processing_pil_qwen2_vl", "Qwen2VLImageProcessorPil", **QWEN)
-        return _class("Qwen2_5_VLProcessor" if family == "qwen2_5_vl" else "Qwen3VLProcessor")(images, tokenizer)
+        return class_of("Qwen2_5_VLProcessor" if family == "qwen2_5_vl" else "Qwen3VLProcessor")(images, tokenizer)
     if family == "llava":
         images = pil(
             "clip.image_processing_pil_clip", "CLIPImageProcessorPil", size={"shortest_edge": 32}, crop_size=32
         )
-        return _class("LlavaProcessor")(images, tokenizer, patch_size=8, vision_feature_select_strategy="default",
+        return class_of("LlavaProcessor")(images, tokenizer, patch_size=8, vision_feature_select_strategy="default",
                                         num_additional_image_tokens=1)  # fmt: skip
     if family in ("idefics3", "smolvlm"):
         module, name = ("idefics3", "Idefics3") if family == "idefics3" else ("smolvlm", "SmolVLM")
         images = pil(f"{module}.image_processing_pil_{module}", f"{name}ImageProcessorPil", size={"longest_edge": 64},
                      max_image_size={"longest_edge": 32})  # fmt: skip
-        return _class(f"{name}Processor")(images, tokenizer, image_seq_len=4)
+        videos = {"video_processor": None} if name == "SmolVLM" else {}  # which it wants to be told
+        return class_of(f"{name}Processor")(images, tokenizer, image_seq_len=4, **videos)
     if family == "gemma3":
         images = pil("gemma3.image_processing_pil_gemma3", "Gemma3ImageProcessorPil", size={"height": 32, "width": 32})
-        return _class("Gemma3Processor")(images, tokenizer, image_seq_length=4)
+        return class_of("Gemma3Processor")(images, tokenizer, image_seq_length=4)
     if family == "internvl":
         images = pil("got_ocr2.image_processing_pil_got_ocr2", "GotOcr2ImageProcessorPil", size={"height": 32, "width": 32},
                      crop_to_patches=True, max_patches=4)  # fmt: skip
-        return _class("InternVLProcessor")(images, tokenizer, image_seq_length=4)
+        return class_of("InternVLProcessor")(images, tokenizer, image_seq_length=4)
     images = pil(
         "pixtral.image_processing_pil_pixtral", "PixtralImageProcessorPil", size={"longest_edge": 64}, patch_size=8
     )
-    return _class("PixtralProcessor")(images, tokenizer, patch_size=8, spatial_merge_size=2)
+    return class_of("PixtralProcessor")(images, tokenizer, patch_size=8, spatial_merge_size=2)
 
 
 def make(family: str, folder: Path) -> Path:

@@ -5,14 +5,9 @@ without pixels. A processor is asked about each size once.
 """
 
 import copy
-import importlib
 import inspect
 import json
-import sys
 import threading
-import types
-from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,14 +15,13 @@ from typing import TYPE_CHECKING, Any
 import attrs
 
 from posttrain.errors import RecipeError
-from posttrain.registry import suggest
 
 if TYPE_CHECKING:
     from PIL.Image import Image
     from torch import Tensor
 
-INSTALL = "pip install 'posttrain[vision]'"
-VIDEO = "video_preprocessor_config.json"
+UNSEEN = ("video_processor", "feature_extractor", "audio_processor")
+"""Parts of a processor that are for videos and sound."""
 GREY = (90, 120, 30)
 """Of the images that a processor is asked about: some models take black ones for padding."""
 
@@ -54,11 +48,18 @@ class Processor:
             tokenizer: of the run.
             config: of the model.
             said: what the processor was made of.
+
+        Raises:
+            RecipeError: the processor does not say what becomes of the place of one image.
         """
+        from transformers import ProcessorMixin
+
+        if not hasattr(theirs, "image_token") or type(theirs).replace_image_token is ProcessorMixin.replace_image_token:
+            raise RecipeError(f"{type(theirs).__name__} does not say what becomes of the place of one image alone")
         self.theirs, self.config, self.said = theirs, config, said
         theirs.tokenizer = copy.copy(tokenizer)
         theirs.chat_template = tokenizer.chat_template
-        self.token = str(theirs.image_token)
+        self.token = str(getattr(theirs, "image_placeholder_token", theirs.image_token))
         """What a chat template writes where an image stands."""
         self.token_id = image_token_of(config)
         """What the network replaces by what it sees."""
@@ -77,14 +78,25 @@ class Processor:
     @cached_property
     def taken(self) -> set[str]:
         """Names of what the network takes of images."""
-        return {*inspect.signature(self.skeleton.get_image_features).parameters, "image_grid_thw"}
+        return {*inspect.signature(self.skeleton.base_model.get_image_features).parameters, "image_grid_thw"}
+
+    @cached_property
+    def made_as(self) -> str:
+        """What its processor of images makes, as transformers calls it."""
+        from transformers.image_processing_backends import PilBackend
+
+        return "np" if isinstance(self.theirs.image_processor, PilBackend) else "pt"  # else it copies pixel by pixel
 
     def process(self, images: "list[Image]") -> "tuple[dict[str, Tensor], list[str]]":
         """Return the tensors of images that the network takes, and what the placeholder of each becomes."""
-        said = self.theirs._merge_kwargs(return_tensors="np")["images_kwargs"]  # torch would copy pixel by pixel
+        said = self.theirs._merge_kwargs(return_tensors=self.made_as)
+        wanted = inspect.signature(self.theirs._process_images).parameters.values()
+        more = {one.name: said[one.name] for one in wanted if one.kind is not one.VAR_KEYWORD and one.name in said}
         text = [self.token * len(images)]  # one document, which some processors want to know
         nested = self.theirs.prepare_inputs_layout(images=list(images), text=text)[0]
-        found, texts = self.theirs._process_images(nested, **said)
+        found, texts = self.theirs._process_images(nested, **more, **said["images_kwargs"])
+        if "pixel_values" not in found:
+            raise RecipeError(f"{type(self.theirs).__name__} makes {', '.join(found)} of images, and no pixel_values")
         return {name: as_tensor(found[name]) for name in found if name in self.taken}, texts
 
     def expansion(self, size: tuple[int, int]) -> Expansion:
@@ -131,19 +143,21 @@ class Processor:
         return json.dumps([type(self.theirs).__name__, made, self.token_id, tried], default=str, sort_keys=True)
 
     def save_pretrained(self, folder: Path) -> None:
-        """Write what `AutoProcessor` loads, tokenizer and chat template included, and its part for videos as it was."""
+        """Write what `AutoProcessor` loads, chat template included; parts for videos and sound are as they were."""
         self.theirs.save_pretrained(folder)
         file = Path(folder) / "processor_config.json"
         written = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-        if missing := {n: v for n, v in self.said.items() if n == "video_processor" and n not in written}:
+        if missing := {n: v for n, v in self.said.items() if n in UNSEEN and n not in written}:
             file.write_text(json.dumps(written | missing, indent=2) + "\n", encoding="utf-8")
 
 
 def as_tensor(values: Any) -> "Tensor":
-    """Return an array as a tensor; a processor may give a list of them."""
+    """Return an array as a tensor; a processor may give a list of them. Llama 4's makes pixels of bfloat16."""
     import numpy as np
     import torch
 
+    if isinstance(values, torch.Tensor):
+        return values.float() if values.is_floating_point() else values
     return torch.from_numpy(np.ascontiguousarray(values))
 
 
@@ -173,105 +187,6 @@ def seeing(tokenizer: Any, images: Processor) -> Any:
 def images_of(tokenizer: Any) -> Processor | None:
     """Return the processor of the images of a tokenizer's model, if it sees any."""
     return tokenizer.images if isinstance(tokenizer, Seeing) else None
-
-
-def load(name: str, tokenizer: Any, config: Any, hub: dict[str, Any], changes: dict[str, Any]) -> Processor | None:
-    """Return the processor that lies beside a model; None if there is none, or Pillow is not installed.
-
-    Args:
-        name: folder or hub name.
-        tokenizer: of the run.
-        config: of the model.
-        hub: how it is to be fetched.
-        changes: arguments of the processor that a recipe gives.
-
-    Raises:
-        RecipeError: it does not take such arguments, or needs a package that is not installed.
-    """
-    from transformers import ProcessorMixin
-
-    try:
-        import PIL  # noqa: F401
-    except ImportError:
-        return None
-    try:
-        said = ProcessorMixin.get_processor_dict(name, **hub)[0]
-        kind = said.get("processor_class") or _class_said(name, hub)
-    except OSError:  # it is no folder, and not on the hub
-        return None
-    if kind is None:
-        return None
-    try:
-        theirs = _class(kind).from_pretrained(name, **hub, **changes)
-    except (ImportError, OSError, ValueError) as error:
-        raise RecipeError(f"the processor of images of {name!r} cannot be loaded: {error}") from error
-    _refuse_unknown(theirs, changes)
-    return Processor(theirs, tokenizer, config, said)
-
-
-def _class_said(name: str, hub: dict[str, Any]) -> str | None:
-    """Return the class of processor that the file of an image processor names, if there is one."""
-    from transformers.utils import cached_file
-
-    for file in ("preprocessor_config.json", "tokenizer_config.json"):
-        found = cached_file(name, file, **hub, _raise_exceptions_for_missing_entries=False,
-                            _raise_exceptions_for_connection_errors=False)  # fmt: skip
-        if found and (kind := json.loads(Path(found).read_text(encoding="utf-8")).get("processor_class")):
-            return str(kind)
-    return None
-
-
-def _class(name: str) -> Any:
-    """Return a class of processor; without torchvision, one that leaves videos out, which cannot be read then."""
-    import transformers
-    from transformers.utils import is_torchvision_available
-
-    if is_torchvision_available():
-        return getattr(transformers, name)
-    with without_torchvision():
-        module = importlib.import_module(f"transformers.{transformers._class_to_module[name]}")
-    theirs = getattr(module, name)
-    kept = [part for part in theirs.get_attributes() if part in ("image_processor", "tokenizer")]
-    init = theirs.__init__  # transformers looks at its code, so it must not be wrapped
-    videos = inspect.signature(init).parameters.get("video_processor")
-    if videos is not None and videos.default is inspect.Parameter.empty:
-        defaults = (None, *(init.__defaults__ or ()))
-        init = types.FunctionType(init.__code__, init.__globals__, "__init__", defaults, init.__closure__)
-    said = {
-        "__init__": init,
-        "get_attributes": classmethod(lambda cls: kept),
-        "check_argument_for_proper_class": lambda *_: None,
-        "__module__": theirs.__module__,
-    }
-    return type(name, (theirs,), said)
-
-
-@contextmanager
-def without_torchvision() -> Iterator[None]:
-    """Let a processor that imports a helper from a module of torchvision's find it in that of Pillow."""
-    wanted, there = "transformers.models.pixtral.image_processing_pixtral", "image_processing_pil_pixtral"
-    if wanted in sys.modules:
-        yield
-        return
-    sys.modules[wanted] = importlib.import_module(f"transformers.models.pixtral.{there}")
-    try:
-        yield
-    finally:
-        del sys.modules[wanted]
-
-
-def _refuse_unknown(theirs: Any, changes: dict[str, Any]) -> None:
-    """Refuse arguments that would change nothing.
-
-    Raises:
-        RecipeError: there are some.
-    """
-    known = set(getattr(theirs.image_processor.valid_kwargs, "__annotations__", {}))
-    known |= set(theirs.image_processor.to_dict())
-    for name in changes:
-        if name not in known:
-            kind = type(theirs.image_processor).__name__
-            raise RecipeError(f"tokenizer.processor: {kind} has no key {name!r}{suggest(name, known)}")
 
 
 def image_token_of(config: Any) -> int:

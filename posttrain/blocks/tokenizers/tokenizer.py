@@ -91,7 +91,8 @@ class HFTokenizer:
         Raises:
             RecipeError: the processor cannot be loaded, or `processor` has keys that mean nothing.
         """
-        from posttrain.blocks.images.processor import load, seeing
+        from posttrain.blocks.images.loading import load
+        from posttrain.blocks.images.processor import seeing
 
         config = images = None
         if isinstance(model, HFModel):

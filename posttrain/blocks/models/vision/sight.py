@@ -18,7 +18,8 @@ from torch import Tensor
 
 from posttrain.batch import Batch
 from posttrain.blocks.images.arrange import IMAGES, arrange
-from posttrain.blocks.images.processor import INSTALL, Processor, as_tensor, load
+from posttrain.blocks.images.loading import INSTALL, load
+from posttrain.blocks.images.processor import Processor, as_tensor
 from posttrain.blocks.layout import lay
 from posttrain.blocks.models.causal import CausalLM
 from posttrain.blocks.models.documents.attention import NAME
@@ -132,11 +133,17 @@ def tried(config: Any, processor: Processor, way: Way) -> bool | str:
 def twin(config: Any, processor: Processor) -> tuple[Any, Processor]:
     """Return a tiny network of the same architecture that takes the same images, and a processor of its tokens."""
 
+    pixels = processor.process([noise(np.random.default_rng(0), (64, 64))])[0]
+
     def built(small: Any) -> Any:
         small._attn_implementation = None  # its own
         return auto_of(small).from_config(small, dtype=torch.float32).eval()
 
-    small = tiny(config, vocabulary=VOCABULARY, window=WINDOW, works=built)
+    def sees(small: Any) -> None:
+        with torch.no_grad():
+            built(small).base_model.get_image_features(**pixels, return_dict=True)
+
+    small = tiny(config, vocabulary=VOCABULARY, window=WINDOW, works=sees)
     for name in ("image_token_id", "image_token_index"):
         if name in small.to_dict():
             setattr(small, name, IMAGE)
@@ -152,11 +159,9 @@ def document(hf: Any, small: Processor, processor: Processor, number: int) -> Se
     """Return a document with images, and what transformers' own network gives for it."""
     random = np.random.default_rng(number)
     images = [noise(random, size) for size in SIZES[number]]
-    anchor = processor.token
-    text = "The first words, " + "".join(f"then {anchor} and more of them, " for _ in images) + "and the last words."
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of arrays that are turned into tensors
-        given = dict(processor.theirs(text=[text], images=images or None, return_mm_token_type_ids=True))
+        given = processed(processor, images)
     whole = as_tensor(given.pop("input_ids"))
     seen = whole == processor.token_id
     words = hf.config.get_text_config().vocab_size - 3
@@ -169,6 +174,15 @@ def document(hf: Any, small: Processor, processor: Processor, number: int) -> Se
         log_probs = logits[:-1].log_softmax(-1).gather(1, ids[0, 1:, None])[:, 0]
         slopes = slopes_of(hf, log_probs.sum())
     return Seen(ids[0], spans, images, log_probs.detach(), slopes)
+
+
+def processed(processor: Processor, images: list[Any]) -> dict[str, Any]:
+    """Return what transformers' processor makes of a text with images; some refuse one without."""
+    theirs, anchor = processor.theirs, processor.token
+    text = "The first words, " + "".join(f"then {anchor} and more of them, " for _ in images) + "and the last words."
+    if not images:
+        return dict(theirs.tokenizer([text], return_tensors="np"))
+    return dict(theirs(text=[text], images=images, return_mm_token_type_ids=True, return_tensors=processor.made_as))
 
 
 def spans_of(seen: Tensor, tokens: list[int]) -> list[dict[str, Any]]:
