@@ -8,6 +8,8 @@ from torch import Tensor
 
 CHUNK_ELEMENTS = 2**25
 """Logits computed at a time: 128 MiB in float32."""
+PARTS = 8
+"""Of a chunk, where each part is copied."""
 
 
 def nll_sum(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor) -> Tensor:
@@ -83,6 +85,12 @@ def chunk_rows(weight: Tensor) -> int:
     return max(64, CHUNK_ELEMENTS // weight.shape[0])
 
 
+def norms(logits: Tensor) -> Tensor:
+    """Return the logsumexp of each row: [n, 1]. In parts, since torch makes a copy of what it is given."""
+    parts = logits.split(max(1, -(-len(logits) // PARTS)))
+    return torch.cat([part.logsumexp(-1, keepdim=True) for part in parts])
+
+
 def compute_dtype(tensor: Tensor) -> torch.dtype:
     """Return the precision that a linear layer computes in: autocast's, or the tensor's own."""
     device = tensor.device.type
@@ -108,7 +116,7 @@ class _NLLSum(torch.autograd.Function):
             for i in range(0, len(targets), chunk):
                 rows, goals = hidden[i : i + chunk].to(dtype), targets[i : i + chunk, None]
                 logits = F.linear(rows, head, offset).float()
-                norm = logits.logsumexp(-1, keepdim=True)
+                norm = norms(logits)
                 total += (norm - logits.gather(1, goals)).sum()
                 if not any(wanted):
                     continue
