@@ -313,8 +313,8 @@ def answers_are_stored(trainer: Trainer) -> bool:
 
 
 def state_of(trainer: Trainer, network: nn.Module) -> tuple[int, int]:
-    """Return the bytes that a recipe's optimizer keeps for a network on the meta device, as its parameters are kept, and
-    what a step needs besides."""
+    """Return the bytes that a recipe's optimizer keeps for a network on the meta device, as its parameters are kept,
+    and what a step needs."""
     shadow = copy.deepcopy(network)
     with FakeTensorMode(allow_non_fake_inputs=True):
         replace_tensors(shadow, lambda _, tensor: torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu"))

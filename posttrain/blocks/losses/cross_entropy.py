@@ -9,7 +9,7 @@ from torch import Tensor
 CHUNK_ELEMENTS = 2**25
 """Logits computed at a time: 128 MiB in float32."""
 PARTS = 8
-"""Of a chunk, where each part is copied."""
+"""In which something is computed that would otherwise need a copy of a chunk, or of the head."""
 
 
 def nll_sum(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor) -> Tensor:
@@ -241,8 +241,11 @@ class _LogProbs(torch.autograd.Function):
 
 
 def add_product(total: Tensor, slopes: Tensor, rows: Tensor) -> None:
-    """Add slopes' [vocabulary, n] x rows [n, size] to a float32 sum, in place where precision allows."""
+    """Add slopes' [vocabulary, n] x rows [n, size] to a float32 sum: in place where precision allows, or else in parts,
+    since the product of all would be as large as the head."""
     if slopes.dtype == torch.float32:
         total.addmm_(slopes.t(), rows)
-    else:
-        total += slopes.t() @ rows
+        return
+    width = -(-len(total) // PARTS)
+    for sums, part in zip(total.split(width), slopes.split(width, dim=1), strict=True):
+        sums += part.t() @ rows
