@@ -5,7 +5,7 @@
     python benchmarks/memory.py --table        # what fits on 24, 48 and 80 GB, for shapes of known models
 
 Every setting runs in processes of its own, on a CPU with one thread, on the same rows in the same order. "tensors" is what
-a plan is about: the most bytes that torch's allocator had handed out at once (allocated.py), in two steps on the same
+a plan is about: the most bytes that torch's allocator had handed out at once (tests/support/allocated.py), in two steps on the same
 texts with every token trained, since a plan is of micro-batches as full as can be. "process" is the most memory of the
 process while it trains as the recipe says (Linux's VmHWM), above what it has after its imports. For both, parameters are
 copied out of their files first, as moving them to a GPU would do. Tokens are per CPU second, evaluations aside.
@@ -25,7 +25,7 @@ os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("MALLOC_MMAP_THRESHOLD_", "65536")  # what is freed goes back to the system, and is not counted
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "support")]
 
 LORA, LOW = {"lora": {"r": 16}}, {"dtype": "bfloat16"}
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -90,14 +90,10 @@ def loaded(said: dict[str, Any], folder: Path) -> Any:
     return load(file)
 
 
-def own(model: Any) -> None:
-    """Copy parameters out of their files."""
-    for parameter in model.parameters():
-        parameter.data = parameter.data.clone()
-
-
 def measured(arguments: argparse.Namespace, setting: str) -> dict[str, Any]:
     """Train with a setting in this process, and return what it took and what it learned."""
+    from allocated import own
+
     from posttrain import after, before
     from posttrain.tools import plan  # noqa: F401 - its imports belong to what is there before
 
@@ -143,33 +139,11 @@ def measured(arguments: argparse.Namespace, setting: str) -> dict[str, Any]:
 
 def counted(arguments: argparse.Namespace, setting: str) -> dict[str, Any]:
     """Take two steps on rows that are full, and return the most bytes of tensors."""
-    import gc
+    from allocated import training
 
-    from allocated import held, most, recorder
-
-    from posttrain import before
-    from posttrain.blocks.optimizer import torch_optimizer
-
-    record, there = recorder(), 0
     with tempfile.TemporaryDirectory() as scratch:
         full = {"data": full_rows(arguments), "max_steps": 2, "eval_every": None}
-        said = recipe(arguments, setting, Path(scratch) / "run") | full
-        made = loaded(said, Path(scratch))
-        made.prepare()
-
-        @before("trainer.fit")
-        def start(trainer: Any) -> None:
-            nonlocal there
-            own(trainer.run.model)
-            gc.collect()  # a file that is let go of would be counted
-            states = torch_optimizer(trainer.run.optimizer).state.values()
-            tensors = [x for state in states for x in state.values() if type(x) is not float]
-            there = held([*trainer.run.model.parameters(), *trainer.run.model.buffers(), *tensors])
-            record.start()
-
-        made.train(callbacks=[start])
-        record.stop()
-    return {"tensors": there + most(record)}
+        return {"tensors": training(loaded(recipe(arguments, setting, Path(scratch) / "run") | full, Path(scratch)))}
 
 
 def planned(arguments: argparse.Namespace, setting: str) -> dict[str, Any]:
@@ -184,6 +158,7 @@ def planned(arguments: argparse.Namespace, setting: str) -> dict[str, Any]:
 def trl(arguments: argparse.Namespace, setting: str) -> dict[str, Any]:
     """Train with TRL, peft and bitsandbytes; its rows are packed by itself, so its losses are of other rows."""
     import torch
+    from allocated import own
     from datasets import load_dataset
     from peft import LoraConfig
     from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig

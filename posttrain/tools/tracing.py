@@ -7,20 +7,15 @@ operation by operation. So it holds for a network, a loss or an optimizer of you
 import copy
 import logging
 import warnings
-import weakref
 from collections.abc import Iterable
 from typing import Any
 
 import attrs
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
-from torch.autograd.function import BackwardCFunction
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_map_only
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from posttrain.batch import Batch, Extra
-from posttrain.blocks.callbacks.operations import operations
 from posttrain.blocks.data.data import Data
 from posttrain.blocks.layout import Example
 from posttrain.blocks.models.quantized.sizes import Group, groups
@@ -29,6 +24,7 @@ from posttrain.blocks.parallel.strategy import FSDP, DeepSpeed
 from posttrain.errors import RecipeError
 from posttrain.run import Run
 from posttrain.runtime.launch import silence_libraries
+from posttrain.tools.alive import Alive
 from posttrain.tools.vision.seen import UNKNOWN, constants, faked, fullest_of_images
 from posttrain.trainer import Trainer
 from posttrain.trainers.distill import DistillTrainer
@@ -84,60 +80,6 @@ class Asked(nn.Module):
         """Return what the network returns."""
         with self.fabric.autocast():
             return self.module(*args, **kwargs)
-
-
-class Alive(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Counts the bytes of the tensors that operations make, until they are given up, and what is computed."""
-
-    def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.sizes: dict[int, int] = {}
-        self.now = self.peak = self.operations = 0
-        self.moments = [(0, 0)]
-        """(bytes of gradients that are complete, the most bytes that were alive until the next one was)."""
-
-    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = called(function, args, kwargs or {})
-        self.operations += operations(function, args, kwargs or {}, out)
-        known: set[int] = set()
-        tree_map_only(Tensor, lambda tensor: known.add(tensor.untyped_storage()._cdata), (args, kwargs))
-        tree_map_only(Tensor, lambda tensor: self.note(tensor, known), out)
-        if not summed_in_place(function):
-            self.peak = max(self.peak, self.now)
-            self.moments[-1] = self.moments[-1][0], max(self.moments[-1][1], self.now)
-        return out
-
-    def take(self, gradient: Tensor) -> None:
-        """Count a gradient that is complete by itself; whoever calls gives it up."""
-        self.moments.append((self.moments[-1][0] + gradient.nbytes, 0))
-
-    def note(self, tensor: Tensor, known: set[int]) -> None:
-        """Count a tensor's storage, unless it was there before."""
-        storage = tensor.untyped_storage()
-        if (key := storage._cdata) not in self.sizes and key not in known:
-            self.sizes[key] = storage.nbytes()
-            self.now += storage.nbytes()
-            weakref.finalize(storage, self.forget, key)
-
-    def forget(self, key: int) -> None:
-        """Take a storage out of the count."""
-        self.now -= self.sizes.pop(key)
-
-
-def summed_in_place(function: Any) -> bool:
-    """Whether autograd itself adds up two gradients of one tensor, such as a tied embedding. Real tensors are added in
-    place; those without numbers are not, but then both are given up before anything else is made."""
-    if function is not torch.ops.aten.add.Tensor or torch.is_grad_enabled() or torch._C._current_graph_task_id() == -1:
-        return False  # forward, or computed again in a backward pass
-    return not isinstance(torch._C._current_autograd_node(), BackwardCFunction)  # which may add on its own
-
-
-def called(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Call an operator. Products of experts in float32, which CPUs compute, have shapes in bfloat16 alone."""
-    if function is torch.ops.aten._grouped_mm.default and isinstance(args[0], FakeTensor):
-        halves = [arg.bfloat16() for arg in args[:2]]
-        return function(*halves, *args[2:], **kwargs).to(args[0].dtype)
-    return function(*args, **kwargs)
 
 
 def trace(trainer: Trainer) -> Traced:

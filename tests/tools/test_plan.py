@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from allocated import training
 from ranks import recipe
 
 import posttrain
@@ -20,10 +21,10 @@ WAYS: list[dict[str, Any]] = [
 
 def made(model: Path, source: Path, **keys: Any) -> SFTTrainer:
     way = keys.pop("way", {})
+    data = posttrain.SFTData(sources=[posttrain.Source(name_or_path=str(source))], max_length=512)
     return SFTTrainer(
         model=posttrain.HFModel(name_or_path=str(model), **way),
-        data=posttrain.SFTData(sources=[posttrain.Source(name_or_path=str(source))], max_length=512),
-        **{"accelerator": "cpu", "micro_batch_size": 2, **keys},
+        **{"accelerator": "cpu", "micro_batch_size": 2, "data": data, **keys},
     )
 
 
@@ -131,6 +132,40 @@ def test_operations_are_those_of_the_products(tiny_model: Path, sums: Path, kind
     products = 3 * 2 * (tokens * layers * layer + head)
     attention = layers * tokens * trainer.data.max_length * size * 2 * (1 + 2.5)  # half of the square, forward and back
     assert found.operations == pytest.approx(products + attention, rel=0.01)
+
+
+LONG = {"vocab_size": 300, "num_hidden_layers": 4, "length": 512}
+"""Activations are most of it."""
+SHORT = {"vocab_size": 8000, "num_hidden_layers": 6, "length": 48, "way": {"activation_checkpointing": True}}
+"""The gradients of the embedding, which is the head, too, and what the optimizer needs for a moment."""
+STEPS: dict[str, dict[str, Any]] = {
+    "full": LONG,
+    "summed": {**LONG, "gradient_accumulation_steps": 2},
+    "lora": {**LONG, "way": {"lora": posttrain.LoRA(r=4), "quantize": "nf4"}},
+    "recomputed": SHORT,
+    "adafactor": {**SHORT, "optimizer": posttrain.Adafactor()},
+    "adamw-8bit": {**SHORT, "optimizer": posttrain.AdamW8bit()},
+    "bf16": {**SHORT, "precision": "bf16-true", "optimizer": posttrain.AdamWBF16()},
+}
+
+
+@pytest.mark.parametrize("case", STEPS)
+def test_a_training_takes_what_was_planned(case: str, tiny_model: Path, tmp_path: Path) -> None:
+    """Counted by torch's allocator, on rows that several documents fill."""
+    if case in ("lora", "adamw-8bit"):
+        pytest.importorskip("bitsandbytes")
+    keys = dict(STEPS[case])
+    length = keys.pop("length")
+    shape = {name: keys.pop(name) for name in ("vocab_size", "num_hidden_layers")}
+    config = {"hidden_size": 64, "intermediate_size": 64, "tie_word_embeddings": True, **shape}
+    text = tmp_path / "text.jsonl"
+    text.write_text(f'{{"text": "{"a" * (length // 4 - 1)}"}}\n' * 20)
+    trainer = made(
+        tiny_model, text, way={"random_init": True, "config": config, **keys.pop("way", {})}, **keys, max_steps=2,
+        data=posttrain.CausalData(sources=[str(text)], max_length=length), output_dir=tmp_path / "run", checkpoint=[],
+        logger=[],
+    )  # fmt: skip
+    assert plan.estimate(trainer, world=1).total == pytest.approx(training(trainer), rel=0.02)
 
 
 @pytest.mark.gpu

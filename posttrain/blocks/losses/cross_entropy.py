@@ -87,7 +87,7 @@ def chunk_rows(weight: Tensor) -> int:
 
 def norms(logits: Tensor) -> Tensor:
     """Return the logsumexp of each row: [n, 1]. In parts, since torch makes a copy of what it is given."""
-    parts = logits.split(max(1, -(-len(logits) // PARTS)))
+    parts = torch.split(logits, -(-len(logits) // PARTS))
     return torch.cat([part.logsumexp(-1, keepdim=True) for part in parts])
 
 
@@ -247,5 +247,5 @@ def add_product(total: Tensor, slopes: Tensor, rows: Tensor) -> None:
         total.addmm_(slopes.t(), rows)
         return
     width = -(-len(total) // PARTS)
-    for sums, part in zip(total.split(width), slopes.split(width, dim=1), strict=True):
+    for sums, part in zip(torch.split(total, width), torch.split(slopes, width, dim=1), strict=True):
         sums += part.t() @ rows
