@@ -211,15 +211,16 @@ def alone(arguments: argparse.Namespace, what: str, setting: str) -> dict[str, A
 
 def compare(arguments: argparse.Namespace) -> None:
     """Print the table."""
-    head = ["setting", "plan MB", "tensors MB", "plan / tensors", "process MB", "loss, first to last", "held",
-            "tokens per CPU s"]  # fmt: skip
+    head = ["setting", "plan MB", "tensors MB", "plan / tensors"]
+    if not arguments.tensors:
+        head += ["process MB", "loss, first to last", "held", "tokens per CPU s"]
     row(head)
     row(["---"] * len(head))
     for setting in SETTINGS if not arguments.only else [arguments.only]:
         said = alone(arguments, "plan", setting)["plan"]
         tensors = alone(arguments, "count", setting)["tensors"]
-        shown = [f"{said / 1e6:,.0f}", f"{tensors / 1e6:,.0f}", f"{said / tensors:.2f}"]
-        row([setting, *shown, *learned(alone(arguments, "train", setting))])
+        shown = [f"{said / 1e6:,.0f}", f"{tensors / 1e6:,.0f}", f"{said / tensors:.3f}"]
+        row([setting, *shown, *([] if arguments.tensors else learned(alone(arguments, "train", setting)))])
         if arguments.trl and setting in ("full", "lora", "qlora nf4", "qlora nf4, checkpointing"):
             row([f"{setting} (TRL)", "", "", "", *learned(alone(arguments, "trl", setting))])
 
@@ -264,6 +265,7 @@ def main() -> None:
     parser.add_argument("--every", type=int, help="evaluate after so many steps, and before the first")
     parser.add_argument("--only", help="one setting, or with --table one model")
     parser.add_argument("--steps", type=int, default=6)
+    parser.add_argument("--tensors", action="store_true", help="only what tensors take, in two steps, beside the plan")
     parser.add_argument("--trl", action="store_true", help="TRL with peft and bitsandbytes, too")
     parser.add_argument(
         "--curves", metavar="PICTURE", help="full, LoRA and QLoRA alone, with a picture of their losses"
@@ -285,6 +287,8 @@ def main() -> None:
         sys.stdout.write("\n" + json.dumps(do(arguments, arguments.only)) + "\n")
     elif arguments.model is None or arguments.data is None:
         parser.error("give --model and --data (or --table)")
+    elif arguments.tensors and arguments.trl:
+        parser.error("--tensors and --trl exclude each other")
     elif arguments.curves:
         if arguments.held is None or not arguments.every:
             parser.error("--curves needs --held and --every")

@@ -134,8 +134,8 @@ def test_operations_are_those_of_the_products(tiny_model: Path, sums: Path, kind
     assert found.operations == pytest.approx(products + attention, rel=0.01)
 
 
-LONG = {"vocab_size": 300, "num_hidden_layers": 4, "length": 512}
-"""Activations are most of it."""
+LONG = {"vocab_size": 300, "num_hidden_layers": 4, "length": 512, "micro_batch_size": 1}
+"""Activations are most of it, what attention gives for each document and for the row among them."""
 SHORT = {"vocab_size": 8000, "num_hidden_layers": 6, "length": 48, "way": {"activation_checkpointing": True}}
 """The gradients of the embedding, which is the head, too, and what the optimizer needs for a moment."""
 STEPS: dict[str, dict[str, Any]] = {
