@@ -42,7 +42,6 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "model": {**LORA, "quantize": "nf4", "activation_checkpointing": True},
     },
 }
-LENGTH = 512
 
 
 def status(name: str) -> int:
@@ -63,7 +62,7 @@ def recipe(arguments: argparse.Namespace, setting: str, folder: Path) -> dict[st
     said = SETTINGS[setting]
     data: dict[str, Any] = {
         "sources": [{"name_or_path": str(arguments.data), "max_rows": 400}],
-        "max_length": LENGTH,
+        "max_length": arguments.length,
         "overflow": "drop",
     }
     if arguments.held:
@@ -78,7 +77,7 @@ def recipe(arguments: argparse.Namespace, setting: str, folder: Path) -> dict[st
 def full_rows(arguments: argparse.Namespace) -> dict[str, Any]:
     """Return data of which every token is trained, in rows without room."""
     source = {"name_or_path": str(arguments.data), "max_rows": 400, "columns": {"text": "answer"}}
-    return {"type": "causal", "sources": [source], "max_length": LENGTH, "overflow": "drop"}
+    return {"type": "causal", "sources": [source], "max_length": arguments.length, "overflow": "drop"}
 
 
 def loaded(said: dict[str, Any], folder: Path) -> Any:
@@ -180,7 +179,7 @@ def trl(arguments: argparse.Namespace, setting: str) -> dict[str, Any]:
     lora = LoraConfig(r=16, lora_alpha=32, target_modules="all-linear") if "lora" in setting else None
     with tempfile.TemporaryDirectory() as folder:
         config = SFTConfig(
-            output_dir=folder, max_steps=arguments.steps, per_device_train_batch_size=1, max_length=LENGTH,
+            output_dir=folder, max_steps=arguments.steps, per_device_train_batch_size=1, max_length=arguments.length,
             packing=True, use_cpu=True, bf16=False, report_to=[], save_strategy="no", logging_steps=1,
             learning_rate=2e-4, gradient_checkpointing="checkpointing" in setting, disable_tqdm=True,
         )  # fmt: skip
@@ -190,7 +189,7 @@ def trl(arguments: argparse.Namespace, setting: str) -> dict[str, Any]:
         forget_peak()
         began = time.process_time()
         made.train()
-        seconds, tokens = time.process_time() - began, 0.995 * LENGTH * arguments.steps
+        seconds, tokens = time.process_time() - began, 0.995 * arguments.length * arguments.steps
     losses = [line["loss"] for line in made.state.log_history if "loss" in line]
     return {"peak": status("VmHWM") - before, "losses": losses, "tokens": tokens / seconds}
 
@@ -199,7 +198,7 @@ def alone(arguments: argparse.Namespace, what: str, setting: str) -> dict[str, A
     """Do one thing in a process of its own."""
     command = [sys.executable, __file__, "--child", what, "--only", setting, "--model", arguments.model,
                "--data", arguments.data, "--steps", arguments.steps]  # fmt: skip
-    for name in ("held", "held_rows", "every", "keep"):
+    for name in ("length", "held", "held_rows", "every", "keep"):
         if (value := getattr(arguments, name)) is not None:
             command += [f"--{name.replace('_', '-')}", value]
     done = subprocess.run([str(part) for part in command], capture_output=True, text=True, check=False)
@@ -265,6 +264,7 @@ def main() -> None:
     parser.add_argument("--every", type=int, help="evaluate after so many steps, and before the first")
     parser.add_argument("--only", help="one setting, or with --table one model")
     parser.add_argument("--steps", type=int, default=6)
+    parser.add_argument("--length", type=int, default=512, help="tokens of a row, and of a step")
     parser.add_argument("--tensors", action="store_true", help="only what tensors take, in two steps, beside the plan")
     parser.add_argument("--trl", action="store_true", help="TRL with peft and bitsandbytes, too")
     parser.add_argument(
