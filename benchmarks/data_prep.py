@@ -103,7 +103,9 @@ def main() -> None:
             return sum(len(e.ids) for e in backend.encode_batch_fast(texts, add_special_tokens=False))
 
         def ours() -> int:
-            data = SFTData(sources=[Source(name_or_path=str(source))], cache_dir=Path(folder) / str(next(rounds)))
+            data = SFTData(
+                sources=[Source(name_or_path=str(source))], cache_dir=Path(folder) / str(next(rounds)), num_proc=1
+            )
             return int(data.prepare(made).train.lengths.sum())
 
         def theirs() -> int:

@@ -161,6 +161,25 @@ class Sampler(Protocol):
         """
 
 
+@runtime_checkable
+class AheadSampler(Sampler, Protocol):
+    """A sampler that can go on saying what earlier weights say, while the run's are changed."""
+
+    held: bool
+    """Whether it does so now."""
+
+    def hold(self, probe: list[int]) -> None:
+        """Take the weights of the run as they are; what is said until `release` is theirs. All ranks call it, and may
+        then ask as often as they like, from another thread too.
+
+        Args:
+            probe: a prompt, for a proof that they were taken.
+        """
+
+    def release(self) -> None:
+        """Say again what the weights of the run say."""
+
+
 class SamplerBlock(Protocol):
     """Makes what lets the policy speak."""
 

@@ -197,6 +197,7 @@ class Trainer(TrainerKeys):
             while run.step < run.max_steps and run.stop is None:
                 reseed(self.seed, run.step, run.fabric.global_rank)
                 run.batches, position = next(groups)
+                run.began[run.step + 1] = run.position
                 run.batches = self.made(run.batches)
                 rates = learning_rates(run.optimizer)
                 loss = self.step(run.batches)
@@ -294,14 +295,11 @@ class Trainer(TrainerKeys):
             loader = run.loaders.train
             batches = loader.batches(run.position)
             while loader is run.loaders.train:
-                begin = run.position
                 if not (found := list(itertools.islice(batches, self.gradient_accumulation_steps))):
                     break
                 group, position = [run.to_device(batch) for batch, _ in found], found[-1][1]
-                run.began[run.step + 1] = begin
                 yield group, position
                 while self.overfit_first_batch:
-                    run.began[run.step + 1] = begin
                     yield group, position
         raise TrainingError("there is no training data: every source is empty")
 

@@ -28,11 +28,12 @@ from posttrain.blocks.data.rows.schemas import Refused
 from posttrain.blocks.models.adapters import attach, origin
 from posttrain.blocks.models.exports import open_model
 from posttrain.blocks.models.model import HFModel
+from posttrain.blocks.rollouts.gap import GAP
 from posttrain.blocks.rollouts.prompts import PromptData
 from posttrain.errors import PosttrainError, RecipeError
 from posttrain.tools.twin import LONGEST, NoRows, Row, Step, Twin, quietly
 from posttrain.trainers.dpo import DPOTrainer
-from posttrain.trainers.grpo import GAP, GRPOTrainer
+from posttrain.trainers.grpo import GRPOTrainer
 from posttrain.words import counted
 
 if TYPE_CHECKING:

@@ -289,7 +289,7 @@ def short_replies(real: Trainer) -> dict[str, Any]:
         changes["sampler"] = TransformersSampler(max_new_tokens=tokens, temperature=real.sampler.temperature)
     if isinstance(real, GRPOTrainer | OnlineDPOTrainer):
         changes |= {"group_size": min(4, real.group_size), "rewards": [*real.rewards, Noise()]}
-    return changes | ({"mask_truncated": False} if isinstance(real, GRPOTrainer) else {})
+    return changes | ({"mask_truncated": False, "max_staleness": 0} if isinstance(real, GRPOTrainer) else {})
 
 
 @contextmanager

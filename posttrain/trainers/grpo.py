@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import attrs
-from attrs.validators import ge, gt, optional
+from attrs.validators import ge, gt, le, optional
 
 from posttrain.batch import Batch, Extra, Term
 from posttrain.blocks.data.data import pad_id
@@ -20,7 +20,10 @@ from posttrain.blocks.losses.surrogate import (
     divergence_from,
 )
 from posttrain.blocks.models.model import HFModel
+from posttrain.blocks.rollouts.engines.vllm import VllmSampler
+from posttrain.blocks.rollouts.gap import GAP, gap_of
 from posttrain.blocks.rollouts.prompts import PromptData
+from posttrain.blocks.rollouts.sampler import TransformersSampler
 from posttrain.errors import TrainingError
 from posttrain.interfaces import DataBlock, EnvironmentBlock, Loaders, ModelBlock
 from posttrain.registry import block, default, key
@@ -30,11 +33,9 @@ if TYPE_CHECKING:
     from lightning.fabric import Fabric
     from torch import Tensor
 
+    from posttrain.blocks.rollouts.ahead import Fetch
     from posttrain.blocks.rollouts.scored import Scored
     from posttrain.run import Run
-
-GAP = "sampler/gap"
-"""Name of the metric: mean |log p(sampler) - log p(trainer)| of the sampled tokens, in nats."""
 
 
 @block("trainer", "grpo")
@@ -82,6 +83,9 @@ class GRPOTrainer(RewardedTrainer):
     max_gap: float | None = key(0.2, check=optional(gt(0)))
     """Mean difference in nats between the log-probabilities that sampler and trainer give a sampled token, above which
     the run ends: then what speaks is not what is trained. null for any."""
+    max_staleness: int = key(0, check=(ge(0), le(1)))
+    """1 samples the replies of the next step while this one is learned from: they are then of the policy one step
+    before, which needs `correction`. For samplers beside the trainer."""
     mask_truncated: bool = key(False, also=("mask_truncated_completions",))
     """Learn nothing from replies that were cut off at their most tokens."""
     eval_samples: int = key(1, check=gt(0))
@@ -114,6 +118,10 @@ class GRPOTrainer(RewardedTrainer):
             yield "environment", "needs conversations, and data.text_column names plain text"
         if self.reference is not None and not self.beta:
             yield "reference", "has no use while beta is 0"
+        if self.max_staleness and isinstance(self.sampler, TransformersSampler | VllmSampler):
+            yield "max_staleness", "has no use with a sampler on the device of the trainer; take vllm-server"
+        if self.max_staleness and self.correction == "none":
+            yield "max_staleness", "replies of an earlier policy need a correction: token, sequence or mask"
 
     @property
     def compared(self) -> Advantage:
@@ -137,7 +145,13 @@ class GRPOTrainer(RewardedTrainer):
         from posttrain.blocks.rollouts.scored import Scored
 
         args = self.data.template_args if isinstance(self.data, PromptData) else {}
-        return Scored(run, self.sampler, self.rewards, self.seed, self.environment, args, self.resample)
+        more = self.environment, args, self.resample, bool(self.max_staleness)
+        return Scored(run, self.sampler, self.rewards, self.seed, *more)
+
+    def groups(self) -> "Iterator[Fetch]":
+        """Yield the prompts of each step, looking ahead if the sampler does."""
+        found: Iterator[Fetch] = super().groups()
+        return self.replies.ahead.groups(found) if self.max_staleness else found
 
     @property
     def gives_rewards(self) -> bool:
@@ -184,12 +198,12 @@ class GRPOTrainer(RewardedTrainer):
             TrainingError: they do not.
         """
         self.widest = 0.0
-        losses = [self.update(batches) for _ in range(self.updates)]
-        gap = gap_of(self.run, self.widest)
+        losses, gap = [self.update(batches) for _ in range(self.updates)], gap_of(self.run, self.widest)
         if self.max_gap is not None and gap is not None and gap > self.max_gap:
             raise TrainingError(
                 f"step {self.run.step + 1}: log-probabilities of sampler and trainer differ by {gap:.3g} on average "
                 f"(max_gap is {self.max_gap:g}): what speaks is not the model in training as it is now"
+                + (", or one step moves it too far for replies of the step before" if self.max_staleness else "")
             )
         return losses[-1]
 
@@ -231,19 +245,3 @@ class GRPOTrainer(RewardedTrainer):
         """Return the mean rewards of replies to the prompts of an evaluation."""
         found: dict[str, Tensor | Term] = self.replies.means(batch, self.eval_samples, self.eval_temperature)
         return found
-
-
-def gap_of(run: "Run", widest: Any) -> float | None:
-    """Return the mean difference between sampler and trainer in the step in hand, over all ranks, and log the largest
-    ratio of their probabilities; None if a loss of your own does not log it."""
-    import torch
-
-    from posttrain.runtime.launch import all_reduce
-
-    if GAP not in run.metrics.values:
-        return None
-    mine, most = (
-        torch.as_tensor(x, device=run.fabric.device).float().clone() for x in (run.metrics.values[GAP], widest)
-    )
-    run.log(**{"sampler/max_ratio": all_reduce(run.fabric, most, "MAX").exp()})
-    return float(all_reduce(run.fabric, mine)) / run.metrics.updates

@@ -120,6 +120,15 @@ def test_after_a_transfer_the_engine_says_what_the_new_weights_say(tmp_path: Pat
     assert min(seen[3::2]) > 1e-2  # each step had moved them
 
 
+def test_a_server_says_the_next_step_while_this_one_is_learned_from(tmp_path: Path, model: Path, server: str) -> None:
+    train(tmp_path / "run", model, server, max_staleness=1, correction="token", max_gap=None)
+    found = lines(tmp_path / "run")
+    assert found[0]["sampler/gap"] < 1e-4
+    assert min(line["sampler/gap"] for line in found[1:]) > 1e-3  # of the policy before the last update
+    assert max(line.get("sampler/probe", 0.0) for line in found) < 1e-4
+    assert [line["policy/moved"] for line in found] == [0.0] * 4
+
+
 def test_a_transfer_that_leaves_a_tensor_out_of_step_ends_the_run(tmp_path: Path, model: Path, server: str) -> None:
     """What is sent is whole, and its digests are right; but a tensor of it is that of an earlier step."""
     from safetensors.torch import load_file, save_file

@@ -7,11 +7,13 @@ import torch
 from posttrain.batch import Batch
 from posttrain.blocks.losses.surrogate import Advantage
 from posttrain.blocks.rollouts.advantages import compare
-from posttrain.blocks.rollouts.groups import asked, groups_in, keys_of, means_of, speak
+from posttrain.blocks.rollouts.ahead import Ahead
+from posttrain.blocks.rollouts.groups import Answer, asked, groups_in, keys_of, means_of, speak
 from posttrain.blocks.rollouts.ledger import EVALUATIONS, Rollouts
 from posttrain.blocks.rollouts.replies import Group, Reply
 from posttrain.blocks.rollouts.rewards import named, score
-from posttrain.interfaces import EnvironmentBlock, RewardBlock, SamplerBlock
+from posttrain.errors import RecipeError
+from posttrain.interfaces import AheadSampler, EnvironmentBlock, RewardBlock, SamplerBlock
 from posttrain.runtime.launch import all_reduce
 
 if TYPE_CHECKING:
@@ -24,14 +26,21 @@ class Scored:
     def __init__(
         self, run: "Run", sampler: SamplerBlock, rewards: list[RewardBlock], seed: int,
         environment: EnvironmentBlock | None = None, template_args: dict[str, Any] | None = None, resample: int = 0,
+        ahead: bool = False,
     ) -> None:  # fmt: skip
         self.run, self.rewards, self.seed, self.resample = run, named(rewards), seed, resample
-        self.speaker, self.answer = sampler.build(run), self.replies
+        self.speaker = sampler.build(run)
+        self.answer: Answer = self.replies
         self.weight = environment.weight if environment is not None else 0.0
         if environment is not None:
             from posttrain.blocks.rollouts.turns.conversations import Conversations
 
             self.answer = Conversations(run, self.speaker, environment, template_args or {}).answers
+        self.ahead: Ahead | None = None
+        if ahead:
+            if not isinstance(self.speaker, AheadSampler):
+                raise RecipeError(f"max_staleness: the sampler {type(sampler).__name__} cannot run ahead")
+            self.ahead = self.answer = Ahead(run, self.speaker, self.answer, seed)
         self.scorers = {name: one.build(run) for name, one in self.rewards.items()}
         self.rollouts, self.evaluations = Rollouts(run), Rollouts(run, EVALUATIONS)
 
@@ -50,25 +59,25 @@ class Scored:
         groups = asked(self.run, batches)
         every = [group for some in groups for group in some]
         key = self.seed, self.run.step
-        self.worth(every, [(*key, group.place) for group in every], n)
+        speak(self.run, self.answer, every, [(*key, group.place) for group in every], n)
+        if self.ahead is not None and not self.resample:
+            self.ahead.begin(n)  # before the rewards, which may be slow
+        score(every, self.rewards, self.scorers, self.weight)
+        for group in every if self.resample else ():
+            group.rounds = 0
         for again in range(1, self.resample + 1):
             flat = [group for group in every if group.flat]
             if not all_reduce(self.run.fabric, torch.tensor(float(len(flat)), device=self.run.fabric.device), "MAX"):
                 break
             for group in flat:
                 group.rounds = again
-            self.worth(flat, [(*key, group.place, n, again) for group in flat], n)
+            speak(self.run, self.answer, flat, [(*key, group.place, n, again) for group in flat], n)
+            score(flat, self.rewards, self.scorers, self.weight)
+        if self.ahead is not None and self.resample:
+            self.ahead.begin(n)
         compare(every, advantage, self.run.fabric)
         self.rollouts.write(every, self.run.step + 1)
         return groups
-
-    def worth(self, groups: list[Group], keys: list[tuple[int, ...]], n: int) -> None:
-        """Give groups replies, and these their rewards."""
-        if self.resample:
-            for group in groups:
-                group.rounds = group.rounds or 0
-        speak(self.run, self.answer, groups, keys, n)
-        score(groups, self.rewards, self.scorers, self.weight)
 
     def means(self, batch: Batch, n: int, temperature: float | None = None) -> dict[str, Any]:
         """Return the mean rewards of n replies to each prompt of an evaluation, as terms."""

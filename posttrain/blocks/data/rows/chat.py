@@ -29,6 +29,7 @@ from posttrain.blocks.data.rows.spans import Layout
 from posttrain.errors import DataError
 from posttrain.words import counted
 
+THOUGHTS = frozenset(REASONING)
 NO_THOUGHT = re.compile(r"\s*(?:<think>\s*)?</think>\s*")
 """Where the prompt opens the thinking, the reply only closes it."""
 TAG = re.compile(r"</?[A-Za-z_]\w*>")
@@ -274,6 +275,8 @@ def special_tokens(tokenizer: Any) -> dict[str, int]:
 
 def _aliased(message: dict[str, Any]) -> dict[str, Any]:
     """Return a message whose reasoning has the names that templates read, as transformers gives it to them."""
+    if THOUGHTS.isdisjoint(message):
+        return message
     reasoning = next((message[name] for name in REASONING if message.get(name) is not None), None)
     if reasoning is None:
         return message

@@ -73,6 +73,10 @@ class Marker:
 
     def _text(self, text: str, message: int, kind: str) -> str:
         parts = self.tags.split(text) if self.tags is not None and "<" in text else [text]
+        if len(parts) == 1 and (core := text.strip()):
+            before, _, behind = text.partition(core)
+            code = self._code(Piece(message, before, kind))
+            return f"{before}{START}{code}{core}{END}{code}{behind}"
         marked, lead = [], ""
         for number, part in enumerate(parts):
             core = part.strip()

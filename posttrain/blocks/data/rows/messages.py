@@ -100,6 +100,8 @@ def mark(found: Message) -> bool | Ranges | None:
         Refused: a weight other than 0 and 1, or a mark that means nothing.
     """
     said: bool | Ranges | None = None
+    if MARKS.isdisjoint(found):
+        return said
     for key in (*WEIGHTS, "loss", *FLAGS, *DETAILS):
         value = found.get(key)
         if value is None:
@@ -119,7 +121,7 @@ def mark(found: Message) -> bool | Ranges | None:
 
 def unmarked(found: Message) -> Message:
     """Return a message without what it says about being trained."""
-    return {key: value for key, value in found.items() if key not in MARKS}
+    return found if MARKS.isdisjoint(found) else {key: value for key, value in found.items() if key not in MARKS}
 
 
 def tool(found: Any) -> Any:

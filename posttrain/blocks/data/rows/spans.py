@@ -1,6 +1,7 @@
 """Where in a rendered conversation its messages are, and that none of them is missing."""
 
 import re
+from collections import defaultdict
 from collections.abc import Callable, Collection
 from itertools import pairwise
 from typing import Any
@@ -25,6 +26,12 @@ class Layout:
     """What asks the model for a reply; may be empty."""
     plain: Callable[[list[dict[str, Any]]], str]
     """Renders other messages in the same way."""
+    places: defaultdict[int, list[int]] = attrs.field(init=False, factory=lambda: defaultdict(list))
+    """Of each message, the numbers of its pieces."""
+
+    def __attrs_post_init__(self) -> None:
+        for number, (piece, _, _) in enumerate(self.pieces):
+            self.places[piece.message].append(number)
 
     def spans(self, index: int, characters: bool | Ranges) -> list[tuple[int, int]]:
         """Return the trained parts of a message.
@@ -120,10 +127,12 @@ class Layout:
 
     def _order(self, index: int) -> list[int]:
         """Return the numbers of a message's pieces, without the name of a tool that a result repeats (gpt-oss)."""
-        order = [n for n, (piece, _, _) in enumerate(self.pieces) if piece.message == index]
+        order = self.places[index]
         once: dict[int, int] = {}
         for n in order:
             once.setdefault(id(self.pieces[n][0]), n)
+        if len(once) == len(order):
+            return order
         first, again = sorted(once.values()), [n for n in order if n not in once.values()]
         ends = self.pieces[first[-1]][2] if first else 0
         found = [self.pieces[n] for n in again]

@@ -57,7 +57,7 @@ class Served:
     def __init__(self, run: "Run", block: "VllmSampler | VllmServerSampler", engines: Sequence[Engine]) -> None:
         self.run, self.block, self.engines, self.ends = run, block, engines, ends_of(run)
         self.folder = (block.folder or run.output_dir / "weights").absolute()
-        self.watch, self.version, self.sent = Watch(run), "", 0
+        self.watch, self.version, self.sent, self.held = Watch(run), "", 0, False
         self.name = run.fabric.broadcast(uuid.uuid4().hex[:8])
         if block.folder is None and run.fabric.is_global_zero:
             for left in self.folder.glob(f"{'[0-9a-f]' * 8}-*"):  # by a process that was killed
@@ -68,8 +68,8 @@ class Served:
     ) -> list[list[Reply]]:
         """Return n replies to each prompt (see `Sampler`); what is sampled beside one may change its rounding."""
         temperature = self.block.temperature if temperature is None else temperature
-        if self.watch.changed():
-            self.transfer(prompts[0] if prompts else [0])
+        if not self.held:
+            self.renew(prompts[0] if prompts else [0])
         seeds = (np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> np.uint64(2) for key in keys)
         asked = [
             (prompt, self.sampling(n, temperature, int(seed))) for prompt, seed in zip(prompts, seeds, strict=True)
@@ -97,6 +97,20 @@ class Served:
         return found | stop
 
     # -- weights ----------------------------------------------------------------------
+
+    def hold(self, probe: list[int]) -> None:
+        """Send the weights as they are, and no others until `release` (see `AheadSampler`)."""
+        self.renew(probe)
+        self.held = True
+
+    def release(self) -> None:
+        """Let weights be sent again."""
+        self.held = False
+
+    def renew(self, probe: list[int]) -> None:
+        """Send the weights if they have changed."""
+        if self.watch.changed():
+            self.transfer(probe)
 
     def transfer(self, probe: list[int]) -> None:
         """Bring the servers the weights, and let them prove that they use them. All ranks call it.

@@ -16,7 +16,7 @@ from posttrain.blocks.rollouts.in_process import ends_of
 from posttrain.blocks.rollouts.replies import Group, Outcome, Reply, Turn
 from posttrain.blocks.rollouts.turns.calls import convention
 from posttrain.errors import TrainingError
-from posttrain.interfaces import EnvironmentBlock, Sampler
+from posttrain.interfaces import AheadSampler, EnvironmentBlock, Sampler
 from posttrain.runtime.launch import all_reduce
 
 if TYPE_CHECKING:
@@ -52,7 +52,10 @@ class Conversations:
         return [[talk.reply() for talk in some] for some in talks]
 
     def any(self, alive: list["Talk"]) -> bool:
-        """Whether a conversation goes on, on any rank: all of them ask the sampler equally often."""
+        """Whether a conversation goes on, on any rank: all of them ask the sampler equally often, while it may need
+        weights from all of them."""
+        if isinstance(self.speaker, AheadSampler) and self.speaker.held:
+            return bool(alive)
         count = torch.tensor(float(len(alive)), device=self.run.fabric.device)
         return bool(all_reduce(self.run.fabric, count, "MAX"))
 
