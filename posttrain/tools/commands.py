@@ -150,6 +150,8 @@ def plan(arguments: argparse.Namespace) -> int:
         f"{found.operations / 1e12:,.3g} TFLOP for a full micro-batch of {found.tokens:,} tokens, "
         f"{found.operations / found.tokens / 1e9:,.3g} GFLOP for each (matrix products and attention)"
     )
+    if trainer.accelerator == "cpu":
+        say("a process on a CPU needs about 0.1 GiB more for the libraries and for what they keep for later")
     if found.total <= arguments.gpu_memory * 2**30:
         say(f"fits into {arguments.gpu_memory:g} GiB; leave a tenth for the allocator and the libraries")
         return 0

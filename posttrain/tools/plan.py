@@ -103,7 +103,7 @@ def table(found: Estimate, world: int) -> "Table":
     """Return the estimate for a terminal."""
     from rich.table import Table
 
-    shown = Table(box=None, pad_edge=False, title=f"GiB on each of {world} device(s)", title_justify="left")
+    shown = Table(box=None, pad_edge=False, title=f"GiB of tensors on each of {world} device(s)", title_justify="left")
     shown.add_column("")
     shown.add_column("device", justify="right")
     if found.host:

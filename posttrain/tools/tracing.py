@@ -7,26 +7,24 @@ operation by operation. So it holds for a network, a loss or an optimizer of you
 import copy
 import logging
 import warnings
-import weakref
 from collections.abc import Iterable
 from typing import Any
 
 import attrs
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_map_only
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from posttrain.batch import Batch, Extra
-from posttrain.blocks.callbacks.operations import operations
 from posttrain.blocks.data.data import Data
+from posttrain.blocks.layout import Example
 from posttrain.blocks.models.quantized.sizes import Group, groups
 from posttrain.blocks.parallel.sharding import replace_tensors, units, weightless
 from posttrain.blocks.parallel.strategy import FSDP, DeepSpeed
 from posttrain.errors import RecipeError
 from posttrain.run import Run
 from posttrain.runtime.launch import silence_libraries
+from posttrain.tools.alive import Alive
 from posttrain.tools.vision.seen import UNKNOWN, constants, faked, fullest_of_images
 from posttrain.trainer import Trainer
 from posttrain.trainers.distill import DistillTrainer
@@ -51,8 +49,10 @@ class Traced:
     others: int
     """Bytes of references and teachers."""
     activations: int
+    """The most that is alive at once besides; what an optimizer step needs for a moment, where that is more."""
     moments: list[tuple[int, int]]
-    """Gradients and activations as backward passes go on, of text and of images: see `Alive`."""
+    """Gradients and activations as backward passes go on, of text and of images, and in the optimizer step: see
+    `Alive`."""
     layer: int
     """Bytes of the largest layer, as it is gathered for products."""
     layer_trained: int
@@ -80,51 +80,6 @@ class Asked(nn.Module):
         """Return what the network returns."""
         with self.fabric.autocast():
             return self.module(*args, **kwargs)
-
-
-class Alive(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Counts the bytes of the tensors that operations make, until they are given up, and what is computed."""
-
-    def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.sizes: dict[int, int] = {}
-        self.now = self.peak = self.operations = 0
-        self.moments = [(0, 0)]
-        """(bytes of gradients that are complete, the most bytes that were alive until the next one was)."""
-
-    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = called(function, args, kwargs or {})
-        self.operations += operations(function, args, kwargs or {}, out)
-        known: set[int] = set()
-        tree_map_only(Tensor, lambda tensor: known.add(tensor.untyped_storage()._cdata), (args, kwargs))
-        tree_map_only(Tensor, lambda tensor: self.note(tensor, known), out)
-        self.peak = max(self.peak, self.now)
-        self.moments[-1] = self.moments[-1][0], max(self.moments[-1][1], self.now)
-        return out
-
-    def take(self, gradient: Tensor) -> None:
-        """Count a gradient that is complete by itself; whoever calls gives it up."""
-        self.moments.append((self.moments[-1][0] + gradient.nbytes, 0))
-
-    def note(self, tensor: Tensor, known: set[int]) -> None:
-        """Count a tensor's storage, unless it was there before."""
-        storage = tensor.untyped_storage()
-        if (key := storage._cdata) not in self.sizes and key not in known:
-            self.sizes[key] = storage.nbytes()
-            self.now += storage.nbytes()
-            weakref.finalize(storage, self.forget, key)
-
-    def forget(self, key: int) -> None:
-        """Take a storage out of the count."""
-        self.now -= self.sizes.pop(key)
-
-
-def called(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Call an operator. Products of experts in float32, which CPUs compute, have shapes in bfloat16 alone."""
-    if function is torch.ops.aten._grouped_mm.default and isinstance(args[0], FakeTensor):
-        halves = [arg.bfloat16() for arg in args[:2]]
-        return function(*halves, *args[2:], **kwargs).to(args[0].dtype)
-    return function(*args, **kwargs)
 
 
 def trace(trainer: Trainer) -> Traced:
@@ -156,7 +111,7 @@ def _trace(trainer: Trainer) -> Traced:
         network = fabric.strategy.precision.convert_module(trainer.model.build(fabric))
         kept = size_of(network.parameters())
         gradients = size_of(parameter for parameter in network.parameters() if parameter.requires_grad)
-        states = state_of(trainer, network)
+        states, step = state_of(trainer, network)
         if precision == "bf16-mixed" and (deepspeed or isinstance(trainer.strategy, FSDP)):  # they cast, not autocast
             network = network.to(torch.bfloat16)
         others = {} if answers_are_stored(trainer) else trainer.build_frozen(fabric, network)
@@ -176,6 +131,7 @@ def _trace(trainer: Trainer) -> Traced:
                 activations, moments = max(activations, of_images.peak), [*moments, *of_images.moments]
             except UNKNOWN:
                 log.warning("what images take is not in the plan: this model does what depends on their numbers")
+        activations, moments = max(activations, step), [*moments, (gradients, step)]
         low = 2 if "16" in precision else 4
         layers = [list(layer.parameters()) for layer in units(network)]
         sizes = [gathered(layer, low) for layer in layers]
@@ -241,11 +197,21 @@ def fullest(trainer: Trainer) -> Batch:
     if not isinstance(data, Data):
         raise RecipeError(f"data: {type(data).__name__} does not say how long its rows are; a plan needs that")
     size = trainer.sequence.size if trainer.sequence else 1
-    rows = [[data.fullest(-(-data.max_length // size))] for _ in range(trainer.micro_batch_size)]
-    batch = data.collator(None)(rows, 1)
+    row = full_row(trainer, data, -(-data.max_length // size))
+    batch = data.collator(None)([row] * trainer.micro_batch_size, 1)
     if getattr(trainer, "precompute_reference", False):
         batch = batch.but(reference_log_probs=torch.zeros(len(batch.supervised)))
     return batch
+
+
+def full_row(trainer: Trainer, data: Data, length: int) -> list[Example]:
+    """Return the examples of a row: one document, or that and a short one where packed documents are computed one by
+    one, as it is without half precision or a GPU: what attention gives is then copied to lie end to end."""
+    alone, short = data.fullest(length), 2
+    by_document = trainer.accelerator == "cpu" or "16" not in precision_of(trainer)
+    if data.packing and by_document and len(alone.documents) == 1 and length > 2 * short:
+        return [data.fullest(length - short), data.fullest(short)]
+    return [alone]
 
 
 def full_groups(trainer: GRPOTrainer | OnlineDPOTrainer | OnPolicyDistillTrainer) -> Batch:
@@ -298,22 +264,30 @@ def answers_are_stored(trainer: Trainer) -> bool:
     return bool(getattr(trainer, "stored", False) or getattr(trainer, "precompute_reference", False))
 
 
-def state_of(trainer: Trainer, network: nn.Module) -> int:
-    """Return the bytes that a recipe's optimizer keeps for a network on the meta device, as its parameters are kept."""
+def state_of(trainer: Trainer, network: nn.Module) -> tuple[int, int]:
+    """Return the bytes that a recipe's optimizer keeps for a network on the meta device, as its parameters are kept,
+    and what a step needs."""
     shadow = copy.deepcopy(network)
     with FakeTensorMode(allow_non_fake_inputs=True):
         replace_tensors(shadow, lambda _, tensor: torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu"))
         return stepped(trainer.optimizer.build(shadow))
 
 
-def stepped(optimizer: Any) -> int:
-    """Return the bytes that an optimizer keeps after a step."""
+def stepped(optimizer: Any) -> tuple[int, int]:
+    """Return the bytes that an optimizer keeps after a step, and the most that the next one needs for a moment: of one
+    parameter after the other, so that the largest of each group tells."""
     for group in optimizer.param_groups:
         for parameter in group["params"]:
             parameter.grad = torch.zeros_like(parameter)
     optimizer.step()
+    kept = size_of(x for state in optimizer.state.values() for x in state.values() if isinstance(x, Tensor))
+    for group in optimizer.param_groups:
+        for parameter in sorted(group["params"], key=Tensor.numel)[:-1]:
+            parameter.grad = None
+    with Alive() as alive:
+        optimizer.step()
     optimizer.zero_grad()
-    return size_of(x for state in optimizer.state.values() for x in state.values() if isinstance(x, Tensor))
+    return kept, alive.peak
 
 
 def size_of(tensors: Any) -> int:

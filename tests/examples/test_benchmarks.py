@@ -10,6 +10,7 @@ from typing import Any
 import attrs
 import pytest
 import torch
+from allocated import most
 
 ROOT = Path(__file__).parent.parent.parent
 sys.path.insert(0, str(ROOT / "benchmarks"))
@@ -117,6 +118,21 @@ def test_mfu_counts_the_products_of_a_model_as_torch_does() -> None:
     needed = gpu_sft.Clock(setting).needed(64, 2 * 64.0**2)
     # The first layer's input needs no gradient: embeddings are looked up.
     assert counter.get_total_flops() == pytest.approx(needed, rel=0.02)
+
+
+def test_the_most_memory_of_tensors_is_counted_with_what_operators_need_inside() -> None:
+    before = torch.ones(1_000)
+
+    def work() -> None:
+        nonlocal before
+        first = torch.ones(1_000_000)  # 4 MB
+        second = torch.ones(3, 1_000_000)  # 12 MB
+        del first, before
+        second.logsumexp(1)  # which copies what it is given, and needs a number for each row four times
+        del second
+        torch.ones(2_000_000)
+
+    assert most(work) == pytest.approx(12_000_000 + 12_000_000, abs=100)
 
 
 @pytest.mark.slow

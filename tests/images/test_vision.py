@@ -343,7 +343,7 @@ def test_a_plan_counts_what_images_take(folder: Any, tmp_path: Path, family: str
         ("tower", source, ["language", "projector", "tower"]),
     ):  # fmt: skip
         made = trainer(folder(family), file, tmp_path, model={"train": parts}, data={"max_length": 96})
-        found[name] = trace(made).activations
+        found[name] = sum(alive for _, alive in trace(made).moments)  # of text and of images: the text may take more
     assert found["text"] <= found["frozen"] < found["tower"]
 
 

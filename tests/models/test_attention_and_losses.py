@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from allocated import most
 from toy import LLAMA, document
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -152,6 +153,19 @@ def test_an_evaluation_makes_no_gradients_and_a_backward_pass_holds_one_copy(mon
     assert not made
     net(lay(rows(), 0))
     assert made
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_loss_holds_its_logits_once_and_no_product_as_large_as_the_head(dtype: torch.dtype) -> None:
+    tokens, size, vocabulary = 128, 64, 4096
+    hidden = torch.randn(tokens, size, dtype=dtype, requires_grad=True)
+    weight = torch.randn(vocabulary, size, dtype=dtype, requires_grad=True)
+    targets = torch.randint(vocabulary, (tokens,))
+    losses.nll_sum(hidden, weight, None, targets)  # what is made once
+    logits, head = 4 * tokens * vocabulary, 4 * vocabulary * size
+    low = 0 if dtype == torch.float32 else logits // 2  # they come from a product in bfloat16
+    slack = max(logits, head) // 4
+    assert most(lambda: losses.nll_sum(hidden, weight, None, targets)) < head + logits + low + slack
 
 
 def test_the_gradient_of_the_head_is_not_copied() -> None:

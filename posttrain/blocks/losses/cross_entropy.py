@@ -8,6 +8,8 @@ from torch import Tensor
 
 CHUNK_ELEMENTS = 2**25
 """Logits computed at a time: 128 MiB in float32."""
+PARTS = 8
+"""In which something is computed that would otherwise need a copy of a chunk, or of the head."""
 
 
 def nll_sum(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor) -> Tensor:
@@ -83,6 +85,12 @@ def chunk_rows(weight: Tensor) -> int:
     return max(64, CHUNK_ELEMENTS // weight.shape[0])
 
 
+def norms(logits: Tensor) -> Tensor:
+    """Return the logsumexp of each row: [n, 1]. In parts, since torch makes a copy of what it is given."""
+    parts = torch.split(logits, -(-len(logits) // PARTS))
+    return torch.cat([part.logsumexp(-1, keepdim=True) for part in parts])
+
+
 def compute_dtype(tensor: Tensor) -> torch.dtype:
     """Return the precision that a linear layer computes in: autocast's, or the tensor's own."""
     device = tensor.device.type
@@ -108,7 +116,7 @@ class _NLLSum(torch.autograd.Function):
             for i in range(0, len(targets), chunk):
                 rows, goals = hidden[i : i + chunk].to(dtype), targets[i : i + chunk, None]
                 logits = F.linear(rows, head, offset).float()
-                norm = logits.logsumexp(-1, keepdim=True)
+                norm = norms(logits)
                 total += (norm - logits.gather(1, goals)).sum()
                 if not any(wanted):
                     continue
@@ -233,8 +241,11 @@ class _LogProbs(torch.autograd.Function):
 
 
 def add_product(total: Tensor, slopes: Tensor, rows: Tensor) -> None:
-    """Add slopes' [vocabulary, n] x rows [n, size] to a float32 sum, in place where precision allows."""
+    """Add slopes' [vocabulary, n] x rows [n, size] to a float32 sum: in place where precision allows, or else in parts,
+    since the product of all would be as large as the head."""
     if slopes.dtype == torch.float32:
         total.addmm_(slopes.t(), rows)
-    else:
-        total += slopes.t() @ rows
+        return
+    width = -(-len(total) // PARTS)
+    for sums, part in zip(torch.split(total, width), torch.split(slopes, width, dim=1), strict=True):
+        sums += part.t() @ rows
