@@ -144,6 +144,7 @@ def test_the_gpu_benchmark_runs_on_a_cpu_with_a_small_model() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_a_step_with_images_is_measured_from_files_on() -> None:
     """TRL's half of a cell is a dash where it is not installed."""
     [*_, row] = printed("image_step.py", "--only", "qwen2_5_vl", "--steps", "1", "--rounds", "1")
