@@ -122,6 +122,8 @@ class GRPOTrainer(RewardedTrainer):
             yield "max_staleness", "has no use with a sampler on the device of the trainer; take vllm-server"
         if self.max_staleness and self.correction == "none":
             yield "max_staleness", "replies of an earlier policy need a correction: token, sequence or mask"
+        if self.max_staleness and getattr(self.environment, "seconds", None):
+            yield "max_staleness", "tools are called beside training then, without limit: say environment.seconds: null"
 
     @property
     def compared(self) -> Advantage:

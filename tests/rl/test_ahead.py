@@ -10,11 +10,12 @@ import torch
 from policies import grpo, replies
 from ranks import on_two_ranks
 from test_engines import Double, sampler, serve  # noqa: F401 - a fixture
-from test_turns import quiz
+from test_turns import adder, quiz  # noqa: F401 - a tool
 from toy import metrics
 
 from posttrain import TransformersSampler, VllmServerSampler, after, before
 from posttrain.errors import RecipeError, TrainingError
+from posttrain.synth.environments import ToolEnvironment
 
 AHEAD: dict[str, Any] = {"max_staleness": 1, "correction": "token", "group_size": 2, "max_gap": None}
 
@@ -130,6 +131,7 @@ def test_what_a_sampler_ahead_raises_ends_the_run(tmp_path: Path, tiny_model: Pa
         ({"correction": "none"}, "replies of an earlier policy need a correction"),
         ({"sampler": TransformersSampler()}, "has no use with a sampler on the device of the trainer"),
         ({"max_staleness": 2}, "max_staleness"),
+        ({"environment": ToolEnvironment(tools=["adder"])}, "without limit: say environment.seconds: null"),
     ],
 )
 def test_what_cannot_run_ahead_is_refused(tmp_path: Path, tiny_model: Path, keys: dict[str, Any], said: str) -> None:
