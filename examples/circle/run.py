@@ -60,6 +60,7 @@ def first_model(seed: int) -> None:
 def served() -> Iterator[None]:
     """Serve the first model by `transformers serve` until the pairs are made."""
     command = ["transformers", "serve", str(SFT), "--port", str(PORT), "--device", "cpu", "--continuous-batching"]
+    command += ["--cb-max-memory-percent", "0.1"]  # by default its cache takes most of the memory that is free
     environment = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "HF_HUB_OFFLINE": "1"}
     log = open(FOLDER / "server.log", "w")  # noqa: SIM115 - as long as the server
     server = subprocess.Popen([*command, "--log-level", "error"], env=environment, stdout=log, stderr=log)
