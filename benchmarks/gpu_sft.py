@@ -31,7 +31,6 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-"""Dense bf16 operations per second, by a part of the device's name; the first that fits."""
 CANDIDATES = ("posttrain", "bare", "trl")
 WARM_UP = 3
 

@@ -9,7 +9,8 @@ process, which nothing was asked for ahead of, has replies of its own policy. So
 import threading
 import time
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any, Generic, TypeVar
+from concurrent.futures import Future
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from posttrain.batch import Batch
 from posttrain.blocks.rollouts.groups import Answer, asked
@@ -29,7 +30,7 @@ class Ahead:
     def __init__(self, run: "Run", speaker: AheadSampler, answer: Answer, seed: int) -> None:
         self.run, self.speaker, self.answer, self.seed = run, speaker, answer, seed
         self.next: list[Batch] = []
-        self.pending: tuple[Any, InBackground[list[list[Reply]]]] | None = None
+        self.pending: tuple[Any, Future[list[list[Reply]]]] | None = None
 
     def groups(self, fetched: Iterator[Fetch]) -> Iterator[Fetch]:
         """Yield what is fetched for each step, knowing already what the next one gets."""
@@ -48,7 +49,7 @@ class Ahead:
         groups = [group for some in asked(self.run, self.next) for group in some]
         keys: list[tuple[int, ...]] = [(self.seed, step, group.place) for group in groups]
         self.speaker.hold(groups[0].prompt if groups else [0])
-        found = InBackground(lambda: self.answer(groups, keys, n, None))
+        found = in_background(lambda: self.answer(groups, keys, n, None))
         self.pending = asked_for(groups, keys, n), found
 
     def __call__(
@@ -72,26 +73,15 @@ def asked_for(groups: list[Group], keys: list[tuple[int, ...]], n: int) -> Any:
     return [(group.prompt, group.row) for group in groups], keys, n
 
 
-class InBackground(Generic[T]):
-    """A function that runs in a thread of its own, which does not keep the process alive."""
+def in_background(function: Callable[[], T]) -> "Future[T]":
+    """Run a function in a thread of its own, which, unlike one of a pool, does not keep the process alive."""
+    found: Future[T] = Future()
 
-    def __init__(self, function: Callable[[], T]) -> None:
-        self.function = function
-        self.found: list[T] = []
-        self.error: BaseException | None = None
-        self.thread = threading.Thread(target=self.work, name="posttrain-ahead", daemon=True)
-        self.thread.start()
-
-    def work(self) -> None:
-        """Run it."""
+    def work() -> None:
         try:
-            self.found.append(self.function())
+            found.set_result(function())
         except BaseException as error:  # it is raised where the result is asked for
-            self.error = error
+            found.set_exception(error)
 
-    def result(self) -> T:
-        """Wait for what it returns, or raise what it raised."""
-        self.thread.join()
-        if self.error is not None:
-            raise self.error
-        return self.found[0]
+    threading.Thread(target=work, name="posttrain-sampler", daemon=True).start()
+    return found

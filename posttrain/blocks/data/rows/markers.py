@@ -73,20 +73,16 @@ class Marker:
 
     def _text(self, text: str, message: int, kind: str) -> str:
         parts = self.tags.split(text) if self.tags is not None and "<" in text else [text]
-        if len(parts) == 1 and (core := text.strip()):
-            before, _, behind = text.partition(core)
-            code = self._code(Piece(message, before, kind))
-            return f"{before}{START}{code}{core}{END}{code}{behind}"
-        marked, lead = [], ""
+        marked, lead, first = [], "", True
         for number, part in enumerate(parts):
             core = part.strip()
             if number % 2 or not core:  # odd parts are the tags
                 marked.append(part)
             else:
-                before = part[: part.index(core)]
-                first = not any(p.strip() for p in parts[:number:2])
+                before, _, behind = part.partition(core)
                 code = self._code(Piece(message, lead + before if first else None, kind))
-                marked.append(f"{before}{START}{code}{core}{END}{code}{part[len(before) + len(core) :]}")
+                marked.append(f"{before}{START}{code}{core}{END}{code}{behind}")
+                first = False
             lead += part
         return "".join(marked)
 
