@@ -35,8 +35,9 @@ from posttrain.synth import (
 from posttrain.synth.ledger import results
 from posttrain.synth.ledger.keys import CHAT, canonical, content_hash, sample_key
 from posttrain.synth.pipelines.view import page
-from posttrain.synth.sending import batch_api, endpoints
+from posttrain.synth.sending import endpoints
 from posttrain.synth.sending import online as engine
+from posttrain.synth.sending.batches import calls
 from posttrain.synth.steps.rows import items
 from posttrain.synth.steps.verify import last_number
 
@@ -48,7 +49,7 @@ def hasty(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(engine, "FIRST_BACKOFF", 0.01)
     monkeypatch.setattr(endpoints, "SHORTEST_EJECTION", 0.02)
     monkeypatch.setattr("posttrain.synth.sending.limits.FIRST_WAIT", 0.02)
-    monkeypatch.setattr(batch_api, "FIRST_BACKOFF", 0.01)
+    monkeypatch.setattr(calls, "FIRST_BACKOFF", 0.01)
 
 
 def client(server: Server, folder: Path, **more: Any) -> OpenAISynth:
@@ -380,7 +381,7 @@ def test_a_server_that_stays_ill_stops_the_task_and_one_row_that_always_fails_do
     assert [i for i, r in enumerate(responses) if r["error"]] == [2]
     server.answer = lambda body: (503, {"error": {"message": "ill"}})
     other = add(client(server, tmp_path / "b", patience=0.3), 50)
-    with pytest.raises(TaskStopped, match="waiting for a server: HTTP 503"):
+    with pytest.raises(TaskStopped, match="no_server: no answers from http.*HTTP 503"):
         other.execute_batch_task("t")
     assert other.status("t").failed == 0
 
@@ -528,7 +529,7 @@ def test_a_folder_that_is_full_at_first_does_not_lock_its_own_process_out(
         raise OSError(errno.ENOSPC, "No space left on device")
 
     with monkeypatch.context() as broken:
-        broken.setattr("posttrain.synth.ledger.store.os.pwrite", full)
+        broken.setattr("posttrain.synth.ledger.database.os.pwrite", full)
         with pytest.raises(SynthError, match="No space left on device"):
             add(client(server, tmp_path), 1)
     with monkeypatch.context() as broken:

@@ -241,8 +241,7 @@ def test_requests_and_tokens_per_minute_are_bounds(bound: str, server: Server, t
     server.answer = lambda body: (200, {**chat(body), "usage": used})
     made = client(server, tmp_path, **{bound: 5 if bound == "rpm" else 5 * (plan.input_tokens + plan.output_tokens)})
     add(made, 9, max_tokens=100)
-    task = made._task("t")
-    session = made._session(task, "t", None, None, lambda p: None, True)
+    session = made._session("t", None, None, lambda p: None, True)
     worker = threading.Thread(target=lambda: made.send(session))
     worker.start()
     deadline = time.monotonic() + 20
@@ -291,7 +290,10 @@ def test_a_server_that_is_down_makes_the_task_wait_and_a_server_that_stays_down_
         url = f"http://127.0.0.1:{free.getsockname()[1]}"
     made = VllmSynth(base_url=url, work_dir=tmp_path, patience=0.3)
     add(made, 5)
-    with pytest.raises(TaskStopped, match=r"no_server: waiting for a server: 127.0.0.1.*0 of 5 results are kept"):
+    with pytest.raises(
+        TaskStopped,
+        match=r"no_server: no answers from http://127.0.0.1:.*\(Connection refused\).*0 of 5 results are kept in",
+    ):
         made.execute_batch_task("t")
     assert made.status("t").failed == 0
 

@@ -13,8 +13,8 @@ from posttrain.synth.clients.auth import KeyAuth
 from posttrain.synth.clients.client import Synth
 from posttrain.synth.ledger.keys import as_secret
 from posttrain.synth.ledger.session import Session
-from posttrain.synth.sending.batch import BatchRun
-from posttrain.synth.sending.batch_api import BatchService
+from posttrain.synth.sending.batches.run import BatchRun, with_batches
+from posttrain.synth.sending.batches.service import BatchService
 from posttrain.synth.sending.online import send_all
 from posttrain.synth.sending.service import OpenAIDialect, Service
 from posttrain.values import Secret
@@ -59,7 +59,7 @@ class OpenAIProtocol(Synth):
     def send(self, session: Session) -> None:
         """Send what a session has to send."""
         if self.batched:
-            BatchRun(self.batch_service(), session).run()
+            with_batches(self.batch_service(), session, BatchRun.run)
         else:
             send_all(self.online_service(), session)
 

@@ -16,6 +16,7 @@ from posttrain.errors import SynthError
 from posttrain.registry import block, key
 from posttrain.synth.clients.auth import KeyAuth
 from posttrain.synth.clients.client import Synth
+from posttrain.synth.ledger.database import Statement
 from posttrain.synth.ledger.keys import CHAT, Request, as_secret
 from posttrain.synth.ledger.replies import Action, Verdict
 from posttrain.synth.ledger.session import Session, dumped
@@ -171,14 +172,14 @@ class Engine:
                 self._answer(group[middle:], arguments)
                 return
             said = Verdict(Action.REFUSED, "refused_by_engine", f"{type(error).__name__}: {error}")
-            self._commit([self.session.failure(group[0], said, permanent=True)])
+            self.session.ledger.record(self.session.failure(group[0], said, permanent=True))
             return
-        recorded = []
+        recorded: list[Statement] = []
         for request, output in zip(group, outputs, strict=True):
             self.session.budget.release(request)
             reply = completion(request, output)
-            recorded.append(self.session.result(request, reply, dumped(reply), output.request_id))
-        self._commit(recorded)
+            recorded += self.session.result(request, reply, dumped(reply), output.request_id)
+        self.session.ledger.record(recorded)
 
     def _chat(self, group: list[Request], arguments: dict[str, Any]) -> list[Any]:
         from vllm import SamplingParams
@@ -188,12 +189,6 @@ class Engine:
         return list(
             self.llm.chat([body["messages"] for body in bodies], sampling_params=sampling, use_tqdm=False, **arguments)
         )
-
-    def _commit(self, recorded: list[Any]) -> None:
-        with self.session.ledger.transaction() as db:
-            for statements in recorded:
-                for statement, values in statements:
-                    db.execute(statement, values)
 
 
 def sampling_arguments(body: dict[str, Any]) -> dict[str, Any]:

@@ -7,6 +7,8 @@ httpx stay usable; h11 reads the protocol.
 
 import asyncio
 import importlib.metadata
+import os
+import re
 import socket
 import ssl
 import urllib.request
@@ -40,6 +42,16 @@ def hopeless(error: BaseException | None) -> bool:
             return True
         error = error.__cause__ or error.__context__
     return False
+
+
+def plainly(error: BaseException) -> str:
+    """Return why there is no connection, in the words of the operating system.
+
+    >>> plainly(OSError("Multiple exceptions: [Errno 111] Connect call failed, [Errno 111] Connect call failed"))
+    'Connection refused'
+    """
+    codes = dict.fromkeys(re.findall(r"\[Errno (\d+)\]", str(error)))
+    return ", ".join(os.strerror(int(code)) for code in codes) or str(error) or "no answer in time"
 
 
 class LaneTransport(httpx.AsyncBaseTransport):
@@ -93,7 +105,7 @@ class LaneTransport(httpx.AsyncBaseTransport):
                 )
         except (OSError, TimeoutError) as error:  # ssl.SSLError and name resolution are OSErrors
             kind = Hopeless if hopeless(error) else httpx.ConnectError
-            raise kind(f"{url.host}:{port}: {error or 'no answer in time'}") from None
+            raise kind(plainly(error)) from None
 
     async def _send(self, request: httpx.Request) -> None:
         assert self._writer is not None
