@@ -2,6 +2,7 @@
 
 import asyncio
 import ssl
+import time
 from typing import Any, NamedTuple
 
 import httpx
@@ -66,6 +67,7 @@ class Attempts:
         return sent
 
     async def _to(self, endpoint: Endpoint, request: Request, transport: httpx.AsyncBaseTransport) -> Sent | None:
+        asked = time.monotonic()
         try:
             async with asyncio.timeout(self.service.timeout):
                 response = await self._exchange(request, endpoint.base, transport)
@@ -85,7 +87,7 @@ class Attempts:
         said = verdict(response.status_code, response.headers, reply, request.endpoint.endswith(CHAT))
         if response.status_code in OUTAGES and said.action is Action.RETRY:
             return self._ill(endpoint, request, said) or Sent(said, reply, b"")
-        endpoint.answered()
+        endpoint.answered(asked)
         self.session.progress.note = ""
         own = isinstance(self.service.dialect, OpenAIDialect)
         return Sent(said, reply, response.content if own else b"")

@@ -56,9 +56,9 @@ class Endpoint:
         self._troubled.add(request.id)
         return len(self._troubled) >= OUTAGE
 
-    def answered(self) -> None:
-        """It is there."""
-        self.silence.ends()
+    def answered(self, asked: float) -> None:
+        """It is there: an answer has come to what was asked at that time."""
+        self.silence.ends(asked)
         self._ejections, self.down_until = 0, 0.0
         self._troubled.clear()
 

@@ -40,11 +40,13 @@ class Silence:
         then = f"it is tried until {until:%H:%M:%S} (patience: {self.patience:g} s)"
         log.warning("%s; %s", self, "the other servers go on" if others else then)
 
-    def ends(self) -> None:
-        """An answer has come."""
-        if self.since is not None:
+    def ends(self, asked: float) -> None:
+        """An answer has come to what was asked at a time of `time.monotonic()`. One to what had been asked before the
+        silence began says nothing about now."""
+        self.reached = True
+        if self.since is not None and asked >= self.since:
             log.warning("%s answers again", self.url)
-        self.since, self.reached = None, True
+            self.since = None
 
     @property
     def left(self) -> float:

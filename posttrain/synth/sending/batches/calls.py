@@ -4,6 +4,7 @@ Creating a batch costs money: its call is never repeated blindly, since no idemp
 """
 
 import random
+import time
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from typing import Any
@@ -87,9 +88,10 @@ class Calls:
         """
         tries = 0
         while True:
+            asked = time.monotonic()
             try:
                 response = self._client.send(request, stream=stream)
-                self.silence.ends()
+                self.silence.ends(asked)
                 return response
             except (httpx.ConnectError, httpx.ConnectTimeout) as error:
                 why = self.session.scrubber.text(plainly(error))

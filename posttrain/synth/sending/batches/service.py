@@ -70,7 +70,7 @@ class BatchService:
     max_rounds: int = 3
     """How often one run sends a request that came back without a verdict."""
     timeout: float = 600.0
-    patience: float = 600.0
+    patience: float = 300.0
     transport: httpx.BaseTransport | None = None
     api: "type[BatchAPI] | None" = None
     """Its calls, if they are not those of OpenAI."""
