@@ -65,11 +65,11 @@ class Server:
     def die(self) -> None:
         """Be gone as a process that was killed: nobody listens, and all connections are cut."""
         self.close()  # first: whoever finds it gone may start it again at once
-        cut = list(self.connections)
-        self.dead = True
-        for connection in cut:
-            with contextlib.suppress(OSError):
-                connection.shutdown(socket.SHUT_RDWR)
+        with self.lock:  # an answer that was begun is sent
+            self.dead = True
+            for connection in list(self.connections):
+                with contextlib.suppress(OSError):
+                    connection.shutdown(socket.SHUT_RDWR)
 
     def back(self) -> None:
         """Be there again, at the same address and with what it knew."""

@@ -55,7 +55,7 @@ def test_a_server_that_is_gone_for_good_ends_the_run_and_the_same_command_goes_o
 
 
 @pytest.mark.parametrize(("mode", "call", "after"), MOMENTS, ids=[call for _, call, _ in MOMENTS])
-def test_a_server_that_comes_back_in_time_costs_nothing(
+def test_a_server_that_comes_back_in_time_loses_nothing(
     server: Server, tmp_path: Path, caplog: pytest.LogCaptureFixture, mode: str, call: str, after: int,
 ) -> None:  # fmt: skip
     class Reviver(logging.Handler):
