@@ -363,6 +363,11 @@ def last(body: dict[str, Any]) -> str:
     return str(body["messages"][-1]["content"])
 
 
+def asked_by(body: dict[str, Any]) -> int:
+    """The number of a question that `add` has asked."""
+    return int(last(body).removeprefix("q"))
+
+
 def by_length(body: dict[str, Any]) -> str:
     """A server that answers with a random number, and judges an answer by that number."""
     found = re.search(r"\[Answer to judge\]\n.*?(\d+)", last(body), flags=re.DOTALL)

@@ -25,14 +25,8 @@ from synth_server import (
 )
 
 from posttrain.synth import AzureOpenAISynth, IncompleteTask, OpenAISynth, Price, TaskStopped
-from posttrain.synth.sending.batches import calls
 
 WANTED = [f"re: q{i}" for i in range(7)]
-
-
-@pytest.fixture(autouse=True)
-def hasty(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(calls, "FIRST_BACKOFF", 0.01)
 
 
 def client(server: Server, folder: Path, **more: Any) -> OpenAISynth:

@@ -11,27 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from synth_server import Server, add, chat, error, raw, reset, short, texts
+from synth_server import KEY, Server, add, chat, client, error, raw, reset, short, texts
 
 from posttrain.errors import SynthError
-from posttrain.synth import IncompleteTask, OpenAISynth, Price, TaskStopped, VllmSynth
-from posttrain.synth.sending import endpoints
-from posttrain.synth.sending import online as engine
-
-KEY = "sk-very-secret-0123456789"
-
-
-@pytest.fixture(autouse=True)
-def hasty(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(engine, "FIRST_BACKOFF", 0.01)
-    monkeypatch.setattr(endpoints, "SHORTEST_EJECTION", 0.02)
-    monkeypatch.setattr("posttrain.synth.sending.limits.FIRST_WAIT", 0.02)
-
-
-def client(server: Server, folder: Path, **more: Any) -> OpenAISynth:
-    return OpenAISynth(
-        api_key=KEY, base_url=server.url, work_dir=folder, **{"mode": "online", "concurrency": 8, **more}
-    )
+from posttrain.synth import IncompleteTask, Price, TaskStopped, VllmSynth
 
 
 def test_results_are_as_many_as_the_inputs_and_in_their_order(server: Server, tmp_path: Path) -> None:
