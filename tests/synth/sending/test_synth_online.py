@@ -121,6 +121,7 @@ def test_a_refused_request_fails_alone_and_is_sent_again_only_when_asked_to(serv
 def test_a_storm_uses_up_no_attempts_and_is_one_pause_for_all_lanes(server: Server, tmp_path: Path) -> None:
     made = client(server, tmp_path, attempts=1)
     add(made, 60)
+    server.delay = 0.03  # so that several are in flight together
     server.faults["POST /chat/completions"] = [error(429, "rate_limit_exceeded", retry_after="0.05")] * 24
     seen: list[Any] = []
     responses = made.execute_batch_task("t", progress=lambda p: seen.append((p.storms, p.retries)))

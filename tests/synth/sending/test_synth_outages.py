@@ -189,7 +189,7 @@ def self_signed(folder: Path) -> tuple[Path, Path]:
 
 def test_a_server_is_back_for_all_although_old_requests_hang(server: Server, tmp_path: Path) -> None:
     hanging = threading.Event()
-    server.faults["POST /chat/completions"] = [lambda handler: hanging.wait(30)] * 2 + [error(503)] * 4
+    server.faults["POST /chat/completions"] = [lambda handler: not hanging.wait(30)] * 2 + [error(503)] * 4
     made = add(client(server, tmp_path, concurrency=6, timeout=20), 40)
     worker = threading.Thread(target=lambda: made.execute_batch_task("t"), daemon=True)
     worker.start()
