@@ -227,17 +227,20 @@ def score(
             group.parts[name] = [next(checked) for _ in group.samples]
     for group in groups:
         if environment:
-            group.parts[ENVIRONMENT] = [reply.reward for reply in group.replies]
+            given = [reply.reward for reply in group.replies]
+            group.parts[ENVIRONMENT] = [one if isinstance(one, Failure) else number(one) for one in given]
         group.rewards = [_summed(group, i, rewards, environment) for i in range(len(group.samples))]
 
 
 def _summed(group: Group, i: int, rewards: dict[str, RewardBlock], environment: float) -> float | None:
-    total = environment * group.replies[i].reward if environment else 0.0
-    for name, one in rewards.items():
+    weights = {ENVIRONMENT: environment} if environment else {}
+    weights |= {name: one.weight for name, one in rewards.items()}
+    total = 0.0
+    for name, weight in weights.items():
         said = group.parts[name][i]
         if isinstance(said, Failure):
             return None
-        total += one.weight * said
+        total += weight * said
     return total
 
 
