@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from posttrain.blocks.parallel.sequence import Ulysses
     from posttrain.blocks.parallel.strategy import DDP, FSDP, Auto, DeepSpeed
     from posttrain.blocks.rollouts.agents.agent import Agent, agent
+    from posttrain.blocks.rollouts.agents.verifiers import VerifiersEnvironment
     from posttrain.blocks.rollouts.engines.vllm import VllmSampler, VllmServerSampler
     from posttrain.blocks.rollouts.prompts import PromptData
     from posttrain.blocks.rollouts.rewards import ModelReward, reward
@@ -89,6 +90,7 @@ _HOMES = {
     "blocks.loggers.services": ("CSV", "MLflow", "Trackio", "WandB"),
     "blocks.rollouts.engines.vllm": ("VllmSampler", "VllmServerSampler"),
     "blocks.rollouts.agents.agent": ("Agent", "agent"),
+    "blocks.rollouts.agents.verifiers": ("VerifiersEnvironment",),
     "blocks.rollouts.prompts": ("PromptData",),
     "blocks.models.lora": ("LoRA",),
     "blocks.models.model": ("HFModel", "RewardModel"),
@@ -148,9 +150,9 @@ __all__ = [
     "RegistryError", "Resume", "RewardModel", "RewardTrainer", "Run", "SFTData", "SFTTrainer", "SGD", "Samples",
     "ScheduleFree", "Secret", "Source", "SpeculatorModel", "SpeculatorTrainer", "SwiftKVModel", "SwiftKVTrainer",
     "SynthError", "TensorBoard", "Term", "TorchOptimizer", "Trackio", "Trainer", "TrainingError", "TransformersSampler",
-    "TransformersSynth", "TwoStage", "Ulysses", "UnpairedData", "VllmSampler", "VllmServerSampler", "VllmSynth", "WSD",
-    "WandB", "after", "agent", "before", "block", "default", "key", "kind", "load", "policy_loss", "preference_loss",
-    "reward",
+    "TransformersSynth", "TwoStage", "Ulysses", "UnpairedData", "VerifiersEnvironment", "VllmSampler",
+    "VllmServerSampler", "VllmSynth", "WSD", "WandB", "after", "agent", "before", "block", "default", "key", "kind",
+    "load", "policy_loss", "preference_loss", "reward",
 ]  # fmt: skip
 
 
