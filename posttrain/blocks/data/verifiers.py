@@ -8,10 +8,8 @@ Sources: verifiers 0.4.0, v1/env.py, v1/taskset.py, v1/serve/server.py; verifier
 
 import asyncio
 import atexit
-import hashlib
 import json
 import logging
-import os
 import signal
 import threading
 from collections.abc import Iterator
@@ -25,6 +23,7 @@ from pathlib import Path
 from typing import Any, Protocol
 from urllib.parse import parse_qsl
 
+from posttrain.blocks.data.cache import asked_once
 from posttrain.errors import DataError, TrainingError
 
 PREFIX = "verifiers:"
@@ -88,28 +87,15 @@ def rows_of(name: str, split: str, revision: str | None, max_rows: int | None, c
     Raises:
         DataError: there is no such environment, or no such split.
     """
-    from filelock import FileLock
-
     id_, args = asked(name)
     if not installed():
         raise DataError(f"{name}: {INSTALL}")
-    said = json.dumps([version("verifiers"), id_, args, split, revision, max_rows], sort_keys=True)
-    file = cache_ / "verifiers" / f"{hashlib.sha256(said.encode()).hexdigest()[:32]}.jsonl"
-    file.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(file.with_suffix(".lock")):
-        if not file.is_file():
-            aside = file.with_suffix(f".tmp-{os.getpid()}")
-            try:
-                count = 0
-                with aside.open("w", encoding="utf-8") as out:
-                    for row in islice(loaded(id_, args).rows(split), max_rows):
-                        out.write(json.dumps(row, ensure_ascii=False) + "\n")
-                        count += 1
-                aside.rename(file)
-            finally:
-                aside.unlink(missing_ok=True)
-            log.info("%s: %s tasks, kept in %s; another `revision` asks again", name, f"{count:,}", file)
-    return file
+
+    def rows() -> Iterator[dict[str, Any]]:
+        yield from islice(loaded(id_, args).rows(split), max_rows)
+
+    said = [version("verifiers"), id_, json.dumps(args, sort_keys=True), split, revision, max_rows]
+    return asked_once("verifiers", said, rows(), name, cache_)
 
 
 # -- environments ---------------------------------------------------------------------

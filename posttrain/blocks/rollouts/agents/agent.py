@@ -1,7 +1,5 @@
 """A function of your own that plays an episode: it asks the policy as often as it likes, and returns a reward."""
 
-import inspect
-import typing
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any, ClassVar, TypeVar
@@ -9,7 +7,7 @@ from typing import Any, ClassVar, TypeVar
 import attrs
 from attrs.validators import gt, optional
 
-from posttrain.registry import block, key
+from posttrain.registry import block, key, members
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -72,23 +70,13 @@ def agent(name: str) -> Callable[[F], F]:
     """
 
     def register(function: F) -> F:
-        asked = [p for p in inspect.signature(function).parameters.values() if p.kind is inspect.Parameter.KEYWORD_ONLY]
-        hints = typing.get_type_hints(function)
-        names = [p.name for p in asked]
-        fields = {p.name: p.default for p in asked if p.default is not inspect.Parameter.empty}
+        found = members(function)
+        names = list(found["__annotations__"])
 
         def play(self: Agent, row: dict[str, Any], base_url: str) -> Any:
             return function(row, base_url, **{name: getattr(self, name) for name in names})
 
-        made = type(
-            function.__name__,
-            (Agent,),
-            {
-                **fields, "__annotations__": {p.name: hints.get(p.name, Any) for p in asked},
-                "__doc__": function.__doc__, "__module__": function.__module__, "__qualname__": function.__qualname__,
-                "play": play,
-            },
-        )  # fmt: skip
+        made = type(function.__name__, (Agent,), {**found, "play": play})
         block("environment", name)(made)
         return function
 
