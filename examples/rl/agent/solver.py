@@ -1,10 +1,6 @@
 """An agent that finds products with a calculator. It asks a model as it would ask any, by OpenAI's client, and knows
-nothing of training: the same function runs against a served model, too.
+nothing of training."""
 
-    python examples/rl/agent/solver.py http://localhost:8000/v1 41 81
-"""
-
-import asyncio
 import json
 import sys
 from pathlib import Path
@@ -14,26 +10,22 @@ import openai
 from posttrain import agent
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tools"))
-from calculator import SHOWN, calculator, conversation
+from calculator import calculator
 
 
 @agent("product-solver")
 async def solve(row: dict, base_url: str, *, turns: int = 3) -> bool:
-    """Return whether the policy comes to the product, in so many turns."""
-    return await solution(row["messages"], base_url, turns) == row["answer"]
-
-
-async def solution(messages: list[dict], base_url: str, turns: int = 3) -> str | None:
-    """Let a model use the calculator until it answers without."""
+    """Let the policy use the calculator until it answers without, and say whether that is the product."""
+    messages = row["messages"]
     async with openai.AsyncOpenAI(base_url=base_url, api_key="none") as client:
         for _ in range(turns):
             completion = await client.chat.completions.create(model="policy", messages=messages)
             message = completion.choices[0].message
             if not message.tool_calls:
-                return (message.content or "").strip().rstrip(".")
+                return (message.content or "").strip().rstrip(".") == row["answer"]
             told = [{"role": "tool", "tool_call_id": call.id, "content": used(call)} for call in message.tool_calls]
             messages = [*messages, message.model_dump(exclude_none=True), *told]
-    return None
+    return False
 
 
 def used(call: openai.types.chat.ChatCompletionMessageToolCall) -> str:
@@ -42,8 +34,3 @@ def used(call: openai.types.chat.ChatCompletionMessageToolCall) -> str:
         return calculator(**json.loads(call.function.arguments))
     except Exception as error:  # the model is told
         return f"Error: {error}"
-
-
-if __name__ == "__main__":
-    url, a, b = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
-    print(asyncio.run(solution(conversation(a, b, [(12, 34), (56, 78)][:SHOWN]), url)))
