@@ -71,7 +71,8 @@ def fate(server: "subprocess.Popen[bytes]", error: BaseException) -> str:
     code = server.poll()
     if code is None:
         return str(error)
-    how = f"exit code {code}" if code >= 0 else f"{signal.Signals(-code).name}, a signal from outside"
+    how = f"exit code {code}" if code >= 0 else f"{signal.Signals(-code).name} from outside"
+    how += " (the system sends it when memory runs out)" if code == -signal.SIGKILL else ""
     if isinstance(error, ChildProcessError):
         return f"has ended before it could be asked: {how}"
     return f"has ended by itself: {how}. What it has answered is kept, and the same command goes on from there"

@@ -119,8 +119,8 @@ class Attempts:
         """Return what makes a request wait with all others, if it is the server that is ill."""
         if not endpoint.is_ill(request):
             return None
-        what = f"HTTP {said.status} {said.code}" if said.status else said.code
-        why = self.session.scrubber.text(f"{what}: {said.message}")
+        status = f"HTTP {said.status} {said.code}: " if said.status else ""
+        why = self.session.scrubber.text(status + said.message)
         self.session.progress.note = f"waiting for a server: {why}"
         endpoint.eject(self.loop.time(), why, said.wait or 0.0, self.endpoints.others_answer(endpoint))
         return Sent(said._replace(action=Action.PAUSE), None, b"")
