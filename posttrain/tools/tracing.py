@@ -230,10 +230,10 @@ def full_groups(trainer: GRPOTrainer | OnlineDPOTrainer | OnPolicyDistillTrainer
     group = Group(0, prompt, {}, [], replies, rewards=[float(i) for i in range(n)], advantages=[0.0] * n)
     groups = [group] * trainer.micro_batch_size
     if isinstance(trainer, OnlineDPOTrainer):
-        return pairs_of(groups, 0)
+        return pairs_of(groups, None)
     if isinstance(trainer, OnPolicyDistillTrainer):
-        return batch_of(groups, pad_id=0, packing=True, mask_truncated=False)
-    batch = batch_of(groups, pad_id=0, packing=trainer.branching, mask_truncated=False)
+        return batch_of(groups, None, packing=True, mask_truncated=False)
+    batch = batch_of(groups, None, packing=trainer.branching, mask_truncated=False)
     zeros = torch.zeros(len(batch.supervised))
     more = {"reference": trainer.beta > 0, "old": trainer.updates > 1}
     return batch.but(**{name: Extra(zeros, "target") for name, wanted in more.items() if wanted})

@@ -83,7 +83,9 @@ def faked(batch: Batch, mode: FakeTensorMode) -> Batch:
         return x if x.is_floating_point() else mode.fake_tensor_converter.from_real_tensor(mode, x, make_constant=True)
 
     def known(layout: Layout) -> dict[str, Any]:
-        images = {name: constant(x) for name, x in layout.arguments[IMAGES].values.items()}
+        tensors = layout.arguments[IMAGES].values
+        tensors = tensors(layout.input_ids.device) if callable(tensors) else tensors
+        images = {name: constant(x) for name, x in tensors.items()}
         arguments = {**layout.arguments, IMAGES: Extra(images)}
         return {"input_ids": constant(layout.input_ids), "arguments": arguments}
 
