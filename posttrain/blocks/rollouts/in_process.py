@@ -93,7 +93,7 @@ class InProcess:
         layout, shift = self.seen(prompts, images) if any(images) else (None, None)
         logits = self.module.next_logits(ids.to(device), mask.to(device), cache, images=layout)
         shift = None if shift is None else shift.repeat_interleave(n, 1)
-        cache.batch_repeat_interleave(n)
+        cache.reorder_cache(torch.arange(len(prompts), device=device).repeat_interleave(n))  # which every cache can
         logits, mask = logits.repeat_interleave(n, 0), mask.to(device).repeat_interleave(n, 0)
         said: list[tuple[list[int], list[float]]] = [([], []) for _ in range(rows)]
         ended, alive = [False] * rows, torch.arange(rows, device=device)
@@ -109,7 +109,7 @@ class InProcess:
             if not len(keep) or t + 1 == self.max_new_tokens:
                 break
             if len(keep) < len(alive):
-                cache.batch_select_indices(keep)
+                cache.reorder_cache(keep)
             alive, mask = alive[keep], F.pad(mask[keep], (0, 1), value=1)
             shift = None if shift is None else shift[:, keep]
             logits = self.module.next_logits(tokens[keep, None], mask, cache, shift)
