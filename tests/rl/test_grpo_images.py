@@ -83,9 +83,8 @@ def grpo(folder: Path, model: Path, method: Any = GRPOTrainer, **keys: Any) -> A
     }  # fmt: skip
     keys = {name: value for name, value in {**defaults, **keys}.items() if value is not None}
     network = HFModel(name_or_path=str(model), **keys.pop("network", {}))
-    data = PromptData(
-        sources=[source], eval_sources=[source], cache_dir=folder.parent / "cache", **keys.pop("data", {})
-    )
+    more = {"sources": [source], "eval_sources": [source], "cache_dir": folder.parent / "cache"}
+    data = PromptData(**(more | keys.pop("data", {})))
     return method(model=network, data=data, **keys)
 
 
@@ -331,3 +330,55 @@ def test_pairs_and_students_see_the_images_of_prompts(tmp_path: Path, model: Any
             (RecipeError, TrainingError), match="data: it holds images, and the student is shown those of"
         ):
             trainer.train()
+
+
+# -- tools ----------------------------------------------------------------------------
+
+
+def recipe(folder: Path, model: Path, **keys: Any) -> Path:
+    said = {
+        "type": "grpo", "model": {"name_or_path": str(model)}, "rewards": [{"type": "test-hash"}],
+        "data": {"type": "prompts", "sources": [str(written(folder))]}, "sampler": {"max_new_tokens": 8},
+        "accelerator": "cpu", "max_steps": 2, "output_dir": str(folder / "run"), **keys,
+    }  # fmt: skip
+    (folder / "recipe.yaml").write_text(json.dumps(said))
+    return folder / "recipe.yaml"
+
+
+@pytest.mark.parametrize(
+    "family", ["gemma3", *(pytest.param(f, marks=pytest.mark.slow) for f in vision.FAMILIES if f != "gemma3")]
+)
+def test_the_twin_of_a_recipe_samples_with_images(tmp_path: Path, model: Any, family: str) -> None:
+    from posttrain.tools import proofs
+
+    checks = [proofs.masks, proofs.cuts, proofs.first_loss, proofs.memory]
+    found = list(proofs.prove(recipe(tmp_path, model(family), beta=0.1), [], checks))
+    assert [(one.name, one.figure) for one in found if not one.passed] == []
+
+
+@pytest.mark.slow
+def test_the_whole_twin_of_online_dpo_passes_with_images(tmp_path: Path, model: Any) -> None:
+    from posttrain.tools import proofs
+
+    file = recipe(tmp_path, model("qwen2_5_vl"), type="online-dpo", checkpoint=[{"type": "huggingface"}])
+    found = list(proofs.prove(file, []))
+    assert [(one.name, one.figure) for one in found if one.passed is False] == []
+
+
+@pytest.mark.parametrize("method", [GRPOTrainer, OnlineDPOTrainer])
+def test_a_plan_counts_what_the_images_of_prompts_take(tmp_path: Path, model: Any, method: Any) -> None:
+    from posttrain.tools.tracing import trace
+
+    def taken(**data: Any) -> int:
+        trainer = grpo(
+            tmp_path / "run",
+            model("qwen3_vl"),
+            method,
+            data={"max_length": 64, **data},
+            network={"train": ["language", "tower", "projector"]},
+        )
+        return sum(alive for _, alive in trace(trainer).moments)
+
+    with_images = taken()
+    (tmp_path / "rows" / "text.jsonl").write_text(json.dumps({"prompt": "say no"}) + "\n")
+    assert with_images > taken(sources=[str(tmp_path / "rows" / "text.jsonl")])
