@@ -14,6 +14,7 @@ import transformers
 import vision
 from compare import near
 from policies import digest, replies
+from ranks import on_two_ranks
 from toy import metrics
 
 import posttrain
@@ -231,6 +232,24 @@ def test_a_killed_run_goes_on_to_the_same_weights_and_replies(tmp_path: Path, mo
     assert all(torch.equal(a, b) for a, b in pairs)
 
 
+def train_on_ranks(folder: Path, model: str) -> None:
+    """Two prompts on each of two ranks: at times only one of them has images."""
+    from strategies import STRATEGIES
+
+    for name in ("ddp", "fsdp"):
+        cut = {"micro_batch_size": 1, "gradient_accumulation_steps": 2, "devices": 2, "strategy": STRATEGIES[name]}
+        grpo(folder / name, Path(model), beta=0.05, eval_every=2, optimizer=AdamW(lr=1e-4), **cut).train()
+
+
+@pytest.mark.slow
+def test_two_ranks_train_like_one(tmp_path: Path, model: Any) -> None:
+    grpo(tmp_path / "one", model("qwen2_5_vl"), beta=0.05, eval_every=2, optimizer=AdamW(lr=1e-4)).train()
+    on_two_ranks(tmp_path, "test_grpo_images", f"train_on_ranks(folder, {str(model('qwen2_5_vl'))!r})")
+    for name in ("ddp", "fsdp"):
+        near(metrics(tmp_path / "two" / name), metrics(tmp_path / "one"), name)
+        assert replies(tmp_path / "two" / name) == replies(tmp_path / "one")
+
+
 # -- what cannot be -------------------------------------------------------------------
 
 
@@ -337,7 +356,7 @@ def test_pairs_and_students_see_the_images_of_prompts(tmp_path: Path, model: Any
 
 def recipe(folder: Path, model: Path, **keys: Any) -> Path:
     said = {
-        "type": "grpo", "model": {"name_or_path": str(model)}, "rewards": [{"type": "test-hash"}],
+        "type": "grpo", "model": {"name_or_path": str(model)}, "rewards": [{"type": "verify", "function": "exact", "wanted": "answer"}],
         "data": {"type": "prompts", "sources": [str(written(folder))]}, "sampler": {"max_new_tokens": 8},
         "accelerator": "cpu", "max_steps": 2, "output_dir": str(folder / "run"), **keys,
     }  # fmt: skip
