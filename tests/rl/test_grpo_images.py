@@ -2,6 +2,7 @@
 
 import base64
 import hashlib
+import io
 import json
 import math
 from pathlib import Path
@@ -13,6 +14,7 @@ import torch
 import transformers
 import vision
 from compare import near
+from PIL import Image
 from policies import digest, replies
 from ranks import on_two_ranks
 from toy import metrics
@@ -170,10 +172,14 @@ def test_a_placeholder_that_the_policy_says_ends_its_reply(
         return tokens, (logits / temperature).log_softmax(-1).gather(1, tokens[:, None])[:, 0]
 
     monkeypatch.setattr(in_process, "drawn", says_images)
-    for branching in (True, False):
-        run = grpo(tmp_path / str(branching), model("qwen2_5_vl"), branching=branching, max_steps=1).train()
+    text = tmp_path / "text.jsonl"
+    text.write_text(json.dumps({"prompt": "no image"}) + "\n")
+    for name, keys in {
+        "branching": {}, "padded": {"branching": False}, "text": {"data": {"sources": [text], "eval_sources": []}},
+    }.items():  # fmt: skip
+        run = grpo(tmp_path / name, model("qwen2_5_vl"), max_steps=1, **keys).train()
         assert run.last["sampler/gap"] < 1e-5
-        said = [one for line in read(tmp_path / str(branching)) for one in line["replies"]]
+        said = [one for line in read(tmp_path / name) for one in line["replies"]]
         ended = [one for one in said if image in one["ids"]]
         assert ended
         assert all(one["ended"] and one["ids"].index(image) == len(one["ids"]) - 1 for one in ended)
@@ -248,6 +254,32 @@ def test_two_ranks_train_like_one(tmp_path: Path, model: Any) -> None:
     for name in ("ddp", "fsdp"):
         near(metrics(tmp_path / "two" / name), metrics(tmp_path / "one"), name)
         assert replies(tmp_path / "two" / name) == replies(tmp_path / "one")
+
+
+def test_a_judge_is_shown_the_images(tmp_path: Path, model: Any, server: Any) -> None:
+    from posttrain.synth import OpenAISynth
+    from posttrain.synth.rewards import JudgeReward
+
+    seen: dict[str, list[str]] = {}
+
+    def judged(body: dict[str, Any]) -> tuple[int, dict[str, Any]]:
+        content = body["messages"][-1]["content"]
+        parts = content if isinstance(content, list) else [{"text": content}]
+        question = next(name for name in ("what?", "say no", "this?", " or ") if name in parts[0]["text"])
+        seen[question] = [part["image_url"]["url"] for part in parts[1:]]
+        said = {"role": "assistant", "content": json.dumps({"rationale": "", "score": len(parts)})}
+        choice = {"index": 0, "message": said, "finish_reason": "stop"}
+        return 200, {"id": "c", "choices": [choice], "usage": {"prompt_tokens": 1, "completion_tokens": 1}}
+
+    server.answer = judged
+    client = OpenAISynth(base_url=server.url, api_key="k", work_dir=tmp_path / "ledger", mode="online")
+    judge = JudgeReward(model="j", rubric="Good is what is right.", client=client)
+    last = grpo(tmp_path / "run", model("gemma3"), rewards=[judge], max_steps=1).train().last
+    assert last["failed/judge"] == 0.0
+    assert {question: len(urls) for question, urls in seen.items()} == {"what?": 1, "say no": 0, "this?": 1, " or ": 2}
+    for question, number in (("what?", 0), ("this?", 2)):
+        sent = Image.open(io.BytesIO(base64.b64decode(seen[question][0].partition(",")[2]))).convert("RGB")
+        assert sent.tobytes() == vision.opened(tmp_path / "rows" / f"{number}.png").tobytes()
 
 
 # -- what cannot be -------------------------------------------------------------------

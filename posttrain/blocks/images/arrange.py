@@ -37,9 +37,12 @@ def shown(batch: Batch, processor: Processor, read: "Callable[[Any], Image]") ->
 def shown_to_policy(batch: Batch, processor: Processor) -> Batch:
     """Return a batch of replies with the images of their prompts.
 
-    A placeholder in a reply stands for no image. It is the end of the reply (see rollouts/in_process.py): nothing
-    depends on what the network reads there, but it must not look for an image.
+    A placeholder in a reply stands for no image. It is the end of the reply (`ends_of` in rollouts/in_process.py), so
+    that nothing depends on what the network reads there; but it must not look for an image.
     """
+    if not any(batch[IMAGES]):
+        extra = {name: value for name, value in batch.extra.items() if name != IMAGES}
+        return attrs.evolve(batch, extra=extra, counted={**batch.counted, IMAGES: 0})
     ids, token = batch.input_ids.flatten(), processor.token_id
     said = ids == token
     for (begin, _), spans in zip(documents(batch), batch[IMAGES], strict=True):

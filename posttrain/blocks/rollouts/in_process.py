@@ -36,9 +36,12 @@ def asking(run: Any) -> Iterator[None]:
 
 
 def ends_of(run: Any) -> list[int]:
-    """Return the tokens that end a reply: those of the model, and that of its tokenizer."""
+    """Return the tokens that end a reply: those of the model, that of its tokenizer, and the placeholder of images,
+    which nobody can say."""
     said: Any = run.model.module.base.generation_config.eos_token_id
-    ends = {*(said if isinstance(said, list) else [said]), run.tokenizer.eos_token_id} - {None}
+    processor = images_of(run.tokenizer)
+    placeholder = None if processor is None else processor.token_id
+    ends = {*(said if isinstance(said, list) else [said]), run.tokenizer.eos_token_id, placeholder} - {None}
     return sorted(ends)
 
 
@@ -51,10 +54,7 @@ class InProcess:
         self.run, self.max_new_tokens, self.temperature = run, max_new_tokens, temperature
         self.stop, self.rows = stop, rows
         self.module: Any = run.model.module
-        self.processor = images_of(run.tokenizer)
-        sees = self.processor is not None and self.module.sight is not None
-        placeholder = [self.processor.token_id] if self.processor and sees else []  # nobody can say an image
-        self.ends = torch.tensor([*ends_of(run), *placeholder], device=run.fabric.device)
+        self.ends = torch.tensor(ends_of(run), device=run.fabric.device)
         self.together = run.fabric.world_size > 1 and run.strategy.shards_parameters
         """Whether every rank must take part in each pass of the network, and so wait for the longest reply of all."""
 
@@ -119,7 +119,8 @@ class InProcess:
     def seen(self, prompts: list[list[int]], images: list[list[dict[str, Any]]]) -> tuple[Layout, torch.Tensor | None]:
         """Return the layout of prompts with their images, padded at the left, and by how much the positions behind
         each prompt are ahead of the number of its tokens, [axes, prompts, 1], if there are several axes."""
-        if self.processor is None or self.module.sight is None:
+        processor = images_of(self.run.tokenizer)
+        if processor is None or self.module.sight is None:
             raise TrainingError(f"the prompts hold images, and {self.module.blind}")
         width, rows, spans = max(map(len, prompts)), [], []
         for prompt, some in zip(prompts, images, strict=True):
@@ -127,9 +128,9 @@ class InProcess:
             alike = [np.zeros(padding, dtype=np.int64), np.array(prompt)] if padding else [np.array(prompt)]
             rows.append([(ids, np.zeros(len(ids), dtype=bool)) for ids in alike])  # the padding is a document, too
             spans += [[], some] if padding else [some]
-        batch = arrange(lay(rows, 0), spans, self.processor, lambda span: span[PICTURE])
+        batch = arrange(lay(rows, 0), spans, processor, lambda span: span[PICTURE])
         shift = None
-        if self.processor.has_axes:
+        if processor.has_axes:
             lengths = torch.tensor([len(prompt) for prompt in prompts])
             begins = torch.arange(width) >= (width - lengths)[:, None]
             ahead = (batch.position_ids[1:] * begins).amax((0, 2)) + 1 - lengths
