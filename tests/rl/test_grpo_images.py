@@ -100,6 +100,10 @@ def test_at_first_nothing_has_moved(tmp_path: Path, model: Any, family: str, lor
     assert run.last["kl"] == pytest.approx(0.0, abs=1e-9)
     assert run.last["sampler/gap"] < 1e-5
     assert run.last["sampler/max_ratio"] == pytest.approx(1.0, abs=1e-4)
+    (batch,) = run.batches
+    assert batch.counted["images"] == 3 * 4
+    if family == "qwen2_5_vl":  # those of the three replies to a prompt are seen once
+        assert len(batch.branch.arguments["images"].values["image_grid_thw"]) == 4
 
 
 @pytest.mark.parametrize("family", EVERY)
