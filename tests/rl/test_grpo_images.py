@@ -39,7 +39,6 @@ from posttrain.blocks.rollouts.ledger import read
 from posttrain.errors import DataError, RecipeError, TrainingError
 
 EVERY = [f if f in ("qwen2_5_vl", "gemma3") else pytest.param(f, marks=pytest.mark.slow) for f in vision.FAMILIES]
-SIZES = ((40, 24), (64, 64), (33, 57), (96, 40))
 
 
 @pytest.fixture(scope="module")
@@ -55,30 +54,8 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Any:
     return of
 
 
-def rows(folder: Path) -> list[dict[str, Any]]:
-    """Prompts with one, no and two images, one of which lies in its row, and one with text alone as its content."""
-    folder.mkdir(parents=True, exist_ok=True)
-    files = [folder / f"{n}.png" for n in range(4)]
-    for n, file in enumerate(files):
-        vision.picture(n, SIZES[n]).save(file)
-    inline = base64.b64encode(files[2].read_bytes()).decode()
-    parts = [{"type": "image", "base64": inline}, {"type": "text", "text": "this?"}]
-    return [
-        {"prompt": "<image> what?", "images": ["0.png"], "answer": "a"},
-        {"messages": [{"role": "user", "content": "say no"}], "answer": "b"},
-        {"messages": [{"role": "user", "content": parts}, {"role": "assistant", "content": "yes"}], "answer": "c"},
-        {"prompt": "<image> or <image>?", "images": ["1.png", "3.png"], "answer": "d"},
-    ]
-
-
-def written(folder: Path) -> Path:
-    file = folder / "prompts.jsonl"
-    file.write_text("".join(json.dumps(row) + "\n" for row in rows(folder)))
-    return file
-
-
 def grpo(folder: Path, model: Path, method: Any = GRPOTrainer, **keys: Any) -> Any:
-    source = written(folder.parent / "rows")
+    source = vision.prompts(folder.parent / "rows")
     defaults: dict[str, Any] = {
         "max_steps": 2, "micro_batch_size": 4, "optimizer": AdamW(lr=1e-3), "scheduler": Constant(),
         "logger": [JSONL()], "checkpoint": [], "log_every": 1, "rewards": [digest], "accelerator": "cpu",
@@ -152,7 +129,7 @@ def test_another_picture_is_answered_otherwise(tmp_path: Path, model: Any) -> No
     said = {}
     for name, number in (("one", 0), ("same", 0), ("other", 7)):
         run = grpo(tmp_path / name / "run", model("gemma3"), max_steps=1)
-        vision.picture(number, SIZES[0]).save(tmp_path / name / "rows" / "0.png")
+        vision.picture(number, vision.SIZES[0]).save(tmp_path / name / "rows" / "0.png")
         run.train()
         said[name] = {
             line["row"]["answer"]: [one["ids"] for one in line["replies"]] for line in read(tmp_path / name / "run")
@@ -409,7 +386,7 @@ def test_pairs_and_students_see_the_images_of_prompts(tmp_path: Path, model: Any
 def recipe(folder: Path, model: Path, **keys: Any) -> Path:
     said = {
         "type": "grpo", "model": {"name_or_path": str(model)}, "rewards": [{"type": "verify", "function": "exact", "wanted": "answer"}],
-        "data": {"type": "prompts", "sources": [str(written(folder))]}, "sampler": {"max_new_tokens": 8},
+        "data": {"type": "prompts", "sources": [str(vision.prompts(folder))]}, "sampler": {"max_new_tokens": 8},
         "accelerator": "cpu", "max_steps": 2, "output_dir": str(folder / "run"), **keys,
     }  # fmt: skip
     (folder / "recipe.yaml").write_text(json.dumps(said))
