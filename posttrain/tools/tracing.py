@@ -27,6 +27,7 @@ from posttrain.errors import RecipeError
 from posttrain.run import Run
 from posttrain.runtime.launch import silence_libraries
 from posttrain.tools.alive import Alive
+from posttrain.tools.twin import Sampling
 from posttrain.tools.vision.seen import UNKNOWN, constants, faked, fullest_of_images, prompt_of_images
 from posttrain.trainer import Trainer
 from posttrain.trainers.distill import DistillTrainer
@@ -214,10 +215,6 @@ def full_row(trainer: Trainer, data: Data, length: int) -> list[Example]:
     if data.packing and by_document and len(alone.documents) == 1 and length > 2 * short:
         return [data.fullest(length - short), data.fullest(short)]
     return [alone]
-
-
-Sampling = GRPOTrainer | OnlineDPOTrainer | OnPolicyDistillTrainer
-"""Methods in which the model says replies."""
 
 
 def full_groups(trainer: Sampling, asked: Example | None = None, tokenizer: Any = None) -> Batch:

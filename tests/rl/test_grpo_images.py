@@ -412,6 +412,15 @@ def test_the_whole_twin_of_online_dpo_passes_with_images(tmp_path: Path, model: 
     assert [(one.name, one.figure) for one in found if one.passed is False] == []
 
 
+def test_a_twin_says_what_its_own_sampler_would_hide(tmp_path: Path, model: Any) -> None:
+    from posttrain.tools import proofs
+
+    sampler = {"type": "vllm-server", "base_url": "http://localhost:1"}
+    (found,) = proofs.prove(recipe(tmp_path, model("gemma3"), sampler=sampler), [], [proofs.masks])
+    assert found.passed is False
+    assert found.figure.startswith("sampler: it takes text alone, and the data holds images")
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("method", [GRPOTrainer, OnlineDPOTrainer])
 def test_a_plan_counts_what_the_images_of_prompts_take(tmp_path: Path, model: Any, method: Any) -> None:
