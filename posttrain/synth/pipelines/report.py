@@ -10,7 +10,7 @@ import attrs
 
 from posttrain.errors import SynthError
 from posttrain.synth.ledger import results
-from posttrain.synth.ledger.store import Counts
+from posttrain.synth.ledger.standing import Counts
 from posttrain.synth.pipelines.rows import Drop, Row
 
 if TYPE_CHECKING:
