@@ -55,6 +55,8 @@ SHORT = 128
 """Tokens of a document that is quickly tried, at most; longer ones serve where there are no such."""
 
 
+Sampling = GRPOTrainer | OnlineDPOTrainer | OnPolicyDistillTrainer
+"""Methods in which the model says replies."""
 REPLY = 12
 """Tokens of a reply that the twin samples, at most."""
 
@@ -307,7 +309,7 @@ def as_text(value: Any) -> str:
 def short_replies(real: Trainer) -> dict[str, Any]:
     """Return what a method that samples is changed by: a few short replies in this process, whose rewards differ."""
     changes: dict[str, Any] = {}
-    if isinstance(real, GRPOTrainer | OnlineDPOTrainer | OnPolicyDistillTrainer):
+    if isinstance(real, Sampling):
         tokens = min(REPLY, real.sampler.max_new_tokens)
         changes["sampler"] = TransformersSampler(max_new_tokens=tokens, temperature=real.sampler.temperature)
     if isinstance(real, GRPOTrainer | OnlineDPOTrainer):

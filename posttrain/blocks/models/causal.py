@@ -141,16 +141,27 @@ class PackedModel(nn.Module):
             TrainingError: the layout has images, and the network cannot see them exactly.
         """
         given = inputs(layout, masks=self.attention != NAME)
-        images, blocks = (given.pop(name, None) for name in (IMAGES, BLOCKS))
-        if images is None:
-            return given
+        found = {name: value for name, value in given.items() if name not in (IMAGES, BLOCKS)}
+        return found | self.images_of(layout)
+
+    def images_of(self, layout: Layout) -> dict[str, Any]:
+        """Return the arguments of the transformers model for the images of a layout, if it has any.
+
+        Raises:
+            TrainingError: the network cannot see them exactly.
+        """
+        images, blocks = (layout.arguments.get(name) for name in (IMAGES, BLOCKS))
+        if images is None or blocks is None:
+            return {}
         if self.sight is None:
             raise TrainingError(f"the data holds images, and {self.blind}")
         if layout.sequence_group is not None:
             raise TrainingError("the data holds images, which `sequence` cannot cut into columns; leave it out")
-        features = self.base.base_model.get_image_features(**images, return_dict=True)
-        more = {BLOCKS: blocks} if self.sight.blocks else {}
-        return {**given, **more, "mm_encoder_outputs": {"image": features}}
+        tensors = images.values
+        tensors = tensors(layout.input_ids.device) if callable(tensors) else tensors
+        features = self.base.base_model.get_image_features(**tensors, return_dict=True)
+        more = {BLOCKS: blocks.values} if self.sight.blocks else {}
+        return {**more, "mm_encoder_outputs": {"image": features}}
 
     def joined(self, found: Tensor) -> Tensor:
         """Return what was found, in which all that is trained besides the language model takes part by a zero: without
@@ -363,17 +374,24 @@ class CausalLM(PackedModel):
         return top_of(self.logits(layout)[:, known], k, temperature)
 
     @torch.no_grad()
-    def next_logits(self, ids: Tensor, mask: Tensor, cache: Any) -> Tensor:
+    def next_logits(
+        self, ids: Tensor, mask: Tensor, cache: Any, shift: Tensor | None = None, images: Layout | None = None
+    ) -> Tensor:
         """Return the logits of the token that follows each row, float32 [rows, vocabulary].
 
         Args:
             ids: int64 [rows, new], tokens that the cache does not hold yet.
             mask: int64 [rows, width], 0 for padding at the left; of all tokens so far, the new ones included.
             cache: a transformers `Cache` of what came before, which the new tokens are added to.
+            shift: int64 [axes, rows, 1], by how much positions of several axes are ahead of the number of tokens.
+            images: where the new tokens hold images, their layout, with positions.
         """
         self.bounds.at = None
         positions = (mask.cumsum(-1) - 1).clamp(min=0)[:, -ids.shape[1] :]
+        positions = positions if shift is None else positions + shift
         given = {"attention_mask": mask, "position_ids": positions, "use_cache": True, CACHE: cache}
+        if images is not None:
+            given |= {"position_ids": images.position_ids, **self.images_of(images)}
         output = self.base(input_ids=ids, logits_to_keep=1, **given)
         return output.logits[:, -1].float()  # type: ignore[no-any-return]
 
