@@ -19,6 +19,7 @@ from transformers import AutoTokenizer
 
 from posttrain import Resume, TransformersSampler, before, block
 from posttrain.blocks.data.rows.chat import ChatRenderer
+from posttrain.blocks.data.rows.messages import Refused
 from posttrain.blocks.rollouts.ledger import read
 from posttrain.blocks.rollouts.replies import Call, Outcome, Turn
 from posttrain.blocks.rollouts.turns.calls import HERMES, Convention, convention
@@ -261,6 +262,16 @@ def test_a_form_of_calls_that_is_no_json_is_refused() -> None:
     template = LISTS + "{% for m in messages %}{{ m.role + ':' + (m.content or '') }}" + how + "{% endfor %}"
     with pytest.raises(TrainingError, match="writes tool calls in a form that is not read here"):
         convention(ChatRenderer(byte_tokenizer(template)))
+
+
+def test_what_is_asked_is_not_lost_in_a_template_that_goes_through_parts() -> None:
+    parts = "{% for part in m.content %}{{ part.text if part.type is defined and part.type == 'text' }}{% endfor %}"
+    loops = "{% for m in messages %}{{ m.role + ': ' }}" + parts + "{{ '\n' }}{% endfor %}"
+    ask = {"messages": [{"role": "user", "content": "What is it?"}]}
+    assert ChatRenderer(byte_tokenizer(loops)).asked(ask) == "user: What is it?\n"
+    deaf = ChatRenderer(byte_tokenizer("{% for m in messages %}{{ m.role }}{% endfor %}"))
+    with pytest.raises(Refused, match="the chat template leaves out the last message"):
+        deaf.asked(ask)
 
 
 @pytest.mark.parametrize(

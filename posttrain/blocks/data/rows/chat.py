@@ -8,6 +8,7 @@ Without the markers the second rendering must be the first, to the letter; other
 
 import re
 from collections.abc import Collection
+from contextlib import suppress
 from datetime import datetime
 from typing import Any
 
@@ -22,6 +23,7 @@ from posttrain.blocks.data.rows.messages import (
     Unplaced,
     Unrendered,
     mark,
+    text_of,
     unmarked,
     variants,
 )
@@ -150,7 +152,17 @@ class ChatRenderer:
         Raises:
             Refused: the template refuses it.
         """
-        return self._plain([unmarked(each) for each in conversation["messages"]], conversation, ask=True)
+        first, *others = variants([unmarked(each) for each in conversation["messages"]])
+        text = self._plain(first, conversation, ask=True)
+        *before, last = first
+        said = text_of(last.get("content")).strip()
+        if said in text or text != self._plain([*before, last | {"content": ""}], conversation, ask=True):
+            return text
+        for messages in others:  # the template loses text that stands alone: it goes through parts, or knows none
+            with suppress(Refused):
+                if said in (found := self._plain(messages, conversation, ask=True)):
+                    return found
+        raise Refused("the chat template leaves out the last message")
 
     def _trained(self, conversation: dict[str, Any]) -> dict[int, bool | Ranges]:
         """Return the numbers of the messages that are trained, each with True or with the characters that are."""
