@@ -82,8 +82,16 @@ class InProcess:
         self, prompts: list[list[int]], keys: list[tuple[int, ...]], n: int, temperature: float,
         images: list[list[dict[str, Any]]],
     ) -> list[list[Reply]]:  # fmt: skip
-        """Let n replies to each of some prompts grow side by side."""
-        device, width, rows = self.run.fabric.device, max(map(len, prompts)), len(prompts) * n
+        """Let n replies to each of some prompts grow side by side; equal ones are read once."""
+        device, rows = self.run.fabric.device, len(prompts) * n
+        asked = [
+            (tuple(prompt), tuple(one["hash"] for one in some)) for prompt, some in zip(prompts, images, strict=True)
+        ]
+        places = {one: i for i, one in enumerate(dict.fromkeys(asked))}
+        place = torch.tensor([places[one] for one in asked], device=device).repeat_interleave(n)
+        firsts = [asked.index(one) for one in places]
+        prompts, images = [prompts[i] for i in firsts], [images[i] for i in firsts]
+        width = max(map(len, prompts))
         ids, mask = torch.zeros(2, len(prompts), width, dtype=torch.int64)
         for i, prompt in enumerate(prompts):
             ids[i, width - len(prompt) :], mask[i, width - len(prompt) :] = torch.tensor(prompt), 1
@@ -92,9 +100,9 @@ class InProcess:
         cache = DynamicCache(config=self.module.base.config)
         layout, shift = self.seen(prompts, images) if any(images) else (None, None)
         logits = self.module.next_logits(ids.to(device), mask.to(device), cache, images=layout)
-        shift = None if shift is None else shift.repeat_interleave(n, 1)
-        cache.reorder_cache(torch.arange(len(prompts), device=device).repeat_interleave(n))  # which every cache can
-        logits, mask = logits.repeat_interleave(n, 0), mask.to(device).repeat_interleave(n, 0)
+        shift = None if shift is None else shift[:, place]
+        cache.reorder_cache(place)  # which every cache can
+        logits, mask = logits[place], mask.to(device)[place]
         said: list[tuple[list[int], list[float]]] = [([], []) for _ in range(rows)]
         ended, alive = [False] * rows, torch.arange(rows, device=device)
         for t in range(self.max_new_tokens):
