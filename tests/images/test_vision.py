@@ -142,7 +142,7 @@ def test_without_its_measure_a_packed_image_would_be_another(
     network = block.build(None).eval()
     right = network(batch, "log_probs")
     if spoil == "blocks":
-        from posttrain.blocks.models.documents.ways import Sight
+        from posttrain.blocks.models.vision.parts import Sight
 
         assert network.sight.blocks
         network.sight = Sight(False, network.sight.language)

@@ -202,7 +202,7 @@ def test_what_could_not_be_proven_or_kept_is_tried_again(tmp_path: Path) -> None
         assert known_way(["m"], lambda: Way("sdpa")) == Way("sdpa")
 
 
-@pytest.mark.parametrize("file", ["causal.py", "documents/probe.py", "vision/parts.py"])
+@pytest.mark.parametrize("file", ["packed.py", "causal.py", "documents/probe.py", "vision/parts.py"])
 def test_what_is_known_is_forgotten_when_code_that_was_tried_changes(
     file: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -24,7 +24,8 @@ if TYPE_CHECKING:
     from lightning.fabric import Fabric
     from torch import nn
 
-    from posttrain.blocks.models.documents.ways import Sight, Way
+    from posttrain.blocks.models.documents.ways import Way
+    from posttrain.blocks.models.vision.parts import Sight
 
 log = logging.getLogger("posttrain")
 QUANTIZE = {"load_in_4bit": "nf4", "load_in_8bit": "int8"}

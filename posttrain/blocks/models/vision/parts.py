@@ -30,6 +30,16 @@ class Parts:
         return "tower" if inside else "projector"  # Qwen's projectors are mergers inside of the tower
 
 
+@attrs.frozen
+class Sight:
+    """How images enter a network."""
+
+    blocks: bool
+    """Whether the tokens of an image see all of it, and not only what lies before them."""
+    language: tuple[str, ...]
+    """What the names of the language model's parameters begin with."""
+
+
 def parts_of(hf: Any) -> Parts | None:
     """Return the parts of a model of images and text; None if it knows only text."""
     if hf.config.get_text_config() is hf.config:

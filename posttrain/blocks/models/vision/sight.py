@@ -36,8 +36,8 @@ from posttrain.blocks.models.documents.probe import (
     slopes_of,
 )
 from posttrain.blocks.models.documents.tiny import tiny
-from posttrain.blocks.models.documents.ways import Sight, Way
-from posttrain.blocks.models.vision.parts import parts_of
+from posttrain.blocks.models.documents.ways import Way
+from posttrain.blocks.models.vision.parts import Sight, parts_of
 
 VOCABULARY = 256
 IMAGE = 1
