@@ -154,74 +154,10 @@ class HFModel:
             return self.make(empty, fabric)
 
     def make(self, empty: bool, fabric: "Fabric | None" = None) -> "nn.Module":
-        """Return the network, with weights unless it is to be empty."""
-        from posttrain.blocks.models.activations import Compiled, checkpoint_activations, layers_of, tile_mlps
-        from posttrain.blocks.models.experts.load import Load, mixtures
-        from posttrain.blocks.models.experts.precision import use_grouped_experts
-        from posttrain.blocks.models.experts.router import router_weight, z_weight
-        from posttrain.blocks.models.vision.parts import freeze_parts, linears
+        """Return the network, with weights unless it is to be empty (see assembly.py)."""
+        from posttrain.blocks.models.assembly import assemble
 
-        hf = self.load(empty)
-        use_grouped_experts(hf)
-        found = mixtures(hf)
-        load = Load(found, self.router_bias_rate) if found or self.router_bias_rate else None
-        way = self.way(hf)
-        sight = self.sight(hf, way)
-        freeze_parts(hf, self.train, sight if isinstance(sight, str) else None)
-        if self.liger:
-            from posttrain.blocks.models.liger import use_liger
-
-            use_liger(hf)
-        if self.quantize is not None:
-            self.keep_as_bytes(hf, fabric)
-        if self.qat is not None:
-            self.qat.prepare(hf)
-        if isinstance(self.fp8, FP8):
-            self.fp8.prepare(hf)
-        if self.lora is not None:
-            hf = self.lora.apply(hf, self.task, linears(hf, self.train))
-        self.freeze_parameters(hf)
-        if self.tiled_mlp:
-            tile_mlps(hf, self.tiled_mlp)
-        if self.compile:  # before checkpointing, inside of which torch compiles nothing by itself
-            for layer in layers_of(hf):
-                layer.forward = Compiled(layer.forward, "inductor" if self.compile is True else self.compile)
-        if self.activation_checkpointing:
-            checkpoint_activations(hf, selective=self.activation_checkpointing == "selective")
-        network: Any = self.wrap(hf)
-        network.keep_apart(way)
-        network.sight, network.blind = (None, sight) if isinstance(sight, str) else (sight, "")
-        if not way.proven and not empty:
-            from posttrain.blocks.models.documents.probe import confirm
-
-            confirm(network, self.name_or_path)
-        network.offload = self.offload_activations
-        network.router_weight = router_weight(hf, self.router_aux_loss)
-        network.router_z_weight = z_weight(hf, self.router_z_loss)
-        if (network.router_weight or network.router_z_weight) and way.unfolds:
-            raise RecipeError("model: this model has no packed rows, and its routers are not read: no router loss")
-        network.load = load
-        if self.router_bias_rate and (not found or way.unfolds):
-            raise RecipeError("model.router_bias_rate: the experts of this model, if it has any, cannot be watched")
-        network.saved_as = self.saved_as()
-        if self.quantize is not None:
-            network.quantized = {"quantize": self.quantize, "double_quantization": self.doubly}
-        elif self.qat is not None:
-            network.quantized = {"qat": attrs.asdict(self.qat)}
-        return network  # type: ignore[no-any-return]
-
-    def keep_as_bytes(self, hf: Any, fabric: "Fabric | None") -> None:
-        """Quantize the layers (see quantized/).
-
-        Raises:
-            RecipeError: the model has been quantized before, or much of its layers cannot be.
-        """
-        from posttrain.blocks.models.quantized.quantize import prepare
-
-        if getattr(hf.config, "quantization_config", None):
-            raise RecipeError(f"model.quantize: {self.name_or_path} is quantized already; name what it was made of")
-        remade = not self.activation_checkpointing
-        prepare(hf, self.quantize or "nf4", self.doubly, dtype=self.dtype, fabric=fabric, remade=remade)
+        return assemble(self, empty, fabric)
 
     @property
     def doubly(self) -> bool:
