@@ -170,7 +170,8 @@ class HFModel:
         Raises:
             RecipeError: it cannot.
         """
-        from posttrain.blocks.models.documents.probe import find_way, set_attention
+        from posttrain.blocks.models.documents.probe import find_way
+        from posttrain.blocks.models.documents.trial import set_attention
 
         asked = None if self.attn_implementation == "auto" else self.attn_implementation
         way = find_way(hf.config, self.name_or_path, asked, hf.is_remote_code())
@@ -263,7 +264,7 @@ class HFModel:
         """Return the class of transformers that loads the model; one of images and text is loaded as a whole."""
         import transformers
 
-        from posttrain.blocks.models.documents.probe import auto_of
+        from posttrain.blocks.models.documents.trial import auto_of
 
         return auto_of(config) if self.auto == "AutoModelForCausalLM" else getattr(transformers, self.auto)
 
