@@ -12,16 +12,8 @@ import attrs
 from attrs.validators import gt, optional
 
 from posttrain.blocks.data.cache import file_of
-from posttrain.blocks.data.readers import (
-    ArrowRows,
-    HubStream,
-    Reader,
-    Row,
-    files_like,
-    format_of,
-    is_pattern,
-    local_reader,
-)
+from posttrain.blocks.data.formats import format_of
+from posttrain.blocks.data.readers import ArrowRows, HubStream, Reader, Row, files_like, is_pattern, local_reader
 from posttrain.blocks.data.snowflake import PREFIX, rows_of
 from posttrain.errors import DataError
 from posttrain.registry import key, suggest
