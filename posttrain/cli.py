@@ -1,6 +1,6 @@
 """The command line: train, check, show, prepare, plan, fit, blocks, plot, view, chat, eval, merge, push, ...
 
-What they do stands in `tools/commands.py`; here the command line is read.
+What they do stands in `tools/commands.py` and `tools/afterwards/commands.py`; here the command line is read.
 
 Only the standard library is imported before a command runs, and only attrs, cattrs and yaml before its
 recipe is valid: help and error messages must not wait for torch.
@@ -39,6 +39,7 @@ def main(argv: list[str] | None = None) -> int:
     from posttrain.runtime.failures import is_first, is_to_speak
     from posttrain.runtime.launch import hush
     from posttrain.tools import commands
+    from posttrain.tools.afterwards import commands as afterwards
 
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
     logging.getLogger("huggingface_hub").propagate = False  # it prints by itself, and every line would be there twice
@@ -46,7 +47,8 @@ def main(argv: list[str] | None = None) -> int:
     hush()
     logging.getLogger("posttrain").setLevel(logging.INFO if first_rank else logging.ERROR)
     try:
-        return int(getattr(commands, arguments.command)(arguments) or 0)
+        command = getattr(commands, arguments.command, None) or getattr(afterwards, arguments.command)
+        return int(command(arguments) or 0)
     except PosttrainError as error:
         if os.environ.get("POSTTRAIN_TRACEBACK") == "1":
             raise
@@ -67,7 +69,7 @@ def main(argv: list[str] | None = None) -> int:
 def complain(message: str) -> None:
     """Print an error message."""
     colour = sys.stderr.isatty() and not os.environ.get("NO_COLOR")
-    print(f"\033[1;31merror:\033[0m {message}" if colour else f"error: {message}", file=sys.stderr)  # noqa: T201
+    print(f"\033[1;31merror:\033[0m {message}" if colour else f"error: {message}", file=sys.stderr)
 
 
 def parse_arguments(argv: list[str]) -> argparse.Namespace:
@@ -258,7 +260,7 @@ class _Version(argparse.Action):
     def __call__(self, parser: argparse.ArgumentParser, *args: Any) -> None:
         from posttrain.runtime.folder import installed
 
-        print(f"posttrain {installed('posttrain') or '(not installed: run from its source folder)'}")  # noqa: T201
+        print(f"posttrain {installed('posttrain') or '(not installed: run from its source folder)'}")
         parser.exit()
 
 
