@@ -62,7 +62,7 @@ def _twin(arguments: argparse.Namespace) -> int:
     from rich.console import Console
     from rich.live import Live
 
-    from posttrain.tools.proofs import prove, table
+    from posttrain.tools.twin.proofs import prove, table
 
     results: list[Any] = []
     with Live(table(results), console=Console()) as live:

@@ -273,7 +273,7 @@ def recipe(family_folder: Path, source: Path, root: Path, **keys: Any) -> Path:
 
 @pytest.mark.parametrize(("family", "inline"), [("qwen3_vl", False), ("qwen3_vl", True), ("qwen3_5", False)])
 def test_the_twin_of_a_recipe_sees_images(folder: Any, tmp_path: Path, family: str, inline: bool) -> None:
-    from posttrain.tools import proofs
+    from posttrain.tools.twin import proofs
 
     rows = chats(tmp_path)
     if inline:

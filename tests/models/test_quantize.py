@@ -20,7 +20,7 @@ from posttrain.cli import main
 from posttrain.errors import RecipeError
 from posttrain.runtime.folder import difference
 from posttrain.tools import plan, proofs
-from posttrain.tools.twin import Twin
+from posttrain.tools.twin.twin import Twin
 from posttrain.trainers.dpo import DPOTrainer
 
 bnb = pytest.importorskip("bitsandbytes")
