@@ -11,8 +11,9 @@ from typing import Any, TypeAlias, TypeVar
 
 from posttrain import yaml12
 from posttrain.errors import RecipeError
+from posttrain.recipes.containers import BARE
 from posttrain.recipes.scalars import Problem
-from posttrain.recipes.structure import BARE, Override, structure
+from posttrain.recipes.structure import Override, structure
 from posttrain.registry import suggest
 from posttrain.trainer import Trainer
 from posttrain.values import as_data, expanded
