@@ -150,9 +150,6 @@ class TrainerKeys:
             yield "model", "quantize: what is quantized cannot be trained; write lora: {} too, to train adapters on it"
         why = getattr(type(self.optimizer), "not_flat", None)
         if why and isinstance(self.strategy, DeepSpeed):
-            yield (
-                "optimizer",
-                f"DeepSpeed lays parameters end to end, but {why}: use strategy: fsdp or ddp",
-            )
+            yield "optimizer", f"DeepSpeed lays parameters end to end, but {why}: use strategy: fsdp or ddp"
         if isinstance(self.optimizer, ScheduleFree) and type(self.scheduler) is not Constant:
             yield "scheduler", "schedule-free takes the place of a schedule: write `{type: constant, warmup: 0.03}`"

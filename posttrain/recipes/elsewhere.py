@@ -225,10 +225,7 @@ ArcticTraining
 """Library, then `theirs = ours`; ours with code in backticks. Keys of one meaning may share a line."""
 
 NAMES = {
-    "logger": {
-        "all": "a list, such as `[console, tensorboard, jsonl]`",
-        "none": "an empty list, `[]`",
-    },
+    "logger": {"all": "a list, such as `[console, tensorboard, jsonl]`", "none": "an empty list, `[]`"},
     "optimizer": {
         **dict.fromkeys(("adamw_torch", "adamw_torch_fused", "adamw_hf", "fused_adam", "adamw_apex_fused"), "`adamw`"),
         **dict.fromkeys(("adamw_8bit", "adamw_bnb_8bit", "adamw_torch_8bit", "paged_adamw_8bit"), "`adamw-8bit`"),

@@ -106,10 +106,7 @@ class Data:
             yield "eval_split", "rows cannot be held out of a stream; give `eval_sources`"
         for name in self.keep:
             if name in FIELDS:
-                yield (
-                    "keep",
-                    f"{name!r} has a meaning in a batch; rename it with `columns` of its source",
-                )
+                yield "keep", f"{name!r} has a meaning in a batch; rename it with `columns` of its source"
         if len({source.share is None for source in self.sources}) > 1:
             yield "sources", "some have a share and some have not: give all of them one, or none"
         for source in self.eval_sources:
