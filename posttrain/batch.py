@@ -102,11 +102,7 @@ class Batch(Layout):
     def but(self, **changes: Any) -> "Batch":
         """Return the batch with other values; names that are no fields go to `extra`."""
         fields = {name: value for name, value in changes.items() if name in FIELDS}
-        more = {
-            name: value if isinstance(value, Extra) else Extra(value)
-            for name, value in changes.items()
-            if name not in FIELDS
-        }
+        more = {n: x if isinstance(x, Extra) else Extra(x) for n, x in changes.items() if n not in FIELDS}
         if more:
             fields["extra"] = {**fields.get("extra", self.extra), **more}
         return attrs.evolve(self, **fields)

@@ -97,13 +97,11 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
 
     planning = _recipe_command(commands, "plan", "estimate the memory that a recipe takes, without weights or a GPU",
                                "posttrain plan recipe.yaml --world 8 strategy=fsdp")  # fmt: skip
-    planning.add_argument("--world", type=_count, metavar="N", help="devices, all nodes together (the recipe's, or 1)")
-    planning.add_argument("--gpu-memory", type=float, default=80.0, metavar="GIB", help="of each device (80)")
-
     fitting = _recipe_command(commands, "fit", "find the smallest change of a recipe that fits into a device's memory",
                               "posttrain fit recipe.yaml --gpu-memory 24")  # fmt: skip
-    fitting.add_argument("--world", type=_count, metavar="N", help="devices, all nodes together (the recipe's, or 1)")
-    fitting.add_argument("--gpu-memory", type=float, default=80.0, metavar="GIB", help="of each device (80)")
+    for each in (planning, fitting):
+        each.add_argument("--world", type=_count, metavar="N", help="devices, all nodes together (the recipe's, or 1)")
+        each.add_argument("--gpu-memory", type=float, default=80.0, metavar="GIB", help="of each device (80)")
     fitting.add_argument("--no-offload", action="store_true", help="let nothing wait on the host, which is slow")
 
     listing = _command(commands, "blocks", "list what a recipe can be made of", "posttrain blocks scheduler cosine")

@@ -287,9 +287,8 @@ def keys(theirs: str) -> list[str]:
     >>> keys("bf16"), keys("dataset.packed"), keys("save_steps, save_strategy"), keys("model.type: liger")
     (['bf16'], ['packed'], ['save_steps', 'save_strategy'], [])
     """
-    return (
-        [name.rpartition(".")[2] for name in theirs.split(", ")] if re.fullmatch(r"[\w.]+(, [\w.]+)*", theirs) else []
-    )
+    are_keys = re.fullmatch(r"[\w.]+(, [\w.]+)*", theirs)
+    return [name.rpartition(".")[2] for name in theirs.split(", ")] if are_keys else []
 
 
 def table(library: str) -> str:

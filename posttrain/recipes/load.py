@@ -255,8 +255,5 @@ def _place(document: Document, key: Key) -> Place:
 
 def _line(place: Place, key: Key, message: str) -> str:
     dotted = ".".join(map(str, key))
-    return (
-        f"{place[1]}: {message}"
-        if place[1] == f"override {dotted}" or not dotted
-        else f"{place[1]}: {dotted}: {message}"
-    )
+    named = "" if place[1] == f"override {dotted}" or not dotted else f"{dotted}: "
+    return f"{place[1]}: {named}{message}"

@@ -26,9 +26,8 @@ def train(arguments: argparse.Namespace) -> int:
     trainer = trainer_of(arguments)
     ranks = ranks_to_start(trainer.accelerator, trainer.devices, trainer.num_nodes)
     if ranks > 1:
-        return relaunch(
-            ranks, Path(posttrain.__file__).with_name("cli.py"), ["train", str(arguments.recipe), *arguments.overrides]
-        )
+        script = Path(posttrain.__file__).with_name("cli.py")
+        return relaunch(ranks, script, ["train", str(arguments.recipe), *arguments.overrides])
     run = trainer.train()
     return 128 + run.signal if run.signal else 0
 
@@ -87,9 +86,7 @@ def show(arguments: argparse.Namespace) -> None:
         if not arguments.json:
             return tokens(previews, console)
         for preview in previews:
-            found = [
-                {"text": text, "supervised": bool(trained), "role": role} for text, trained, role in preview.tokens
-            ]
+            found = [{"text": text, "supervised": bool(own), "role": role} for text, own, role in preview.tokens]
             side = {"side": preview.side} if preview.side else {}
             print(json.dumps({"source": preview.source, **side, "tokens": found}))
     elif arguments.json:

@@ -131,9 +131,8 @@ class Data:
         Args:
             tokenizer: of the run; None where tokens mean nothing, as in a plan.
         """
-        return self.with_images(
-            partial(collate, pad_id=pad_id(tokenizer), columns=self.columns_of(tokenizer)), tokenizer
-        )
+        made = partial(collate, pad_id=pad_id(tokenizer), columns=self.columns_of(tokenizer))
+        return self.with_images(made, tokenizer)
 
     def fullest(self, length: int) -> Example:
         """Return an example as large as can be: documents of `length` tokens, all of which are supervised."""
@@ -249,9 +248,8 @@ class Data:
 
     def _streaming(self, tokenizer: Any, shape: dict[str, Any]) -> Loaders:
         encoding = StreamEncoding(self.encoder(tokenizer), self.limits, names_of(self.sources))
-        train = StreamLoader(
-            stream=Stream(self.sources, shape["seed"]), encode=encoding.encode, window=self.window, **shape
-        )
+        stream = Stream(self.sources, shape["seed"])
+        train = StreamLoader(stream=stream, encode=encoding.encode, window=self.window, **shape)
         held_out, ledger = None, {"sources": train.ledger}
         if self.eval_sources:
             documents_, ledger["eval"] = self._documents(once(self.eval_sources), tokenizer, 0.0, False)

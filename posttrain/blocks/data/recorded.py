@@ -29,7 +29,7 @@ from posttrain.blocks.data.loader import MapLoader
 from posttrain.blocks.data.packing import chunks, plan
 from posttrain.blocks.models.frozen import Frozen
 from posttrain.errors import DataError, RecipeError
-from posttrain.interfaces import Fingerprinted, Loader, ModelBlock
+from posttrain.interfaces import Fingerprinted, ModelBlock
 from posttrain.runtime.launch import all_reduce
 from posttrain.values import default_cache
 
@@ -190,10 +190,19 @@ def is_complete(folder: Path) -> bool:
 
 
 def record(run: "Run", recorder: Recorder, teacher: Callable[[], Ask]) -> None:
-    """Give the loaders of a run a recording of their examples."""
-    loaders = {name: loader for name in ("train", "eval") if (loader := getattr(run.loaders, name)) is not None}
-    stored = {name: at_rest(loader) for name, loader in loaders.items()}
-    made: dict[str, Any] = {name: attrs.evolve(x, extra=recorder.recording(x, teacher)) for name, x in stored.items()}
+    """Give the loaders of a run a recording of their examples.
+
+    Raises:
+        RecipeError: they read streams.
+    """
+    made: dict[str, Any] = {}
+    for name in ("train", "eval"):
+        loader = getattr(run.loaders, name)
+        if loader is None:
+            continue
+        if not isinstance(loader, MapLoader):
+            raise RecipeError("a network can only be asked ahead about data at rest, not about a stream")
+        made[name] = attrs.evolve(loader, extra=recorder.recording(loader, teacher))
     run.loaders = attrs.evolve(run.loaders, **made)
 
 
@@ -241,17 +250,6 @@ def top_answers(teacher: nn.Module, batch: Batch, k: int, temperature: float, vo
     with teacher.asking():
         log_probs, tokens = network.top_log_probs(batch, k, temperature, vocabulary)
     return {"teacher_log_probs": log_probs, "teacher_tokens": tokens}
-
-
-def at_rest(loader: Loader) -> MapLoader:
-    """Return the loader, if its examples are at rest.
-
-    Raises:
-        RecipeError: they are not.
-    """
-    if not isinstance(loader, MapLoader):
-        raise RecipeError("a network can only be asked ahead about data at rest, not about a stream")
-    return loader
 
 
 def cache_of(data: Any) -> Path:

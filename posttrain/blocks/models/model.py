@@ -218,9 +218,8 @@ class HFModel:
             if self.attn_implementation != "auto":
                 config._attn_implementation = self.attn_implementation
             if self.random_init or empty:
-                hf = auto.from_config(
-                    config, dtype=getattr(torch, self.dtype), trust_remote_code=self.trust_remote_code
-                )
+                dtype = getattr(torch, self.dtype)
+                hf = auto.from_config(config, dtype=dtype, trust_remote_code=self.trust_remote_code)
             else:
                 plain = self.quantize and not origin(self.name_or_path)[1]
                 dtype = "auto" if plain else self.dtype  # as in the files, which are then not even copied

@@ -134,10 +134,9 @@ class Twin:
             draft.replace(file)
         longest = min(LONGEST, max(row.length for row in rows))
         cut = {} if isinstance(self.data, PromptData) else {"max_length": longest, "overflow": "truncate"}
-        changes = {**cut, "invalid": "drop", **changes}
-        sources = [Source(name_or_path=str(file))]
+        changes = {**cut, "invalid": "drop", "cache_dir": self.folder / "cache", **changes}
         return attrs.evolve(
-            self.data, sources=sources, eval_sources=[], eval_split=0.0, cache_dir=self.folder / "cache", **changes
+            self.data, sources=[Source(name_or_path=str(file))], eval_sources=[], eval_split=0.0, **changes
         )
 
     # -- models -----------------------------------------------------------------------

@@ -58,11 +58,6 @@ def no_mask(device: torch.device) -> Tensor:
     return torch.ones(1, 1, 1, 1, dtype=torch.bool, device=device)
 
 
-def is_no_mask(mask: Any) -> bool:
-    """Whether a mask only stands for there being none."""
-    return isinstance(mask, Tensor) and tuple(mask.shape) == (1, 1, 1, 1)
-
-
 def packed_attention(
     module: nn.Module,
     query: Tensor,
@@ -111,7 +106,7 @@ def packed_attention(
         TrainingError: the model asks for something this does not compute.
     """
     if cu_seq_lens_q is None:
-        if is_no_mask(attention_mask):
+        if isinstance(attention_mask, Tensor) and attention_mask.shape == (1, 1, 1, 1):  # `no_mask`
             _refuse(module, "does not hand `cu_seq_lens_q` to its attention layers")
         if softcap is None and s_aux is None:
             return sdpa_attention_forward(  # type: ignore[no-any-return]

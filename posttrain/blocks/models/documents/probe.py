@@ -178,7 +178,10 @@ def tried(hf: Any, alone: list[Alone], attention: str, unfolds: bool) -> Way | s
             with calls:
                 right = agrees(network, alone)
             if right or agrees(network, alone, plain_head=False):
-                return attrs.evolve(way, plain_head=right) if learns_alike(network, alone) else GRADIENTS
+                with torch.enable_grad():
+                    ours = gradients_of(hf, network(packed([one.ids for one in alone]), "log_probs").sum())
+                wrong = gradients_differ(ours, [one.gradients for one in alone])
+                return GRADIENTS if wrong else attrs.evolve(way, plain_head=right)
             problem, leak = LEAKS, first_leak(calls, [one.calls for one in alone], LENGTHS)
         except Exception as error:  # a module may say itself that it cannot, or not know what it is given
             problem, leak = f"{type(error).__name__}: {str(error)[:200]}", calls.inside()
@@ -206,13 +209,6 @@ def agrees(network: Any, alone: list[Alone], plain_head: bool = True) -> bool:
         if not network.plain_head or hidden.shape[-1] != head.in_features:
             return False
     return close(network(rows, "log_probs"), torch.cat([one.log_probs for one in alone]))
-
-
-def learns_alike(network: Any, alone: list[Alone]) -> bool:
-    """Whether packed documents have the gradient that they have together, each alone."""
-    with torch.enable_grad():
-        ours = gradients_of(network.base, network(packed([one.ids for one in alone]), "log_probs").sum())
-    return not gradients_differ(ours, [one.gradients for one in alone])
 
 
 def confirm(network: Any, name: str) -> None:

@@ -62,9 +62,8 @@ def auto_of(config: Any) -> Any:
 
 def set_attention(hf: Any, attention: str) -> None:
     """Let the language model use an attention; what sees images keeps its own."""
-    text = next(
-        (name for name in hf.config.sub_configs if getattr(hf.config, name) is hf.config.get_text_config()), None
-    )
+    text_config = hf.config.get_text_config()
+    text = next((name for name in hf.config.sub_configs if getattr(hf.config, name) is text_config), None)
     hf.set_attn_implementation(attention if text is None else {text: attention})
 
 
