@@ -179,11 +179,11 @@ class Run:
     position: Position
     """Where the training data stands: the first row of the next step."""
     watchdog: Watchdog
-    """Sees whether all ranks go on."""
+    """Ends the run if a rank hangs."""
     batches: list[Batch] = attrs.field(factory=list)
     """The micro-batches of the step in hand, as `made` returned them."""
     identity: Callable[[], dict[str, Any]] = dict
-    """Returns what the run computes from beside its recipe (see runtime/identity.py); it may take a while."""
+    """Returns what decides the run's numbers besides its recipe (see runtime/identity.py); it may take a while."""
     recipe_before: dict[str, Any] | None = None
     """The recipe that was found in the run's folder, of the process that trained there before."""
     step: int = 0
@@ -197,7 +197,7 @@ class Run:
     rows_per_epoch: int | None = None
     """Of the first pass; None for a stream, of which nobody knows."""
     doing: str = ""
-    """What the run does just now, if it is not training: for people to see."""
+    """What the run does now, if it is not training; shown to people."""
     epoch_ended: bool = False
     """Whether the newest step took the last row of a pass."""
     first_step: int = 0
@@ -218,7 +218,7 @@ class Run:
     last: dict[str, float] = attrs.field(factory=dict)
     """The newest value of every metric, as the loggers got it."""
     per_token: dict[str, float] = attrs.field(factory=dict)
-    """What a token stands for, by name: it is logged per second and device, beside the tokens per second."""
+    """Quantities per token, such as FLOPs, by name: each is logged per second and device, as tokens are."""
     _measured: float = attrs.field(factory=time.perf_counter)
 
     @property

@@ -154,6 +154,7 @@ def gathered(parameters: Iterable[nn.Parameter], low: int) -> int:
 def peak(trainer: Trainer, fabric: Any, network: nn.Module, others: dict[str, nn.Module], batch: Batch) -> Alive:
     """Return the most bytes that are alive in a pass forward and backward, parameters and gradients aside, and the
     operations that it takes."""
+
     alive = Alive()
 
     def forget(parameter: Tensor) -> None:
@@ -168,8 +169,6 @@ def peak(trainer: Trainer, fabric: Any, network: nn.Module, others: dict[str, nn
     ]
     network.train()
     trainer.run = one_pass(trainer, fabric, network, others)
-    if getattr(trainer, "precompute_reference", False):
-        batch = batch.but(reference_log_probs=torch.zeros(len(batch.supervised)))
     try:
         with alive:
             if isinstance(trainer, DistillTrainer) and trainer.stored:
@@ -199,7 +198,10 @@ def fullest(trainer: Trainer) -> Batch:
         raise RecipeError(f"data: {type(data).__name__} does not say how long its rows are; a plan needs that")
     size = trainer.sequence.size if trainer.sequence else 1
     row = full_row(trainer, data, -(-data.max_length // size))
-    return data.collator(None)([row] * trainer.micro_batch_size, 1)
+    batch = data.collator(None)([row] * trainer.micro_batch_size, 1)
+    if getattr(trainer, "precompute_reference", False):
+        batch = batch.but(reference_log_probs=torch.zeros(len(batch.supervised)))
+    return batch
 
 
 def full_row(trainer: Trainer, data: Data, length: int) -> list[Example]:
@@ -240,7 +242,10 @@ def full_groups(trainer: GRPOTrainer | OnlineDPOTrainer | OnPolicyDistillTrainer
 def images_of_rows(trainer: Trainer) -> Batch | None:
     """Return a micro-batch that is full of images, as the loop would give it to the loss; None if there are none."""
     size, data = trainer.sequence.size if trainer.sequence else 1, trainer.data
-    return fullest_of_images(trainer, -(-data.max_length // size)) if isinstance(data, Data) else None
+    made = fullest_of_images(trainer, -(-data.max_length // size)) if isinstance(data, Data) else None
+    if made is not None and getattr(trainer, "precompute_reference", False):
+        made = made.but(reference_log_probs=torch.zeros(len(made.supervised)))
+    return made
 
 
 def one_pass(trainer: Trainer, fabric: Any, network: nn.Module, others: dict[str, nn.Module]) -> Run:

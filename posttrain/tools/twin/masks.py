@@ -23,25 +23,23 @@ def masks(twin: Twin) -> str:
     if not twin.rows:
         raise Skipped(f"{type(twin.real.data).__name__} reads no sources")
     refused = Counter(str(row.encoded) for row in twin.rows if isinstance(row.encoded, Refused))
+    rows, left = counted(len(twin.rows), "row"), f", {refused.total()} refused" if refused else ""
     if refused and twin.data.invalid == "error":
-        raise Failed(
-            f"{sum(refused.values())} of {counted(len(twin.rows), 'row')} cannot be trained on: {_listed(refused)}"
-        )
+        raise Failed(f"{refused.total()} of {rows} cannot be trained on: {_listed(refused)}")
     chats = isinstance(twin.data.encoder(twin.tokenizer), ChatEncoder)
     stops = set(twin.tokenizer.convert_tokens_to_ids(sorted(stop_tokens(twin.tokenizer)))) if chats else None
     found = Counter(itertools.chain.from_iterable(_mistakes(twin, row, stops) for row in twin.rows))
     if found:
-        raise Failed(f"of {counted(len(twin.rows), 'row')}: {_listed(found)}; look at `posttrain show RECIPE --data`")
+        raise Failed(f"of {rows}: {_listed(found)}; look at `posttrain show RECIPE --data`")
     if not twin.sample(1):
         raise NoRows(f"no row can be trained on: {_listed(refused)}")
     if isinstance(twin.data, PromptData):
-        return f"{counted(len(twin.rows), 'prompt')}" + (f", {sum(refused.values())} refused" if refused else "")
+        return f"{counted(len(twin.rows), 'prompt')}{left}"
     tokens, trained = 0, 0
     for row in twin.sample(len(twin.rows)):
         for ids, mask in row.encoded.documents:  # type: ignore[union-attr]
             tokens, trained = tokens + len(ids), trained + int(mask.sum())
-    said = f"{counted(len(twin.rows), 'row')}, {trained:,} of {counted(tokens, 'token')} supervised"
-    return said + (f", {sum(refused.values())} refused" if refused else "")
+    return f"{rows}, {trained:,} of {counted(tokens, 'token')} supervised{left}"
 
 
 def overflow(twin: Twin) -> str:

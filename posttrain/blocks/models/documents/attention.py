@@ -150,10 +150,8 @@ def packed_attention(
     blocks = None if image_blocks is None else _blocks(image_blocks, kv_index)
     if chunk is not None and kv_index is not None:
         _refuse(module, "attends in chunks, which documents that branch cannot")
-    bounds = cu_seq_lens_q, cu_seq_lens_k
-    return _by_document(
-        query, key, value, bounds, chunk, dropout, scaling, sliding_window, softcap, s_aux, blocks
-    ), None
+    bounds, how = (cu_seq_lens_q, cu_seq_lens_k), (dropout, scaling, sliding_window, softcap, s_aux)
+    return _by_document(query, key, value, bounds, chunk, *how, blocks), None
 
 
 def _unfit(query: Tensor, value: Tensor, chunk: int | None, softcap: float | None, blocks: Tensor | None) -> str | None:
