@@ -151,9 +151,7 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     measuring.add_argument("--max-new-tokens", type=_count, default=256, metavar="N", help="of each reply (256)")
     measuring.add_argument("--shots", type=int, metavar="N", help="with --tasks: examples in each prompt")
     measuring.add_argument("--task-folder", type=Path, metavar="FOLDER", help="with --tasks: your own, in its YAML")
-    measuring.add_argument(
-        "-o", "--output", type=Path, metavar="FOLDER", help="for the replies (evals in RUN, or here)"
-    )
+    measuring.add_argument("-o", "--output", type=Path, metavar="FOLDER", help="for replies (evals in RUN, or here)")
     _device(measuring)
     measuring.set_defaults(command="measure")
 
@@ -188,9 +186,7 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     drafting.add_argument("--drafts", type=_count, metavar="K", help="tokens drafted in a pass (one of each head)")
     drafting.add_argument("-o", "--output", type=Path, metavar="FILE", help="picture to write (RUN/acceptance.png)")
 
-    _command(
-        commands, "doctor", "say what this machine and environment can do, and what is missing", "posttrain doctor"
-    )
+    _command(commands, "doctor", "say what this machine and environment can do, and what not", "posttrain doctor")
 
     generating = _recipe_command(commands, "synth", "generate data with a model behind an interface, paying once",
                                  "posttrain synth run recipe.yaml --max-cost 5", first="verb")  # fmt: skip
@@ -201,9 +197,7 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     generating.add_argument("--retry-failed", action="store_true", help="run: also send what was refused for good")
     generating.add_argument("--first", type=_count, metavar="N",
                             help="run: N rows only; show what is asked and answered, and what all cost")  # fmt: skip
-    generating.add_argument(
-        "--live", type=Path, metavar="FILE", help="run: write a page (.html) that shows how it goes"
-    )
+    generating.add_argument("--live", type=Path, metavar="FILE", help="run: write a page (.html) of how it goes")
     generating.add_argument("--no-wait", action="store_true", help="run: submit batches and return")
     generating.add_argument("--dropped", action="store_true", help="export: what was dropped, with the reasons")
     generating.add_argument("-o", "--output", type=Path, metavar="FILE",

@@ -27,6 +27,7 @@ from posttrain.batch import Batch, Extra
 from posttrain.blocks.data.data import Data
 from posttrain.blocks.data.loader import MapLoader
 from posttrain.blocks.data.packing import chunks, plan
+from posttrain.blocks.images.arrange import IMAGES
 from posttrain.blocks.models.frozen import Frozen
 from posttrain.errors import DataError, RecipeError
 from posttrain.interfaces import Fingerprinted, ModelBlock
@@ -261,12 +262,14 @@ def survey(loader: MapLoader) -> tuple[str, np.ndarray]:
     """Return a hash of a loader's examples, and where the supervised tokens of each begin: int64 [examples + 1]."""
     digest, counts = hashlib.sha256(), [0]
     for index in range(len(loader.examples)):
-        documents = loader.examples[index].documents
-        for ids, mask in documents:
+        example = loader.examples[index]
+        for ids, mask in example.documents:
             digest.update(len(ids).to_bytes(8, "big"))
             digest.update(np.ascontiguousarray(ids, dtype=np.int64).tobytes())
             digest.update(np.ascontiguousarray(mask, dtype=bool).tobytes())
-        counts.append(sum(int(mask[1:].sum()) for _, mask in documents))
+        for span in (span for spans in example.values.get(IMAGES, ()) for span in spans):
+            digest.update(span["hash"].encode())  # two images of one size have the same tokens
+        counts.append(sum(int(mask[1:].sum()) for _, mask in example.documents))
     return digest.hexdigest(), np.cumsum(counts)
 
 
