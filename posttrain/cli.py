@@ -190,9 +190,7 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
 
     generating = _recipe_command(commands, "synth", "generate data with a model behind an interface, paying once",
                                  "posttrain synth run recipe.yaml --max-cost 5", first="verb")  # fmt: skip
-    generating.add_argument(
-        "--max-cost", type=float, metavar="DOLLARS", help="run: refuse to spend more, all steps together"
-    )
+    generating.add_argument("--max-cost", type=float, metavar="DOLLARS", help="run: spend no more, all steps together")
     generating.add_argument("--max-requests", type=int, metavar="N", help="run: refuse to send more")
     generating.add_argument("--retry-failed", action="store_true", help="run: also send what was refused for good")
     generating.add_argument("--first", type=_count, metavar="N",
@@ -231,9 +229,7 @@ def _recipe_command(
     if first is not None:
         parser.add_argument(first, choices=SYNTH_VERBS, help="what to do")
     parser.add_argument("recipe", type=Path, metavar="RECIPE", help="a YAML file")
-    parser.add_argument(
-        "overrides", nargs="*", metavar="KEY=VALUE", help="replaces a key, such as data.sources.0.split=test"
-    )
+    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="sets a key: data.sources.0.split=test")
     return parser
 
 

@@ -30,10 +30,11 @@ from posttrain.interfaces import (
     Updated,
 )  # fmt: skip
 from posttrain.keys import TrainerKeys
-from posttrain.run import Metrics, Run
+from posttrain.run import Run
 from posttrain.runtime import crash, folder
 from posttrain.runtime.identity import identity
 from posttrain.runtime.launch import all_reduce, make_fabric, on_device, reseed
+from posttrain.runtime.metrics import Metrics
 from posttrain.runtime.signals import Signals
 from posttrain.runtime.watchdog import Watchdog
 from posttrain.values import as_data, problems

@@ -56,9 +56,8 @@ def _expand_deepspeed(data: dict[str, Any]) -> tuple[dict[str, Any], bool]:
     if "deepspeed" not in overrides:
         return data, False
     if overrides.get("strategy") == overrides["deepspeed"]:
-        raise Problems(
-            (("deepspeed",), "is short for `strategy: {type: deepspeed, config: ...}`; give only one of the two")
-        )
+        twice = "is short for `strategy: {type: deepspeed, config: ...}`; give only one of the two"
+        raise Problems((("deepspeed",), twice))
     if overrides.get("strategy"):
         return {k: v for k, v in data.items() if k != "deepspeed"}, False
     rest = {k: v for k, v in data.items() if k not in ("deepspeed", "strategy")}

@@ -140,10 +140,11 @@ def plan(arguments: argparse.Namespace) -> int:
     )
     if trainer.accelerator == "cpu":
         print("a process on a CPU needs about 0.1 GiB more for the libraries and for what they keep for later")
+    room = f"{arguments.gpu_memory:g} GiB"
     if found.total <= arguments.gpu_memory * 2**30:
-        print(f"fits into {arguments.gpu_memory:g} GiB; leave a tenth for the allocator and the libraries")
+        print(f"fits into {room}; leave a tenth for the allocator and the libraries")
         return 0
-    print(f"does not fit into {arguments.gpu_memory:g} GiB. With a change:")
+    print(f"does not fit into {room}. With a change:")
     for label, changed in remedies(trainer, world, found):
         print(f"  {gib(changed.total):>9} GiB  {label}")
     return 1
@@ -154,18 +155,16 @@ def fit(arguments: argparse.Namespace) -> int:
     from posttrain.tools.fit import fit
     from posttrain.tools.plan import gib, table
 
-    room = arguments.gpu_memory * 2**30
-    found = fit(arguments.recipe, arguments.overrides, arguments.world, room, not arguments.no_offload, tell=print)
+    room, most = f"{arguments.gpu_memory:g} GiB", arguments.gpu_memory * 2**30
+    found = fit(arguments.recipe, arguments.overrides, arguments.world, most, not arguments.no_offload, tell=print)
     if found is None:
-        print(
-            f"nothing that was tried fits into {arguments.gpu_memory:g} GiB: take more devices (--world) or less length"
-        )
+        print(f"nothing that was tried fits into {room}: take more devices (--world) or less length")
         return 1
     display(table(found.estimate, found.world))
     if not found.changes:
-        print(f"fits into {arguments.gpu_memory:g} GiB as it is")
+        print(f"fits into {room} as it is")
         return 0
-    print(f"{gib(found.before.total)} GiB before; with these changes it fits into {arguments.gpu_memory:g} GiB:")
+    print(f"{gib(found.before.total)} GiB before; with these changes it fits into {room}:")
     for change in found.changes:
         print(f"  {' '.join(change.shown):<60}  {change.why}")
     texts = " ".join(text for change in found.changes for text in change.shown)

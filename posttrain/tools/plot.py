@@ -55,9 +55,8 @@ def curves(runs: list[Path], metrics: list[str] | None, target: Path) -> None:
     known = {name for metrics_of_run in found.values() for name in metrics_of_run}
     for name in metrics or ():
         if name not in known:
-            raise RecipeError(
-                f"no run has a metric {name!r}{suggest(name, known)} (there are: {', '.join(sorted(known))})"
-            )
+            there = ", ".join(sorted(known))
+            raise RecipeError(f"no run has a metric {name!r}{suggest(name, known)} (there are: {there})")
     chosen = list(dict.fromkeys(metrics)) if metrics else [name for name in TITLES if name in known] or sorted(known)
     try:
         _draw(found, chosen, target)

@@ -115,9 +115,8 @@ def documents(
     refuse_overlong(ledger, limits)
     begins, sizes, supervised, source, example = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
     if not len(begins):
-        raise DataError(
-            "nothing is left to train on:\n" + "\n".join(f"  {name}: {found}" for name, found in ledger.items())
-        )
+        lines = (f"  {name}: {found}" for name, found in ledger.items())
+        raise DataError("nothing is left to train on:\n" + "\n".join(lines))
     return Documents(tables, begins, sizes, supervised, source, example, weights), ledger
 
 

@@ -129,10 +129,8 @@ class HFModel:
         more = self.lora.kwargs if self.lora else {}
         start = more.get("init_lora_weights", True)
         if more.get("use_dora") or (not isinstance(start, bool | None) and start != "gaussian"):
-            yield (
-                "quantize",
-                "these adapters (lora.kwargs) begin with, or are scaled by, numbers of the base: leave one out",
-            )
+            why = "these adapters (lora.kwargs) begin with, or are scaled by, numbers of the base: leave one out"
+            yield "quantize", why
         if more.get("target_parameters"):
             yield "quantize", "lora.kwargs.target_parameters adapts what is quantized: leave one out"
 

@@ -135,9 +135,8 @@ class Twin:
         longest = min(LONGEST, max(row.length for row in rows))
         cut = {} if isinstance(self.data, PromptData) else {"max_length": longest, "overflow": "truncate"}
         changes = {**cut, "invalid": "drop", "cache_dir": self.folder / "cache", **changes}
-        return attrs.evolve(
-            self.data, sources=[Source(name_or_path=str(file))], eval_sources=[], eval_split=0.0, **changes
-        )
+        sources = [Source(name_or_path=str(file))]
+        return attrs.evolve(self.data, sources=sources, eval_sources=[], eval_split=0.0, **changes)
 
     # -- models -----------------------------------------------------------------------
 
