@@ -18,7 +18,6 @@ from posttrain.registry import kind_of
 
 BARE = ""
 """Key under which a mapping holds the text it was written as: `scheduler: cosine`."""
-UNIONS: tuple[Any, ...] = (Union, types.UnionType)
 converter = BaseConverter()
 
 
@@ -115,16 +114,13 @@ def is_class(type_: Any) -> bool:
     return kind_of(type_) is not None or (isinstance(type_, type) and attrs.has(type_))
 
 
-def _is_literal(type_: Any) -> bool:
-    return get_origin(type_) is Literal
-
-
-# A hook that is registered later wins.
-converter.register_structure_hook_func(lambda type_: True, structure_other)
-converter.register_structure_hook_func(lambda type_: list in (type_, get_origin(type_)), structure_list)
-converter.register_structure_hook_func(lambda type_: tuple in (type_, get_origin(type_)), structure_tuple)
-converter.register_structure_hook_func(lambda type_: dict in (type_, get_origin(type_)), structure_dict)
-converter.register_structure_hook_func(lambda type_: get_origin(type_) in UNIONS, structure_union)
-converter.register_structure_hook_func(_is_literal, structure_literal)
+ORIGINS: dict[Any, Any] = {
+    list: structure_list, tuple: structure_tuple, dict: structure_dict, Literal: structure_literal,
+    Union: structure_union, types.UnionType: structure_union,
+}  # fmt: skip
+"""Type, or what it is made of -> the function that makes it, called with (data, type)."""
+converter.register_structure_hook_func(lambda type_: True, structure_other)  # a hook that is registered later wins
+for _origin, _hook in ORIGINS.items():
+    converter.register_structure_hook_func(lambda t, origin=_origin: origin in (t, get_origin(t)), _hook)  # type: ignore[misc]
 for _scalar, _hook in {**SCALARS, Any: structure_any}.items():
     converter.register_structure_hook(_scalar, _hook)

@@ -198,6 +198,19 @@ def test_what_an_evaluation_logs_outside_of_its_batches_is_taken_as_it_is(tmp_pa
     assert made.last["eval_beside"] == made.last["beside"] == 3.0
 
 
+def test_a_hook_that_replaces_arguments_keeps_those_that_it_leaves_out(tmp_path: Path) -> None:
+    """`count` gets learning rates by name, and its loss too."""
+
+    @hooks.before("trainer.count")
+    def doubled(trainer: SFTTrainer, batches: Any, position: Any, loss: Any, **rates: float) -> tuple[Any, ...]:
+        return batches, position, 2 * loss
+
+    plain = trainer(tmp_path / "plain", max_steps=1).train()
+    made = trainer(tmp_path / "doubled", max_steps=1).train(callbacks=[doubled])
+    assert made.last["loss"] == pytest.approx(2 * plain.last["loss"])
+    assert made.last["lr"] == plain.last["lr"]
+
+
 def test_evaluating_without_data_for_it_is_said_before_training(tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match="eval_every"):
         trainer(tmp_path, eval_every=2).train()
