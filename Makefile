@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: help setup check test test-all test-faults test-vllm demo demo-real demo-distill demo-rl demo-vision docs package changelog bench
+.PHONY: help setup check test test-all test-faults test-vllm test-verifiers demo demo-real demo-distill demo-rl demo-vision docs package changelog bench
 help:
 	@echo "make setup     .venv with posttrain and everything for developing it"
 	@echo "make demo      watch a model learn (under three minutes)"
@@ -15,6 +15,7 @@ help:
 	@echo "make test-all  the slow ones too"
 	@echo "make test-faults  kill -9, full disks, hanging ranks ... (docs/faults.md)"
 	@echo "make test-vllm what we export in a real vLLM on the CPU, in .venv-vllm"
+	@echo "make test-verifiers environments of the real package verifiers, in .venv-verifiers"
 	@echo "make check     format, lint and types"
 	@echo "make docs      the documentation as a site, into site/"
 	@echo "make package   wheel and sdist, tried with the oldest and the newest transformers"
@@ -65,6 +66,18 @@ test-vllm: .venv-vllm/made
 	.venv-vllm/bin/pip install --quiet -r requirements-vllm.txt
 	.venv-vllm/bin/pip uninstall --quiet --yes torchvision torchaudio torchcodec
 	.venv-vllm/bin/pip install --quiet --no-deps -e .
+	@touch $@
+
+# 0.3.1 has environments of both kinds; `make test-verifiers VERIFIERS=0.4.0` tries another version.
+VERIFIERS ?= 0.3.1
+test-verifiers: .venv-verifiers/$(VERIFIERS)
+	PATH="$$PWD/.venv-verifiers/bin:$$PATH" .venv-verifiers/bin/python -m pytest -o filterwarnings=default tests/in_verifiers
+
+.venv-verifiers/$(VERIFIERS): requirements-verifiers.txt setup.cfg pyproject.toml
+	rm -rf .venv-verifiers
+	$(PYTHON) -m venv .venv-verifiers
+	.venv-verifiers/bin/pip install --quiet -r requirements-verifiers.txt verifiers==$(VERIFIERS)
+	.venv-verifiers/bin/pip install --quiet --no-deps -e .
 	@touch $@
 
 package: setup

@@ -39,6 +39,8 @@ if TYPE_CHECKING:
     )  # fmt: skip
     from posttrain.blocks.parallel.sequence import Ulysses
     from posttrain.blocks.parallel.strategy import DDP, FSDP, Auto, DeepSpeed
+    from posttrain.blocks.rollouts.agents.agent import Agent, agent
+    from posttrain.blocks.rollouts.agents.verifiers import VerifiersEnvironment
     from posttrain.blocks.rollouts.engines.vllm import VllmSampler, VllmServerSampler
     from posttrain.blocks.rollouts.prompts import PromptData
     from posttrain.blocks.rollouts.rewards import ModelReward, reward
@@ -87,6 +89,8 @@ _HOMES = {
     "blocks.loggers.logger": ("Console", "JSONL", "TensorBoard"),
     "blocks.loggers.services": ("CSV", "MLflow", "Trackio", "WandB"),
     "blocks.rollouts.engines.vllm": ("VllmSampler", "VllmServerSampler"),
+    "blocks.rollouts.agents.agent": ("Agent", "agent"),
+    "blocks.rollouts.agents.verifiers": ("VerifiersEnvironment",),
     "blocks.rollouts.prompts": ("PromptData",),
     "blocks.models.lora": ("LoRA",),
     "blocks.models.model": ("HFModel", "RewardModel"),
@@ -137,18 +141,18 @@ _HOMES = {
 _HOME_OF = {name: f"posttrain.{module}" for module, found in _HOMES.items() for name in found}
 
 __all__ = [
-    "Adafactor", "AdamW", "AdamW8bit", "AdamWBF16", "Auto", "AzureOpenAISynth", "Batch", "CSV", "CausalData",
+    "Adafactor", "AdamW", "AdamW8bit", "AdamWBF16", "Agent", "Auto", "AzureOpenAISynth", "Batch", "CSV", "CausalData",
     "CausalTrainer", "CheckpointError", "Console", "Constant", "CortexSynth", "Cosine", "DDP", "DPOTrainer",
     "DataError", "DeepSpeed", "DistillTrainer", "EMA", "EarlyStop", "Extra", "FP8", "FSDP", "GRPOTrainer", "HFModel",
-    "HFTokenizer", "HookError", "HuggingFace", "JSONL", "JoinedOptimizer", "KTOTrainer", "KeepBest", "Linear",
-    "Lion", "LoRA", "MFU", "MLflow", "ModelReward", "Muon", "NEFTune", "OnPolicyDistillTrainer", "OnlineDPOTrainer",
-    "OpenAISynth", "ParameterGroup", "PosttrainError", "PreferenceData", "Profiler", "PromptData", "QAT",
-    "RecipeError", "RegistryError", "Resume", "RewardModel", "RewardTrainer", "Run", "SFTData", "SFTTrainer", "SGD",
-    "Samples", "ScheduleFree", "Secret", "Source", "SpeculatorModel", "SpeculatorTrainer", "SwiftKVModel",
-    "SwiftKVTrainer", "SynthError", "TensorBoard", "Term", "TorchOptimizer", "Trackio", "Trainer", "TrainingError",
-    "TransformersSampler", "TransformersSynth", "TwoStage", "Ulysses", "UnpairedData", "VllmSampler",
-    "VllmServerSampler", "VllmSynth", "WSD", "WandB", "after", "before", "block", "default", "key", "kind", "load",
-    "policy_loss", "preference_loss", "reward",
+    "HFTokenizer", "HookError", "HuggingFace", "JSONL", "JoinedOptimizer", "KTOTrainer", "KeepBest", "Linear", "Lion",
+    "LoRA", "MFU", "MLflow", "ModelReward", "Muon", "NEFTune", "OnPolicyDistillTrainer", "OnlineDPOTrainer",
+    "OpenAISynth", "ParameterGroup", "PosttrainError", "PreferenceData", "Profiler", "PromptData", "QAT", "RecipeError",
+    "RegistryError", "Resume", "RewardModel", "RewardTrainer", "Run", "SFTData", "SFTTrainer", "SGD", "Samples",
+    "ScheduleFree", "Secret", "Source", "SpeculatorModel", "SpeculatorTrainer", "SwiftKVModel", "SwiftKVTrainer",
+    "SynthError", "TensorBoard", "Term", "TorchOptimizer", "Trackio", "Trainer", "TrainingError", "TransformersSampler",
+    "TransformersSynth", "TwoStage", "Ulysses", "UnpairedData", "VerifiersEnvironment", "VllmSampler",
+    "VllmServerSampler", "VllmSynth", "WSD", "WandB", "after", "agent", "before", "block", "default", "key", "kind",
+    "load", "policy_loss", "preference_loss", "reward",
 ]  # fmt: skip
 
 

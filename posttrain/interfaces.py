@@ -216,8 +216,22 @@ class EnvironmentBlock(Protocol):
     def weight(self) -> float:
         """Weight of the episodes' own rewards in the sum of all rewards; 0 if they give none."""
 
-    def reset(self, row: dict[str, Any]) -> Episode:
-        """Return a new episode for a row of the data; equal rows and turns must give equal answers."""
+    def reset(self, row: dict[str, Any]) -> Any:
+        """Return a new `Episode` for a row of the data; equal rows and turns must give equal answers."""
+
+
+@runtime_checkable
+class AgentBlock(EnvironmentBlock, Protocol):
+    """An environment whose episodes ask the policy themselves, over HTTP. `reset` returns what plays one: a function of
+    the address of the policy that returns a reward, and may be a coroutine."""
+
+    @property
+    def concurrency(self) -> int:
+        """Episodes that are played at a time, on each rank."""
+
+    @property
+    def timeout(self) -> float | None:
+        """Seconds that an episode may take between two requests; None for as long as it likes."""
 
 
 class Scorer(Protocol):

@@ -7,6 +7,7 @@ registers it under a name, and refuses it at once if its methods do not fit the 
 import difflib
 import importlib
 import inspect
+import typing
 from collections.abc import Callable, Iterable
 from importlib.metadata import entry_points
 from typing import Any, TypeVar, cast, dataclass_transform
@@ -172,6 +173,25 @@ def block(kind: str, name: str, *, also: tuple[str, ...] = ()) -> Callable[[type
         return cls
 
     return register
+
+
+def members(function: Callable[..., Any], **more: Any) -> dict[str, Any]:
+    """Return the members of a class that stands for a function: its keyword arguments are the keys of a recipe.
+
+    Args:
+        function: documented, and with types.
+        more: methods that call it.
+
+    >>> members(lambda row, *, times=2: times)["times"]
+    2
+    """
+    asked = [p for p in inspect.signature(function).parameters.values() if p.kind is inspect.Parameter.KEYWORD_ONLY]
+    hints = typing.get_type_hints(function)
+    return {
+        **{p.name: p.default for p in asked if p.default is not inspect.Parameter.empty},
+        "__annotations__": {p.name: hints.get(p.name, Any) for p in asked}, "__doc__": function.__doc__,
+        "__module__": function.__module__, "__qualname__": function.__qualname__, **more,
+    }  # fmt: skip
 
 
 def lookup(kind: str, name: str) -> type[Any]:

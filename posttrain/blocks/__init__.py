@@ -14,11 +14,12 @@ from posttrain.blocks.models.swiftkv import model as swiftkv
 from posttrain.blocks.optimizers import blocks as optimizers
 from posttrain.blocks.parallel import sequence, strategy
 from posttrain.blocks.rollouts import prompts, rewards, sampler
+from posttrain.blocks.rollouts.agents import verifiers
 from posttrain.blocks.rollouts.engines import vllm
 from posttrain.blocks.tokenizers import tokenizer
 
 __all__ = [
     "callbacks", "causal", "checkpoint", "logger", "model", "optimizer", "optimizers", "preference", "prompts",
     "rewards", "sampler", "scheduler", "sequence", "services", "sft", "speculator", "strategy", "swiftkv",
-    "tokenizer", "unpaired", "vllm",
+    "tokenizer", "unpaired", "verifiers", "vllm",
 ]  # fmt: skip

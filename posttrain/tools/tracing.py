@@ -22,6 +22,7 @@ from posttrain.blocks.models.quantized.sizes import Group, groups
 from posttrain.blocks.parallel.sharding import replace_tensors, units, weightless
 from posttrain.blocks.parallel.strategy import FSDP, DeepSpeed
 from posttrain.errors import RecipeError
+from posttrain.interfaces import AgentBlock
 from posttrain.run import Run
 from posttrain.runtime.launch import silence_libraries
 from posttrain.tools.alive import Alive
@@ -223,10 +224,14 @@ def full_groups(trainer: GRPOTrainer | OnlineDPOTrainer | OnPolicyDistillTrainer
     tokens, n = trainer.sampler.max_new_tokens, 1
     if not isinstance(trainer, OnPolicyDistillTrainer):
         n = trainer.group_size
-    if isinstance(trainer, GRPOTrainer) and trainer.environment is not None:
-        tokens += trainer.environment.max_tokens
     prompt = [1 + i % 2 for i in range(trainer.data.max_length if isinstance(trainer.data, Data) else 1)]
-    replies = [Reply([1 + (i >> bit) % 2 for bit in range(tokens)], [0.0] * tokens, True) for i in range(n)]
+    said = tokens
+    if isinstance(trainer, GRPOTrainer) and (environment := trainer.environment) is not None:
+        begun = len(prompt) if isinstance(environment, AgentBlock) else 0  # of what max_tokens limits
+        tokens += max(0, environment.max_tokens - begun)
+        said = min(tokens, trainer.longest)
+    drawn = [i >= tokens - said for i in range(tokens)]
+    replies = [Reply([1 + (i >> bit) % 2 for bit in range(tokens)], [0.0] * tokens, True, drawn) for i in range(n)]
     group = Group(0, prompt, {}, [], replies, rewards=[float(i) for i in range(n)], advantages=[0.0] * n)
     groups = [group] * trainer.micro_batch_size
     if isinstance(trainer, OnlineDPOTrainer):

@@ -23,7 +23,7 @@ class RewardedTrainer(ReferenceTrainer):
     """What trainers with rewards for sampled replies share."""
 
     data: DataBlock = default(PromptData, required=True)
-    rewards: list[RewardBlock] = key(convert=as_rewards, also=("reward_funcs",))
+    rewards: list[RewardBlock] = key(factory=list, convert=as_rewards, also=("reward_funcs",))
     """What replies are worth: the weighted sum of these, and of what an environment gives."""
     sampler: SamplerBlock = default(TransformersSampler)
     """Samples the replies."""

@@ -44,9 +44,10 @@ def folder(tmp_path: Path, sums: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.mark.parametrize("page", [page for page in PAGES if code(page, "yaml")])
-def test_recipes_are_valid(page: str, tiny_model: Path) -> None:
+def test_recipes_are_valid(page: str, tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("posttrain.blocks.data.verifiers.installed", lambda: True)
     for python in code(page, "python"):
-        for name in re.findall(r'(?:@posttrain.block\("\w+", "|@reward\("|@tool\ndef )([\w-]+)', python):
+        for name in re.findall(r'(?:@posttrain.block\("\w+", "|@reward\("|@agent\("|@tool\ndef )([\w-]+)', python):
             Path(f"{name}.py").write_text(python)
     Path("held.jsonl").write_text(Path("chats.jsonl").read_text())
     Path("pairs.jsonl").write_text('{"prompt": "?", "chosen": "yes", "rejected": "no"}\n')

@@ -70,7 +70,10 @@ def test_the_calculator_is_called_and_what_it_says_is_told(tmp_path: Path, monke
     assert not calculator.product("", f"{rows[0]['answer']} or so", rows[0])
 
 
-def test_the_recipe_with_tools_trains(tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("name", ["tools", "agent"])
+def test_the_recipes_with_a_calculator_train(
+    name: str, tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     import posttrain
 
     monkeypatch.syspath_prepend(str(RL / "tools"))
@@ -79,8 +82,8 @@ def test_the_recipe_with_tools_trains(tmp_path: Path, tiny_model: Path, monkeypa
 
     calculator.make(Path("runs/demo-tools/data"), test=2)
     small = ["max_steps=1", "micro_batch_size=1", "group_size=2", "data.max_length=900", "sampler.max_new_tokens=4"]
-    recipe = RL / "tools" / "recipe.yaml"
-    last = posttrain.load(recipe, [f"model.name_or_path={tiny_model}", *small, "environment.max_turns=2"]).train().last
+    small += [f"model.name_or_path={tiny_model}", "environment.max_turns=2", "environment.max_tokens=2000"]
+    last = posttrain.load(RL / name / "recipe.yaml", small).train().last
     assert last["turns"] >= 1.0
     assert last["sampler/gap"] < 1e-5
-    assert (Path("runs/demo-tools/run") / "huggingface" / "model.safetensors").exists()
+    assert (Path(f"runs/demo-{name}/run") / "huggingface" / "model.safetensors").exists()

@@ -5,6 +5,7 @@ So a run goes on from its recipe alone, and the same rows are tokenized once.
 
 import hashlib
 import json
+import logging
 import os
 from collections.abc import Iterable
 from pathlib import Path
@@ -13,6 +14,8 @@ from typing import Any
 from posttrain.blocks.images.pixels import image_as_text
 from posttrain.errors import DataError
 from posttrain.values import default_cache
+
+log = logging.getLogger("posttrain")
 
 
 def file_of(rows: Iterable[Any]) -> Path:
@@ -43,6 +46,43 @@ def file_of(rows: Iterable[Any]) -> Path:
         ) from error
     finally:
         draft.unlink(missing_ok=True)
+
+
+def asked_once(kind: str, said: Any, rows: Iterable[dict[str, Any]], name: str, folder: Path) -> Path:
+    """Return the JSON lines file with rows that something else is asked for, if it was not asked before.
+
+    So all ranks of a run train on the same rows, and a run goes on with them.
+
+    Args:
+        kind: a folder in the cache.
+        said: all that decides what is answered, as plain data.
+        rows: what it answers; nothing is asked before this is iterated.
+        name: of the source, for messages.
+        folder: the cache; of processes that ask at once, one does.
+    """
+    from filelock import FileLock
+
+    content = hashlib.sha256(json.dumps(said).encode()).hexdigest()
+    file = folder / kind / f"{content[:32]}.jsonl"
+    if file.is_file():
+        return file
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(file.with_suffix(".lock")):
+        if not file.is_file():
+            aside = file.with_suffix(f".tmp-{os.getpid()}")
+            try:
+                count = 0
+                with aside.open("w", encoding="utf-8") as out:
+                    for row in rows:
+                        out.write(json.dumps(row, ensure_ascii=False) + "\n")
+                        count += 1
+                aside.rename(file)
+            except DataError as error:
+                raise DataError(f"{name}: {error}") from None
+            finally:
+                aside.unlink(missing_ok=True)
+            log.info("%s: %s rows, kept in %s; another `revision` asks again", name, f"{count:,}", file)
+    return file
 
 
 def _line(row: Any, number: int) -> bytes:

@@ -9,8 +9,16 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeVar
 
 import attrs
 
-from posttrain.blocks.data.formats import FILE_READERS, FORMATS, TEXTS, Values, format_of, parquet_row, without_nulls
 from posttrain.blocks.data.hashes import sha256
+from posttrain.blocks.data.rows.formats import (
+    FILE_READERS,
+    FORMATS,
+    TEXTS,
+    Values,
+    format_of,
+    parquet_row,
+    without_nulls,
+)
 from posttrain.errors import DataError
 
 if TYPE_CHECKING:

@@ -7,7 +7,6 @@ token), and if wanted SNOWFLAKE_WAREHOUSE, _ROLE, _DATABASE and _SCHEMA.
 Source: docs.snowflake.com, developer-guide/sql-api (reference, handling-responses).
 """
 
-import hashlib
 import json
 import logging
 import os
@@ -18,6 +17,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from posttrain.blocks.data.cache import asked_once
 from posttrain.errors import DataError
 from posttrain.values import Secret
 
@@ -44,36 +44,18 @@ def rows_of(name: str, revision: str | None, token: Secret | None, cache: Path) 
     Raises:
         DataError: Snowflake cannot be asked, or refuses.
     """
-    from filelock import FileLock
-
     asked = name.removeprefix(PREFIX).strip()
     statement = f"SELECT * FROM {asked}" if TABLE.fullmatch(asked) else asked.rstrip(";")
     given = {name: os.environ.get(f"SNOWFLAKE_{name.upper()}") for name in ("account", *SETTINGS)}
     settings = {name: value for name, value in given.items() if value}
     account = settings.pop("account", "")
-    said = json.dumps([account, statement, settings, revision])
-    file = cache / "snowflake" / f"{hashlib.sha256(said.encode()).hexdigest()[:32]}.jsonl"
-    if file.is_file():
-        return file
-    if not account:
-        raise DataError(f"{name}: SNOWFLAKE_ACCOUNT is not set: `<organization>-<account>`, as in your address there")
-    file.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(file.with_suffix(".lock")):
-        if not file.is_file():
-            aside = file.with_suffix(f".tmp-{os.getpid()}")
-            try:
-                count = 0
-                with aside.open("w", encoding="utf-8") as out:
-                    for row in Statement(account, token or Secret("SNOWFLAKE_TOKEN")).run(statement, settings):
-                        out.write(json.dumps(row, ensure_ascii=False) + "\n")
-                        count += 1
-                aside.rename(file)
-            except DataError as error:
-                raise DataError(f"{name}: {error}") from None
-            finally:
-                aside.unlink(missing_ok=True)
-            log.info("%s: %s rows, kept in %s; another `revision` fetches them again", name, f"{count:,}", file)
-    return file
+
+    def rows() -> Iterator[dict[str, Any]]:
+        if not account:
+            raise DataError("SNOWFLAKE_ACCOUNT is not set: `<organization>-<account>`, as in your address there")
+        yield from Statement(account, token or Secret("SNOWFLAKE_TOKEN")).run(statement, settings)
+
+    return asked_once("snowflake", [account, statement, settings, revision], rows(), name, cache)
 
 
 class Statement:

@@ -11,10 +11,10 @@ from typing import Any, ClassVar
 import attrs
 from attrs.validators import gt, optional
 
+from posttrain.blocks.data import snowflake, verifiers
 from posttrain.blocks.data.cache import file_of
-from posttrain.blocks.data.formats import format_of
 from posttrain.blocks.data.readers import ArrowRows, HubStream, Reader, Row, files_like, is_pattern, local_reader
-from posttrain.blocks.data.snowflake import PREFIX, rows_of
+from posttrain.blocks.data.rows.formats import format_of
 from posttrain.errors import DataError
 from posttrain.registry import key, suggest
 from posttrain.values import Secret, default_cache, expanded
@@ -79,15 +79,16 @@ class Source:
     name_or_path: str
     """A file (jsonl, json, csv, parquet, or txt and md as one document each; all but parquet also as .gz), a pattern
     such as `notes/**/*.md`, a folder of files, a folder written by `Dataset.save_to_disk`, the name of a dataset on the
-    hub, or `snowflake:` with a table or a query. From Python also rows themselves: dicts in a list, a
-    `datasets.Dataset`, a generator."""
+    hub, `snowflake:` with a table or a query, or `verifiers:` with the id of an environment, whose tasks are the rows
+    (`verifiers:wordle?num_train=100`). From Python also rows themselves: dicts in a list, a `datasets.Dataset`, a
+    generator."""
     name: str | None = None
     """Configuration of a hub dataset (`main` of `openai/gsm8k`), or of a folder whose README.md lists `configs:`."""
     split: str | None = None
     """Split of a hub dataset or folder; `train` unless given. The files of a folder belong to splits as on the hub: by
     their names (`train.jsonl`, `data/train_sft-00000-of-00003.parquet`), or as `configs:` in its README.md says."""
     revision: str | None = None
-    """Branch, tag or commit of a hub dataset. Of Snowflake, any text: a new one runs the query again."""
+    """Branch, tag or commit of a hub dataset. Of Snowflake and verifiers, any text: a new one asks again."""
     columns: dict[str, str] = attrs.field(factory=dict)
     """Our name of a column -> theirs, where they differ: `{prompt: q, response: a}`, `{messages: chat}`."""
     weight: float = key(1.0, check=gt(0))
@@ -107,11 +108,7 @@ class Source:
         if not self.name_or_path:
             yield "name_or_path", "is empty"
         elif self.is_query:
-            if not self.name_or_path.removeprefix(PREFIX).strip():
-                yield "name_or_path", "names no table and no query: snowflake:my_db.public.chats, snowflake:SELECT ..."
-            for field in ("name", "split"):
-                if getattr(self, field) is not None:
-                    yield field, "means nothing for Snowflake"
+            yield from self._wrong_query()
             return
         elif self._looks_local() and not self.path.exists() and not is_pattern(self.name_or_path):
             yield "name_or_path", self._missing()
@@ -126,6 +123,25 @@ class Source:
         if self.path.is_file() and self.split not in (None, "train"):
             yield "split", f"a single file has no splits, so {self.split!r} cannot be chosen from it"
 
+    def _wrong_query(self) -> Iterator[tuple[str, str]]:
+        """Yield what is wrong with rows that something else is asked for."""
+        if self.name_or_path.startswith(snowflake.PREFIX):
+            if not self.name_or_path.removeprefix(snowflake.PREFIX).strip():
+                yield "name_or_path", "names no table and no query: snowflake:my_db.public.chats, snowflake:SELECT ..."
+            for field in ("name", "split"):
+                if getattr(self, field) is not None:
+                    yield field, "means nothing for Snowflake"
+            return
+        if not verifiers.asked(self.name_or_path)[0]:
+            yield "name_or_path", "names no environment: verifiers:gsm8k-v1"
+        elif not verifiers.installed():
+            yield "name_or_path", verifiers.INSTALL
+        for field in ("name", "token"):
+            if getattr(self, field) is not None:
+                yield field, "means nothing for an environment of verifiers"
+        if self.split not in (None, "train", "eval"):
+            yield "split", f"an environment of verifiers has train and eval, and no {self.split!r}"
+
     @property
     def path(self) -> Path:
         """The name as a path."""
@@ -133,12 +149,12 @@ class Source:
 
     @property
     def is_query(self) -> bool:
-        """Whether Snowflake has the rows."""
-        return self.name_or_path.startswith(PREFIX)
+        """Whether Snowflake or an environment is asked for the rows."""
+        return self.name_or_path.startswith((snowflake.PREFIX, verifiers.PREFIX))
 
     @property
     def is_local(self) -> bool:
-        """Whether this is a file or folder here; otherwise it is a hub name, or Snowflake's."""
+        """Whether this is a file or folder here; otherwise it is a hub name, or something is asked."""
         return not self.is_query and (self._looks_local() or self.path.exists())
 
     @property
@@ -154,7 +170,7 @@ class Source:
             DataError: it is not there, or cannot be read.
         """
         if self.is_query:
-            return local_reader(rows_of(self.name_or_path, self.revision, self.token, default_cache()), "train")
+            return local_reader(self._asked(), "train")
         if not self.is_local:
             return self._open_hub()
         if not self.path.exists():
@@ -196,6 +212,13 @@ class Source:
         said = [self.name, self.split, self.revision, self.max_rows, sorted(self.columns.items())]
         table = [sorted(known.columns.items()), sorted(known.splits.items()), known.name] if not self.is_local else []
         return hashlib.sha256(repr([reader.fingerprint(memory), said, table]).encode()).hexdigest()
+
+    def _asked(self) -> Path:
+        """Return the file with the rows that Snowflake or an environment gives."""
+        name, cache = self.name_or_path, default_cache()
+        if name.startswith(snowflake.PREFIX):
+            return snowflake.rows_of(name, self.revision, self.token, cache)
+        return verifiers.rows_of(name, self.split or "train", self.revision, self.max_rows, cache)
 
     def _known(self) -> Known:
         return KNOWN.get(self.name_or_path, Known())

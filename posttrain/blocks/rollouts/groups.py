@@ -132,8 +132,7 @@ def facts_of(groups: list[Group]) -> dict[str, list[list[float]]]:
         found["resampled"] = [[float(group.rounds or 0)] for group in groups]
     found["reply/cut_off"] = [[float(not one.ended) for one in group.replies] for group in groups]
     if any(one.messages for group in groups for one in group.replies):
-        turns = [[[m["role"] for m in one.messages].count("assistant") for one in group.replies] for group in groups]
-        found["turns"] = [[float(one) for one in some] for some in turns]
+        found["turns"] = [[float(one.turns) for one in group.replies] for group in groups]
         found["turns/anew"] = [[float(len(one.earlier)) for one in group.replies] for group in groups]
     return found
 

@@ -1,5 +1,6 @@
 """What passes between sampler, rewards and loss: replies as token ids, never tokenized again, and groups of them."""
 
+import itertools
 from typing import Any
 
 import attrs
@@ -24,7 +25,7 @@ class Reply:
     """Turns of the same conversation before it was rendered again, since its tokens would have changed."""
     messages: list[dict[str, Any]] = attrs.field(factory=list)
     """Of several turns, all that was said behind the prompt, as a conversation."""
-    reward: float = 0.0
+    reward: "float | Failure" = 0.0
     """What the environment gave for it."""
 
     def __attrs_post_init__(self) -> None:
@@ -34,6 +35,12 @@ class Reply:
     def drawn(self) -> list[bool]:
         """Whether the policy drew each token."""
         return [True] * len(self.ids) if self.said is None else self.said
+
+    @property
+    def turns(self) -> int:
+        """How often the policy spoke: stretches of tokens that it drew."""
+        each = [[False, *part.drawn] for part in self.parts]
+        return sum(not before and now for drawn in each for before, now in itertools.pairwise(drawn))
 
     @property
     def parts(self) -> "tuple[Reply, ...]":

@@ -8,7 +8,6 @@ import logging
 import math
 import signal
 import threading
-import typing
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -19,7 +18,7 @@ from attrs.validators import gt, optional
 from posttrain.blocks.rollouts.replies import Failure, Group, Sample
 from posttrain.errors import RegistryError, TrainingError
 from posttrain.interfaces import RewardBlock, Scorer
-from posttrain.registry import block, key, name_of
+from posttrain.registry import block, key, members, name_of
 from posttrain.words import counted
 
 if TYPE_CHECKING:
@@ -96,18 +95,11 @@ def reward(name: str) -> Callable[[F], F]:
     """
 
     def register(function: F) -> F:
-        asked = [p for p in inspect.signature(function).parameters.values() if p.kind is inspect.Parameter.KEYWORD_ONLY]
-        hints = typing.get_type_hints(function)
-        fields = {p.name: p.default for p in asked if p.default is not inspect.Parameter.empty}
-        made = type(
-            function.__name__,
-            (Function,),
-            {
-                **fields, "__annotations__": {p.name: hints.get(p.name, Any) for p in asked},
-                "__doc__": function.__doc__, "__module__": function.__module__, "__qualname__": function.__qualname__,
-                "score": lambda self, sample, **options: function(sample.prompt, sample.text, sample.row, **options),
-            },
-        )  # fmt: skip
+        def score(self: Function, sample: Sample, **options: Any) -> float:
+            found: float = function(sample.prompt, sample.text, sample.row, **options)
+            return found
+
+        made = type(function.__name__, (Function,), members(function, score=score))
         _blocks[function] = block("reward", name)(made)
         return function
 
@@ -227,17 +219,20 @@ def score(
             group.parts[name] = [next(checked) for _ in group.samples]
     for group in groups:
         if environment:
-            group.parts[ENVIRONMENT] = [reply.reward for reply in group.replies]
+            given = [reply.reward for reply in group.replies]
+            group.parts[ENVIRONMENT] = [one if isinstance(one, Failure) else number(one) for one in given]
         group.rewards = [_summed(group, i, rewards, environment) for i in range(len(group.samples))]
 
 
 def _summed(group: Group, i: int, rewards: dict[str, RewardBlock], environment: float) -> float | None:
-    total = environment * group.replies[i].reward if environment else 0.0
-    for name, one in rewards.items():
+    weights = {ENVIRONMENT: environment} if environment else {}
+    weights |= {name: one.weight for name, one in rewards.items()}
+    total = 0.0
+    for name, weight in weights.items():
         said = group.parts[name][i]
         if isinstance(said, Failure):
             return None
-        total += one.weight * said
+        total += weight * said
     return total
 
 

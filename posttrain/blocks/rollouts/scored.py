@@ -13,7 +13,7 @@ from posttrain.blocks.rollouts.ledger import EVALUATIONS, Rollouts
 from posttrain.blocks.rollouts.replies import Group, Reply
 from posttrain.blocks.rollouts.rewards import named, score
 from posttrain.errors import RecipeError
-from posttrain.interfaces import AheadSampler, EnvironmentBlock, RewardBlock, SamplerBlock
+from posttrain.interfaces import AgentBlock, AheadSampler, EnvironmentBlock, RewardBlock, SamplerBlock
 from posttrain.runtime.launch import all_reduce
 
 if TYPE_CHECKING:
@@ -32,7 +32,11 @@ class Scored:
         self.speaker = sampler.build(run)
         self.answer: Answer = self.replies
         self.weight = environment.weight if environment is not None else 0.0
-        if environment is not None:
+        if isinstance(environment, AgentBlock):
+            from posttrain.blocks.rollouts.agents.agents import Agents
+
+            self.answer = Agents(run, self.speaker, environment, template_args or {}).answers
+        elif environment is not None:
             from posttrain.blocks.rollouts.turns.conversations import Conversations
 
             self.answer = Conversations(run, self.speaker, environment, template_args or {}).answers

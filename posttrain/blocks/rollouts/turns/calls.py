@@ -53,6 +53,27 @@ class Convention:
                 break
         return Turn(text, calls)
 
+    def spellings(self, turn: Turn, shown: str, place: int) -> list[dict[str, Any]]:
+        """Return a turn as a message: in the words of the policy and, if it calls tools, as templates know calls.
+
+        Args:
+            turn: as it was read.
+            shown: its text with special tokens.
+            place: its number in the conversation, which goes into the names of its calls.
+        """
+        plain = {"role": "assistant", "content": shown}
+        if not turn.calls:
+            return [plain]
+        calls = [
+            {
+                "id": f"{place:04d}{i:05d}", "type": "function",
+                "function": {"name": call.name, "arguments": call.arguments},
+            }
+            for i, call in enumerate(turn.calls)
+        ]  # fmt: skip
+        words = turn.text.partition(self.begin)[0].strip() if self.begin else ""
+        return [plain, {"role": "assistant", "content": words, "tool_calls": calls}]
+
     def _after(self, shown: str, place: int) -> tuple[list[Call], int] | str:
         """Return the calls at a place, and where they end; or what is wrong with the first."""
         calls = list[Call]()

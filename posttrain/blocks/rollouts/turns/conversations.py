@@ -16,7 +16,7 @@ from posttrain.blocks.rollouts.in_process import ends_of
 from posttrain.blocks.rollouts.replies import Group, Outcome, Reply, Turn
 from posttrain.blocks.rollouts.turns.calls import convention
 from posttrain.errors import TrainingError
-from posttrain.interfaces import AheadSampler, EnvironmentBlock, Sampler
+from posttrain.interfaces import AheadSampler, EnvironmentBlock, Episode, Sampler
 from posttrain.runtime.launch import all_reduce
 
 if TYPE_CHECKING:
@@ -44,20 +44,25 @@ class Conversations:
             talk.hear(reply, last=self.environment.max_turns == 1)
         for turn in range(1, self.environment.max_turns):
             alive = [talk for talk in every if not talk.over]
-            if not self.any(alive):
+            if not anywhere(self.run, self.speaker, bool(alive)):
                 break
             asked = [talk.context for talk in alive], [(*talk.key, turn) for talk in alive]
             for talk, (reply,) in zip(alive, self.speaker.sample(*asked, 1, temperature), strict=True):
                 talk.hear(reply, last=turn + 1 == self.environment.max_turns)
         return [[talk.reply() for talk in some] for some in talks]
 
-    def any(self, alive: list["Talk"]) -> bool:
-        """Whether a conversation goes on, on any rank: all of them ask the sampler equally often, while it may need
-        weights from all of them."""
-        if isinstance(self.speaker, AheadSampler) and self.speaker.held:
-            return bool(alive)
-        count = torch.tensor(float(len(alive)), device=self.run.fabric.device)
-        return bool(all_reduce(self.run.fabric, count, "MAX"))
+
+def anywhere(run: "Run", speaker: Sampler, alive: bool) -> bool:
+    """Return whether something goes on, on any rank: all of them ask the sampler equally often, while it may need
+    weights from all of them."""
+    if isinstance(speaker, AheadSampler) and speaker.held:
+        return alive
+    return bool(all_reduce(run.fabric, torch.tensor(float(alive), device=run.fabric.device), "MAX"))
+
+
+def shown_in(tokenizer: Any, ids: list[int], ends: set[int]) -> str:
+    """Return a turn with its special tokens, but for the one that ended it."""
+    return str(tokenizer.decode(ids[:-1] if ids and ids[-1] in ends else ids))
 
 
 class Talk:
@@ -66,7 +71,7 @@ class Talk:
     def __init__(self, among: Conversations, group: Group, key: tuple[int, ...]) -> None:
         self.among, self.group, self.key = among, group, key
         self.tokenizer = among.run.tokenizer
-        self.episode = among.environment.reset(group.row)
+        self.episode: Episode = among.environment.reset(group.row)
         self.prompt, self.earlier = group.prompt, list[Reply]()
         self.ids, self.said, self.log_probs = list[int](), list[bool](), list[float]()
         self.messages, self.reward, self.over, self.ended = list[dict[str, Any]](), 0.0, False, False
@@ -86,7 +91,7 @@ class Talk:
         """Take in a turn of the policy, and the environment's answer to it."""
         self.add(reply.ids, reply.log_probs)
         text = self.tokenizer.decode(reply.ids, skip_special_tokens=True)
-        shown = self.shown(reply.ids)
+        shown = shown_in(self.tokenizer, reply.ids, self.among.ends)
         self.messages.append({"role": "assistant", "content": text})
         if not reply.ended:
             self.over = True
@@ -99,10 +104,6 @@ class Talk:
             self.messages += outcome.messages
             self.over = last or not self.grown(turn, shown, outcome.messages)
 
-    def shown(self, ids: list[int]) -> str:
-        """Return a turn with its special tokens, but for the one that ended it."""
-        return str(self.tokenizer.decode(ids[:-1] if ids and ids[-1] in self.among.ends else ids))
-
     def grown(self, turn: Turn, shown: str, answer: list[dict[str, Any]]) -> bool:
         """Append an answer, or begin again where the template writes the turns so far otherwise.
 
@@ -111,7 +112,7 @@ class Talk:
         """
         before = [*self.group.messages, *self.messages[: -1 - len(answer)]]
         far, renderings = str(self.tokenizer.decode(self.context, clean_up_tokenization_spaces=False)), list[str]()
-        for spelled in self.spellings(turn, shown, len(before)):
+        for spelled in self.among.convention.spellings(turn, shown, len(before)):
             try:
                 rendered = self.among.renderer.asked(
                     {**self.group.conversation, "messages": [*before, spelled, *answer]}
@@ -130,22 +131,6 @@ class Talk:
                 raise TrainingError(f"the chat template cannot write what the environment answers: {reason}")
             self.begin_anew(renderings[-1])
         return self.length() < self.among.environment.max_tokens
-
-    def spellings(self, turn: Turn, shown: str, place: int) -> list[dict[str, Any]]:
-        """Return the turn as a message, in the words of the policy and, with calls, as templates know them."""
-        plain = {"role": "assistant", "content": shown}
-        if not turn.calls:
-            return [plain]
-        calls = [
-            {
-                "id": f"{place:04d}{i:05d}", "type": "function",
-                "function": {"name": call.name, "arguments": call.arguments},
-            }
-            for i, call in enumerate(turn.calls)
-        ]  # fmt: skip
-        begin = self.among.convention.begin
-        words = turn.text.partition(begin)[0].strip() if begin else ""
-        return [plain, {"role": "assistant", "content": words, "tool_calls": calls}]
 
     def begin_anew(self, rendered: str) -> None:
         """Close the sample so far, and begin one with the conversation as it is rendered now."""
