@@ -231,9 +231,8 @@ def confirm(network: Any, name: str) -> None:
             if trained := [parameter for parameter in hf.parameters() if parameter.requires_grad]:
                 torch.autograd.grad(network(packed(each)), trained[0], allow_unused=True)
     except Exception as error:  # what a model wants besides tokens
-        raise RecipeError(
-            f"model {name!r} cannot be trained on tokens alone: {type(error).__name__}: {error}"
-        ) from error
+        said = f"{type(error).__name__}: {error}"
+        raise RecipeError(f"model {name!r} cannot be trained on tokens alone: {said}") from error
     finally:
         network.train(training)
     exact = hf.dtype == torch.float32
