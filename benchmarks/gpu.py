@@ -178,7 +178,7 @@ def grpo(tiny: bool, shared: bool) -> Found:
     block = posttrain.HFModel(name_or_path="x", random_init=True, config=wanted.config().to_dict(), **dtype)
     net = block.build(Fabric(accelerator="cpu", devices=1)).to(device)
     sizes = (32, 16, 4) if tiny else (2048, 500, 8)
-    batch = batch_of([grpo_step.group(net.vocabulary, *sizes)], pad_id=0, packing=shared, mask_truncated=False)
+    batch = batch_of([grpo_step.group(net.vocabulary, *sizes)], None, packing=shared, mask_truncated=False)
     computed = net.layout(batch).input_ids.numel()
     batch = batch.to(torch.device(device))
     spent = timed(lambda: grpo_step.ours(net, batch).backward(), device, 2 if tiny else 10)

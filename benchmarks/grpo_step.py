@@ -111,7 +111,7 @@ def main() -> None:
     net = network(given.model and str(Path(given.model)))
     one = group(net.vocabulary, given.prompt, given.reply, given.replies)
     batches = {
-        name: batch_of([one], pad_id=0, packing=shared, mask_truncated=False)
+        name: batch_of([one], None, packing=shared, mask_truncated=False)
         for name, shared in (("padded", False), ("shared prompt", True))
     }
     computed = {

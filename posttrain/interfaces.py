@@ -162,6 +162,33 @@ class Sampler(Protocol):
 
 
 @runtime_checkable
+class SeeingSampler(Sampler, Protocol):
+    """A sampler that can be shown the images of prompts."""
+
+    sees: bool
+    """That it can."""
+
+    def sample(
+        self,
+        prompts: list[list[int]],
+        keys: list[tuple[int, ...]],
+        n: int,
+        temperature: float | None = None,
+        images: list[list[dict[str, Any]]] | None = None,
+    ) -> "list[list[Reply]]":
+        """Return n replies to each prompt, as `Sampler` does.
+
+        Args:
+            prompts: token ids, placeholders of images included.
+            keys: of each prompt.
+            n: how many replies to each.
+            temperature: in place of the block's own.
+            images: of each prompt, in its order: `picture`, and where its placeholder stands (`at`, `length`). None
+                where no prompt has any.
+        """
+
+
+@runtime_checkable
 class AheadSampler(Sampler, Protocol):
     """A sampler that can keep sampling from earlier weights while those of the run change."""
 

@@ -4,19 +4,17 @@ import argparse
 import contextlib
 import json
 import os
-import subprocess
 import sys
 import time
-import urllib.request
-from collections.abc import Iterator
 from pathlib import Path
 
 # ruff: noqa: E402 - the demo beside this example has the data
 HERE = Path(__file__).parent
-sys.path.insert(0, str(HERE.parent / "demo"))
+sys.path[:0] = [str(HERE), str(HERE.parent / "demo")]
 
 import demo
 import make_data
+from own_server import served
 from rich.console import Console
 from rich.table import Table
 
@@ -56,26 +54,15 @@ def first_model(seed: int) -> None:
     file.write_text(json.dumps(json.loads(file.read_text()) | {"do_sample": True}))
 
 
-@contextlib.contextmanager
-def served() -> Iterator[None]:
+def server() -> contextlib.AbstractContextManager[None]:
     """Serve the first model by `transformers serve` until the pairs are made."""
     command = ["transformers", "serve", str(SFT), "--port", str(PORT), "--device", "cpu", "--continuous-batching"]
     command += ["--cb-max-memory-percent", "0.1"]  # by default its cache takes most of the memory that is free
-    environment = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "HF_HUB_OFFLINE": "1"}
-    log = open(FOLDER / "server.log", "w")  # noqa: SIM115 - as long as the server
-    server = subprocess.Popen([*command, "--log-level", "error"], env=environment, stdout=log, stderr=log)
-    try:
-        for _ in range(600):
-            if server.poll() is not None:
-                sys.exit(f"`transformers serve` has ended; {log.name} says why. pip install 'transformers[serving]'")
-            with contextlib.suppress(OSError), urllib.request.urlopen(f"http://127.0.0.1:{PORT}/health", timeout=1):
-                break
-            time.sleep(0.1)
-        yield
-    finally:
-        server.terminate()
-        server.wait()
-        log.close()
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    return served(
+        [*command, "--log-level", "error"], f"http://127.0.0.1:{PORT}/health", FOLDER / "server.log", PATH=path,
+        HF_HUB_OFFLINE="1",
+    )  # fmt: skip
 
 
 def accuracy(folder: Path) -> float:
@@ -103,7 +90,7 @@ def main(arguments: list[str]) -> dict[str, float]:
     began = time.perf_counter()
     questions(given.questions, given.seed)
     first_model(given.seed)
-    with served():
+    with server():
         run = ["synth", "run", str(HERE / "synth.yaml"), f"client.work_dir={FOLDER}/synth/{given.seed}"]
         if code := cli.main([*run, f"client.base_url=http://127.0.0.1:{PORT}/v1"]):
             sys.exit(code)

@@ -89,6 +89,15 @@ def rows(seed: int, count: int) -> Iterator[dict]:
         yield {"messages": messages}
 
 
+def prompts(seed: int, count: int) -> Iterator[dict]:
+    """Yield pictures with one question each, and the answer in a column of its own, for a reward to compare with."""
+    rng = random.Random(seed)
+    for row in rows(seed, count):
+        image, messages = row["messages"][0]["content"][0], row["messages"]
+        asked, answer = rng.choice(list(zip(messages[::2], messages[1::2], strict=True)))
+        yield {"prompt": [{"role": "user", "content": [image, asked["content"][-1]]}], "answer": answer["content"]}
+
+
 def tokenizer():
     """Return a tokenizer of whole words, with the marks around an image that Gemma 3 knows."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers

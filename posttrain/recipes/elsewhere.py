@@ -97,6 +97,9 @@ TRL
   vllm_importance_sampling_correction  = `correction` of `type: grpo`
   use_vllm, vllm_mode           = `sampler: {type: vllm-server}`, for a server beside the trainer
   vllm_server_base_url          = `sampler.base_url`
+  tools                         = `environment: {type: tools, tools: [...]}` of `type: grpo`
+  rollout_func                  = a function with `@agent`: `environment: {type: its name}`
+  environment_factory           = a block of kind `environment`, which answers each turn
   top_p, top_k, min_p           = nothing: what is sampled from must be what is trained
   mask_truncated_completions    = `mask_truncated` of `type: grpo`
   desirable_weight, undesirable_weight  = `good_weight` and `bad_weight` of `type: kto`

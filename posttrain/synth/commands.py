@@ -86,9 +86,11 @@ def plan(arguments: argparse.Namespace, made: SynthRecipe) -> None:
 
 def status(arguments: argparse.Namespace, made: SynthRecipe) -> None:
     """Say how the tasks stand by the ledger, also while another process runs them."""
+    from posttrain.synth.ledger.standing import counts
+
     ledger = _read_only(made)
     for task in _tasks(ledger, made):
-        say(f"{task}: {_standing(ledger.counts(ledger.find(task)))}")
+        say(f"{task}: {_standing(counts(ledger, ledger.find(task)))}")
         query = """SELECT coalesce(b.batch_id, b.nonce), b.state, coalesce(b.status, ''), b.lines,
             coalesce(b.completed, 0) FROM batch b JOIN task t ON t.id = b.task WHERE t.name = ? ORDER BY b.id"""
         for name, state, said, lines, completed in ledger.all(query, task):
@@ -97,8 +99,10 @@ def status(arguments: argparse.Namespace, made: SynthRecipe) -> None:
 
 def errors(arguments: argparse.Namespace, made: SynthRecipe) -> None:
     """List what has no result, by reason."""
+    from posttrain.synth.ledger import standing
+
     ledger = _read_only(made)
-    found = [(task, *row) for task in _tasks(ledger, made) for row in ledger.errors(ledger.find(task))]
+    found = [(task, *row) for task in _tasks(ledger, made) for row in standing.errors(ledger, ledger.find(task))]
     for task, code, message, number, final in found:
         say(f"{task}  {number:>8,}  {code:<28} {'refused' if final else 'given up'}  {message}")
     if not found:

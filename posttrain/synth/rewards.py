@@ -6,12 +6,15 @@ from typing import TYPE_CHECKING, Any
 import attrs
 from attrs.validators import gt, optional
 
+from posttrain.blocks.data.rows.media import images_of
+from posttrain.blocks.images.pixels import image_as_text
 from posttrain.blocks.rollouts.replies import Failure, Sample
 from posttrain.blocks.rollouts.rewards import Function
 from posttrain.interfaces import Scorer
 from posttrain.registry import block, key
 from posttrain.synth.clients.client import Synth
 from posttrain.synth.ledger.live import silent
+from posttrain.synth.pipelines.images import beside
 from posttrain.synth.pipelines.pipeline import Pipeline
 from posttrain.synth.pipelines.report import rows_in
 from posttrain.synth.steps.judge import Judge
@@ -98,6 +101,20 @@ class JudgeReward(Judge):
 
 def as_row(sample: Sample) -> dict[str, Any]:
     """Return a reply with its prompt as a row of data generation."""
-    said = sample.reply.messages[:-1]
-    return {**sample.row, "prompt": [*sample.messages, *said] if sample.messages else sample.prompt,
+    said, messages = sample.reply.messages[:-1], with_pictures(sample)
+    return {**beside(sample.row, messages), "prompt": [*messages, *said] if messages else sample.prompt,
             "response": sample.text}  # fmt: skip
+
+
+def with_pictures(sample: Sample) -> list[dict[str, Any]]:
+    """Return the messages of a prompt with images that can be sent: by path or address, or else the image itself."""
+    pictures = iter(sample.images)
+
+    def sent(part: dict[str, Any]) -> dict[str, Any]:
+        if part.get("type") != "image":
+            return part
+        picture = next(pictures)
+        return {"type": "image", "image": part.get("path") or part.get("url") or image_as_text(picture)}
+
+    return [each | {"content": list(map(sent, each["content"]))} if images_of(each) else each
+            for each in sample.messages]  # fmt: skip

@@ -17,16 +17,19 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from posttrain.batch import Batch, Extra
 from posttrain.blocks.data.data import Data
+from posttrain.blocks.images.arrange import IMAGES
 from posttrain.blocks.layout import Example
 from posttrain.blocks.models.quantized.sizes import Group, groups
 from posttrain.blocks.parallel.sharding import replace_tensors, units, weightless
 from posttrain.blocks.parallel.strategy import FSDP, DeepSpeed
+from posttrain.blocks.rollouts.prompts import PromptData
 from posttrain.errors import RecipeError
 from posttrain.interfaces import AgentBlock
 from posttrain.run import Run
 from posttrain.runtime.launch import silence_libraries
 from posttrain.tools.alive import Alive
-from posttrain.tools.vision.seen import UNKNOWN, constants, faked, fullest_of_images
+from posttrain.tools.twin.stand_ins import Sampling
+from posttrain.tools.vision.seen import UNKNOWN, constants, faked, fullest_of_images, prompt_of_images
 from posttrain.trainer import Trainer
 from posttrain.trainers.distill import DistillTrainer
 from posttrain.trainers.grpo import GRPOTrainer
@@ -193,7 +196,7 @@ def fullest(trainer: Trainer) -> Batch:
         RecipeError: the data block is not one of posttrain's.
     """
     data = trainer.data
-    if isinstance(trainer, GRPOTrainer | OnlineDPOTrainer | OnPolicyDistillTrainer):
+    if isinstance(trainer, Sampling):
         return full_groups(trainer)
     if not isinstance(data, Data):
         raise RecipeError(f"data: {type(data).__name__} does not say how long its rows are; a plan needs that")
@@ -215,8 +218,14 @@ def full_row(trainer: Trainer, data: Data, length: int) -> list[Example]:
     return [alone]
 
 
-def full_groups(trainer: GRPOTrainer | OnlineDPOTrainer | OnPolicyDistillTrainer) -> Batch:
-    """Return a micro-batch of prompts and replies that are as long as can be."""
+def full_groups(trainer: Sampling, asked: Example | None = None, tokenizer: Any = None) -> Batch:
+    """Return a micro-batch of prompts and replies that are as long as can be.
+
+    Args:
+        trainer: of the recipe.
+        asked: the prompt, with images that were read.
+        tokenizer: knows these images; None where tokens mean nothing.
+    """
     from posttrain.blocks.rollouts.groups import batch_of
     from posttrain.blocks.rollouts.pairs import pairs_of
     from posttrain.blocks.rollouts.replies import Group, Reply
@@ -225,6 +234,9 @@ def full_groups(trainer: GRPOTrainer | OnlineDPOTrainer | OnPolicyDistillTrainer
     if not isinstance(trainer, OnPolicyDistillTrainer):
         n = trainer.group_size
     prompt = [1 + i % 2 for i in range(trainer.data.max_length if isinstance(trainer.data, Data) else 1)]
+    images: list[dict[str, Any]] = []
+    if asked is not None:
+        prompt, images = asked.documents[0][0].tolist(), asked.values[IMAGES][0]
     said = tokens
     if isinstance(trainer, GRPOTrainer) and (environment := trainer.environment) is not None:
         begun = len(prompt) if isinstance(environment, AgentBlock) else 0  # of what max_tokens limits
@@ -232,13 +244,14 @@ def full_groups(trainer: GRPOTrainer | OnlineDPOTrainer | OnPolicyDistillTrainer
         said = min(tokens, trainer.longest)
     drawn = [i >= tokens - said for i in range(tokens)]
     replies = [Reply([1 + (i >> bit) % 2 for bit in range(tokens)], [0.0] * tokens, True, drawn) for i in range(n)]
-    group = Group(0, prompt, {}, [], replies, rewards=[float(i) for i in range(n)], advantages=[0.0] * n)
+    known: dict[str, Any] = {"rewards": [float(i) for i in range(n)], "advantages": [0.0] * n, "images": images}
+    group = Group(0, prompt, {}, [], replies, **known)
     groups = [group] * trainer.micro_batch_size
     if isinstance(trainer, OnlineDPOTrainer):
-        return pairs_of(groups, 0)
+        return pairs_of(groups, tokenizer)
     if isinstance(trainer, OnPolicyDistillTrainer):
-        return batch_of(groups, pad_id=0, packing=True, mask_truncated=False)
-    batch = batch_of(groups, pad_id=0, packing=trainer.branching, mask_truncated=False)
+        return batch_of(groups, tokenizer, packing=True, mask_truncated=False)
+    batch = batch_of(groups, tokenizer, packing=trainer.branching, mask_truncated=False)
     zeros = torch.zeros(len(batch.supervised))
     more = {"reference": trainer.beta > 0, "old": trainer.updates > 1}
     return batch.but(**{name: Extra(zeros, "target") for name, wanted in more.items() if wanted})
@@ -247,6 +260,9 @@ def full_groups(trainer: GRPOTrainer | OnlineDPOTrainer | OnPolicyDistillTrainer
 def images_of_rows(trainer: Trainer) -> Batch | None:
     """Return a micro-batch that is full of images, as the loop would give it to the loss; None if there are none."""
     size, data = trainer.sequence.size if trainer.sequence else 1, trainer.data
+    if isinstance(trainer, Sampling) and isinstance(data, PromptData):
+        found = prompt_of_images(trainer, data.max_length)
+        return full_groups(trainer, *found) if found is not None else None
     made = fullest_of_images(trainer, -(-data.max_length // size)) if isinstance(data, Data) else None
     if made is not None and getattr(trainer, "precompute_reference", False):
         made = made.but(reference_log_probs=torch.zeros(len(made.supervised)))

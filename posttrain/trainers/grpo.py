@@ -7,7 +7,6 @@ import attrs
 from attrs.validators import ge, gt, le, optional
 
 from posttrain.batch import Batch, Extra, Term
-from posttrain.blocks.data.data import pad_id
 from posttrain.blocks.losses import policy  # noqa: F401 - registers the losses
 from posttrain.blocks.losses.surrogate import (
     Advantage,
@@ -174,7 +173,7 @@ class GRPOTrainer(RewardedTrainer):
         run = self.run
         groups = self.replies.groups(batches, self.group_size, self.compared)
         keys: dict[str, Any] = {"packing": self.branching, "mask_truncated": self.mask_truncated}
-        found = [batch_of(some, pad_id=pad_id(run.tokenizer), **keys) for some in groups]
+        found = [batch_of(some, run.tokenizer, **keys) for some in groups]
         return [self.answered(run.to_device(batch)) for batch in found]
 
     def answered(self, batch: Batch) -> Batch:

@@ -7,12 +7,12 @@ import attrs
 from attrs.validators import and_, ge, gt, le, lt, optional
 
 from posttrain.batch import Batch, Term
-from posttrain.blocks.data.data import pad_id
 from posttrain.blocks.data.kinds.preference import PreferenceData
 from posttrain.blocks.models.model import HFModel
 from posttrain.blocks.rollouts.prompts import PromptData
 from posttrain.blocks.rollouts.sampler import TransformersSampler
-from posttrain.interfaces import DataBlock, ModelBlock, Sampler, SamplerBlock
+from posttrain.errors import RecipeError
+from posttrain.interfaces import DataBlock, ModelBlock, Sampler, SamplerBlock, SeeingSampler
 from posttrain.registry import block, default, key
 from posttrain.run import Run
 from posttrain.trainer import Trainer
@@ -61,8 +61,15 @@ class OnPolicyDistillTrainer(Trainer):
 
     def setup(self) -> Run:
         """Build what speaks, too."""
+        from posttrain.blocks.rollouts.continued import WITH_REPLIES
+        from posttrain.blocks.rollouts.groups import TEXT_ALONE, holds_images
+
         run = super().setup()
         self.speaker = self.sampler.build(run)
+        if holds_images(run) and not isinstance(self.data, PromptData):
+            raise RecipeError(WITH_REPLIES)
+        if holds_images(run) and not isinstance(self.speaker, SeeingSampler):
+            raise RecipeError(TEXT_ALONE)
         return run
 
     def made(self, batches: list[Batch]) -> list[Batch]:
@@ -70,7 +77,7 @@ class OnPolicyDistillTrainer(Trainer):
         from posttrain.blocks.rollouts.continued import continued
 
         run = self.run
-        found = continued(run, self.speaker, batches, self.on_policy, self.seed, pad_id(run.tokenizer))
+        found = continued(run, self.speaker, batches, self.on_policy, self.seed)
         return [run.to_device(batch) for batch in found]
 
     def loss(self, batch: Batch) -> dict[str, Term]:

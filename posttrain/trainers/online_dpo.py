@@ -7,7 +7,6 @@ import attrs
 from attrs.validators import ge, gt, optional
 
 from posttrain.batch import Batch, Term
-from posttrain.blocks.data.data import pad_id
 from posttrain.blocks.losses import preference  # noqa: F401 - registers the losses
 from posttrain.blocks.losses.objective import Objective
 from posttrain.blocks.models.model import HFModel
@@ -55,7 +54,7 @@ class OnlineDPOTrainer(RewardedTrainer):
         from posttrain.blocks.rollouts.pairs import pairs_of
 
         run, groups = self.run, self.replies.groups(batches, self.group_size, "group")
-        return [run.to_device(pairs_of(some, pad_id(run.tokenizer))) for some in groups]
+        return [run.to_device(pairs_of(some, run.tokenizer)) for some in groups]
 
     def loss(self, batch: Batch) -> "dict[str, Term]":
         """Return the mean loss of the pairs."""

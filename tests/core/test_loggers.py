@@ -8,6 +8,7 @@ from typing import Any
 
 import lightning.pytorch.loggers as theirs
 import pytest
+import rich.console
 from toy import metrics, trainer
 
 from posttrain.blocks.loggers.logger import JSONL, Console
@@ -126,7 +127,8 @@ def test_what_was_opened_is_closed_when_a_later_logger_fails(tmp_path: Path) -> 
 @pytest.mark.parametrize(
     ("keys", "said"),
     [
-        ({}, "run the same command again "), ({"checkpoint": []}, "nothing was saved"),
+        ({}, "run the same command again "),
+        ({"checkpoint": []}, "nothing was saved (checkpoint: [resume])"),
         ({"resume": "never"}, "run the same command again with resume=auto"),
     ],
 )  # fmt: skip
@@ -137,3 +139,19 @@ def test_an_interrupted_run_says_whether_it_can_go_on(
     made.logger = [Console()]
     made.train()
     assert said in capsys.readouterr().out
+
+
+def test_names_with_brackets_are_shown_as_they_are(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = tmp_path / "a[red]b"
+    made = trainer(folder, max_steps=1)
+    made.logger = [Console()]
+    made.train()
+    assert "a[red]b" in capsys.readouterr().out.replace("\n", "")
+    from posttrain.blocks.loggers.ledger import ledger
+
+    counts = {"rows_in": 2, "dropped": {"[bold]": 1}, "documents": 1}
+    table = ledger({"sources": {"notes/[ab]*.jsonl": counts}})
+    rich.console.Console(width=200).print(table)
+    shown = capsys.readouterr().out
+    assert "notes/[ab]*.jsonl" in shown
+    assert "1 dropped: [bold]" in shown

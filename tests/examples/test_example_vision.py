@@ -34,6 +34,26 @@ def test_the_demo_of_images_leaves_what_it_promises(
         assert (Path("runs/vision") / name / "huggingface" / "processor_config.json").exists()
 
 
+@pytest.mark.slow
+def test_the_demo_of_rewards_goes_on_from_a_model_that_sees(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.syspath_prepend(str(DEMO))
+    monkeypatch.chdir(tmp_path)
+    import figures
+    import learn_from_rewards as demo
+
+    figures.make(Path("runs/vision/data"), train=120, test=24)
+    monkeypatch.setattr(demo.seeing.console, "_width", 160)
+    short = ["max_steps=2", "log_every=1", "accelerator=cpu"]
+    totals = demo.main(short, [*short, "eval_every=2", "micro_batch_size=4"], pictures=40)
+    assert len(totals) == 2
+    assert "and from rewards" in capsys.readouterr().out
+    (line, *_) = Path("runs/vision/rewards/rollouts.jsonl").read_text().splitlines()
+    assert len(line) < 20_000, "pixels are written down"
+    assert len(json.loads(line)["images"]) == 1
+
+
 def test_figures_are_drawn_as_they_are_described(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(DEMO))
     import figures

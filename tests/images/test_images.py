@@ -399,16 +399,6 @@ def test_pixels_in_half_precision_become_what_others_are() -> None:
     assert as_tensor(torch.ones(2, dtype=torch.int64)).dtype == torch.int64
 
 
-def test_data_that_cannot_take_images_refuses_them(folder: Any, tmp_path: Path) -> None:
-    from posttrain.blocks.rollouts.prompts import PromptData
-
-    (tmp_path / "a.png").write_bytes(png(0))
-    tokenizer = HFTokenizer().build(HFModel(name_or_path=str(folder("llava"))))
-    asked = str(written(tmp_path, [{"messages": [ask(Path("a.png"), "what?")]}], "prompts.jsonl"))
-    with pytest.raises(DataError, match="there are images, and replies to them cannot be sampled yet"):
-        PromptData(sources=[asked], cache_dir=tmp_path / "c").build(tokenizer, 1, 0, 1, 0)
-
-
 def test_plain_text_trains_on_a_model_that_sees_images(folder: Any, tmp_path: Path) -> None:
     from posttrain import CausalData
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 from policies import grpo, replies
 from ranks import on_two_ranks
+from test_agents import played
 from test_engines import Double, sampler, serve  # noqa: F401 - a fixture
 from test_turns import adder, quiz  # noqa: F401 - a tool
 from toy import metrics
@@ -89,12 +90,12 @@ AT_ONCE = 5
 """Requests of the first step: its four prompts and a probe."""
 
 
+@pytest.mark.parametrize("play", [quiz, played])
 def test_conversations_and_second_tries_come_from_a_sampler_ahead_as_well(
-    tmp_path: Path,
-    tiny_model: Path,
-    serve: Any,
+    tmp_path: Path, tiny_model: Path, serve: Any, play: Any
 ) -> None:
-    last = quiz(tmp_path / "run", tiny_model, sampler=sampler(serve()), resample=1, **AHEAD).train().last
+    keys: dict[str, Any] = {"sampler": sampler(serve()), "resample": 1, "max_steps": 3}
+    last = play(tmp_path / "run", tiny_model, **keys, **AHEAD).train().last
     assert last["policy/moved"] == 0.0
     assert "resampled" in last
 

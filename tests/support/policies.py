@@ -39,18 +39,16 @@ def prompts(folder: Path, letters: str) -> Path:
     return file
 
 
-def grpo(folder: Path, model: Path, letters: str = "eeee", **keys: Any) -> Any:
+def grpo(folder: Path, model: Path, /, letters: str = "eeee", **keys: Any) -> Any:
     source = prompts(folder.parent / f"{folder.name} data", letters)
     defaults: dict[str, Any] = {
         "max_steps": 2, "micro_batch_size": 4, "optimizer": AdamW(lr=1e-3), "scheduler": Constant(),
         "logger": [JSONL()], "checkpoint": [], "log_every": 1, "rewards": [digest], "accelerator": "cpu",
         "output_dir": folder, "sampler": TransformersSampler(max_new_tokens=8), "group_size": 4,
     }  # fmt: skip
-    model_keys = {"lora": keys.pop("lora")} if "lora" in keys else {}
     data = PromptData(sources=[source], eval_sources=[source], cache_dir=folder.parent / "cache")
-    return GRPOTrainer(
-        model=HFModel(name_or_path=str(model), **model_keys), data=data, **{**defaults, **keys}
-    )  # fmt: skip
+    network = HFModel(name_or_path=str(model), lora=keys.pop("lora", None))
+    return GRPOTrainer(**{"model": network, "data": data, **defaults, **keys})
 
 
 def replies(folder: Path) -> list[tuple[int, int, list[list[int]]]]:

@@ -3,6 +3,7 @@
 State lives in memory of the test process; clients that are killed run in processes of their own.
 """
 
+import contextlib
 import json
 import random
 import re
@@ -13,6 +14,7 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, urlparse
 
@@ -46,14 +48,33 @@ class Server:
         self.lock = threading.RLock()
         self.most_in_flight = self.in_flight = 0
         self.delay = 0.0
-        self.http = ThreadingHTTPServer(("127.0.0.1", 0), type("H", (Handler,), {"server_": self}))
-        self.http.daemon_threads = True
+        self.connections: set[socket.socket] = set()
+        self.dead = False
+        self.listen(0)
         self.url = f"http://127.0.0.1:{self.http.server_address[1]}/v1"
-        threading.Thread(target=lambda: self.http.serve_forever(0.02), daemon=True).start()
+
+    def listen(self, port: int) -> None:
+        self.http = ThreadingHTTPServer(("127.0.0.1", port), type("H", (Handler,), {"server_": self}))
+        self.http.daemon_threads = True
+        threading.Thread(target=self.http.serve_forever, args=(0.02,), daemon=True).start()
 
     def close(self) -> None:
         self.http.shutdown()
         self.http.server_close()
+
+    def die(self) -> None:
+        """Be gone as a process that was killed: nobody listens, and all connections are cut."""
+        self.close()  # first: whoever finds it gone may start it again at once
+        with self.lock:  # an answer that was begun is sent
+            self.dead = True
+            for connection in list(self.connections):
+                with contextlib.suppress(OSError):
+                    connection.shutdown(socket.SHUT_RDWR)
+
+    def back(self) -> None:
+        """Be there again, at the same address and with what it knew."""
+        self.listen(self.http.server_address[1])
+        self.dead = False
 
     @property
     def paid_lines(self) -> int:
@@ -102,16 +123,20 @@ def pay(server: Server, lines: list[dict[str, Any]]) -> None:
 
 class Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True  # headers and body are two packets: without this, an answer takes 40 ms
     server_: Server
 
     def log_message(self, *arguments: Any) -> None:
         pass
 
     def handle(self) -> None:
+        self.server_.connections.add(self.connection)
         try:
             super().handle()
         except (ConnectionError, OSError, ValueError):  # the client was killed, or a fault closed the connection
             self.close_connection = True
+        finally:
+            self.server_.connections.discard(self.connection)
 
     def do_GET(self) -> None:
         self.route("GET")
@@ -147,6 +172,8 @@ class Handler(BaseHTTPRequestHandler):
         identity = re.search(r"(?:file|batch)-[0-9]+", path)
         name = identity[0] if identity else ""
         with server.lock:
+            if server.dead:
+                raise ConnectionAbortedError
             if key == "POST /files":
                 self.json(server.files[self.saved()])
             elif key == "GET /files":
@@ -271,6 +298,12 @@ def nothing(handler: Handler) -> bool:
     return False
 
 
+def dies(handler: Handler) -> bool:
+    """Take the whole server down before any answer."""
+    handler.server_.die()
+    return True
+
+
 def expire(status: str, keep: int, say: bool = True) -> Callable[[Server, dict[str, Any], list[dict[str, Any]]], None]:
     """End a batch with only some lines done; the others are in the error file if `say`."""
 
@@ -288,6 +321,17 @@ def expire(status: str, keep: int, say: bool = True) -> Callable[[Server, dict[s
         server.finish = complete
 
     return finish
+
+
+KEY = "sk-very-secret-0123456789"
+
+
+def client(server: Any, folder: Path, **more: Any) -> Any:
+    """A client of the server that waits for nothing; one by one, unless `mode` says otherwise."""
+    from posttrain.synth import OpenAISynth
+
+    given = {"mode": "online", "concurrency": 8, "poll_every": 0.01, "reconcile_after": 0.01, "api_key": KEY, **more}
+    return OpenAISynth(base_url=server.url, work_dir=folder, **given)
 
 
 def add(made: Any, count: int = 7, task: str = "t", **body: Any) -> Any:
@@ -318,6 +362,11 @@ def saying(
 
 def last(body: dict[str, Any]) -> str:
     return str(body["messages"][-1]["content"])
+
+
+def asked_by(body: dict[str, Any]) -> int:
+    """The number of a question that `add` has asked."""
+    return int(last(body).removeprefix("q"))
 
 
 def by_length(body: dict[str, Any]) -> str:

@@ -1,5 +1,7 @@
 """Tiny models of images and text of eight families, each saved like a downloaded one, processor included; and pictures."""
 
+import base64
+import json
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +40,10 @@ TEMPLATE = """{% for m in messages %}<|im_start|>{{ m.role }}
 {{ p.text }}{% endif %}{% endfor %}{% endif %}<|im_end|>
 {% endfor %}{% if add_generation_prompt %}<|im_start|>assistant
 {% endif %}"""
+
+
+SIZES = ((40, 24), (64, 64), (33, 57), (96, 40))
+"""Width and height of the pictures of `prompts`."""
 
 
 def tokenizer_of(family: str) -> Any:
@@ -214,3 +220,25 @@ def opened(file: Path) -> Any:
     from PIL import Image
 
     return Image.open(file).convert("RGB")
+
+
+def prompts(folder: Path) -> Path:
+    """A file of prompts with one, no and two images: in a column, in the row itself, and with text alone."""
+    folder.mkdir(parents=True, exist_ok=True)
+    files = [folder / f"{n}.png" for n in range(len(SIZES))]
+    for n, file in enumerate(files):
+        picture(n, SIZES[n]).save(file)
+    inline = base64.b64encode(files[2].read_bytes()).decode()
+    parts = [{"type": "image", "base64": inline}, {"type": "text", "text": "this?"}]
+    rows: list[dict[str, Any]] = [
+        {"prompt": "<image> what?", "images": ["0.png"], "answer": "a"},
+        {"messages": [{"role": "user", "content": "say no"}], "answer": "b"},
+        {"messages": [{"role": "user", "content": parts}, {"role": "assistant", "content": "yes"}], "answer": "c"},
+        {"prompt": "<image> or <image>?", "images": ["1.png", "3.png"], "answer": "d"},
+    ]
+    (folder / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder / "prompts.jsonl"
+
+
+SHOWN: dict[str, list[int]] = {"a": [0], "b": [], "c": [2], "d": [1, 3]}
+"""The answer that such a prompt wants -> the numbers of its images."""

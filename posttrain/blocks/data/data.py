@@ -21,7 +21,7 @@ from posttrain.blocks.data.sources import Source, as_sources
 from posttrain.blocks.data.store import table
 from posttrain.blocks.data.streams import Stream, StreamEncoding
 from posttrain.blocks.data.views import Documents, Limits, by_share, documents, totals
-from posttrain.blocks.images.arrange import IMAGES, arrange
+from posttrain.blocks.images.arrange import IMAGES, shown
 from posttrain.blocks.images.pixels import Pictures
 from posttrain.blocks.images.processor import images_of
 from posttrain.blocks.layout import Column, Columns, Example, collate
@@ -166,12 +166,7 @@ class Data:
             return lay
 
         def collated(rows: list[list[Example]], multiple: int = 1) -> Batch:
-            batch = lay(rows, multiple)
-            extra = dict(batch.extra)
-            spans = extra.pop(IMAGES).values
-            counted = {**batch.counted, IMAGES: sum(map(len, spans))}
-            batch = attrs.evolve(batch, extra=extra, counted=counted)
-            return arrange(batch, spans, sight.pictures.processor, sight.pictures.read)
+            return shown(lay(rows, multiple), sight.pictures.processor, sight.pictures.read)
 
         return collated
 

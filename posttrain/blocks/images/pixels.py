@@ -6,6 +6,7 @@ ahead, and must then be those that were tokenized.
 
 import base64
 import binascii
+import contextlib
 import hashlib
 import io
 import os
@@ -153,9 +154,27 @@ def image_as_text(image: Any) -> str:
     raise TypeError(f"Object of type {type(image).__name__} is not JSON serializable")
 
 
+def without_pixels(value: Any, key: str = "") -> Any:
+    """Return a row with a hash in place of every image that lies in it; what names one by path or address stays.
+
+    >>> without_pixels({"image": "data:image/png;base64,eA==", "path": "x.png"})["image"]["hash"][:8]
+    '2d711642'
+    """
+    if isinstance(value, dict):
+        source = value.get("type") == "base64"  # as Anthropic's API has it
+        return {k: without_pixels(inner, "base64" if source and k == "data" else k) for k, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [without_pixels(inner, key) for inner in value]
+    if isinstance(value, str) and (value.startswith("data:") or key == "base64"):
+        with contextlib.suppress(Unreadable):
+            value = from_text(value if value.startswith("data:") else f"data:;base64,{value}")
+    picture = isinstance(value, bytes | bytearray) or type(value).__module__.startswith("PIL.")
+    return {"hash": hash_of(value)} if picture else value
+
+
 def hash_of(data: "bytes | Image") -> str:
     """Return what tells an image from others."""
-    if isinstance(data, bytes):
+    if isinstance(data, bytes | bytearray):
         return hashlib.sha256(data).hexdigest()
     return hashlib.sha256(repr((data.mode, data.size)).encode() + data.tobytes()).hexdigest()
 

@@ -13,6 +13,7 @@ from rich import box
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, TextColumn, TimeRemainingColumn
 from rich.table import Table
+from rich.text import Text
 
 from posttrain.blocks.loggers.ledger import ledger
 from posttrain.errors import TrainingError
@@ -97,7 +98,7 @@ class ConsoleLogger:
 
     def say(self, line: str) -> None:
         """Print a line; where it is too long, the terminal or the reader's editor may break it, not we."""
-        self.console.print(line, highlight=False, soft_wrap=True)
+        self.console.print(line, highlight=False, soft_wrap=True, markup=False)
 
     def finalize(self, status: str) -> None:
         """Print how the run went, and where everything is."""
@@ -154,9 +155,9 @@ class ConsoleLogger:
         table = Table(box=box.SIMPLE, show_header=False, pad_edge=False)
         table.add_column(style="dim")
         table.add_column()
-        table.add_row("status", f"[{COLORS.get(status, 'white')}]{status}[/]")
+        table.add_row("status", Text(status, COLORS.get(status, "white")))
         steps = f"{run.step:,} of {run.max_steps:,}"
-        table.add_row("steps", f"{steps}  ({run.stop})" if run.stop else steps)
+        table.add_row("steps", Text(f"{steps}  ({run.stop})" if run.stop else steps))
         if skipped := run.memory.get("skipped_steps"):
             table.add_row("left out", f"{counted(skipped, 'step')}, whose gradients were not finite", style="yellow")
         table.add_row("epochs", f"{run.epochs:.3g}" if run.rows_per_epoch else f"{run.epoch} (a stream)")
@@ -170,11 +171,11 @@ class ConsoleLogger:
         table.add_row("time", duration(seconds))
         if "memory_gb" in run.last:
             table.add_row("peak memory", f"{run.last['memory_gb']:.2f} GiB")
-        table.add_row("folder", str(run.output_dir))
+        table.add_row("folder", Text(str(run.output_dir)))
         if status == "interrupted":
             how = "run the same command again" + (" with resume=auto" if run.recipe.get("resume") == "never" else "")
             saved = any(map(is_checkpoint, run.output_dir.iterdir()))
-            table.add_row("to go on", how if saved else "not possible: nothing was saved (checkpoint: [resume])")
+            table.add_row("to go on", Text(how if saved else "not possible: nothing was saved (checkpoint: [resume])"))
         return table
 
 

@@ -12,6 +12,7 @@ def ledger(found: dict[str, Any]) -> "Table":
     """Return what became of the rows of each source, as a table."""
     from rich import box
     from rich.table import Table
+    from rich.text import Text
 
     parts = [("", found), ("held out: ", found.get("eval", {}))]
     entries = [(prefix + source, entry) for prefix, part in parts for source, entry in part.get("sources", {}).items()]
@@ -25,7 +26,7 @@ def ledger(found: dict[str, Any]) -> "Table":
     for title in ("data", *columns):
         table.add_column(title.replace("_", " "), justify="left" if title == "data" else "right", overflow="fold")
     for name, entry in summed:
-        table.add_row(name, *(human(entry.get(column, 0)) for column in columns))
+        table.add_row(Text(name), *(human(entry.get(column, 0)) for column in columns))
     reasons = [f"{source}: {read}" for source, entry in entries if (read := said(entry))]
     reasons += [
         f"{source}: {_count(count):,} dropped: {reason}"
@@ -35,7 +36,7 @@ def ledger(found: dict[str, Any]) -> "Table":
     packing = found.get("packing")
     if packing:
         reasons.append(f"{counted(packing['rows'], 'row')} per epoch, filled to {packing['filled']:.1%}")
-    table.caption = "\n".join(reasons) or None
+    table.caption = Text("\n".join(reasons)) if reasons else None
     table.caption_justify = "left"
     return table
 

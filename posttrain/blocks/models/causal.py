@@ -116,17 +116,24 @@ class CausalLM(PackedModel):
         return top_of(self.logits(layout)[:, known], k, temperature)
 
     @torch.no_grad()
-    def next_logits(self, ids: Tensor, mask: Tensor, cache: Any) -> Tensor:
+    def next_logits(
+        self, ids: Tensor, mask: Tensor, cache: Any, shift: Tensor | None = None, images: Layout | None = None
+    ) -> Tensor:
         """Return the logits of the token that follows each row, float32 [rows, vocabulary].
 
         Args:
             ids: int64 [rows, new], tokens that the cache does not hold yet.
             mask: int64 [rows, width], 0 for padding at the left; of all tokens so far, the new ones included.
             cache: a transformers `Cache` of what came before, which the new tokens are added to.
+            shift: int64 [axes, rows, 1], by how much positions of several axes are ahead of the number of tokens.
+            images: where the new tokens hold images, their layout, with positions.
         """
         self.bounds.at = None
         positions = (mask.cumsum(-1) - 1).clamp(min=0)[:, -ids.shape[1] :]
+        positions = positions if shift is None else positions + shift
         given = {"attention_mask": mask, "position_ids": positions, "use_cache": True, CACHE: cache}
+        if images is not None:
+            given |= {"position_ids": images.position_ids, **self.images_of(images)}
         output = self.base(input_ids=ids, logits_to_keep=1, **given)
         return output.logits[:, -1].float()  # type: ignore[no-any-return]
 

@@ -116,16 +116,27 @@ class PackedModel(nn.Module):
             TrainingError: the layout has images, and the network cannot see them exactly.
         """
         given = inputs(layout, masks=self.attention != NAME)
-        images, blocks = (given.pop(name, None) for name in (IMAGES, BLOCKS))
-        if images is None:
-            return given
+        found = {name: value for name, value in given.items() if name not in (IMAGES, BLOCKS)}
+        return found | self.images_of(layout)
+
+    def images_of(self, layout: Layout) -> dict[str, Any]:
+        """Return the arguments of the transformers model for the images of a layout, if it has any.
+
+        Raises:
+            TrainingError: the network cannot see them exactly.
+        """
+        images, blocks = (layout.arguments.get(name) for name in (IMAGES, BLOCKS))
+        if images is None or blocks is None:
+            return {}
         if self.sight is None:
             raise TrainingError(f"the data holds images, and {self.blind}")
         if layout.sequence_group is not None:
             raise TrainingError("the data holds images, which `sequence` cannot cut into columns; leave it out")
-        features = self.base.base_model.get_image_features(**images, return_dict=True)
-        more = {BLOCKS: blocks} if self.sight.blocks else {}
-        return {**given, **more, "mm_encoder_outputs": {"image": features}}
+        tensors = images.values
+        tensors = tensors(layout.input_ids.device) if callable(tensors) else tensors
+        features = self.base.base_model.get_image_features(**tensors, return_dict=True)
+        more = {BLOCKS: blocks.values} if self.sight.blocks else {}
+        return {**more, "mm_encoder_outputs": {"image": features}}
 
     @contextmanager
     def running(self, layout: Layout) -> Iterator[None]:

@@ -10,7 +10,12 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import DynamicCache
 
+from posttrain.batch import Layout
+from posttrain.blocks.images.arrange import PICTURE, arrange
+from posttrain.blocks.images.processor import images_of
+from posttrain.blocks.layout import lay
 from posttrain.blocks.rollouts.replies import Reply
+from posttrain.errors import TrainingError
 from posttrain.runtime.launch import all_reduce
 
 WINDOW = 16
@@ -31,14 +36,19 @@ def asking(run: Any) -> Iterator[None]:
 
 
 def ends_of(run: Any) -> list[int]:
-    """Return the tokens that end a reply: those of the model, and that of its tokenizer."""
+    """Return the tokens that end a reply: those of the model, that of its tokenizer, and the placeholder of images,
+    which nobody can say."""
     said: Any = run.model.module.base.generation_config.eos_token_id
-    ends = {*(said if isinstance(said, list) else [said]), run.tokenizer.eos_token_id} - {None}
+    processor = images_of(run.tokenizer)
+    placeholder = None if processor is None else processor.token_id
+    ends = {*(said if isinstance(said, list) else [said]), run.tokenizer.eos_token_id, placeholder} - {None}
     return sorted(ends)
 
 
 class InProcess:
     """Samples from `run.model` as it is at the moment."""
+
+    sees = True
 
     def __init__(self, run: Any, max_new_tokens: int, temperature: float, stop: list[str], rows: int) -> None:
         self.run, self.max_new_tokens, self.temperature = run, max_new_tokens, temperature
@@ -49,9 +59,11 @@ class InProcess:
         """Whether every rank must take part in each pass of the network, and so wait for the longest reply of all."""
 
     def sample(
-        self, prompts: list[list[int]], keys: list[tuple[int, ...]], n: int, temperature: float | None = None
-    ) -> list[list[Reply]]:
-        """Return n replies to each prompt (see `Sampler`)."""
+        self, prompts: list[list[int]], keys: list[tuple[int, ...]], n: int, temperature: float | None = None,
+        images: list[list[dict[str, Any]]] | None = None,
+    ) -> list[list[Reply]]:  # fmt: skip
+        """Return n replies to each prompt (see `SeeingSampler`)."""
+        images = [[] for _ in prompts] if images is None else images
         temperature = self.temperature if temperature is None else temperature
         each, found = max(1, self.rows // n), list[list[Reply]]()
         times = -(-len(prompts) // each)
@@ -60,14 +72,16 @@ class InProcess:
         with asking(self.run):
             for i in range(0, times * each, each):
                 if i < len(prompts):
-                    found += self.continued(prompts[i : i + each], keys[i : i + each], n, temperature)
+                    some = slice(i, i + each)
+                    found += self.continued(prompts[some], keys[some], n, temperature, images[some])
                 else:
-                    self.continued([[0]], [(0,)], 1, temperature)
+                    self.continued([[0]], [(0,)], 1, temperature, [[]])
         return found
 
     def continued(
-        self, prompts: list[list[int]], keys: list[tuple[int, ...]], n: int, temperature: float
-    ) -> list[list[Reply]]:
+        self, prompts: list[list[int]], keys: list[tuple[int, ...]], n: int, temperature: float,
+        images: list[list[dict[str, Any]]],
+    ) -> list[list[Reply]]:  # fmt: skip
         """Let n replies to each of some prompts grow side by side."""
         device, width, rows = self.run.fabric.device, max(map(len, prompts)), len(prompts) * n
         ids, mask = torch.zeros(2, len(prompts), width, dtype=torch.int64)
@@ -76,8 +90,10 @@ class InProcess:
         draws = [np.random.default_rng([*one, i]).random(self.max_new_tokens) for one in keys for i in range(n)]
         uniform = torch.tensor(np.array(draws), device=device)  # [rows, tokens]
         cache = DynamicCache(config=self.module.base.config)
-        logits = self.module.next_logits(ids.to(device), mask.to(device), cache)
-        cache.batch_repeat_interleave(n)
+        layout, shift = self.seen(prompts, images) if any(images) else (None, None)
+        logits = self.module.next_logits(ids.to(device), mask.to(device), cache, images=layout)
+        shift = None if shift is None else shift.repeat_interleave(n, 1)
+        cache.reorder_cache(torch.arange(len(prompts), device=device).repeat_interleave(n))  # which every cache can
         logits, mask = logits.repeat_interleave(n, 0), mask.to(device).repeat_interleave(n, 0)
         said: list[tuple[list[int], list[float]]] = [([], []) for _ in range(rows)]
         ended, alive = [False] * rows, torch.arange(rows, device=device)
@@ -93,11 +109,34 @@ class InProcess:
             if not len(keep) or t + 1 == self.max_new_tokens:
                 break
             if len(keep) < len(alive):
-                cache.batch_select_indices(keep)
+                cache.reorder_cache(keep)
             alive, mask = alive[keep], F.pad(mask[keep], (0, 1), value=1)
-            logits = self.module.next_logits(tokens[keep, None], mask, cache)
+            shift = None if shift is None else shift[:, keep]
+            logits = self.module.next_logits(tokens[keep, None], mask, cache, shift)
         replies = [Reply(*one, end) for one, end in zip(said, ended, strict=True)]
         return [replies[i : i + n] for i in range(0, rows, n)]
+
+    def seen(self, prompts: list[list[int]], images: list[list[dict[str, Any]]]) -> tuple[Layout, torch.Tensor | None]:
+        """Return the layout of prompts with their images, padded at the left, and by how much the positions behind
+        each prompt are ahead of the number of its tokens, [axes, prompts, 1], if there are several axes."""
+        processor = images_of(self.run.tokenizer)
+        if processor is None or self.module.sight is None:
+            raise TrainingError(f"the prompts hold images, and {self.module.blind}")
+        width, rows, spans = max(map(len, prompts)), [], []
+        for prompt, some in zip(prompts, images, strict=True):
+            padding = width - len(prompt)
+            alike = [np.zeros(padding, dtype=np.int64), np.array(prompt)] if padding else [np.array(prompt)]
+            rows.append([(ids, np.zeros(len(ids), dtype=bool)) for ids in alike])  # the padding is a document, too
+            spans += [[], some] if padding else [some]
+        batch = arrange(lay(rows, 0), spans, processor, lambda span: span[PICTURE])
+        shift = None
+        if processor.has_axes:
+            lengths = torch.tensor([len(prompt) for prompt in prompts])
+            begins = torch.arange(width) >= (width - lengths)[:, None]
+            ahead = (batch.position_ids[1:] * begins).amax((0, 2)) + 1 - lengths
+            shift = torch.stack([torch.zeros_like(ahead), *[ahead] * (len(batch.position_ids) - 1)])[..., None]
+        batch = self.run.to_device(batch)
+        return batch, None if shift is None else shift.to(self.run.fabric.device)
 
     def stopped(self, ids: list[int]) -> bool:
         """Whether a reply has just said one of the texts that end it."""

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from posttrain.blocks.rollouts.groups import reference
 from posttrain.blocks.rollouts.replies import Failure, Group, Reply
 
 if TYPE_CHECKING:
@@ -60,7 +61,8 @@ def _line(group: Group) -> dict[str, Any]:
         })  # fmt: skip
     prompt = group.samples[0].prompt if group.samples else ""
     again = {} if group.rounds is None else {"resampled": group.rounds}
-    return {"prompt": group.place, "text": prompt, "row": group.row, **again, "replies": replies}
+    images = {"images": [reference(image) for image in group.images]} if group.images else {}
+    return {"prompt": group.place, "text": prompt, "row": group.row, **images, **again, "replies": replies}
 
 
 def _turns(reply: Reply) -> dict[str, Any]:

@@ -1,17 +1,20 @@
 """Groups of replies -> pairs: the best and the worst of each."""
 
+from typing import Any
+
 import numpy as np
 
 from posttrain.batch import Batch
+from posttrain.blocks.images.arrange import IMAGES
 from posttrain.blocks.layout import Column, Example, collate_pairs
-from posttrain.blocks.rollouts.groups import with_facts
+from posttrain.blocks.rollouts.groups import laid, with_facts
 from posttrain.blocks.rollouts.replies import Group
 
 COLUMNS = {"differ": Column("example")}
 """1 for a pair, 0 for a group whose replies are worth the same."""
 
 
-def pairs_of(groups: list[Group], pad_id: int) -> Batch:
+def pairs_of(groups: list[Group], tokenizer: Any) -> Batch:
     """Return the micro-batch of the best and the worst reply of each group, the first ones among equals.
 
     Returns:
@@ -19,9 +22,9 @@ def pairs_of(groups: list[Group], pad_id: int) -> Batch:
         count `pairs` that of those whose replies differ in worth.
     """
     examples = [_example(group) for group in groups]
-    batch = collate_pairs([examples], pad_id=pad_id, columns=COLUMNS)
+    batch = laid(collate_pairs, examples, tokenizer, columns=COLUMNS)
     pairs = sum(one.values["differ"] for one in examples)
-    return with_facts(batch.but(counted={"pairs": pairs}), groups)
+    return with_facts(batch.but(counted={**batch.counted, "pairs": pairs}), groups)
 
 
 def _example(group: Group) -> Example:
@@ -31,4 +34,4 @@ def _example(group: Group) -> Example:
     for i in (best, worst):
         ids = np.array([*group.prompt, *group.replies[i].ids], dtype=np.int64)
         documents.append((ids, np.arange(len(ids)) >= len(group.prompt)))
-    return Example(tuple(documents), {"differ": float(not group.flat)})
+    return Example(tuple(documents), {"differ": float(not group.flat), IMAGES: (group.images,) * 2})

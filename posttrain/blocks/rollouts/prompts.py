@@ -8,9 +8,11 @@ from typing import Any, ClassVar, Literal
 import attrs
 from attrs.validators import gt
 
-from posttrain.batch import Batch
-from posttrain.blocks.data.data import Data, pad_id
+from posttrain.batch import Batch, Extra
+from posttrain.blocks.data.data import Data, anchor_of, pad_id
 from posttrain.blocks.data.encoding.encoders import (
+    NO_IMAGES,
+    ChatEncoder,
     Encoded,
     Encoder,
     Token,
@@ -21,10 +23,24 @@ from posttrain.blocks.data.encoding.encoders import (
 )
 from posttrain.blocks.data.encoding.fingerprints import code_of, tokenizer_text
 from posttrain.blocks.data.rows.chat import ChatRenderer, special_tokens
-from posttrain.blocks.data.rows.media import images_of
+from posttrain.blocks.data.rows.media import COLUMNS, OTHERS, column_of, images_of
 from posttrain.blocks.data.rows.messages import Refused
 from posttrain.blocks.data.rows.offsets import tokenize
-from posttrain.blocks.data.rows.schemas import CHATS, REPLIES, SHARED, Reading, Schema, conversation, filled, prompt_of
+from posttrain.blocks.data.rows.schemas import (
+    CHATS,
+    REPLIES,
+    SHARED,
+    Reading,
+    Sample,
+    Schema,
+    conversation,
+    filled,
+    prompt_of,
+)
+from posttrain.blocks.data.rows.sight import bare
+from posttrain.blocks.images.arrange import IMAGES, PICTURE
+from posttrain.blocks.images.pixels import without_pixels
+from posttrain.blocks.images.processor import images_of as processor_of
 from posttrain.blocks.layout import Column, Columns, Example, collate
 from posttrain.registry import block, key
 
@@ -42,6 +58,7 @@ class PromptData(Data):
     """
 
     policies: ClassVar[tuple[str, ...]] = ("drop",)
+    takes_images: ClassVar[bool] = True
 
     max_length: int = key(2048, check=gt(1), also=("max_prompt_length",))
     """Tokens that a prompt may have."""
@@ -75,41 +92,75 @@ class PromptData(Data):
         """What prompts carry."""
         return CARRIED
 
+    def columns_of(self, tokenizer: Any) -> Columns:
+        """Return what prompts carry for a tokenizer's model: also their images, but for plain text."""
+        return super().columns_of(tokenizer) if self.text_column is None else self.columns
+
     def fullest(self, length: int) -> Example:
         """Return a prompt as long as can be."""
         return Example(super().fullest(length).documents, {ROW: {}, MESSAGES: [], CONVERSATION: {}})
 
     def collator(self, tokenizer: Any) -> Callable[[list[list[Example]], int], Batch]:
-        """Return what makes a batch of prompts; its weight is their number."""
-        return partial(_collated, pad_id=pad_id(tokenizer))
+        """Return what makes a batch of prompts, with pictures in the spans of their images; its weight is their
+        number."""
+        columns, sight = self.columns_of(tokenizer), self.sight(tokenizer)
+        read = sight.pictures.read if sight is not None and IMAGES in columns else None
+        return partial(_collated, pad_id=pad_id(tokenizer), columns=columns, read=read)
 
     def encoder(self, tokenizer: Any) -> Encoder:
         """Return what renders and tokenizes prompts."""
-        renderer = None if self.text_column is not None else ChatRenderer(tokenizer, template_args=self.template_args)
-        return PromptEncoder(tokenizer, renderer, self.text_column, self.keep, self.prompt, self.tools)
+        if self.text_column is not None:
+            return PromptEncoder(tokenizer, None, self.text_column, self.keep)
+        args, decides = self.template_args, json.dumps([self.keep, self.tools])
+        if (sight := self.sight(tokenizer)) is None:
+            return PromptEncoder(tokenizer, ChatRenderer(tokenizer, template_args=args), None, [], self.sample, decides)
+        renderer = ChatRenderer(tokenizer, template_args=args, anchor=anchor_of(tokenizer))
+        columns = self.columns_of(tokenizer)
+        return ChatEncoder(renderer, self.sample, _schema, columns=columns, sight=sight, ask=True, decides=decides)
+
+    def sample(self, row: dict[str, Any]) -> Sample:
+        """Return what a row asks, and what comes along for the rewards: no pixels, but what tells images apart."""
+        found = self.prompt(row)
+        if self.tools:
+            found = {**found, "tools": [*(found.get("tools") or []), *self.tools]}
+        names = self.keep or [name for name, value in row.items() if filled(value)]
+        more = {name: found[name] for name in ("tools", "template_args") if found.get(name)}
+        messages = bare(found)["messages"]
+        return Sample([found], {ROW: kept(without_pixels(row), names), MESSAGES: messages, CONVERSATION: more})
 
     def prompt(self, row: dict[str, Any]) -> dict[str, Any]:
         """Return the conversation that a row asks; override it for a schema of your own."""
         return asked(row)
 
 
-def _collated(rows: list[list[Example]], multiple: int, *, pad_id: int) -> Batch:
-    return collate(rows, multiple, pad_id=pad_id, columns=CARRIED).but(weight=len(rows))
+def _schema(row: Values) -> Schema:
+    return Schema("prompts", tuple(row))
+
+
+def _collated(
+    rows: list[list[Example]], multiple: int = 1, *, pad_id: int, columns: Columns, read: Callable[[Values], Any] | None
+) -> Batch:
+    batch = collate(rows, multiple, pad_id=pad_id, columns=columns).but(weight=len(rows))
+    if read is None:
+        return batch
+    spans = [[span | {PICTURE: read(span)} for span in each] for each in batch[IMAGES]]
+    return batch.but(**{IMAGES: Extra(spans, "span")})
 
 
 @attrs.define
 class PromptEncoder:
-    """Prompts as tokens, with their rows."""
+    """Prompts without images as tokens, with their rows."""
 
     tokenizer: Any
     renderer: ChatRenderer | None
     """None for plain text."""
     text_column: str | None
     keep: list[str]
-    prompt: Callable[[Values], Values]
-    """Row -> the conversation to go on with."""
-    tools: list[dict[str, Any]] = attrs.field(factory=list)
-    """Of every prompt, besides those of its row."""
+    """Of plain text."""
+    sample: Callable[[Values], Sample] | None = None
+    """Row -> the conversation to go on with, and what comes along."""
+    decides: str = ""
+    """What else decides what `sample` says."""
     sides: tuple[str, ...] = ("",)
     columns: Columns = CARRIED
     reading: Reading = attrs.field(factory=Reading)
@@ -127,9 +178,8 @@ class PromptEncoder:
                 found.append(one)
                 continue
             ids = np.array(next(encodings).ids, dtype=np.uint32)
-            values = {ROW: one[1], MESSAGES: one[2].pop("messages"), CONVERSATION: one[2]}
             empty = Refused("the prompt is empty: there is nothing to go on with")
-            found.append(Example(((ids, np.zeros(len(ids), dtype=bool)),), values) if len(ids) else empty)
+            found.append(Example(((ids, np.zeros(len(ids), dtype=bool)),), one[1]) if len(ids) else empty)
         return found
 
     def show(self, row: Values) -> list[list[Token]]:
@@ -142,33 +192,35 @@ class PromptEncoder:
 
     def fingerprint(self) -> str:
         """Return everything that decides what a row becomes."""
-        said: list[Any] = [self.text_column, self.keep, self.tools]
+        said: list[Any] = [self.text_column, self.keep, self.decides]
         if self.renderer is not None:
             said += [self.renderer.templates[True], self.renderer.templates[False], self.renderer.template_args]
-        return "\0".join(["prompts 2", tokenizer_text(self.tokenizer), json.dumps(said), code_of(self.prompt)])
+        code = code_of(self.sample) if self.sample is not None else ""
+        return "\0".join(["prompts 3", tokenizer_text(self.tokenizer), json.dumps(said), code])
 
-    def _told(self, row: Values) -> tuple[str, Values, dict[str, Any]] | Refused:
-        """Return a row's prompt as text, the columns that come along, and the conversation."""
-        self.reading.note(row, lambda _: Schema("prompts", tuple(row)))
+    def _told(self, row: Values) -> tuple[str, Values] | Refused:
+        """Return a row's prompt as text, and what comes along."""
+        self.reading.note(row, _schema)
         try:
-            text, conversation = self._text(row)
+            text, values = self._text(row)
             refuse_surrogates(text)
-            names = self.keep or [name for name, value in row.items() if filled(value)]
-            return text, kept(row, names), conversation
+            return text, values
         except Refused as refused:
             return refused
 
-    def _text(self, row: Values) -> tuple[str, dict[str, Any]]:
-        if self.renderer is None:
+    def _text(self, row: Values) -> tuple[str, Values]:
+        if self.renderer is None or self.sample is None:
             text = row.get(str(self.text_column))
             if not isinstance(text, str) or not text:
                 raise Refused(f"the column {self.text_column!r} is missing, empty or not text")
-            return text, {"messages": []}
-        found = self.prompt(row)
-        if self.tools:
-            found = {**found, "tools": [*(found.get("tools") or []), *self.tools]}
+            if processor_of(self.tokenizer) is not None and column_of(row) is not None:
+                raise Refused("there are images, and plain text (data.text_column) has no place for them")
+            names = self.keep or [name for name, value in row.items() if filled(value)]
+            return text, {ROW: kept(row, names), MESSAGES: [], CONVERSATION: {}}
+        sample = self.sample(row)
+        (found,) = sample.conversations
         if any(map(images_of, found["messages"])):
-            raise Refused("there are images, and replies to them cannot be sampled yet")
+            raise Refused(NO_IMAGES)
         text = self.renderer.asked(found)
         if found.get("tools") and self.renderer.asked({**found, "tools": None}) == text:
             raise Refused("the chat template leaves out the tools; say in a system message what there is")
@@ -176,8 +228,7 @@ class PromptEncoder:
         for control in special_tokens(self.tokenizer):
             if any(control in one for one in said):
                 raise Refused(f"the text of a message holds the control token {control}")
-        known = ("messages", "tools", "template_args")
-        return text, {name: found[name] for name in known if found.get(name)}
+        return text, sample.values
 
 
 def asked(row: Values) -> Values:
@@ -194,7 +245,8 @@ def asked(row: Values) -> Values:
                 f"columns {', '.join(map(repr, row)) or '(none)'} hold no prompt (known: {known}); say which is which "
                 "with `columns` on the source, or name one of plain text with data.text_column"
             )
-        row = {name: row[name] for name in SHARED if name in row} | {CHATS[0]: prompt_of(row, ask)}
+        beside = (*SHARED, *COLUMNS, *OTHERS)
+        row = {name: row[name] for name in beside if name in row} | {CHATS[0]: prompt_of(row, ask)}
     found = conversation(row)
     messages = list(found["messages"])
     while messages and messages[-1]["role"] == "assistant":

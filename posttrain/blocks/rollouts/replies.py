@@ -92,6 +92,8 @@ class Sample:
     """The prompt as a conversation; empty if it is plain text."""
     reply: Reply
     """With `messages`, all turns of a conversation with an environment; `text` is then the last one."""
+    images: list[Any] = attrs.field(factory=list)
+    """Of the prompt, as PIL images."""
 
 
 @attrs.frozen
@@ -113,6 +115,8 @@ class Group:
     replies: list[Reply]
     conversation: dict[str, Any] = attrs.field(factory=dict)
     """What its prompt was rendered with besides the messages, such as tools."""
+    images: list[dict[str, Any]] = attrs.field(factory=list)
+    """Of its prompt: where each stands among the tokens, what it is, and the `picture` itself."""
     samples: list[Sample] = attrs.field(factory=list)
     parts: dict[str, list[float | Failure]] = attrs.field(factory=dict)
     """What each reward said of each reply."""
@@ -121,6 +125,13 @@ class Group:
     advantages: list[float] = attrs.field(factory=list)
     rounds: int | None = None
     """How often its replies were sampled again, since all were worth the same; None where that is not done."""
+
+    @property
+    def identity(self) -> bytes:
+        """What tells its prompt from others, images included."""
+        import numpy as np
+
+        return np.array(self.prompt).tobytes() + "".join(image["hash"] for image in self.images).encode()
 
     @property
     def flat(self) -> bool:

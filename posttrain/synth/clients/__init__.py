@@ -1,4 +1,5 @@
-"""Clients, one for each kind of server: `client` is what all can do, `auth` how they show who they are.
+"""Clients, one for each kind of server: `tasks` is what is asked and what came, `client` what
+all can do, `served` what those of servers share, `auth` how they show who they are.
 
 `openai`, `anthropic`, `vllm`, `cortex` and `transformers` (a model in this process) are the blocks of a recipe.
 """

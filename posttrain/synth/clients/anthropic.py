@@ -11,7 +11,7 @@ from posttrain.registry import block
 from posttrain.synth.clients.auth import KeyAuth
 from posttrain.synth.clients.openai import OpenAIProtocol
 from posttrain.synth.clients.structured import How
-from posttrain.synth.sending.batch_api import BatchService
+from posttrain.synth.sending.batches.service import BatchService
 from posttrain.synth.sending.service import Service
 from posttrain.synth.sending.wires.anthropic import MESSAGES
 from posttrain.synth.sending.wires.anthropic_batches import MessageBatches

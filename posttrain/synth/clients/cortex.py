@@ -18,7 +18,7 @@ from attrs.validators import gt, optional
 from posttrain.errors import SynthError
 from posttrain.registry import block, key
 from posttrain.synth.clients.auth import KeyAuth, KeyPairAuth
-from posttrain.synth.clients.client import Synth
+from posttrain.synth.clients.served import ServedSynth
 from posttrain.synth.clients.structured import How
 from posttrain.synth.ledger.keys import Request, as_secret
 from posttrain.synth.ledger.replies import choices, parsed
@@ -33,7 +33,7 @@ SQL = "SELECT SNOWFLAKE.CORTEX.COMPLETE(?, PARSE_JSON(?), PARSE_JSON(?))"
 
 
 @block("synth", "cortex")
-class CortexSynth(Synth):
+class CortexSynth(ServedSynth):
     """Data from Snowflake Cortex, one request at a time and many in flight.
 
     With `token` (a programmatic access token) or `private_key_file` (a key pair: `cryptography` makes the tokens,
@@ -62,14 +62,6 @@ class CortexSynth(Synth):
     """Requests per minute at most; quotas are per account and model."""
     tpm: float | None = key(None, check=optional(gt(0)))
     """Tokens per minute at most, by estimates."""
-    attempts: int = key(6, check=gt(0))
-    """How often a request is sent before it is given up; being told to wait does not count."""
-    timeout: float = key(600.0, check=gt(0))
-    """Seconds for a whole request."""
-    patience: float = key(600.0, check=gt(0))
-    """Seconds without any answer but "wait" after which the task stops."""
-    transport: Any = attrs.field(default=None, repr=False)
-    """An httpx transport to use instead of the network; set it from Python."""
 
     def check(self) -> Iterator[tuple[str, str]]:
         """Yield what cannot be honoured."""
@@ -114,12 +106,10 @@ class CortexSynth(Synth):
 
     def service(self) -> Service:
         """Return where requests go."""
-        return Service(
-            urls=[self.host + (PATHS["openai"] if self.api == "openai" else "")], auth=self.auth,
-            dialect=self.dialect, concurrency=self.concurrency,
-            attempts=self.attempts, timeout=self.timeout, patience=self.patience, rpm=self.rpm, tpm=self.tpm,
-            transport=self.transport,
-        )  # fmt: skip
+        url = self.host + (PATHS["openai"] if self.api == "openai" else "")
+        return self._one_by_one(
+            [url], auth=self.auth, dialect=self.dialect, concurrency=self.concurrency, rpm=self.rpm, tpm=self.tpm
+        )
 
     @cached_property
     def auth(self) -> httpx.Auth:

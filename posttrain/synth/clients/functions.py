@@ -54,7 +54,5 @@ class Functions(Synth):
                     session.budget.release(request)
                     reply = {"content": text, "failed": failed}
                     recorded += session.result(request, reply, dumped(reply), None)
-                with session.ledger.transaction() as db:
-                    for statement, values in recorded:
-                        db.execute(statement, values)
+                session.ledger.record(recorded)
                 session.report(session.progress)

@@ -10,7 +10,7 @@ from posttrain.errors import SynthError
 from posttrain.registry import block, suggest
 from posttrain.synth.clients.auth import KeyAuth
 from posttrain.synth.clients.openai import OpenAIProtocol
-from posttrain.synth.sending.batch_api import BatchService
+from posttrain.synth.sending.batches.service import BatchService
 from posttrain.synth.sending.service import Service
 from posttrain.synth.sending.wires.gemini import GENERATE, KNOWN
 from posttrain.synth.sending.wires.gemini_batches import GeminiBatches

@@ -10,18 +10,18 @@ from attrs.validators import ge, gt, optional
 from posttrain.errors import SynthError
 from posttrain.registry import block, key
 from posttrain.synth.clients.auth import KeyAuth
-from posttrain.synth.clients.client import Synth
+from posttrain.synth.clients.served import ServedSynth
 from posttrain.synth.ledger.keys import as_secret
 from posttrain.synth.ledger.session import Session
-from posttrain.synth.sending.batch import BatchRun
-from posttrain.synth.sending.batch_api import BatchService
+from posttrain.synth.sending.batches.run import BatchRun, with_batches
+from posttrain.synth.sending.batches.service import BatchService
 from posttrain.synth.sending.online import send_all
 from posttrain.synth.sending.service import OpenAIDialect, Service
 from posttrain.values import Secret
 
 
 @attrs.frozen(kw_only=True, slots=False)
-class OpenAIProtocol(Synth):
+class OpenAIProtocol(ServedSynth):
     """What OpenAI and Azure share."""
 
     api_key: Secret | None = key(None, convert=as_secret)
@@ -34,12 +34,6 @@ class OpenAIProtocol(Synth):
     """Online: requests per minute at most; what the server announces, unless given."""
     tpm: float | None = key(None, check=optional(gt(0)))
     """Online: tokens per minute at most, by estimates; what the server announces, unless given."""
-    attempts: int = key(6, check=gt(0))
-    """Online: how often a request is sent before it is given up; being told to wait does not count."""
-    timeout: float = key(600.0, check=gt(0))
-    """Seconds for a whole request."""
-    patience: float = key(600.0, check=gt(0))
-    """Seconds without any answer but "wait", or without any server, after which the task stops."""
     poll_every: float = key(60.0, check=ge(0))
     """Batch: seconds between two looks at a batch."""
     reconcile_after: float = key(30.0, check=ge(0))
@@ -48,8 +42,6 @@ class OpenAIProtocol(Synth):
     """Batch: lines of a file at most; the provider's limit unless given."""
     max_rounds: int = key(3, check=gt(0))
     """Batch: how often one run sends a request that came back without a verdict."""
-    transport: Any = attrs.field(default=None, repr=False)
-    """An httpx transport to use instead of the network, such as `httpx.MockTransport`; set it from Python."""
 
     @property
     def batched(self) -> bool:
@@ -59,16 +51,15 @@ class OpenAIProtocol(Synth):
     def send(self, session: Session) -> None:
         """Send what a session has to send."""
         if self.batched:
-            BatchRun(self.batch_service(), session).run()
+            with_batches(self.batch_service(), session, BatchRun.run)
         else:
             send_all(self.online_service(), session)
 
     def online_service(self) -> Service:
         """Return where requests go one by one."""
-        return Service(
-            urls=[self.url], auth=self.auth, headers=self.headers, dialect=OpenAIDialect(self.query),
-            concurrency=self.concurrency, attempts=self.attempts, timeout=self.timeout, patience=self.patience,
-            rpm=self.rpm, tpm=self.tpm, transport=self.transport,
+        return self._one_by_one(
+            [self.url], auth=self.auth, headers=self.headers, dialect=OpenAIDialect(self.query),
+            concurrency=self.concurrency, rpm=self.rpm, tpm=self.tpm,
         )  # fmt: skip
 
     def _batches(self, **more: Any) -> BatchService:

@@ -98,9 +98,7 @@ class TransformersSynth(Synth):
                         recorded += session.failure(request, said, permanent=True)
                     else:
                         recorded += session.result(request, reply, dumped(reply), None)
-            with session.ledger.transaction() as db:
-                for statement, values in recorded:
-                    db.execute(statement, values)
+            session.ledger.record(recorded)
             session.report(session.progress)
 
     # -- chats ------------------------------------------------------------------------

@@ -15,7 +15,8 @@ from attrs.validators import gt
 from posttrain.errors import SynthError
 from posttrain.registry import block, key
 from posttrain.synth.clients.auth import KeyAuth
-from posttrain.synth.clients.client import Synth
+from posttrain.synth.clients.served import ServedSynth
+from posttrain.synth.ledger.database import Statement
 from posttrain.synth.ledger.keys import CHAT, Request, as_secret
 from posttrain.synth.ledger.replies import Action, Verdict
 from posttrain.synth.ledger.session import Session, dumped
@@ -46,7 +47,7 @@ def as_dict(given: Any) -> dict[str, Any]:
 
 
 @block("synth", "vllm")
-class VllmSynth(Synth):
+class VllmSynth(ServedSynth):
     """Data from vLLM: give `base_url` for servers, or `model_params` for an engine in this process."""
 
     base_url: list[str] = key(factory=list, convert=as_urls)
@@ -61,14 +62,6 @@ class VllmSynth(Synth):
     """Of servers started with one."""
     concurrency: int = key(256, check=gt(0))
     """Servers: requests in flight at most, all of them together."""
-    attempts: int = key(6, check=gt(0))
-    """Servers: how often a request is sent before it is given up."""
-    timeout: float = key(600.0, check=gt(0))
-    """Servers: seconds for a whole request."""
-    patience: float = key(600.0, check=gt(0))
-    """Servers: seconds during which none answers, after which the task stops."""
-    transport: Any = attrs.field(default=None, repr=False)
-    """An httpx transport to use instead of the network; set it from Python."""
 
     def check(self) -> Iterator[tuple[str, str]]:
         """Yield what contradicts."""
@@ -114,11 +107,9 @@ class VllmSynth(Synth):
 
     def service(self) -> Service:
         """Return where requests go; `/v1` before chat, nothing before `/classify`."""
-        return Service(
-            urls=[url.rstrip("/").removesuffix("/v1") for url in self.base_url],
-            auth=KeyAuth(self.api_key, self.scrubber), dialect=VllmDialect(), concurrency=self.concurrency,
-            start=self.concurrency, attempts=self.attempts, timeout=self.timeout, patience=self.patience,
-            transport=self.transport,
+        return self._one_by_one(
+            [url.rstrip("/").removesuffix("/v1") for url in self.base_url], auth=KeyAuth(self.api_key, self.scrubber),
+            dialect=VllmDialect(), concurrency=self.concurrency, start=self.concurrency,
         )  # fmt: skip
 
     @cached_property
@@ -171,14 +162,14 @@ class Engine:
                 self._answer(group[middle:], arguments)
                 return
             said = Verdict(Action.REFUSED, "refused_by_engine", f"{type(error).__name__}: {error}")
-            self._commit([self.session.failure(group[0], said, permanent=True)])
+            self.session.ledger.record(self.session.failure(group[0], said, permanent=True))
             return
-        recorded = []
+        recorded: list[Statement] = []
         for request, output in zip(group, outputs, strict=True):
             self.session.budget.release(request)
             reply = completion(request, output)
-            recorded.append(self.session.result(request, reply, dumped(reply), output.request_id))
-        self._commit(recorded)
+            recorded += self.session.result(request, reply, dumped(reply), output.request_id)
+        self.session.ledger.record(recorded)
 
     def _chat(self, group: list[Request], arguments: dict[str, Any]) -> list[Any]:
         from vllm import SamplingParams
@@ -188,12 +179,6 @@ class Engine:
         return list(
             self.llm.chat([body["messages"] for body in bodies], sampling_params=sampling, use_tqdm=False, **arguments)
         )
-
-    def _commit(self, recorded: list[Any]) -> None:
-        with self.session.ledger.transaction() as db:
-            for statements in recorded:
-                for statement, values in statements:
-                    db.execute(statement, values)
 
 
 def sampling_arguments(body: dict[str, Any]) -> dict[str, Any]:

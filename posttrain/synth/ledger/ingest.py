@@ -3,9 +3,10 @@
 import time
 from typing import Any
 
+from posttrain.synth.ledger.database import Statement
 from posttrain.synth.ledger.keys import CHAT, Request
 from posttrain.synth.ledger.replies import Action, Verdict, parsed, verdict
-from posttrain.synth.ledger.session import Session, Statement, dumped
+from posttrain.synth.ledger.session import Session, dumped
 from posttrain.synth.ledger.store import REQUEST, Ledger
 
 COMMIT_EVERY = 256
@@ -43,9 +44,7 @@ class Ingest:
 
     def commit(self) -> None:
         """Make durable what was taken."""
-        with self._ledger.transaction() as db:
-            for statement, values in self._pending:
-                db.execute(statement, values)
+        self._ledger.record(self._pending)
         self._pending.clear()
         self._fresh.clear()
         self.session.report(self.session.progress)

@@ -109,9 +109,11 @@ class Budget:
         self.in_flight += 1
         self.reserved += worst
 
-    def release(self, request: Request) -> None:
-        """Take back the reservation of a request that has come back; what it cost is added where it is recorded."""
+    def release(self, request: Request, sent: bool = True) -> None:
+        """Take back the reservation of a request that has come back, or could not be sent; what it cost is added where
+        it is recorded."""
         self.in_flight -= 1
+        self.sent -= not sent
         self.reserved -= self.worst(request)
 
     def charged(self, request: Request) -> None:
@@ -120,13 +122,18 @@ class Budget:
 
     def under_way(self, waiting: Iterable[tuple[str, int, int, int]]) -> None:
         """Reserve what is in batches: (model, requests, prompt tokens, reply tokens) each."""
-        known = [(self.prices[model], given, made) for model, _, given, made in waiting if model in self.prices]
-        self.reserved = sum(price.micros(given, made, batch=self.batch) for price, given, made in known)
+        self.reserved = estimated(self.prices, waiting, self.batch)
 
     def cost(self, model: str, tokens: tuple[int, int, int]) -> int | None:
         """Return micros, or None if the model's price is not known."""
         price = self.prices.get(model)
         return None if price is None else price.micros(*tokens, batch=self.batch)
+
+
+def estimated(prices: Mapping[str, Price], rows: Iterable[tuple[str, int, int, int]], batch: bool) -> int:
+    """Return micros of (model, requests, prompt tokens, reply tokens) each; a model without a price counts nothing."""
+    known = [(prices[model], given, made) for model, _, given, made in rows if model in prices]
+    return sum(price.micros(given, made, batch=batch) for price, given, made in known)
 
 
 @attrs.frozen

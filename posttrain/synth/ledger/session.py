@@ -8,12 +8,11 @@ from typing import Any
 
 import attrs
 
+from posttrain.synth.ledger.database import Statement
 from posttrain.synth.ledger.keys import CHAT, Request, Scrubber
 from posttrain.synth.ledger.pricing import Budget, usage
 from posttrain.synth.ledger.replies import Verdict
 from posttrain.synth.ledger.store import Ledger
-
-Statement = tuple[str, tuple[Any, ...]]
 
 
 @attrs.define

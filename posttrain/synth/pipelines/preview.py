@@ -11,6 +11,7 @@ import attrs
 
 from posttrain.blocks.data.sources import Source
 from posttrain.synth.clients.client import Synth
+from posttrain.synth.ledger import standing
 from posttrain.synth.ledger.keys import canonical
 from posttrain.synth.ledger.session import Progress
 from posttrain.synth.pipelines.pipeline import Pipeline, rows_to_begin_with
@@ -98,7 +99,7 @@ def preview(
         payer = client_of(planned, client)
         tasks = (wave[""] for wave in work.waves if "" in wave)
         for done in tasks:
-            for model, *used in now.ledger.usage(now.ledger.find(done)):
+            for model, *used in standing.used(now.ledger, now.ledger.find(done)):
                 tokens += used[0] + used[1]
                 price = payer.prices.get(model)
                 unpriced = unpriced or price is None

@@ -10,7 +10,7 @@ import attrs
 
 from posttrain.errors import SynthError
 from posttrain.synth.ledger import results
-from posttrain.synth.ledger.store import Counts
+from posttrain.synth.ledger.standing import Counts
 from posttrain.synth.pipelines.rows import Drop, Row
 
 if TYPE_CHECKING:
@@ -208,7 +208,7 @@ class Report:
         for name in CELLS:
             made.add_column(name, justify="right")
         for stage in self.stages:
-            made.add_row(f"{stage.number} {stage.name}", *cells(stage))
+            made.add_row(Text(f"{stage.number} {stage.name}"), *cells(stage))
         made.add_section()
         tokens = sum(stage.input_tokens + stage.output_tokens for stage in self.stages)
         requests = sum(stage.requests for stage in self.stages)

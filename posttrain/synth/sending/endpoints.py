@@ -5,6 +5,7 @@ import random
 import httpx
 
 from posttrain.synth.ledger.keys import Request
+from posttrain.synth.sending.silence import Silence
 
 OUTAGE = 3
 """So many requests that meet one of these in a row are an outage of the server; 500 and 504 can be about one row."""
@@ -15,11 +16,11 @@ SHORTEST_EJECTION, LONGEST_EJECTION = 1.0, 30.0
 class Endpoint:
     """One server, and whether it answers."""
 
-    def __init__(self, url: str) -> None:
+    def __init__(self, url: str, patience: float) -> None:
         self.base = httpx.URL(url)
+        self.silence = Silence(url, patience)
         self.in_flight = 0
         self.down_until = 0.0
-        self.down_since: float | None = None
         self._ejections = 0
         self.probing = False
         """A request is on its way to see whether it is back."""
@@ -36,34 +37,37 @@ class Endpoint:
         self.probing = self.probing or bool(self._ejections)
         return bool(self._ejections)
 
-    def eject(self, now: float, wait: float = 0.0) -> None:
+    def end(self, probe: bool) -> None:
+        """Count a request that has come back; `probe` is what `begin` has returned."""
+        self.in_flight -= 1
+        self.probing = self.probing and not probe
+
+    def eject(self, now: float, why: str, wait: float = 0.0, others: bool = False) -> None:
         """Leave the server alone for a while, longer each time; lanes that find it down together count once."""
-        self.down_since = now if self.down_since is None else self.down_since
+        self.silence.goes_on(why, others)
         if now >= self.down_until:
             backoff = min(LONGEST_EJECTION, SHORTEST_EJECTION * 2 ** min(self._ejections, 5))
             self.down_until = now + max(backoff, wait)
             self._ejections += 1
 
-    def outage(self, request: Request, now: float, wait: float) -> bool:
+    def is_ill(self, request: Request) -> bool:
         """Whether it is the server that is ill and not one request: several have met the same since the last answer.
-        Then it is left alone, and nothing counts against the requests."""
+        Then it is to be left alone, and nothing counts against the requests."""
         self._troubled.add(request.id)
-        if len(self._troubled) < OUTAGE:
-            return False
-        self.eject(now, wait)
-        return True
+        return len(self._troubled) >= OUTAGE
 
-    def answered(self) -> None:
-        """It is there."""
-        self.down_since, self._ejections, self.down_until = None, 0, 0.0
+    def answered(self, asked: float) -> None:
+        """It is there: an answer has come to what was asked at that time."""
+        self.silence.ends(asked)
+        self._ejections, self.down_until = 0, 0.0
         self._troubled.clear()
 
 
 class Endpoints:
     """All of them; they serve the same models."""
 
-    def __init__(self, urls: list[str]) -> None:
-        self.each = [Endpoint(url) for url in urls]
+    def __init__(self, urls: list[str], patience: float) -> None:
+        self.each = [Endpoint(url, patience) for url in urls]
 
     @property
     def secure(self) -> bool:
@@ -75,9 +79,9 @@ class Endpoints:
         found = min(self.each, key=lambda each: (not each.free(now), each.in_flight, random.random()))
         return found if found.free(now) else None
 
-    def silent_for(self, now: float) -> float:
-        """Return the seconds since one of them answered last, if none does."""
-        return now - max((each.down_since for each in self.each if each.down_since is not None), default=now)
+    def others_answer(self, endpoint: Endpoint) -> bool:
+        """Whether another one than this is not known to give no answers."""
+        return any(each.silence.since is None for each in self.each if each is not endpoint)
 
     def next_try(self, now: float) -> float:
         """Return the seconds until one of them may be tried again."""

@@ -59,7 +59,7 @@ class Service:
     start: int = 16
     attempts: int = 6
     timeout: float = 600.0
-    patience: float = 600.0
+    patience: float = 300.0
     rpm: float | None = None
     tpm: float | None = None
     transport: httpx.AsyncBaseTransport | None = None

@@ -7,6 +7,8 @@ httpx stay usable; h11 reads the protocol.
 
 import asyncio
 import importlib.metadata
+import os
+import re
 import socket
 import ssl
 import urllib.request
@@ -40,6 +42,16 @@ def hopeless(error: BaseException | None) -> bool:
             return True
         error = error.__cause__ or error.__context__
     return False
+
+
+def plainly(error: BaseException) -> str:
+    """Return why there is no connection, in the words of the operating system.
+
+    >>> plainly(OSError("Multiple exceptions: [Errno 111] Connect call failed, [Errno 111] Connect call failed"))
+    'Connection refused'
+    """
+    codes = dict.fromkeys(re.findall(r"\[Errno (\d+)\]", str(error)))
+    return ", ".join(os.strerror(int(code)) for code in codes) or str(error) or "no answer in time"
 
 
 class LaneTransport(httpx.AsyncBaseTransport):
@@ -93,7 +105,7 @@ class LaneTransport(httpx.AsyncBaseTransport):
                 )
         except (OSError, TimeoutError) as error:  # ssl.SSLError and name resolution are OSErrors
             kind = Hopeless if hopeless(error) else httpx.ConnectError
-            raise kind(f"{url.host}:{port}: {error or 'no answer in time'}") from None
+            raise kind(plainly(error)) from None
 
     async def _send(self, request: httpx.Request) -> None:
         assert self._writer is not None
@@ -111,15 +123,16 @@ class LaneTransport(httpx.AsyncBaseTransport):
         while True:
             event = self._http.next_event()
             if event is h11.NEED_DATA:
-                self._http.receive_data(await self._reader.read(READ))
+                data = await self._reader.read(READ)
+                if not data and head is None:
+                    raise EOFError("closed without an answer")
+                self._http.receive_data(data)
             elif isinstance(event, h11.Response):
                 head = event
             elif isinstance(event, h11.Data):
                 parts.append(bytes(event.data))
             elif isinstance(event, h11.EndOfMessage):
                 break
-            elif isinstance(event, h11.ConnectionClosed):
-                raise EOFError("closed without an answer")
         assert head is not None
         if self._http.our_state is h11.DONE and self._http.their_state is h11.DONE:
             self._http.start_next_cycle()

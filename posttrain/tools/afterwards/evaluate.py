@@ -145,13 +145,14 @@ def table(results: list[Result]) -> "Table":
     """Return results for the terminal."""
     from rich import box
     from rich.table import Table
+    from rich.text import Text
 
     made = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     made.add_column("model", overflow="fold")
     for name in ("right, 95 % interval", "rows", "cut"):
         made.add_column(name, justify="right")
     for result in results:
-        made.add_row(result.model, str(result.right), f"{len(result.scores):,}", f"{result.cut:,}")
+        made.add_row(Text(result.model), str(result.right), f"{len(result.scores):,}", f"{result.cut:,}")
     return made
 
 

@@ -77,6 +77,7 @@ def table(results: list[Measured]) -> "Table":
     """Return results for the terminal: a line for each metric of each task, a column for each model."""
     from rich import box
     from rich.table import Table
+    from rich.text import Text
 
     made = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for name in ("task", "metric"):
@@ -88,7 +89,7 @@ def table(results: list[Measured]) -> "Table":
             if not isinstance(value, int | float) or "_stderr" in name or name == "sample_len":
                 continue
             cells = [f"{r.tasks[task][name]:.4f} ± {_error(r.tasks[task], name)}" for r in results]
-            made.add_row(task, name.removesuffix(",none"), *cells)
+            made.add_row(Text(task), name.removesuffix(",none"), *cells)
     return made
 
 

@@ -177,10 +177,20 @@ def _rollouts(run: Path, step: int | None) -> str:
             raise RecipeError(f"nothing was said in step {step}: {run} holds {said}")
     return "".join(
         f'<div class="card"><p class="label">step {int(line["step"]):,}</p><pre class="prompt">'
-        f"{escape(str(line['text'])[:LONGEST])}</pre><details><summary>{len(line['replies']):,} replies</summary>"
+        f"{escape(str(line['text'])[:LONGEST])}</pre>{_images(line)}"
+        f"<details><summary>{len(line['replies']):,} replies</summary>"
         f"{''.join(map(_reply, line['replies']))}</details></div>"
         for line in shown
     )
+
+
+def _images(line: dict[str, Any]) -> str:
+    """Return which images a prompt shows; their pixels are not kept."""
+    named = (
+        f"image {'x'.join(map(str, one['size']))}: {one.get('path') or one.get('url') or 'in the row, ' + one['hash']}"
+        for one in line.get("images", ())
+    )
+    return "".join(f'<p class="label">{escape(name)}</p>' for name in named)
 
 
 def _reply(reply: dict[str, Any]) -> str:

@@ -10,7 +10,11 @@ from posttrain.blocks.data.encoding.encoders import ChatEncoder
 from posttrain.blocks.data.kinds.sft import SFTData
 from posttrain.blocks.data.rows.chat import stop_tokens
 from posttrain.blocks.data.rows.schemas import Refused
+from posttrain.blocks.images.arrange import IMAGES
+from posttrain.blocks.rollouts.engines.vllm import VllmSampler, VllmServerSampler
+from posttrain.blocks.rollouts.groups import TEXT_ALONE
 from posttrain.blocks.rollouts.prompts import PromptData
+from posttrain.tools.twin.stand_ins import Sampling
 from posttrain.tools.twin.twin import Failed, NoRows, Row, Skipped, Twin
 from posttrain.words import counted
 
@@ -33,6 +37,10 @@ def masks(twin: Twin) -> str:
         raise Failed(f"of {rows}: {_listed(found)}; look at `posttrain show RECIPE --data`")
     if not twin.sample(1):
         raise NoRows(f"no row can be trained on: {_listed(refused)}")
+    if isinstance(twin.real, Sampling) and isinstance(twin.real.sampler, VllmSampler | VllmServerSampler):
+        usable = (row.encoded for row in twin.rows if not isinstance(row.encoded, Refused))
+        if any(any(example.values.get(IMAGES, ())) for example in usable):
+            raise Failed(TEXT_ALONE)  # the twin has a sampler of its own
     if isinstance(twin.data, PromptData):
         return f"{counted(len(twin.rows), 'prompt')}{left}"
     tokens, trained = 0, 0

@@ -14,6 +14,8 @@ from posttrain.trainers.grpo import GRPOTrainer
 from posttrain.trainers.on_policy_distill import OnPolicyDistillTrainer
 from posttrain.trainers.online_dpo import OnlineDPOTrainer
 
+Sampling = GRPOTrainer | OnlineDPOTrainer | OnPolicyDistillTrainer
+"""Methods in which the model says replies."""
 REPLY = 12
 """Tokens of a reply that the twin samples, at most."""
 IMAGE_KEYS = ("images", "image", "path", "url", "image_url")
@@ -46,7 +48,7 @@ class UnitDescent:
 def short_replies(real: Trainer) -> dict[str, Any]:
     """Return what a method that samples is changed by: a few short replies in this process, whose rewards differ."""
     changes: dict[str, Any] = {}
-    if isinstance(real, GRPOTrainer | OnlineDPOTrainer | OnPolicyDistillTrainer):
+    if isinstance(real, Sampling):
         tokens = min(REPLY, real.sampler.max_new_tokens)
         changes["sampler"] = TransformersSampler(max_new_tokens=tokens, temperature=real.sampler.temperature)
     if isinstance(real, GRPOTrainer | OnlineDPOTrainer):

@@ -39,12 +39,28 @@ def fullest_of_images(trainer: Trainer, length: int) -> Batch | None:
         trainer: of the recipe.
         length: tokens of a document that a rank sees.
     """
+    found = row_of_images(trainer, length)
+    return None if found is None else found[0].collator(found[1])([found[2]] * trainer.micro_batch_size, 1)
+
+
+def prompt_of_images(trainer: Trainer, length: int) -> tuple[Example, Any] | None:
+    """Return the prompt with the most images for its length, which are read, and the tokenizer; None without images."""
+    found = row_of_images(trainer, length)
+    if found is None:
+        return None
+    data, tokenizer, (prompt, *_) = found
+    (spans,) = data.collator(tokenizer)([[prompt]], 1)[IMAGES]
+    return attrs.evolve(prompt, values={IMAGES: (spans,)}), tokenizer
+
+
+def row_of_images(trainer: Trainer, length: int) -> tuple[Data, Any, list[Example]] | None:
+    """Return the data block, the tokenizer, and a row that is full of images; None if there are none."""
     data, model = trainer.data, trainer.model
     if not isinstance(data, Data) or not isinstance(model, HFModel) or not model.sees_images():
         return None
     tokenizer = trainer.tokenizer.build(model)
     row = with_images(data, tokenizer, length)
-    return data.collator(tokenizer)([row] * trainer.micro_batch_size, 1) if row else None
+    return (data, tokenizer, row) if row else None
 
 
 def with_images(data: Data, tokenizer: Any, length: int) -> list[Example]:
@@ -83,7 +99,9 @@ def faked(batch: Batch, mode: FakeTensorMode) -> Batch:
         return x if x.is_floating_point() else mode.fake_tensor_converter.from_real_tensor(mode, x, make_constant=True)
 
     def known(layout: Layout) -> dict[str, Any]:
-        images = {name: constant(x) for name, x in layout.arguments[IMAGES].values.items()}
+        tensors = layout.arguments[IMAGES].values
+        tensors = tensors(layout.input_ids.device) if callable(tensors) else tensors
+        images = {name: constant(x) for name, x in tensors.items()}
         arguments = {**layout.arguments, IMAGES: Extra(images)}
         return {"input_ids": constant(layout.input_ids), "arguments": arguments}
 

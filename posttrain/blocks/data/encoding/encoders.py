@@ -72,6 +72,10 @@ class ChatEncoder:
     """Of the rows so far."""
     sight: Sight | None = None
     """What knows the images of rows, for a model that sees any."""
+    ask: bool = False
+    """Whether the model is to go on with the conversations, so that nothing of them is supervised."""
+    decides: str = ""
+    """What else decides what `sample` says."""
     special: re.Pattern[str] = attrs.field(init=False)
     """The tokenizer's control tokens."""
 
@@ -122,6 +126,7 @@ class ChatEncoder:
             renderer.last_turn_only, renderer.split_turns, *(["no empty thoughts"] * renderer.ignore_empty_think),
         ]  # fmt: skip
         seen = [] if self.sight is None else [self.sight.fingerprint()]
+        seen += [f"asked {self.decides}"] if self.ask else []
         return hash_of(
             tokenizer_text(renderer.tokenizer), json.dumps(said, default=str), *self.sides, code_of(self.sample), *seen
         )
@@ -149,7 +154,7 @@ class ChatEncoder:
         images = [part for each in conversation["messages"] for part in images_of(each)]
         if images and self.sight is None:
             raise Refused(NO_IMAGES)
-        found = self.renderer.render(bare(conversation) if images else conversation)
+        found = self.renderer.render(bare(conversation) if images else conversation, self.ask)
         refuse_surrogates(found.text)
         literal = False
         for _, start, end in found.pieces:
@@ -182,7 +187,7 @@ class ChatEncoder:
                     return refused
                 for span in spans[-1]:  # nobody says a placeholder
                     mask[span["at"] : span["at"] + span["length"]] = False
-            if not mask[1:].any():
+            if not self.ask and not mask[1:].any():
                 return Refused("no token of it would be supervised")
             documents.append((ids, mask))
         if self.sight is not None:

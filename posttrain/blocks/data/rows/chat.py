@@ -120,18 +120,19 @@ class ChatRenderer:
         ]
         return [turn for turn in turns if self._trained(turn)] or [conversation]
 
-    def render(self, conversation: dict[str, Any]) -> Rendered:
+    def render(self, conversation: dict[str, Any], ask: bool = False) -> Rendered:
         """Return the text of a conversation and its trained spans.
 
         Args:
             conversation: `messages`, and perhaps `tools`, `template_args`, and `shared`: how many messages at its
                 beginning are not trained, whatever their role.
+            ask: whether the model is to go on with it: what asks for a reply stands at its end, and nothing is trained.
 
         Raises:
             Refused: the template refuses it or leaves something out, or the spans cannot be told for certain.
         """
         refused: list[Refused] = []
-        trained = self._trained(conversation)
+        trained = None if ask else self._trained(conversation)
         for messages in variants([unmarked(each) for each in conversation["messages"]]):
             try:
                 return self._rendered(conversation | {"messages": messages}, trained)
@@ -159,14 +160,16 @@ class ChatRenderer:
         said = [(n, mark(each), each["role"] in self.train_on) for n, each in enumerate(messages)]
         return {n: mine or role for n, mine, role in said if n >= begin and (role if mine is None else mine)}
 
-    def _rendered(self, conversation: dict[str, Any], trained: dict[int, bool | Ranges]) -> Rendered:
-        messages = conversation["messages"]
-        text = self._plain(messages, conversation)
+    def _rendered(self, conversation: dict[str, Any], trained: dict[int, bool | Ranges] | None) -> Rendered:
+        """Render a conversation; one of which nothing is trained (None) with what asks for a reply."""
+        messages, ask = conversation["messages"], trained is None
+        trained = trained or {}
+        text = self._plain(messages, conversation, ask)
         if START in text or END in text:
             raise Refused("the text holds U+E000 or U+E001, which posttrain uses as markers")
         marker = Marker(self.tags)
         marked = marker.conversation(messages)
-        found, pieces = without_markers(self._plain(marked, conversation), marker.pieces)
+        found, pieces = without_markers(self._plain(marked, conversation, ask), marker.pieces)
         if found != text:
             raise Refused(
                 "the chat template changes or inspects the text of the messages (with markers around it, it renders "
@@ -179,9 +182,9 @@ class ChatRenderer:
             found_empty = [NO_THOUGHT.match(text, start, end) for start, end in spans]
             spans = [(empty.end() if empty else start, end)
                      for (start, end), empty in zip(spans, found_empty, strict=True)]  # fmt: skip
-        if conversation.get("tools") and self._plain(messages, conversation, hidden=True) == text:
+        if conversation.get("tools") and self._plain(messages, conversation, ask, hidden=True) == text:
             raise Refused("the chat template leaves out the tools that the conversation may use")
-        if not spans:
+        if not spans and not ask:
             raise Refused(self._nothing(messages))
         return Rendered(text, pieces, spans, layout.turns(), self._anchors(text, pieces, messages))
 

@@ -108,6 +108,8 @@ def packed_attention(
     if cu_seq_lens_q is None:
         if isinstance(attention_mask, Tensor) and attention_mask.shape == (1, 1, 1, 1):  # `no_mask`
             _refuse(module, "does not hand `cu_seq_lens_q` to its attention layers")
+        if image_blocks is not None:
+            attention_mask = _and_images(attention_mask, image_blocks, sliding_window)
         if softcap is None and s_aux is None:
             return sdpa_attention_forward(  # type: ignore[no-any-return]
                 module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
@@ -287,6 +289,21 @@ def _seen_by_image(queries: Tensor, keys: Tensor, window: int | None) -> Tensor:
     ones = torch.ones(count, len(keys), dtype=torch.bool, device=queries.device)
     seen = ones.tril(past) | ((queries[:, None] == keys) & (queries[:, None] >= 0))
     return seen if window is None else seen & ones.triu(past + 1 - window)
+
+
+def _and_images(mask: Tensor | None, blocks: Tensor, window: int | None) -> Tensor:
+    """Return a mask of rows in which the tokens of an image also see all of it, [rows, 1, width, width].
+
+    Args:
+        mask: what each token sees besides; None for all up to itself.
+        blocks: int64 [rows, width], the image of each token, or -1.
+        window: how many of the last tokens are seen.
+    """
+    width = blocks.shape[-1]
+    mask = _seen(width, width, window, blocks.device) if mask is None else mask
+    assert mask.dtype == torch.bool, "masks of sdpa say yes or no"
+    same = (blocks[:, None, :, None] == blocks[:, None, None, :]) & (blocks >= 0)[:, None, :, None]
+    return mask | (same if window is None else same & torch.ones_like(same).triu(1 - window))
 
 
 def _refuse(module: nn.Module, why: str) -> None:

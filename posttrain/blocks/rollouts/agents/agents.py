@@ -127,6 +127,11 @@ def played(play: Callable[[str], Any], base_url: str) -> Any:
     return found
 
 
+def reward_of(result: Any) -> float | Failure:
+    """Return the reward that an agent gives, or why it is none."""
+    return number(result) if result is not None else Failure("it returned no reward (weight: 0 is for agents without)")
+
+
 class Playing:
     """An agent at work."""
 
@@ -155,7 +160,7 @@ class Playing:
             return
         error = task.exception()
         if error is None:
-            self.rollout.reward = number(task.result()) if weight else 0.0
+            self.rollout.reward = reward_of(task.result()) if weight else 0.0
         elif not self.rollout.cut_off:  # else it has failed since it was refused, and earns nothing
             self.rollout.reward = Failure(f"{type(error).__name__}: {error}")
         self.close()

@@ -12,7 +12,8 @@ from typing import Any
 
 from posttrain.synth.errors import TaskStopped
 from posttrain.synth.ledger.replies import parsed
-from posttrain.synth.sending.batch_api import BatchAPI, Missing, Remote
+from posttrain.synth.sending.batches.api import BatchAPI
+from posttrain.synth.sending.batches.service import Missing, Remote
 from posttrain.synth.sending.wires.anthropic import from_wire, to_wire
 from posttrain.synth.sending.wires.parts import object_of
 
@@ -73,9 +74,7 @@ class MessageBatches(BatchAPI):
 
     def cancel(self, batch_id: str) -> None:
         """Ask for a batch to be cancelled."""
-        response = self._call("POST", f"messages/batches/{batch_id}/cancel")
-        if response.status_code >= 300 and response.status_code not in (400, 404, 409):
-            self._checked(response, parsed(response.content))
+        self._cancelled(f"messages/batches/{batch_id}/cancel")
 
     def lines(self, file_id: str) -> Iterator[bytes]:
         """Yield the results of a batch as lines of OpenAI's output files."""

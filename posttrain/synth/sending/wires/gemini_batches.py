@@ -10,8 +10,9 @@ from typing import Any
 
 import httpx
 
-from posttrain.synth.ledger.replies import Action, parsed
-from posttrain.synth.sending.batch_api import BatchAPI, Lost, Missing, Refused, Remote
+from posttrain.synth.ledger.replies import parsed
+from posttrain.synth.sending.batches.api import BatchAPI
+from posttrain.synth.sending.batches.service import Lost, Missing, Remote
 from posttrain.synth.sending.wires.gemini import from_wire, to_wire
 from posttrain.synth.sending.wires.parts import count, object_of
 
@@ -38,11 +39,11 @@ class GeminiBatches(BatchAPI):
                 made = {"key": line["custom_id"], "request": to_wire(line["body"])}
                 out.write(json.dumps(made, ensure_ascii=False).encode() + b"\n")
         try:
-            return f"{self._sent(path.name, translated)}@{model.removeprefix('models/')}"
+            return f"{self._brought(path.name, translated)}@{model.removeprefix('models/')}"
         finally:
             translated.unlink()
 
-    def _sent(self, name: str, path: Path) -> str:
+    def _brought(self, name: str, path: Path) -> str:
         size = path.stat().st_size
         about = {
             "x-goog-upload-protocol": "resumable", "x-goog-upload-command": "start",
@@ -63,19 +64,6 @@ class GeminiBatches(BatchAPI):
         if not isinstance(file_name, str):
             raise Lost("the reply is not readable")
         return file_name
-
-    def _posted(self, url: str, **content: Any) -> httpx.Response:
-        try:
-            response = self._client.post(url, **content)
-        except httpx.HTTPError as error:
-            self._reachable(error)
-            raise Lost(str(error) or type(error).__name__) from None
-        if response.status_code < 300:
-            return response
-        said = self._checked(response, parsed(response.content))
-        if said.action in (Action.RETRY, Action.WAIT):
-            raise Lost(f"HTTP {said.status} {said.code}: {said.message}")
-        raise Refused(said)
 
     def _beside(self, what: str, path: str) -> str:
         """Return an address of the upload and download services, which stand before the version in the path."""
@@ -111,9 +99,7 @@ class GeminiBatches(BatchAPI):
 
     def cancel(self, batch_id: str) -> None:
         """Ask for a batch to be cancelled."""
-        response = self._call("POST", f"{batch_id}:cancel")
-        if response.status_code >= 300 and response.status_code not in (400, 404, 409):
-            self._checked(response, parsed(response.content))
+        self._cancelled(f"{batch_id}:cancel")
 
     def lines(self, file_id: str) -> Iterator[bytes]:
         """Yield the results of a batch as lines of OpenAI's output files."""

@@ -135,9 +135,8 @@ def test_a_stream_that_was_not_asked_for_is_put_together(snowflake: Snowflake, t
 
 
 def test_a_lost_reply_of_the_sql_interface_is_the_same_statement_again(
-    snowflake: Snowflake, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    snowflake: Snowflake, tmp_path: Path, hasty: None
 ) -> None:
-    monkeypatch.setattr("posttrain.synth.sending.online.FIRST_BACKOFF", 0.01)
     snowflake.lose = 2
     made = cortex(snowflake, tmp_path, api="sql")
     made.add_chat_to_batch_task("t", MESSAGES, model="m")

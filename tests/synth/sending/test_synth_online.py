@@ -11,27 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from synth_server import Server, add, chat, error, raw, reset, short, texts
+from synth_server import KEY, Server, add, chat, client, error, raw, reset, short, texts
 
 from posttrain.errors import SynthError
-from posttrain.synth import IncompleteTask, OpenAISynth, Price, TaskStopped, VllmSynth
-from posttrain.synth.sending import endpoints
-from posttrain.synth.sending import online as engine
-
-KEY = "sk-very-secret-0123456789"
-
-
-@pytest.fixture(autouse=True)
-def hasty(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(engine, "FIRST_BACKOFF", 0.01)
-    monkeypatch.setattr(endpoints, "SHORTEST_EJECTION", 0.02)
-    monkeypatch.setattr("posttrain.synth.sending.limits.FIRST_WAIT", 0.02)
-
-
-def client(server: Server, folder: Path, **more: Any) -> OpenAISynth:
-    return OpenAISynth(
-        api_key=KEY, base_url=server.url, work_dir=folder, **{"mode": "online", "concurrency": 8, **more}
-    )
+from posttrain.synth import IncompleteTask, Price, TaskStopped, VllmSynth
 
 
 def test_results_are_as_many_as_the_inputs_and_in_their_order(server: Server, tmp_path: Path) -> None:
@@ -138,6 +121,7 @@ def test_a_refused_request_fails_alone_and_is_sent_again_only_when_asked_to(serv
 def test_a_storm_uses_up_no_attempts_and_is_one_pause_for_all_lanes(server: Server, tmp_path: Path) -> None:
     made = client(server, tmp_path, attempts=1)
     add(made, 60)
+    server.delay = 0.03  # so that several are in flight together
     server.faults["POST /chat/completions"] = [error(429, "rate_limit_exceeded", retry_after="0.05")] * 24
     seen: list[Any] = []
     responses = made.execute_batch_task("t", progress=lambda p: seen.append((p.storms, p.retries)))
@@ -241,8 +225,7 @@ def test_requests_and_tokens_per_minute_are_bounds(bound: str, server: Server, t
     server.answer = lambda body: (200, {**chat(body), "usage": used})
     made = client(server, tmp_path, **{bound: 5 if bound == "rpm" else 5 * (plan.input_tokens + plan.output_tokens)})
     add(made, 9, max_tokens=100)
-    task = made._task("t")
-    session = made._session(task, "t", None, None, lambda p: None, True)
+    session = made._session("t", None, None, lambda p: None, True)
     worker = threading.Thread(target=lambda: made.send(session))
     worker.start()
     deadline = time.monotonic() + 20
@@ -291,7 +274,10 @@ def test_a_server_that_is_down_makes_the_task_wait_and_a_server_that_stays_down_
         url = f"http://127.0.0.1:{free.getsockname()[1]}"
     made = VllmSynth(base_url=url, work_dir=tmp_path, patience=0.3)
     add(made, 5)
-    with pytest.raises(TaskStopped, match=r"no_server: waiting for a server: 127.0.0.1.*0 of 5 results are kept"):
+    with pytest.raises(
+        TaskStopped,
+        match=r"no_server: no answers from http://127.0.0.1:.*\(Connection refused\).*0 of 5 results are kept in",
+    ):
         made.execute_batch_task("t")
     assert made.status("t").failed == 0
 

@@ -25,14 +25,8 @@ from synth_server import (
 )
 
 from posttrain.synth import AzureOpenAISynth, IncompleteTask, OpenAISynth, Price, TaskStopped
-from posttrain.synth.sending import batch_api
 
 WANTED = [f"re: q{i}" for i in range(7)]
-
-
-@pytest.fixture(autouse=True)
-def hasty(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(batch_api, "FIRST_BACKOFF", 0.01)
 
 
 def client(server: Server, folder: Path, **more: Any) -> OpenAISynth:
@@ -312,9 +306,9 @@ import os, signal, sys
 from pathlib import Path
 import httpx
 from posttrain.synth import OpenAISynth
-from posttrain.synth.sending import batch_api
+from posttrain.synth.sending.batches import calls
 from posttrain.synth.ledger.store import Ledger
-batch_api.FIRST_BACKOFF = 0.01
+calls.FIRST_BACKOFF = 0.01
 point, at = 0, int(sys.argv[3])
 
 def around(cls, name):

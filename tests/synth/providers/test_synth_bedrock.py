@@ -13,7 +13,6 @@ from posttrain.errors import SynthError
 from posttrain.synth import BedrockSynth, Converse, Generate, Pipeline, Price, TaskStopped
 from posttrain.synth.clients.sigv4 import SigV4Auth
 from posttrain.synth.ledger.keys import Scrubber, as_secret
-from posttrain.synth.sending import online as engine
 from posttrain.synth.sending.wires.bedrock import from_wire, to_wire
 
 WANTED = [f"re: q{i}" for i in range(7)]
@@ -24,8 +23,7 @@ NOON = 1_440_938_160.0
 
 
 @pytest.fixture(autouse=True)
-def hasty(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(engine, "FIRST_BACKOFF", 0.01)
+def no_keys(hasty: None, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("AWS_REGION", "AWS_DEFAULT_REGION", "AWS_BEARER_TOKEN_BEDROCK", "AWS_SESSION_TOKEN"):
         monkeypatch.delenv(name, raising=False)
 

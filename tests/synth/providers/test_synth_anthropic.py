@@ -10,17 +10,11 @@ from synth_server import Handler, Server, add, error, reset, texts
 
 from posttrain.errors import SynthError
 from posttrain.synth import AnthropicSynth, Compare, Generate, Judge, Pipeline, Price, TaskStopped
-from posttrain.synth.sending import batch_api
-from posttrain.synth.sending import online as engine
 from posttrain.synth.sending.wires.anthropic import from_wire, to_wire
 
 WANTED = [f"re: q{i}" for i in range(7)]
 
-
-@pytest.fixture(autouse=True)
-def hasty(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(batch_api, "FIRST_BACKOFF", 0.01)
-    monkeypatch.setattr(engine, "FIRST_BACKOFF", 0.01)
+pytestmark = pytest.mark.usefixtures("hasty")
 
 
 def message(params: dict[str, Any]) -> dict[str, Any]:

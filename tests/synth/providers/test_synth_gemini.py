@@ -10,18 +10,12 @@ from synth_server import Handler, Server, add, reset, texts
 
 from posttrain.errors import SynthError
 from posttrain.synth import Converse, GeminiSynth, Generate, Judge, Pipeline, Price, TaskStopped
-from posttrain.synth.sending import batch_api
-from posttrain.synth.sending import online as engine
 from posttrain.synth.sending.wires.gemini import from_wire, to_wire
 
 WANTED = [f"re: q{i}" for i in range(7)]
 PARTS = ("text", "inlineData", "fileData", "functionCall", "functionResponse")
 
-
-@pytest.fixture(autouse=True)
-def hasty(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(batch_api, "FIRST_BACKOFF", 0.01)
-    monkeypatch.setattr(engine, "FIRST_BACKOFF", 0.01)
+pytestmark = pytest.mark.usefixtures("hasty")
 
 
 def candidate(request: dict[str, Any]) -> dict[str, Any]:
