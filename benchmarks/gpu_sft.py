@@ -230,8 +230,8 @@ def bare(setting: Setting) -> dict:
     import torch.nn.functional as F
     from transformers import LlamaForCausalLM
 
-    from posttrain.blocks.models.causal import inputs
     from posttrain.blocks.models.documents import attention
+    from posttrain.blocks.models.packed import inputs
 
     torch.manual_seed(0)
     with torch.device(setting.device):

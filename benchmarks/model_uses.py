@@ -21,9 +21,9 @@ from transformers import AutoConfig
 import posttrain
 from posttrain.blocks.models.documents.tiny import shrunk, tiny, ways
 from posttrain.errors import RecipeError
-from posttrain.tools import proofs
 from posttrain.tools.plan import estimate
-from posttrain.tools.twin import Twin, quietly
+from posttrain.tools.twin import proofs
+from posttrain.tools.twin.twin import Twin, quietly
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests" / "support"))
 from tokens import ASK, CHATML, byte_tokenizer

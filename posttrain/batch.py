@@ -15,15 +15,15 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 Per = Literal["token", "target", "span", "document", "example", "batch"]
-"""What there is one value for: a position of the rows, a supervised token, tokens that belong together (of an image), a
+"""What has one value each: a position of the rows, a supervised token, tokens that belong together (of an image), a
 document, an example, or the batch."""
 ABSENT: Any = None
-"""Of what a data block of your own need not give."""
+"""The default of fields that a data block of your own need not give."""
 
 
 @attrs.frozen(eq=False)
 class Extra:
-    """Values beside tokens and masks, and what there is one of them for."""
+    """Values beside tokens and masks, and what has one of them each."""
 
     values: Any
     """token: [..., rows, width]; target, document, example: [n, ...]; span: a list for each document;
@@ -102,11 +102,7 @@ class Batch(Layout):
     def but(self, **changes: Any) -> "Batch":
         """Return the batch with other values; names that are no fields go to `extra`."""
         fields = {name: value for name, value in changes.items() if name in FIELDS}
-        more = {
-            name: value if isinstance(value, Extra) else Extra(value)
-            for name, value in changes.items()
-            if name not in FIELDS
-        }
+        more = {n: x if isinstance(x, Extra) else Extra(x) for n, x in changes.items() if n not in FIELDS}
         if more:
             fields["extra"] = {**fields.get("extra", self.extra), **more}
         return attrs.evolve(self, **fields)
@@ -243,4 +239,4 @@ class Term:
     count: str = "weight"
     """What the term is a mean over: a name in `Batch.counts`, such as tokens."""
     weight: float = 1.0
-    """How much it counts in the loss. 0 for what is only looked at."""
+    """Its weight in the loss; 0 for a value that is only reported."""

@@ -1,6 +1,6 @@
 """The command line: train, check, show, prepare, plan, fit, blocks, plot, view, chat, eval, merge, push, ...
 
-What they do stands in `tools/commands.py`; here the command line is read.
+What they do stands in `tools/commands.py` and `tools/afterwards/commands.py`; here the command line is read.
 
 Only the standard library is imported before a command runs, and only attrs, cattrs and yaml before its
 recipe is valid: help and error messages must not wait for torch.
@@ -39,6 +39,7 @@ def main(argv: list[str] | None = None) -> int:
     from posttrain.runtime.failures import is_first, is_to_speak
     from posttrain.runtime.launch import hush
     from posttrain.tools import commands
+    from posttrain.tools.afterwards import commands as afterwards
 
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
     logging.getLogger("huggingface_hub").propagate = False  # it prints by itself, and every line would be there twice
@@ -46,7 +47,8 @@ def main(argv: list[str] | None = None) -> int:
     hush()
     logging.getLogger("posttrain").setLevel(logging.INFO if first_rank else logging.ERROR)
     try:
-        return int(getattr(commands, arguments.command)(arguments) or 0)
+        command = getattr(commands, arguments.command, None) or getattr(afterwards, arguments.command)
+        return int(command(arguments) or 0)
     except PosttrainError as error:
         if os.environ.get("POSTTRAIN_TRACEBACK") == "1":
             raise
@@ -67,7 +69,7 @@ def main(argv: list[str] | None = None) -> int:
 def complain(message: str) -> None:
     """Print an error message."""
     colour = sys.stderr.isatty() and not os.environ.get("NO_COLOR")
-    print(f"\033[1;31merror:\033[0m {message}" if colour else f"error: {message}", file=sys.stderr)  # noqa: T201
+    print(f"\033[1;31merror:\033[0m {message}" if colour else f"error: {message}", file=sys.stderr)
 
 
 def parse_arguments(argv: list[str]) -> argparse.Namespace:
@@ -95,13 +97,11 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
 
     planning = _recipe_command(commands, "plan", "estimate the memory that a recipe takes, without weights or a GPU",
                                "posttrain plan recipe.yaml --world 8 strategy=fsdp")  # fmt: skip
-    planning.add_argument("--world", type=_count, metavar="N", help="devices, all nodes together (the recipe's, or 1)")
-    planning.add_argument("--gpu-memory", type=float, default=80.0, metavar="GIB", help="of each device (80)")
-
     fitting = _recipe_command(commands, "fit", "find the smallest change of a recipe that fits into a device's memory",
                               "posttrain fit recipe.yaml --gpu-memory 24")  # fmt: skip
-    fitting.add_argument("--world", type=_count, metavar="N", help="devices, all nodes together (the recipe's, or 1)")
-    fitting.add_argument("--gpu-memory", type=float, default=80.0, metavar="GIB", help="of each device (80)")
+    for each in (planning, fitting):
+        each.add_argument("--world", type=_count, metavar="N", help="devices, all nodes together (the recipe's, or 1)")
+        each.add_argument("--gpu-memory", type=float, default=80.0, metavar="GIB", help="of each device (80)")
     fitting.add_argument("--no-offload", action="store_true", help="let nothing wait on the host, which is slow")
 
     listing = _command(commands, "blocks", "list what a recipe can be made of", "posttrain blocks scheduler cosine")
@@ -151,9 +151,7 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     measuring.add_argument("--max-new-tokens", type=_count, default=256, metavar="N", help="of each reply (256)")
     measuring.add_argument("--shots", type=int, metavar="N", help="with --tasks: examples in each prompt")
     measuring.add_argument("--task-folder", type=Path, metavar="FOLDER", help="with --tasks: your own, in its YAML")
-    measuring.add_argument(
-        "-o", "--output", type=Path, metavar="FOLDER", help="for the replies (evals in RUN, or here)"
-    )
+    measuring.add_argument("-o", "--output", type=Path, metavar="FOLDER", help="for replies (evals in RUN, or here)")
     _device(measuring)
     measuring.set_defaults(command="measure")
 
@@ -188,22 +186,16 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     drafting.add_argument("--drafts", type=_count, metavar="K", help="tokens drafted in a pass (one of each head)")
     drafting.add_argument("-o", "--output", type=Path, metavar="FILE", help="picture to write (RUN/acceptance.png)")
 
-    _command(
-        commands, "doctor", "say what this machine and environment can do, and what is missing", "posttrain doctor"
-    )
+    _command(commands, "doctor", "say what this machine and environment can do, and what not", "posttrain doctor")
 
     generating = _recipe_command(commands, "synth", "generate data with a model behind an interface, paying once",
                                  "posttrain synth run recipe.yaml --max-cost 5", first="verb")  # fmt: skip
-    generating.add_argument(
-        "--max-cost", type=float, metavar="DOLLARS", help="run: refuse to spend more, all steps together"
-    )
+    generating.add_argument("--max-cost", type=float, metavar="DOLLARS", help="run: spend no more, all steps together")
     generating.add_argument("--max-requests", type=int, metavar="N", help="run: refuse to send more")
     generating.add_argument("--retry-failed", action="store_true", help="run: also send what was refused for good")
     generating.add_argument("--first", type=_count, metavar="N",
                             help="run: N rows only; show what is asked and answered, and what all cost")  # fmt: skip
-    generating.add_argument(
-        "--live", type=Path, metavar="FILE", help="run: write a page (.html) that shows how it goes"
-    )
+    generating.add_argument("--live", type=Path, metavar="FILE", help="run: write a page (.html) of how it goes")
     generating.add_argument("--no-wait", action="store_true", help="run: submit batches and return")
     generating.add_argument("--dropped", action="store_true", help="export: what was dropped, with the reasons")
     generating.add_argument("-o", "--output", type=Path, metavar="FILE",
@@ -237,9 +229,7 @@ def _recipe_command(
     if first is not None:
         parser.add_argument(first, choices=SYNTH_VERBS, help="what to do")
     parser.add_argument("recipe", type=Path, metavar="RECIPE", help="a YAML file")
-    parser.add_argument(
-        "overrides", nargs="*", metavar="KEY=VALUE", help="replaces a key, such as data.sources.0.split=test"
-    )
+    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="sets a key: data.sources.0.split=test")
     return parser
 
 
@@ -258,7 +248,7 @@ class _Version(argparse.Action):
     def __call__(self, parser: argparse.ArgumentParser, *args: Any) -> None:
         from posttrain.runtime.folder import installed
 
-        print(f"posttrain {installed('posttrain') or '(not installed: run from its source folder)'}")  # noqa: T201
+        print(f"posttrain {installed('posttrain') or '(not installed: run from its source folder)'}")
         parser.exit()
 
 

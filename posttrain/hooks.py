@@ -19,6 +19,7 @@ nothing is left behind when the run is over.
 """
 
 import functools
+import inspect
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any, TypeAlias, TypeVar
@@ -32,7 +33,8 @@ Hooks: TypeAlias = dict[str, list[Callable[..., Any]]]
 
 
 def before(target: str) -> Callable[[F], F]:
-    """Call the method first, with `(owner, *args)`. It returns new arguments as a tuple, or None.
+    """Call the method first, with `(owner, *args, **kwargs)`. It returns new arguments as a tuple, or None. Keyword
+    arguments that the tuple does not reach stay as they are.
 
     `target` is `trainer.<method>` or `<field>.<method>`, such as `trainer.loss` or `model.build`;
     a field that holds a list (`checkpoint.save`) means each of its blocks.
@@ -116,7 +118,8 @@ def _wrapped(owner: Any, name: str, hooks: Hooks) -> Iterator[None]:
                         f"{hook.__qualname__} runs before {name}() and must return its new arguments as a tuple, "
                         f"or None to keep them; it returned {type(replaced).__name__}"
                     )
-                args, kwargs = replaced, {}
+                given = inspect.signature(inner).bind_partial(*replaced).arguments
+                args, kwargs = replaced, {name: value for name, value in kwargs.items() if name not in given}
         result = inner(*args, **kwargs)
         for hook in hooks["after"]:
             if (replaced := hook(owner, result)) is not None:

@@ -146,7 +146,7 @@ class CallbackBlock(Protocol):
 
 
 class Sampler(Protocol):
-    """Says replies with the weights of the run as they are at the moment."""
+    """Samples replies with the current weights of the run."""
 
     def sample(
         self, prompts: list[list[int]], keys: list[tuple[int, ...]], n: int, temperature: float | None = None
@@ -190,25 +190,25 @@ class SeeingSampler(Sampler, Protocol):
 
 @runtime_checkable
 class AheadSampler(Sampler, Protocol):
-    """A sampler that can go on saying what earlier weights say, while the run's are changed."""
+    """A sampler that can keep sampling from earlier weights while those of the run change."""
 
     held: bool
     """Whether it does so now."""
 
     def hold(self, probe: list[int]) -> None:
-        """Take the weights of the run as they are; what is said until `release` is theirs. All ranks call it, and may
-        then ask as often as they like, from another thread too.
+        """Keep the weights of the run as they are now: until `release`, replies come from them. All ranks call it, and
+        may then sample as often as they like, from another thread too.
 
         Args:
-            probe: a prompt, for a proof that they were taken.
+            probe: a prompt, by which it is proven that they were taken.
         """
 
     def release(self) -> None:
-        """Say again what the weights of the run say."""
+        """Sample from the weights of the run again."""
 
 
 class SamplerBlock(Protocol):
-    """Makes what lets the policy speak."""
+    """Makes a sampler."""
 
     @property
     def max_new_tokens(self) -> int: ...
@@ -221,11 +221,11 @@ class Episode(Protocol):
     """One conversation with an environment, which may remember what was said."""
 
     def step(self, turn: "Turn") -> "Outcome":
-        """Return what is said to the model next, and a reward; the conversation ends where there is nothing to say."""
+        """Return the answer to a turn of the model, and a reward; without an answer, the conversation ends."""
 
 
 class EnvironmentBlock(Protocol):
-    """Makes episodes: what answers to a policy that has more than one turn."""
+    """Makes episodes, in which an environment answers each turn of the policy."""
 
     @property
     def max_turns(self) -> int:
@@ -233,7 +233,7 @@ class EnvironmentBlock(Protocol):
 
     @property
     def max_tokens(self) -> int:
-        """Tokens by which a conversation may grow, of all turns and answers together."""
+        """The most tokens that all turns and answers together may add to a prompt."""
 
     @property
     def specs(self) -> list[dict[str, Any]]:
@@ -241,7 +241,7 @@ class EnvironmentBlock(Protocol):
 
     @property
     def weight(self) -> float:
-        """Of the episodes' own rewards in the sum of all; 0 where they give none."""
+        """Weight of the episodes' own rewards in the sum of all rewards; 0 if they give none."""
 
     def reset(self, row: dict[str, Any]) -> Any:
         """Return a new `Episode` for a row of the data; equal rows and turns must give equal answers."""
@@ -269,7 +269,7 @@ class Scorer(Protocol):
 
 
 class RewardBlock(Protocol):
-    """Makes what scores replies. `weight` is its part of the sum of all rewards, `name` what metrics call it."""
+    """Makes a scorer. `weight` is its weight in the sum of all rewards, `name` its name in metrics."""
 
     @property
     def weight(self) -> float: ...
@@ -313,7 +313,7 @@ class Adding(Protocol):
     """A network that adds terms of its own to the loss, such as that of a router."""
 
     terms: dict[str, Term]
-    """What the passes since it was cleared add."""
+    """The terms of the forward passes since it was last cleared."""
 
 
 @runtime_checkable
@@ -331,7 +331,7 @@ class Updated(Protocol):
 
 @runtime_checkable
 class Blindfolded(Protocol):
-    """A network that may see images, and need not."""
+    """A network with parts that only images reach, which it can do without."""
 
     def without_images(self) -> None:
         """Train nothing that only images would reach; called before optimizer and strategy see the network."""

@@ -45,10 +45,8 @@ def _can_skip(trainer: "TrainerKeys", attribute: Any, value: Any) -> None:
 
 def _is_way_to_resume(trainer: "TrainerKeys", attribute: Any, value: str) -> None:
     if value not in ("auto", "never", "force") and not re.fullmatch(r"step-\d+", value):
-        ways = ("auto", "never", "force", "step-300")
-        raise ValueError(
-            f"must be auto, never, force or a checkpoint such as step-300, not {value!r}{suggest(value, ways)}"
-        )
+        hint = suggest(value, ("auto", "never", "force", "step-300"))
+        raise ValueError(f"must be auto, never, force or a checkpoint such as step-300, not {value!r}{hint}")
 
 
 Precision: TypeAlias = Literal["32-true", "bf16-mixed", "bf16-true", "16-mixed", "64-true", "bf16", "fp16", "fp32"]
@@ -150,9 +148,6 @@ class TrainerKeys:
             yield "model", "quantize: what is quantized cannot be trained; write lora: {} too, to train adapters on it"
         why = getattr(type(self.optimizer), "not_flat", None)
         if why and isinstance(self.strategy, DeepSpeed):
-            yield (
-                "optimizer",
-                f"DeepSpeed lays parameters end to end, but {why}: use strategy: fsdp or ddp",
-            )
+            yield "optimizer", f"DeepSpeed lays parameters end to end, but {why}: use strategy: fsdp or ddp"
         if isinstance(self.optimizer, ScheduleFree) and type(self.scheduler) is not Constant:
             yield "scheduler", "schedule-free takes the place of a schedule: write `{type: constant, warmup: 0.03}`"

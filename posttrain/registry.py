@@ -165,9 +165,8 @@ def block(kind: str, name: str, *, also: tuple[str, ...] = ()) -> Callable[[type
         for called in (name, *also):
             known = _blocks.get((kind, called))
             if known is not None and _home(known) != _home(cls):
-                raise RegistryError(
-                    f"{kind} {called!r} is already registered by {where(known)}; {where(cls)} needs another name"
-                )
+                taken = f"{kind} {called!r} is already registered by {where(known)}"
+                raise RegistryError(f"{taken}; {where(cls)} needs another name")
             _blocks[kind, called] = cls  # the same class again (a notebook cell, a reload) replaces itself
         _names[cls] = name
         return cls

@@ -74,8 +74,7 @@ def missing_folder(name: str) -> str | None:
 def similar_folder(name: str) -> str:
     """Return "; did you mean 'runs/first'?" if something is called so beside a path that is not there; or nothing."""
     path = expanded(name)
-    beside = [str(path.parent / found.name) for found in path.parent.iterdir()] if path.parent.is_dir() else []
-    return suggest(str(path), beside)
+    return suggest(str(path), map(str, path.parent.iterdir()) if path.parent.is_dir() else [])
 
 
 def as_data(value: Any) -> Any:

@@ -229,10 +229,8 @@ def parse(text: str, place: Callable[[int], Place]) -> Document:
         loader = _Loader(text)
         root = loader.get_single_node()
     except yaml.reader.ReaderError as error:
-        line = text.count("\n", 0, error.position) + 1
-        raise RecipeError(
-            f"{place(line)[1]}: holds the character {error.character!r}, which YAML does not allow"
-        ) from None
+        where = place(text.count("\n", 0, error.position) + 1)[1]
+        raise RecipeError(f"{where}: holds the character {error.character!r}, which YAML does not allow") from None
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         message = ", ".join(part for part in (error.context, error.problem) if part)

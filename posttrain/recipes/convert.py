@@ -19,6 +19,8 @@ Notes = list[str]
 
 METHODS = {"sft": "sft", "causal": "causal", "dpo": "dpo", "swiftkv": "swiftkv", "spec-decode": "mlp-speculator"}
 """Their trainers -> ours."""
+SCHEDULES = {name: name.partition("_with_")[0] for name in (
+    "linear", "cosine", "cosine_with_min_lr", "constant", "constant_with_warmup")}  # fmt: skip
 HOST_WORK = "not needed: rows are tokenized once, by all cores, into a cache that notices changes"
 UNUSED = ("bfloat16", "steps_per_print", "seq_parallel_communication_data_type")
 """Keys of a DeepSpeed configuration that would mean nothing."""
@@ -177,9 +179,8 @@ def _source(theirs: Values, key: str, notes: Notes) -> Values:
     name, _, split = str(theirs.pop("name_or_path")).partition(":")
     split = split or str(theirs.pop("split", ""))
     split, cut = re.sub(r"\[.*", "", split), re.search(r"\[:(\d[\d_]*)\]$", split)
-    made: Values = (
-        {"name_or_path": name} | ({"split": split} if split else {}) | ({"max_rows": int(cut[1])} if cut else {})
-    )
+    made: Values = {"name_or_path": name} | ({"split": split} if split else {})
+    made |= {"max_rows": int(cut[1])} if cut else {}
     theirs.pop("process", None)
     if count := theirs.pop("sample_count", None):
         made["max_rows"] = count
@@ -222,12 +223,10 @@ def _scheduler(theirs: Values, top: Values, notes: Notes) -> Values:
             return made | {"decay": round(min(1.0, decay / left), 4)} | theirs
         notes.append(f"scheduler.num_decay_steps: {decay}: say with decay which share of the steps that is")
         return made | theirs
-    known = {"linear": "linear", "cosine": "cosine", "cosine_with_min_lr": "cosine", "constant": "constant",
-             "constant_with_warmup": "constant"}  # fmt: skip
-    if name not in known:
+    if name not in SCHEDULES:
         notes.append(f"scheduler.name: {name} became cosine")
     more = _mapping(theirs.pop("scheduler_specific_kwargs", {}), "scheduler.scheduler_specific_kwargs")
-    made = {"type": known.get(name, "cosine"), "warmup": theirs.pop("warmup_ratio", 0.1)}
+    made = {"type": SCHEDULES.get(name, "cosine"), "warmup": theirs.pop("warmup_ratio", 0.1)}
     if "min_lr_rate" in more:
         made["floor"] = more.pop("min_lr_rate")
     notes += [f"scheduler.scheduler_specific_kwargs.{key}: no counterpart" for key in more]

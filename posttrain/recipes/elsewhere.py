@@ -228,10 +228,7 @@ ArcticTraining
 """Library, then `theirs = ours`; ours with code in backticks. Keys of one meaning may share a line."""
 
 NAMES = {
-    "logger": {
-        "all": "a list, such as `[console, tensorboard, jsonl]`",
-        "none": "an empty list, `[]`",
-    },
+    "logger": {"all": "a list, such as `[console, tensorboard, jsonl]`", "none": "an empty list, `[]`"},
     "optimizer": {
         **dict.fromkeys(("adamw_torch", "adamw_torch_fused", "adamw_hf", "fused_adam", "adamw_apex_fused"), "`adamw`"),
         **dict.fromkeys(("adamw_8bit", "adamw_bnb_8bit", "adamw_torch_8bit", "paged_adamw_8bit"), "`adamw-8bit`"),
@@ -293,9 +290,8 @@ def keys(theirs: str) -> list[str]:
     >>> keys("bf16"), keys("dataset.packed"), keys("save_steps, save_strategy"), keys("model.type: liger")
     (['bf16'], ['packed'], ['save_steps', 'save_strategy'], [])
     """
-    return (
-        [name.rpartition(".")[2] for name in theirs.split(", ")] if re.fullmatch(r"[\w.]+(, [\w.]+)*", theirs) else []
-    )
+    are_keys = re.fullmatch(r"[\w.]+(, [\w.]+)*", theirs)
+    return [name.rpartition(".")[2] for name in theirs.split(", ")] if are_keys else []
 
 
 def table(library: str) -> str:

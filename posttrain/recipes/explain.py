@@ -160,9 +160,8 @@ def paragraphs(cls: type) -> list[str]:
 
 
 def _indented(text: str) -> str:
-    return "\n\n".join(
-        textwrap.fill(part, WIDTH, initial_indent="  ", subsequent_indent="  ") for part in text.split("\n\n")
-    )
+    parts = text.split("\n\n")
+    return "\n\n".join(textwrap.fill(part, WIDTH, initial_indent="  ", subsequent_indent="  ") for part in parts)
 
 
 def _field_texts(cls: type) -> Iterator[tuple[str, str]]:

@@ -11,8 +11,9 @@ from typing import Any, TypeAlias, TypeVar
 
 from posttrain import yaml12
 from posttrain.errors import RecipeError
+from posttrain.recipes.containers import BARE
 from posttrain.recipes.scalars import Problem
-from posttrain.recipes.structure import BARE, Override, structure
+from posttrain.recipes.structure import Override, structure
 from posttrain.registry import suggest
 from posttrain.trainer import Trainer
 from posttrain.values import as_data, expanded
@@ -254,8 +255,5 @@ def _place(document: Document, key: Key) -> Place:
 
 def _line(place: Place, key: Key, message: str) -> str:
     dotted = ".".join(map(str, key))
-    return (
-        f"{place[1]}: {message}"
-        if place[1] == f"override {dotted}" or not dotted
-        else f"{place[1]}: {dotted}: {message}"
-    )
+    named = "" if place[1] == f"override {dotted}" or not dotted else f"{dotted}: "
+    return f"{place[1]}: {named}{message}"

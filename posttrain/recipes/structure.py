@@ -1,30 +1,24 @@
 """Plain data -> trainer: every value checked against its field, every problem reported under its key.
 
-cattrs finds the hook for a type; the hooks are our own. cattrs' would turn "false" into True and 1.9
-into 1, and lose the keys of all problems but the first of each level.
+Here blocks and other classes are made; what their fields hold besides is made in `containers` and `scalars`.
 """
 
 import re
-import types
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from typing import Any, Literal, TypeVar, Union, get_args, get_origin
+from typing import Any, TypeVar
 
 import attrs
-from cattrs import BaseConverter
 
 from posttrain import registry
 from posttrain.errors import PosttrainError, RegistryError
 from posttrain.interfaces import Checked
+from posttrain.recipes.containers import BARE, converter, under
 from posttrain.recipes.elsewhere import NAMES, meant
-from posttrain.recipes.scalars import SCALARS, Problem, Problems, structure_literal, structure_str, wrong
+from posttrain.recipes.scalars import Problem, Problems, wrong
 from posttrain.registry import lookup, name_of, names, suggest
 from posttrain.trainer import Trainer
 from posttrain.yaml12 import shortened
 
 T = TypeVar("T")
-BARE = ""
-"""Key under which a mapping holds the text it was written as: `scheduler: cosine`."""
 
 
 class Override(str):
@@ -58,37 +52,21 @@ def structure_as(data: dict[str, Any], cls: type[T]) -> tuple[T | None, list[Pro
 
 def _expand_deepspeed(data: dict[str, Any]) -> tuple[dict[str, Any], bool]:
     """`deepspeed: {...}` at the root is short for a strategy of that type with that config."""
-    given = {str(key): isinstance(key, Override) for key in data}
-    if "deepspeed" not in given:
+    overrides = {str(key): isinstance(key, Override) for key in data}
+    if "deepspeed" not in overrides:
         return data, False
-    if "strategy" in given:
-        if given["strategy"] == given["deepspeed"]:
-            raise Problems(
-                (("deepspeed",), "is short for `strategy: {type: deepspeed, config: ...}`; give only one of the two")
-            )
-        loser = "strategy" if given["deepspeed"] else "deepspeed"
-        data = {k: v for k, v in data.items() if k != loser}
-        if loser == "deepspeed":
-            return data, False
-    rest = {k: v for k, v in data.items() if k != "deepspeed"}
+    if overrides.get("strategy") == overrides["deepspeed"]:
+        twice = "is short for `strategy: {type: deepspeed, config: ...}`; give only one of the two"
+        raise Problems((("deepspeed",), twice))
+    if overrides.get("strategy"):
+        return {k: v for k, v in data.items() if k != "deepspeed"}, False
+    rest = {k: v for k, v in data.items() if k not in ("deepspeed", "strategy")}
     return rest | {"strategy": {"type": "deepspeed", "config": data["deepspeed"]}}, True
-
-
-@contextmanager
-def _under(key: str | int, found: list[Problem]) -> Iterator[None]:
-    """Collect the problems of a part under its key."""
-    try:
-        yield
-    except Problems as error:
-        found += [((key, *rest), message) for rest, message in error.found]
 
 
 def article(noun: str) -> str:
     """Return a noun with its indefinite article."""
     return f"{'an' if noun[0] in 'aeiou' else 'a'} {noun}"
-
-
-# -- blocks and other attrs classes ---------------------------------------------------
 
 
 def kind_of(type_: Any) -> str | None:
@@ -152,7 +130,7 @@ def structure_class(data: dict[str, Any], cls: Any) -> Any:
     draft = cls.__new__(cls)  # what validators see as `self` until all fields are known to be right
     for name, field in fields.items():
         if name in spelled:
-            with _under(spelled[name], found):
+            with under(spelled[name], found):
                 values[name] = _structure_field(data[spelled[name]], field)
                 object.__setattr__(draft, name, values[name])
                 _validate(draft, field, values[name])
@@ -165,8 +143,10 @@ def structure_class(data: dict[str, Any], cls: Any) -> Any:
     except Exception as error:  # from a validator or an __attrs_post_init__ in user code
         raise Problems(((), _plainly(error, ""))) from error
     if isinstance(made, Checked):
-        with _reported():
+        try:
             found = [((spelled.get(name, name),), message) for name, message in made.check()]
+        except (PosttrainError, OSError, ValueError) as error:
+            raise Problems(((), str(error))) from error
         if found:
             raise Problems(*found)
     return made
@@ -225,116 +205,5 @@ def _plainly(error: Exception, name: str) -> str:
     return re.sub(r"^((?:Length )?must be .*?): (.*)$", r"\1, got \2", text, flags=re.DOTALL)
 
 
-@contextmanager
-def _reported() -> Iterator[None]:
-    try:
-        yield
-    except (PosttrainError, OSError, ValueError) as error:
-        raise Problems(((), str(error))) from error
-
-
-# -- containers -----------------------------------------------------------------------
-
-
-def structure_list(data: Any, type_: Any) -> list[Any]:
-    """Make a list; a single mapping stands for a list of one where the items are blocks or values."""
-    (item,) = get_args(type_) or (Any,)
-    if isinstance(data, dict) and any(_is_class(t) for t in (item, *get_args(item))):
-        return [converter.structure(data, item)]
-    return _structure_items(data, lambda index: item)
-
-
-def structure_tuple(data: Any, type_: Any) -> tuple[Any, ...]:
-    """Make a tuple, of a fixed length or of any."""
-    items = get_args(type_) or (Any, ...)
-    if len(items) == 2 and items[1] is ...:
-        return tuple(_structure_items(data, lambda index: items[0]))
-    if isinstance(data, list) and len(data) != len(items):
-        raise Problems(((), f"expected a list of {len(items)}, got {len(data)}"))
-    return tuple(_structure_items(data, lambda index: items[index]))
-
-
-def _structure_items(data: Any, type_at: Callable[[int], Any]) -> list[Any]:
-    if not isinstance(data, list):
-        hint = f"; write [{data}]" if isinstance(data, str) and re.fullmatch(r"[\w./-]{1,40}", data) else ""
-        raise Problems(((), wrong("a list", data).found[0][1] + hint))
-    made: list[Any] = []
-    found: list[Problem] = []
-    for index, item in enumerate(data):
-        with _under(index, found):
-            made.append(converter.structure(item, type_at(index)))
-    if found:
-        raise Problems(*found)
-    return made
-
-
-def structure_dict(data: Any, type_: Any) -> dict[str, Any]:
-    """Make a dict with text keys."""
-    _, item = get_args(type_) or (str, Any)
-    if not isinstance(data, dict) or BARE in data:
-        raise wrong("a mapping", data if not isinstance(data, dict) else data[BARE])
-    made: dict[str, Any] = {}
-    found: list[Problem] = []
-    for key, value in data.items():
-        with _under(key, found):
-            made[str(key)] = converter.structure(value, item)
-    if found:
-        raise Problems(*found)
-    return made
-
-
-def structure_union(data: Any, type_: Any) -> Any:
-    """Take the first member that fits; if none does, report the problems of the one that comes closest."""
-    members = [member for member in get_args(type_) if member is not type(None)]
-    if data is None and len(members) < len(get_args(type_)):
-        return None
-    failures = []
-    for member in members:
-        try:
-            return converter.structure(data, member)
-        except Problems as error:
-            failures.append(error)
-    inside = [failure for failure in failures if any(key for key, _ in failure.found)]
-    if inside or len(failures) == 1:
-        raise min(inside or failures, key=lambda failure: len(failure.found))
-    expected = [m.removeprefix("expected ").rpartition(", got ")[0] for f in failures for _, m in f.found]
-    raise wrong(" or ".join(expected), data)
-
-
-def structure_any(data: Any, _: Any) -> Any:
-    """Take plain data as it is."""
-    if isinstance(data, dict):
-        return structure_dict(data, dict[str, Any])
-    if isinstance(data, list):
-        return structure_list(data, list[Any])
-    return structure_str(data, str) if isinstance(data, str) else data
-
-
-def structure_other(data: Any, type_: Any) -> Any:
-    """Refuse what has no notation, such as a function or a tensor."""
-    raise Problems(((), f"a {getattr(type_, '__name__', type_)} cannot be written in a recipe; set it from Python"))
-
-
-# -- which hook for which type --------------------------------------------------------
-
-
-def _is_class(type_: Any) -> bool:
-    return kind_of(type_) is not None or (isinstance(type_, type) and attrs.has(type_))
-
-
-def _hooks() -> Iterator[tuple[Callable[[Any], bool], Callable[[Any, Any], Any]]]:
-    """Yield (does it apply to this type, hook); later ones win."""
-    yield lambda t: True, structure_other
-    yield lambda t: isinstance(t, type) and attrs.has(t), structure_value
-    yield lambda t: kind_of(t) is not None, structure_block
-    for origin, hook in ((list, structure_list), (tuple, structure_tuple), (dict, structure_dict)):
-        yield lambda t, origin=origin: t is origin or get_origin(t) is origin, hook  # type: ignore[misc]
-    yield lambda t: get_origin(t) in (Union, types.UnionType), structure_union
-    yield lambda t: get_origin(t) is Literal, structure_literal
-
-
-converter = BaseConverter()
-for _applies, _hook in _hooks():
-    converter.register_structure_hook_func(_applies, _hook)
-for _scalar, _hook in {**SCALARS, Any: structure_any}.items():
-    converter.register_structure_hook(_scalar, _hook)
+converter.register_structure_hook_func(lambda type_: isinstance(type_, type) and attrs.has(type_), structure_value)
+converter.register_structure_hook_func(lambda type_: kind_of(type_) is not None, structure_block)

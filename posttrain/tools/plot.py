@@ -49,13 +49,14 @@ def curves(runs: list[Path], metrics: list[str] | None, target: Path) -> None:
     Raises:
         PosttrainError: a run cannot be read, no run has the metric, or matplotlib is not installed.
     """
-    found = {_label(run, runs): read(run) for run in runs}
+    names = [run.resolve().name for run in runs]
+    labels = [name if names.count(name) == 1 else str(run) for name, run in zip(names, runs, strict=True)]
+    found = dict(zip(labels, map(read, runs), strict=True))
     known = {name for metrics_of_run in found.values() for name in metrics_of_run}
     for name in metrics or ():
         if name not in known:
-            raise RecipeError(
-                f"no run has a metric {name!r}{suggest(name, known)} (there are: {', '.join(sorted(known))})"
-            )
+            there = ", ".join(sorted(known))
+            raise RecipeError(f"no run has a metric {name!r}{suggest(name, known)} (there are: {there})")
     chosen = list(dict.fromkeys(metrics)) if metrics else [name for name in TITLES if name in known] or sorted(known)
     try:
         _draw(found, chosen, target)
@@ -128,12 +129,6 @@ def _row(line: str, where: str, last: bool) -> dict[str, Any]:
     if not isinstance(row, dict) or not isinstance(row.get("step"), int | float):
         raise PosttrainError(f'{where}: expected an object with a number "step", got {line[:60]}')
     return row
-
-
-def _label(run: Path, runs: list[Path]) -> str:
-    """Name a run by its folder, or by its path where that says too little."""
-    names = [r.resolve().name for r in runs]
-    return run.resolve().name if names.count(run.resolve().name) == 1 else str(run)
 
 
 def smooth(values: list[float], passes: int = 2) -> list[float]:

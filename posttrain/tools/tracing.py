@@ -28,7 +28,7 @@ from posttrain.interfaces import AgentBlock
 from posttrain.run import Run
 from posttrain.runtime.launch import silence_libraries
 from posttrain.tools.alive import Alive
-from posttrain.tools.twin import Sampling
+from posttrain.tools.twin.stand_ins import Sampling
 from posttrain.tools.vision.seen import UNKNOWN, constants, faked, fullest_of_images, prompt_of_images
 from posttrain.trainer import Trainer
 from posttrain.trainers.distill import DistillTrainer

@@ -49,7 +49,7 @@ class DistillTrainer(Trainer):
         if self.stored and isinstance(self.data, Data) and self.data.streams:
             yield (
                 "stored",
-                "the teacher cannot be asked ahead about a stream, which is read while training: set it false",
+                "a stream is read while training, so the teacher cannot be asked ahead: set it to false",
             )
 
     def build_frozen(self, fabric: "Fabric", model: "nn.Module") -> "dict[str, nn.Module]":

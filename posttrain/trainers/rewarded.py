@@ -26,7 +26,7 @@ class RewardedTrainer(ReferenceTrainer):
     rewards: list[RewardBlock] = key(factory=list, convert=as_rewards, also=("reward_funcs",))
     """What replies are worth: the weighted sum of these, and of what an environment gives."""
     sampler: SamplerBlock = default(TransformersSampler)
-    """What says the replies."""
+    """Samples the replies."""
     replies: Any = attrs.field(init=False, repr=False)
     """A `Scored` (posttrain/blocks/rollouts/scored.py) while training."""
 
@@ -46,13 +46,13 @@ class RewardedTrainer(ReferenceTrainer):
         return False
 
     def setup(self) -> "Run":
-        """Build what speaks, what scores and what remembers, too."""
+        """Build the sampler and the rewards, too."""
         run = super().setup()
         self.replies = self.scored(run)
         return run
 
     def scored(self, run: "Run") -> "Scored":
-        """Return what lets the policy speak, and scores what it says."""
+        """Return what samples replies and scores them."""
         from posttrain.blocks.rollouts.scored import Scored
 
         return Scored(run, self.sampler, self.rewards, self.seed)

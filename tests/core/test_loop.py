@@ -189,6 +189,28 @@ def test_a_step_without_anything_to_learn_from_is_an_error(tmp_path: Path) -> No
         trainer(tmp_path).train(callbacks=[blank])
 
 
+def test_what_an_evaluation_logs_outside_of_its_batches_is_taken_as_it_is(tmp_path: Path) -> None:
+    @hooks.after("trainer.together")
+    def log(trainer: SFTTrainer, batches: Any) -> None:
+        trainer.run.log(beside=3.0)
+
+    made = trainer(tmp_path, max_steps=1, eval_rows=4, eval_every=1).train(callbacks=[log])
+    assert made.last["eval_beside"] == made.last["beside"] == 3.0
+
+
+def test_a_hook_that_replaces_arguments_keeps_those_that_it_leaves_out(tmp_path: Path) -> None:
+    """`count` gets learning rates by name, and its loss too."""
+
+    @hooks.before("trainer.count")
+    def doubled(trainer: SFTTrainer, batches: Any, position: Any, loss: Any, **rates: float) -> tuple[Any, ...]:
+        return batches, position, 2 * loss
+
+    plain = trainer(tmp_path / "plain", max_steps=1).train()
+    made = trainer(tmp_path / "doubled", max_steps=1).train(callbacks=[doubled])
+    assert made.last["loss"] == pytest.approx(2 * plain.last["loss"])
+    assert made.last["lr"] == plain.last["lr"]
+
+
 def test_evaluating_without_data_for_it_is_said_before_training(tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match="eval_every"):
         trainer(tmp_path, eval_every=2).train()

@@ -142,7 +142,7 @@ def test_without_its_measure_a_packed_image_would_be_another(
     network = block.build(None).eval()
     right = network(batch, "log_probs")
     if spoil == "blocks":
-        from posttrain.blocks.models.documents.ways import Sight
+        from posttrain.blocks.models.vision.parts import Sight
 
         assert network.sight.blocks
         network.sight = Sight(False, network.sight.language)
@@ -273,7 +273,7 @@ def recipe(family_folder: Path, source: Path, root: Path, **keys: Any) -> Path:
 
 @pytest.mark.parametrize(("family", "inline"), [("qwen3_vl", False), ("qwen3_vl", True), ("qwen3_5", False)])
 def test_the_twin_of_a_recipe_sees_images(folder: Any, tmp_path: Path, family: str, inline: bool) -> None:
-    from posttrain.tools import proofs
+    from posttrain.tools.twin import proofs
 
     rows = chats(tmp_path)
     if inline:

@@ -113,3 +113,17 @@ def test_the_reference_sees_the_same_images(folder: Any, tmp_path: Path, how: st
     ).train()  # fmt: skip
     assert run.last["loss"] == pytest.approx(0.693147, abs=1e-5)
     assert abs(run.last["rewards/margin"]) < 1e-5
+
+
+def test_a_reference_is_asked_again_about_another_image(folder: Any, tmp_path: Path) -> None:
+    """Its tokens are those of the one before, and what was recorded of that one is in the cache."""
+    image = tmp_path / "0.png"
+    row = {"prompt": [ask(image, "what?")], "chosen": [reply("a cat")], "rejected": [reply("a dog it is")]}
+    for seed in (1, 2):
+        vision.picture(seed, (40, 24)).save(image)
+        run = DPOTrainer(
+            model=HFModel(name_or_path=str(folder("qwen3_vl"))), precompute_reference=True, max_steps=1,
+            data=PreferenceData(sources=[str(written(tmp_path, [row]))], max_length=512, cache_dir=tmp_path / "cache"),
+            accelerator="cpu", logger=[], output_dir=tmp_path / f"run-{seed}", checkpoint=[],
+        ).train()  # fmt: skip
+        assert abs(run.last["rewards/margin"]) < 1e-5

@@ -19,6 +19,7 @@ from posttrain.blocks.layout import lay
 from posttrain.blocks.models.documents import probe
 from posttrain.blocks.models.documents.known import known_way, named
 from posttrain.blocks.models.documents.tiny import tiny
+from posttrain.blocks.models.documents.trial import auto_of, gradients_differ
 from posttrain.blocks.models.documents.ways import Bounds, ByDocument, Way, by_document, groups, short_chunks
 from posttrain.blocks.models.model import HFModel
 from posttrain.errors import RecipeError
@@ -94,9 +95,9 @@ def test_a_model_that_looks_ahead_is_refused() -> None:
 
 def test_a_gradient_that_is_not_a_number_is_not_that_of_each_document_alone() -> None:
     one, lost = torch.ones(3), torch.full((3,), math.nan)
-    assert not probe.slopes_differ([2 * one, None], [[one, None], [one, None]])
-    assert probe.slopes_differ([lost, one], [[one, one]])
-    assert not probe.slopes_differ([one], [[lost]])  # transformers' own is none
+    assert not gradients_differ([2 * one, None], [[one, None], [one, None]])
+    assert gradients_differ([lost, one], [[one, one]])
+    assert not gradients_differ([one], [[lost]])  # transformers' own is none
 
 
 def test_documents_of_like_length_share_a_batch_and_little_of_it_is_padding() -> None:
@@ -159,7 +160,7 @@ def test_the_language_part_of_a_model_of_images_and_text_is_trained_and_the_whol
     folder = tmp_path / "model"
     small = tiny(AutoConfig.for_model(kind), vocabulary=97)
     with torch.random.fork_rng():
-        probe.auto_of(small).from_config(small).save_pretrained(folder)
+        auto_of(small).from_config(small).save_pretrained(folder)
     model = HFModel(name_or_path=str(folder))
     run = attrs.evolve(trainer(tmp_path / "run", max_steps=2), model=model).train()
     trained = [name for name, p in run.model.module.hf.named_parameters() if p.requires_grad]
@@ -202,7 +203,7 @@ def test_what_could_not_be_proven_or_kept_is_tried_again(tmp_path: Path) -> None
         assert known_way(["m"], lambda: Way("sdpa")) == Way("sdpa")
 
 
-@pytest.mark.parametrize("file", ["causal.py", "documents/probe.py", "vision/parts.py"])
+@pytest.mark.parametrize("file", ["packed.py", "causal.py", "documents/probe.py", "vision/parts.py"])
 def test_what_is_known_is_forgotten_when_code_that_was_tried_changes(
     file: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

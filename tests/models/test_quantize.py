@@ -19,8 +19,9 @@ from posttrain.blocks.models.quantized.sizes import groups
 from posttrain.cli import main
 from posttrain.errors import RecipeError
 from posttrain.runtime.folder import difference
-from posttrain.tools import plan, proofs
-from posttrain.tools.twin import Twin
+from posttrain.tools import plan
+from posttrain.tools.twin import proofs
+from posttrain.tools.twin.twin import Twin
 from posttrain.trainers.dpo import DPOTrainer
 
 bnb = pytest.importorskip("bitsandbytes")

@@ -30,7 +30,7 @@ from posttrain.blocks.checkpoints import manifest, state
 from posttrain.blocks.checkpoints.checkpoint import Resume
 from posttrain.blocks.checkpoints.manifest import checkpoints, verify
 from posttrain.blocks.loggers.logger import JSONL
-from posttrain.blocks.models.causal import PackedModel
+from posttrain.blocks.models.packed import PackedModel
 from posttrain.errors import CheckpointError, PosttrainError, RecipeError, TrainingError
 from posttrain.runtime.watchdog import At, diagnosis
 

@@ -396,7 +396,7 @@ def recipe(folder: Path, model: Path, **keys: Any) -> Path:
 @pytest.mark.slow
 @pytest.mark.parametrize("family", vision.FAMILIES)
 def test_the_twin_of_a_recipe_samples_with_images(tmp_path: Path, model: Any, family: str) -> None:
-    from posttrain.tools import proofs
+    from posttrain.tools.twin import proofs
 
     checks = [proofs.masks, proofs.cuts, proofs.first_loss, proofs.memory]
     found = list(proofs.prove(recipe(tmp_path, model(family), beta=0.1), [], checks))
@@ -405,7 +405,7 @@ def test_the_twin_of_a_recipe_samples_with_images(tmp_path: Path, model: Any, fa
 
 @pytest.mark.slow
 def test_the_whole_twin_of_online_dpo_passes_with_images(tmp_path: Path, model: Any) -> None:
-    from posttrain.tools import proofs
+    from posttrain.tools.twin import proofs
 
     file = recipe(tmp_path, model("qwen2_5_vl"), type="online-dpo", checkpoint=[{"type": "huggingface"}])
     found = list(proofs.prove(file, []))
@@ -413,7 +413,7 @@ def test_the_whole_twin_of_online_dpo_passes_with_images(tmp_path: Path, model: 
 
 
 def test_a_twin_says_what_its_own_sampler_would_hide(tmp_path: Path, model: Any) -> None:
-    from posttrain.tools import proofs
+    from posttrain.tools.twin import proofs
 
     sampler = {"type": "vllm-server", "base_url": "http://localhost:1"}
     (found,) = proofs.prove(recipe(tmp_path, model("gemma3"), sampler=sampler), [], [proofs.masks])

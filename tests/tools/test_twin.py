@@ -9,13 +9,13 @@ import pytest
 import torch
 import transformers
 
+import posttrain.words
 from posttrain import yaml12
 from posttrain.blocks.models.documents.tiny import tiny
 from posttrain.blocks.models.model import HFModel
 from posttrain.cli import main
-from posttrain.tools import proofs
-from posttrain.tools.proofs import Failed, Skipped
-from posttrain.tools.twin import Twin, quietly
+from posttrain.tools.twin import proofs
+from posttrain.tools.twin.twin import Failed, Skipped, Twin, quietly
 
 BARE = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}"
 """No end of turn."""
@@ -214,6 +214,14 @@ def test_an_error_names_the_line_of_the_users_code(make: Any) -> None:
     assert found.passed is False
     line = MISTAKES.read_text().splitlines().index("        return 1 / 0") + 1
     assert found.figure == f"ZeroDivisionError: division by zero ({MISTAKES}:{line})"
+
+
+def test_an_error_inside_posttrain_names_the_line_of_the_users_code_that_led_there() -> None:
+    def check(twin: Any) -> str:
+        return posttrain.words.duration("long")
+
+    line = Path(__file__).read_text().splitlines().index('        return posttrain.words.duration("long")') + 1
+    assert proofs.result(check, None).figure.endswith(f"({__file__}:{line})")
 
 
 @pytest.mark.parametrize("kind", sorted(FAMILIES))

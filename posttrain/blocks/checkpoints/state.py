@@ -145,7 +145,8 @@ def restore(run: "Run", files: list[Path]) -> None:
             reader = Reader(files, stack)
         except Exception as error:  # safetensors has an exception of its own for each of its formats' rules
             raise CheckpointError(f"{files[0].parent} does not hold safetensors files: {error}") from None
-        parameters = {name: shape_of(p) for name, p in run.model.module.named_parameters() if p.requires_grad}
+        trained = {name: p for name, p in run.model.module.named_parameters() if p.requires_grad}
+        parameters = {name: tuple(getattr(p, "ds_shape", p.shape)) for name, p in trained.items()}  # of ZeRO-3, whole
         held = buffers(run)
         expected = {f"model/{name}": shape for name, shape in parameters.items()}
         expected |= {f"model/{name}": tuple(buffer.shape) for name, buffer in held.items()}
@@ -191,8 +192,3 @@ def restore_optimizer(optimizers: dict[str, Any], shard: ParameterShard, reader:
             values = torch.empty(shape, dtype=dtype)
             reader.fill(key, 0, values.view(-1))
             state[plain] = values.to(shard.owner.device) if plain != "step" or on_device else values
-
-
-def shape_of(parameter: Any) -> tuple[int, ...]:
-    """Return the shape of the whole parameter."""
-    return tuple(getattr(parameter, "ds_shape", parameter.shape))

@@ -106,10 +106,7 @@ class Data:
             yield "eval_split", "rows cannot be held out of a stream; give `eval_sources`"
         for name in self.keep:
             if name in FIELDS:
-                yield (
-                    "keep",
-                    f"{name!r} has a meaning in a batch; rename it with `columns` of its source",
-                )
+                yield "keep", f"{name!r} has a meaning in a batch; rename it with `columns` of its source"
         if len({source.share is None for source in self.sources}) > 1:
             yield "sources", "some have a share and some have not: give all of them one, or none"
         for source in self.eval_sources:
@@ -134,9 +131,8 @@ class Data:
         Args:
             tokenizer: of the run; None where tokens mean nothing, as in a plan.
         """
-        return self.with_images(
-            partial(collate, pad_id=pad_id(tokenizer), columns=self.columns_of(tokenizer)), tokenizer
-        )
+        made = partial(collate, pad_id=pad_id(tokenizer), columns=self.columns_of(tokenizer))
+        return self.with_images(made, tokenizer)
 
     def fullest(self, length: int) -> Example:
         """Return an example as large as can be: documents of `length` tokens, all of which are supervised."""
@@ -247,9 +243,8 @@ class Data:
 
     def _streaming(self, tokenizer: Any, shape: dict[str, Any]) -> Loaders:
         encoding = StreamEncoding(self.encoder(tokenizer), self.limits, names_of(self.sources))
-        train = StreamLoader(
-            stream=Stream(self.sources, shape["seed"]), encode=encoding.encode, window=self.window, **shape
-        )
+        stream = Stream(self.sources, shape["seed"])
+        train = StreamLoader(stream=stream, encode=encoding.encode, window=self.window, **shape)
         held_out, ledger = None, {"sources": train.ledger}
         if self.eval_sources:
             documents_, ledger["eval"] = self._documents(once(self.eval_sources), tokenizer, 0.0, False)

@@ -106,6 +106,13 @@ class RowLoader:
         groups = chunks(self.first_pass(), self.micro_batch_size * self.world_size)
         return in_order(self._mine, groups, self.ahead)
 
+    def arranged(self, order: "np.ndarray", lengths: "np.ndarray", random: "np.random.Generator") -> list[list[int]]:
+        """Return the examples of each row, in training order; rows that are packed are shuffled again."""
+        if not self.packing:
+            return [[i] for i in order.tolist()]
+        rows = plan(order, lengths, self.max_length)
+        return [rows[i] for i in random.permutation(len(rows)).tolist()]
+
     def _mine(self, group: list[Any]) -> Batch:
         """Collate this rank's part of a group; where a short group leaves it nothing, a row that counts nothing."""
         first = self.rank * self.micro_batch_size
@@ -132,14 +139,9 @@ class MapLoader(RowLoader):
             import numpy as np
 
             random = np.random.default_rng([self.seed, epoch])
-            order = random.permutation(self._drawn(random))
-            if self.packing:
-                rows = plan(order, self.examples.lengths, self.max_length)
-                shuffled = [rows[i] for i in random.permutation(len(rows)).tolist()]
-            else:
-                shuffled = [[i] for i in order.tolist()]
+            rows = self.arranged(random.permutation(self._drawn(random)), self.examples.lengths, random)
             self._plans.clear()  # one pass at a time is enough
-            self._plans[epoch] = shuffled
+            self._plans[epoch] = rows
         return self._plans[epoch]
 
     def fill(self) -> float:
@@ -249,12 +251,8 @@ class StreamLoader(RowLoader):
         import numpy as np
 
         random = np.random.default_rng([self.seed, epoch, window])
-        order = random.permutation(len(examples))
-        rows = [[int(i)] for i in order]
-        if self.packing:
-            lengths = np.array([len(example) for example in examples], dtype=np.int64)
-            packed = plan(order, lengths, self.max_length)
-            rows = [packed[i] for i in random.permutation(len(packed))]
+        lengths = np.array([len(example) for example in examples], dtype=np.int64)
+        rows = self.arranged(random.permutation(len(examples)), lengths, random)
         return [[examples[i] for i in row] for row in rows]
 
 

@@ -1,33 +1,30 @@
-"""Rows of files, folders and hub datasets, each with its place and the position to go on from.
+"""Rows of files, folders and hub datasets, each with its place and the position to go on from."""
 
-Files are read here and not through `datasets`, so that a damaged one is reported with its name and line, and so
-that a reader can be put back to any row: a JSONL file by byte offset, everything else by row number.
-"""
-
-import csv
-import gzip
 import hashlib
-import json
 import logging
-import sys
 import tempfile
-from collections.abc import Iterator
-from itertools import chain
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeVar
 
 import attrs
 
 from posttrain.blocks.data.hashes import sha256
+from posttrain.blocks.data.rows.formats import (
+    FILE_READERS,
+    FORMATS,
+    TEXTS,
+    Values,
+    format_of,
+    parquet_row,
+    without_nulls,
+)
 from posttrain.errors import DataError
 
 if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset
 
-FORMATS = (".jsonl", ".ndjson", ".json", ".csv", ".parquet")
-TEXTS = (".txt", ".md")
-"""A file is one row, with all of it in the column `text`."""
-Values = dict[str, Any]
+T = TypeVar("T")
 log = logging.getLogger("posttrain")
 
 
@@ -76,7 +73,7 @@ class LocalFiles:
         """Return the row at a position."""
         index, within = at or (0, None)
         if format_of(self.paths[index]) == ".parquet":
-            values = _parquet_row(self.paths[index], within or 0)
+            values = parquet_row(self.paths[index], within or 0)
             if values is not None:
                 return values
         return next(self.rows(at))[0]
@@ -102,21 +99,15 @@ class ArrowRows:
         if number == len(dataset):  # `select` of nothing from the end is an IndexError
             return
         for batch in dataset.select(range(number, len(dataset))).iter(batch_size=512):
-            columns, held = (
-                (list(batch), batch.values())
-                if isinstance(batch, dict)
-                else (batch.column_names, batch.to_pydict().values())
-            )
-            for values in zip(*held, strict=True):
+            for values in rows_of(batch):
                 number += 1
-                row = {name: without_nulls(value) for name, value in zip(columns, values, strict=True)}
-                yield row, f"{self.label} row {number - 1}", number
+                yield values, f"{self.label} row {number - 1}", number
 
     def row(self, at: Any) -> Values:
         """Return the row at a position."""
-        found = undecoded(self.dataset)[at or 0]
-        found = found if isinstance(found, dict) else {name: column[0] for name, column in found.to_pydict().items()}
-        return {name: without_nulls(value) for name, value in found.items()}
+        number = at or 0
+        (values,) = rows_of(undecoded(self.dataset)[number : number + 1])
+        return values
 
     def fingerprint(self, memory: Path | None = None) -> str:
         """Return the fingerprint that `datasets` keeps of the content."""
@@ -138,8 +129,7 @@ class HubStream:
             dataset.load_state_dict(state)
         for values in dataset:
             number += 1
-            row = {name: without_nulls(value) for name, value in values.items()}
-            yield row, f"{self.label} row {number - 1}", [number, dataset.state_dict()]
+            yield without_nulls(values), f"{self.label} row {number - 1}", [number, dataset.state_dict()]
 
     def row(self, at: Any) -> Values:
         """Return the row at a position."""
@@ -155,16 +145,11 @@ def undecoded(dataset: Any) -> Any:
     return dataset.with_format("arrow") if "Image(" in repr(dataset.features) else dataset
 
 
-def format_of(path: Path) -> str | None:
-    """Return the suffix that tells the format (`.jsonl` for `a.jsonl.gz`), or None if it is none of ours.
-
-    >>> format_of(Path("a/b.jsonl.gz")), format_of(Path("b.txt")), format_of(Path("b.png"))
-    ('.jsonl', '.txt', None)
-    """
-    suffixes = [s.lower() for s in path.suffixes[-2:]]
-    if suffixes and suffixes[-1] == ".gz":
-        suffixes.pop()
-    return suffixes[-1] if suffixes and suffixes[-1] in FORMATS + TEXTS else None
+def rows_of(batch: Any) -> Iterator[Values]:
+    """Yield the rows of a batch of `datasets`, which is a mapping of columns or an Arrow table."""
+    columns = batch if isinstance(batch, dict) else batch.to_pydict()
+    for values in zip(*columns.values(), strict=True):
+        yield without_nulls(dict(zip(columns, values, strict=True)))
 
 
 def local_reader(path: Path, split: str, name: str | None = None) -> Reader:
@@ -186,7 +171,7 @@ def local_reader(path: Path, split: str, name: str | None = None) -> Reader:
     if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
         return _saved_dataset(path, split)
     splits = _splits(path, name)
-    files = _chosen(path, splits, split)
+    files = _chosen(path, splits, split) if splits else []
     known = [f for f in files if format_of(f) in FORMATS]
     if not known:
         texts = [f for f in path.rglob("*") if format_of(f) in TEXTS]
@@ -237,162 +222,14 @@ def _splits(folder: Path, name: str | None) -> dict[str, list[Path]]:
     return {str(split): sorted(map(Path, files)) for split, files in (found or {}).items()}
 
 
-def _chosen(folder: Path, splits: dict[str, list[Path]], split: str) -> list[Path]:
-    if splits and split not in splits:
-        raise DataError(f"{folder} holds the splits {', '.join(splits)}, not {split!r}; set `split` on the source")
-    return splits.get(split, [])
+def _chosen(path: Path, splits: Mapping[str, T], split: str) -> T:
+    if split not in splits:
+        raise DataError(f"{path} holds the splits {', '.join(splits)}, not {split!r}; set `split` on the source")
+    return splits[split]
 
 
 def _saved_dataset(path: Path, split: str) -> ArrowRows:
     from datasets import DatasetDict, load_from_disk
 
     dataset = load_from_disk(str(path))
-    if isinstance(dataset, DatasetDict):
-        if split not in dataset:
-            raise DataError(f"{path} holds the splits {', '.join(dataset)}, not {split!r}; set `split` on the source")
-        dataset = dataset[split]
-    return ArrowRows(dataset, str(path))
-
-
-def _open(path: Path) -> IO[bytes]:
-    return gzip.open(path, "rb") if path.suffix.lower() == ".gz" else open(path, "rb")  # type: ignore[return-value]
-
-
-def _decode(raw: bytes, path: Path, line: int) -> str:
-    try:
-        return raw.decode("utf-8-sig" if line == 1 else "utf-8")
-    except UnicodeDecodeError as error:
-        bad = f"byte 0x{raw[error.start]:02x} at column {error.start + 1}"
-        raise DataError(f"{path}:{line}: not UTF-8 ({bad}); convert the file to UTF-8") from None
-
-
-def _jsonl(path: Path, at: Any) -> Iterator[tuple[Values, int, Any]]:
-    byte, line = at or (0, 0)
-    with _open(path) as file:
-        file.seek(byte)
-        for raw in file:
-            byte, line = byte + len(raw), line + 1
-            if not raw.strip():
-                continue
-            text = _decode(raw, path, line)
-            try:
-                values = json.loads(text)
-            except json.JSONDecodeError as error:
-                cut = "" if raw.endswith(b"\n") else "; the last line is incomplete: was the file cut off?"
-                raise DataError(f"{path}:{line}: not JSON: {error.msg} at column {error.colno}{cut}") from None
-            except RecursionError:
-                raise DataError(f"{path}:{line}: nested too deeply") from None
-            if not isinstance(values, dict):
-                raise DataError(f"{path}:{line}: expected an object with columns, found {_kind(values)}")
-            yield values, line, [byte, line]
-
-
-def _json(path: Path, at: Any) -> Iterator[tuple[Values, int, Any]]:
-    with _open(path) as file:
-        text = b"".join(line for line in file)
-    for number, line in enumerate(text.split(b"\n"), 1):
-        _decode(line, path, number)
-    try:
-        rows = json.loads(text.decode("utf-8-sig"))
-    except json.JSONDecodeError as error:
-        hint = "; one object per line? then name the file .jsonl" if error.msg == "Extra data" else ""
-        raise DataError(f"{path}:{error.lineno}: not JSON: {error.msg} at column {error.colno}{hint}") from None
-    except RecursionError:
-        raise DataError(f"{path}: nested too deeply") from None
-    if isinstance(rows, dict) and isinstance(rows.get("data"), list):
-        rows = rows["data"]
-    if not isinstance(rows, list):
-        raise DataError(f'{path}: expected a list of rows or {{"data": [...]}}, found {_kind(rows)}')
-    for number in range(at or 0, len(rows)):
-        if not isinstance(rows[number], dict):
-            raise DataError(f"{path} row {number}: expected an object with columns, found {_kind(rows[number])}")
-        yield rows[number], number, number + 1
-
-
-def _csv(path: Path, at: Any) -> Iterator[tuple[Values, int, Any]]:
-    csv.field_size_limit(sys.maxsize)  # the default of 128 KiB is less than a long document
-    with _open(path) as file:
-        reader = csv.reader((_decode(raw, path, n) for n, raw in enumerate(file, 1)), strict=True)
-        number = 0
-        try:
-            header = next(reader, [])
-            if repeated := sorted({name for name in header if header.count(name) > 1}):
-                raise DataError(f"{path}:1: the header names {', '.join(map(repr, repeated))} more than once")
-            for fields in reader:
-                if not fields:
-                    continue
-                if len(fields) != len(header):
-                    raise DataError(f"{path}:{reader.line_num}: {len(fields)} fields, the header has {len(header)}")
-                number += 1
-                if number > (at or 0):
-                    yield dict(zip(header, fields, strict=True)), reader.line_num, number
-        except csv.Error as error:
-            raise DataError(f"{path}:{reader.line_num}: not CSV: {error}") from None
-
-
-def _parquet(path: Path, at: Any) -> Iterator[tuple[Values, int, Any]]:
-    import pyarrow
-    from pyarrow import parquet
-
-    number = 0
-    try:
-        with parquet.ParquetFile(path) as file:
-            sizes = [file.metadata.row_group(i).num_rows for i in range(file.num_row_groups)]
-            first = 0
-            while first < len(sizes) and number + sizes[first] <= (at or 0):
-                number, first = number + sizes[first], first + 1
-            batches = file.iter_batches(512, row_groups=range(first, len(sizes)))
-            for values in chain.from_iterable(batch.to_pylist() for batch in batches):
-                number += 1
-                if number > (at or 0):
-                    yield {name: without_nulls(value) for name, value in values.items()}, number - 1, number
-    except (pyarrow.ArrowException, ValueError, OverflowError) as error:  # the latter of texts and dates
-        raise DataError(f"{path}: not a whole parquet file: {error}") from None
-
-
-def _parquet_row(path: Path, number: int) -> Values | None:
-    """Return a row of a parquet file; only its row group is read."""
-    from pyarrow import parquet
-
-    with parquet.ParquetFile(path) as file:
-        for group in range(file.num_row_groups):
-            if number < (rows := file.metadata.row_group(group).num_rows):
-                (values,) = file.read_row_group(group).slice(number, 1).to_pylist()
-                return {name: without_nulls(value) for name, value in values.items()}
-            number -= rows
-    return None
-
-
-def _text(path: Path, at: Any) -> Iterator[tuple[Values, int, Any]]:
-    if at:
-        return
-    with _open(path) as file:
-        lines = [_decode(raw, path, number) for number, raw in enumerate(file, 1)]
-    yield {"text": "".join(lines)}, 0, 1
-
-
-def without_nulls(value: Any) -> Any:
-    """Return a value of a table without the keys that hold nothing.
-
-    The objects of a column all have the same keys there: arguments of one tool get those of every other, as nulls.
-    """
-    if isinstance(value, dict):
-        return {key: without_nulls(item) for key, item in value.items() if item is not None}
-    return [without_nulls(item) for item in value] if isinstance(value, list) else value
-
-
-def _kind(value: Any) -> str:
-    names = {list: "a list", str: "a string", bool: "a boolean", int: "a number", float: "a number"}
-    return names.get(type(value), "null")
-
-
-FILE_READERS = {
-    ".jsonl": (_jsonl, ":"),
-    ".ndjson": (_jsonl, ":"),
-    ".json": (_json, " row "),
-    ".csv": (_csv, ":"),
-    ".parquet": (_parquet, " row "),
-    ".txt": (_text, " row "),
-    ".md": (_text, " row "),
-}
-"""Suffix -> (reader, what stands between the name of the file and the number of the line or row)."""
+    return ArrowRows(_chosen(path, dataset, split) if isinstance(dataset, DatasetDict) else dataset, str(path))

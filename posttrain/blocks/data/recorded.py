@@ -27,9 +27,10 @@ from posttrain.batch import Batch, Extra
 from posttrain.blocks.data.data import Data
 from posttrain.blocks.data.loader import MapLoader
 from posttrain.blocks.data.packing import chunks, plan
+from posttrain.blocks.images.arrange import IMAGES
 from posttrain.blocks.models.frozen import Frozen
 from posttrain.errors import DataError, RecipeError
-from posttrain.interfaces import Fingerprinted, Loader, ModelBlock
+from posttrain.interfaces import Fingerprinted, ModelBlock
 from posttrain.runtime.launch import all_reduce
 from posttrain.values import default_cache
 
@@ -190,10 +191,19 @@ def is_complete(folder: Path) -> bool:
 
 
 def record(run: "Run", recorder: Recorder, teacher: Callable[[], Ask]) -> None:
-    """Give the loaders of a run a recording of their examples."""
-    loaders = {name: loader for name in ("train", "eval") if (loader := getattr(run.loaders, name)) is not None}
-    stored = {name: at_rest(loader) for name, loader in loaders.items()}
-    made: dict[str, Any] = {name: attrs.evolve(x, extra=recorder.recording(x, teacher)) for name, x in stored.items()}
+    """Give the loaders of a run a recording of their examples.
+
+    Raises:
+        RecipeError: they read streams.
+    """
+    made: dict[str, Any] = {}
+    for name in ("train", "eval"):
+        loader = getattr(run.loaders, name)
+        if loader is None:
+            continue
+        if not isinstance(loader, MapLoader):
+            raise RecipeError("a network can only be asked ahead about data at rest, not about a stream")
+        made[name] = attrs.evolve(loader, extra=recorder.recording(loader, teacher))
     run.loaders = attrs.evolve(run.loaders, **made)
 
 
@@ -243,17 +253,6 @@ def top_answers(teacher: nn.Module, batch: Batch, k: int, temperature: float, vo
     return {"teacher_log_probs": log_probs, "teacher_tokens": tokens}
 
 
-def at_rest(loader: Loader) -> MapLoader:
-    """Return the loader, if its examples are at rest.
-
-    Raises:
-        RecipeError: they are not.
-    """
-    if not isinstance(loader, MapLoader):
-        raise RecipeError("a network can only be asked ahead about data at rest, not about a stream")
-    return loader
-
-
 def cache_of(data: Any) -> Path:
     """Return the folder where a data block keeps what it makes."""
     return (data.cache_dir if isinstance(data, Data) else None) or default_cache()
@@ -263,12 +262,14 @@ def survey(loader: MapLoader) -> tuple[str, np.ndarray]:
     """Return a hash of a loader's examples, and where the supervised tokens of each begin: int64 [examples + 1]."""
     digest, counts = hashlib.sha256(), [0]
     for index in range(len(loader.examples)):
-        documents = loader.examples[index].documents
-        for ids, mask in documents:
+        example = loader.examples[index]
+        for ids, mask in example.documents:
             digest.update(len(ids).to_bytes(8, "big"))
             digest.update(np.ascontiguousarray(ids, dtype=np.int64).tobytes())
             digest.update(np.ascontiguousarray(mask, dtype=bool).tobytes())
-        counts.append(sum(int(mask[1:].sum()) for _, mask in documents))
+        for span in (span for spans in example.values.get(IMAGES, ()) for span in spans):
+            digest.update(span["hash"].encode())  # two images of one size have the same tokens
+        counts.append(sum(int(mask[1:].sum()) for _, mask in example.documents))
     return digest.hexdigest(), np.cumsum(counts)
 
 

@@ -13,16 +13,8 @@ from attrs.validators import gt, optional
 
 from posttrain.blocks.data import snowflake, verifiers
 from posttrain.blocks.data.cache import file_of
-from posttrain.blocks.data.readers import (
-    ArrowRows,
-    HubStream,
-    Reader,
-    Row,
-    files_like,
-    format_of,
-    is_pattern,
-    local_reader,
-)
+from posttrain.blocks.data.readers import ArrowRows, HubStream, Reader, Row, files_like, is_pattern, local_reader
+from posttrain.blocks.data.rows.formats import format_of
 from posttrain.errors import DataError
 from posttrain.registry import key, suggest
 from posttrain.values import Secret, default_cache, expanded

@@ -80,10 +80,8 @@ class Table:
         if column.per in ("token", "target"):
             return tuple(held[part] for part in parts)
         if column.per == "span":
-            numbers = range(index * len(self.sides), (index + 1) * len(self.sides))
-            return tuple(
-                self._spans(held[n], part, int(self.offsets[n])) for n, part in zip(numbers, parts, strict=True)
-            )
+            first = index * len(self.sides)
+            return tuple(self._spans(held[n], part, int(self.offsets[n])) for n, part in enumerate(parts, first))
         if column.per == "document":
             return tuple(held[index * len(self.sides) : (index + 1) * len(self.sides)])
         return held[index]

@@ -115,9 +115,8 @@ def documents(
     refuse_overlong(ledger, limits)
     begins, sizes, supervised, source, example = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
     if not len(begins):
-        raise DataError(
-            "nothing is left to train on:\n" + "\n".join(f"  {name}: {found}" for name, found in ledger.items())
-        )
+        lines = (f"  {name}: {found}" for name, found in ledger.items())
+        raise DataError("nothing is left to train on:\n" + "\n".join(lines))
     return Documents(tables, begins, sizes, supervised, source, example, weights), ledger
 
 
@@ -189,10 +188,8 @@ def cut(
         counts["dropped"][limits.too_long] = counts["too_long"]
     elif limits.overflow in ("truncate", "split"):
         for example, firsts in zip(chosen[long].tolist(), begins[long].tolist(), strict=True):
-            found += [
-                (example, firsts, piece)
-                for piece in pieces(from_table[example], limits, from_table.sides, from_table.columns)
-            ]
+            left = pieces(from_table[example], limits, from_table.sides, from_table.columns)
+            found += [(example, firsts, piece) for piece in left]
     counts["dropped"] |= Counter(piece.useless for _, _, piece in found if piece.useless)
     useful = [(example, firsts, piece) for example, firsts, piece in found if not piece.useless]
     counts["tokens_cut"] = int(sizes[long].sum()) - sum(sum(piece.sizes) for _, _, piece in useful)

@@ -91,9 +91,8 @@ class ConsoleLogger:
             self.progress.update(self.task, news=self.news(line))
         elif due:
             self.say(f"step {step:,}/{self.run.max_steps:,}  {self.news(metrics)}  {self.left(step)}")
-        found = "  ".join(
-            f"{name} {value:.4f}" for name, value in metrics.items() if name.startswith("eval_") and is_headline(name)
-        )
+        names = (name for name in metrics if name.startswith("eval_") and is_headline(name))
+        found = "  ".join(f"{name} {metrics[name]:.4f}" for name in names)
         if found and self.console.is_terminal:
             self.say(f"step {step:,}/{self.run.max_steps:,}  {found}")
 

@@ -20,9 +20,7 @@ def ledger(found: dict[str, Any]) -> "Table":
         "rows_in", "dropped", "too_long", "tokens_cut", "documents", "pairs", "tokens", "supervised_tokens", "images",
         "image_tokens", "images_shrunk",
     )  # fmt: skip
-    summed = [
-        (name, {**entry, "dropped": sum(_count(n) for n in entry["dropped"].values())}) for name, entry in entries
-    ]
+    summed = [(name, {**entry, "dropped": sum(map(_count, entry["dropped"].values()))}) for name, entry in entries]
     columns = [column for column in known if any(entry.get(column) for _, entry in summed)]
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for title in ("data", *columns):

@@ -30,9 +30,8 @@ def origin(name_or_path: str) -> tuple[str, list[Path]]:
         base = json.loads(file.read_text(encoding="utf-8")).get("base_model_name_or_path")
         problem = "it does not say which model it belongs to" if not base else missing_folder(base)
         if problem:
-            raise RecipeError(
-                f"model {name_or_path!r} is an adapter, and {problem}; correct base_model_name_or_path in {file}"
-            )
+            advice = f"correct base_model_name_or_path in {file}"
+            raise RecipeError(f"model {name_or_path!r} is an adapter, and {problem}; {advice}")
         name = str(base)
     return name, adapters
 

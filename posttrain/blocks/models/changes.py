@@ -85,9 +85,8 @@ def refuse(config: Any, unknown: list[str]) -> None:
     lines, text = [], config.get_text_config()
     for key in unknown:
         known = [name for name in config.to_dict() if not name.startswith("_")]
-        hint = (
-            f"; write text_config: {{{key}: ...}}" if text is not config and hasattr(text, key) else suggest(key, known)
-        )
+        below = text is not config and hasattr(text, key)
+        hint = f"; write text_config: {{{key}: ...}}" if below else suggest(key, known)
         lines.append(f"model.config: {type(config).__name__} has no key {key!r}, so that it would change nothing{hint}")
     if lines:
         raise RecipeError("\n".join(lines))

@@ -10,7 +10,7 @@ import torch
 from lightning.fabric import Fabric
 from torch import nn
 
-from posttrain.blocks.models.causal import PackedModel
+from posttrain.blocks.models.packed import PackedModel
 from posttrain.blocks.parallel.sharding import placed
 
 log = logging.getLogger("posttrain")

@@ -24,7 +24,8 @@ if TYPE_CHECKING:
     from lightning.fabric import Fabric
     from torch import nn
 
-    from posttrain.blocks.models.documents.ways import Sight, Way
+    from posttrain.blocks.models.documents.ways import Way
+    from posttrain.blocks.models.vision.parts import Sight
 
 log = logging.getLogger("posttrain")
 QUANTIZE = {"load_in_4bit": "nf4", "load_in_8bit": "int8"}
@@ -128,10 +129,8 @@ class HFModel:
         more = self.lora.kwargs if self.lora else {}
         start = more.get("init_lora_weights", True)
         if more.get("use_dora") or (not isinstance(start, bool | None) and start != "gaussian"):
-            yield (
-                "quantize",
-                "these adapters (lora.kwargs) begin with, or are scaled by, numbers of the base: leave one out",
-            )
+            why = "these adapters (lora.kwargs) begin with, or are scaled by, numbers of the base: leave one out"
+            yield "quantize", why
         if more.get("target_parameters"):
             yield "quantize", "lora.kwargs.target_parameters adapts what is quantized: leave one out"
 
@@ -153,74 +152,10 @@ class HFModel:
             return self.make(empty, fabric)
 
     def make(self, empty: bool, fabric: "Fabric | None" = None) -> "nn.Module":
-        """Return the network, with weights unless it is to be empty."""
-        from posttrain.blocks.models.activations import Compiled, checkpoint_activations, layers_of, tile_mlps
-        from posttrain.blocks.models.experts.load import Load, mixtures
-        from posttrain.blocks.models.experts.precision import use_grouped_experts
-        from posttrain.blocks.models.experts.router import router_weight, z_weight
-        from posttrain.blocks.models.vision.parts import freeze_parts, linears
+        """Return the network, with weights unless it is to be empty (see assembly.py)."""
+        from posttrain.blocks.models.assembly import assemble
 
-        hf = self.load(empty)
-        use_grouped_experts(hf)
-        found = mixtures(hf)
-        load = Load(found, self.router_bias_rate) if found or self.router_bias_rate else None
-        way = self.way(hf)
-        sight = self.sight(hf, way)
-        freeze_parts(hf, self.train, sight if isinstance(sight, str) else None)
-        if self.liger:
-            from posttrain.blocks.models.liger import use_liger
-
-            use_liger(hf)
-        if self.quantize is not None:
-            self.keep_as_bytes(hf, fabric)
-        if self.qat is not None:
-            self.qat.prepare(hf)
-        if isinstance(self.fp8, FP8):
-            self.fp8.prepare(hf)
-        if self.lora is not None:
-            hf = self.lora.apply(hf, self.task, linears(hf, self.train))
-        self.freeze_parameters(hf)
-        if self.tiled_mlp:
-            tile_mlps(hf, self.tiled_mlp)
-        if self.compile:  # before checkpointing, inside of which torch compiles nothing by itself
-            for layer in layers_of(hf):
-                layer.forward = Compiled(layer.forward, "inductor" if self.compile is True else self.compile)
-        if self.activation_checkpointing:
-            checkpoint_activations(hf, selective=self.activation_checkpointing == "selective")
-        network: Any = self.wrap(hf)
-        network.keep_apart(way)
-        network.sight, network.blind = (None, sight) if isinstance(sight, str) else (sight, "")
-        if not way.proven and not empty:
-            from posttrain.blocks.models.documents.probe import confirm
-
-            confirm(network, self.name_or_path)
-        network.offload = self.offload_activations
-        network.router_weight = router_weight(hf, self.router_aux_loss)
-        network.router_z_weight = z_weight(hf, self.router_z_loss)
-        if (network.router_weight or network.router_z_weight) and way.unfolds:
-            raise RecipeError("model: this model has no packed rows, and its routers are not read: no router loss")
-        network.load = load
-        if self.router_bias_rate and (not found or way.unfolds):
-            raise RecipeError("model.router_bias_rate: the experts of this model, if it has any, cannot be watched")
-        network.saved_as = self.saved_as()
-        if self.quantize is not None:
-            network.quantized = {"quantize": self.quantize, "double_quantization": self.doubly}
-        elif self.qat is not None:
-            network.quantized = {"qat": attrs.asdict(self.qat)}
-        return network  # type: ignore[no-any-return]
-
-    def keep_as_bytes(self, hf: Any, fabric: "Fabric | None") -> None:
-        """Quantize the layers (see quantized/).
-
-        Raises:
-            RecipeError: the model has been quantized before, or much of its layers cannot be.
-        """
-        from posttrain.blocks.models.quantized.quantize import prepare
-
-        if getattr(hf.config, "quantization_config", None):
-            raise RecipeError(f"model.quantize: {self.name_or_path} is quantized already; name what it was made of")
-        remade = not self.activation_checkpointing
-        prepare(hf, self.quantize or "nf4", self.doubly, dtype=self.dtype, fabric=fabric, remade=remade)
+        return assemble(self, empty, fabric)
 
     @property
     def doubly(self) -> bool:
@@ -233,7 +168,8 @@ class HFModel:
         Raises:
             RecipeError: it cannot.
         """
-        from posttrain.blocks.models.documents.probe import find_way, set_attention
+        from posttrain.blocks.models.documents.probe import find_way
+        from posttrain.blocks.models.documents.trial import set_attention
 
         asked = None if self.attn_implementation == "auto" else self.attn_implementation
         way = find_way(hf.config, self.name_or_path, asked, hf.is_remote_code())
@@ -280,9 +216,8 @@ class HFModel:
             if self.attn_implementation != "auto":
                 config._attn_implementation = self.attn_implementation
             if self.random_init or empty:
-                hf = auto.from_config(
-                    config, dtype=getattr(torch, self.dtype), trust_remote_code=self.trust_remote_code
-                )
+                dtype = getattr(torch, self.dtype)
+                hf = auto.from_config(config, dtype=dtype, trust_remote_code=self.trust_remote_code)
             else:
                 plain = self.quantize and not origin(self.name_or_path)[1]
                 dtype = "auto" if plain else self.dtype  # as in the files, which are then not even copied
@@ -326,7 +261,7 @@ class HFModel:
         """Return the class of transformers that loads the model; one of images and text is loaded as a whole."""
         import transformers
 
-        from posttrain.blocks.models.documents.probe import auto_of
+        from posttrain.blocks.models.documents.trial import auto_of
 
         return auto_of(config) if self.auto == "AutoModelForCausalLM" else getattr(transformers, self.auto)
 

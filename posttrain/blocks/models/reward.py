@@ -8,7 +8,7 @@ from transformers.conversion_mapping import get_checkpoint_conversion_mapping, r
 from transformers.modeling_layers import GenericForSequenceClassification
 
 from posttrain.batch import Batch
-from posttrain.blocks.models.causal import PackedModel
+from posttrain.blocks.models.packed import PackedModel
 from posttrain.errors import TrainingError
 
 

@@ -233,9 +233,8 @@ class TorchOptimizer(Grouped):
             raise RecipeError(f"optimizer.name: torch.optim has no class {self.name!r}{suggest(self.name, kinds)}")
         taken = inspect.signature(kinds[self.name]).parameters
         if unknown := [name for name in self.args if name not in taken]:
-            raise RecipeError(
-                f"optimizer.args: torch.optim.{self.name} takes no {unknown[0]!r}{suggest(unknown[0], taken)}"
-            )
+            hint = suggest(unknown[0], taken)
+            raise RecipeError(f"optimizer.args: torch.optim.{self.name} takes no {unknown[0]!r}{hint}")
         groups = self.divided(model)
         if "weight_decay" not in taken:
             if any(group["weight_decay"] for group in groups):

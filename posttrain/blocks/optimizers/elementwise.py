@@ -156,8 +156,5 @@ class ScheduleFree(Stepper):
     @torch.no_grad()
     def averages(self) -> list[tuple[Tensor, Tensor]]:
         """Return all parameters with the x of each."""
-        return [
-            (p, p.lerp(self.state[p]["z"], 1 - 1 / group["betas"][0]))
-            for group, p in self.each()
-            if "z" in self.state[p]
-        ]
+        known = ((group["betas"][0], p) for group, p in self.each() if "z" in self.state[p])
+        return [(p, p.lerp(self.state[p]["z"], 1 - 1 / beta)) for beta, p in known]

@@ -75,18 +75,16 @@ def shards(engine: Any, rank: int, world_size: int) -> Iterator[ParameterShard]:
             group, offset, count = optimizer.grad_position[optimizer.get_param_id(parameter)]
             flat, start = optimizer.fp32_partitioned_groups_flat[group], count * rank
             count = max(0, min(count, parameter.ds_numel - start))  # the last rank's range is padded
-            yield ParameterShard(
-                name, tuple(parameter.ds_shape), start, flat.detach().narrow(0, offset, count), flat, offset
-            )
+            values = flat.detach().narrow(0, offset, count)
+            yield ParameterShard(name, tuple(parameter.ds_shape), start, values, flat, offset)
         elif hasattr(parameter, "_hp_mapping"):
             found = parameter._hp_mapping
             if found is None:  # all of it is on other ranks
                 continue
             flat, offset = flat_groups(optimizer)[found.param_group_index], found.hp_fragment_address.start
             count, start = found.hp_fragment_address.numel, found.lp_fragment_address.start
-            yield ParameterShard(
-                name, tuple(parameter.shape), start, flat.detach().narrow(0, offset, count), flat, offset
-            )
+            values = flat.detach().narrow(0, offset, count)
+            yield ParameterShard(name, tuple(parameter.shape), start, values, flat, offset)
         else:
             values = parameter.detach().view(-1)
             yield ParameterShard(name, tuple(parameter.shape), 0, values, parameter, copies=(rank, world_size))

@@ -43,9 +43,8 @@ class Ulysses:
         def parted(loader: Loader) -> Loader:
             return ColumnLoader(attrs.evolve(loader, multiple=self.size), group, place, self.size)  # type: ignore[misc]
 
-        return attrs.evolve(
-            loaders, train=parted(loaders.train), eval=None if loaders.eval is None else parted(loaders.eval)
-        )
+        held_out = None if loaders.eval is None else parted(loaders.eval)
+        return attrs.evolve(loaders, train=parted(loaders.train), eval=held_out)
 
     def validate(self, model: "nn.Module") -> None:
         """Refuse a network whose attention cannot be shared.

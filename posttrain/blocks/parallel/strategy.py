@@ -91,9 +91,8 @@ class BaseStrategy:
         copies = run.fabric.global_rank, run.fabric.world_size
         for name, parameter in run.model.module.named_parameters():
             if parameter.requires_grad:
-                yield ParameterShard(
-                    name, tuple(parameter.shape), 0, parameter.detach().view(-1), parameter, copies=copies
-                )
+                values = parameter.detach().view(-1)
+                yield ParameterShard(name, tuple(parameter.shape), 0, values, parameter, copies=copies)
 
     def restored(self, run: "Run") -> None:
         """Put what was written into the shards to use."""

@@ -30,9 +30,8 @@ def whole_rows(x: Tensor, group: Any) -> Tensor:
         group: ranks whose columns make up the rows.
     """
     ranks = dist.get_world_size(group)
-    parts = (
-        x.reshape(x.shape[0], ranks, -1, *x.shape[2:]).movedim(1, 0).contiguous()
-    )  # [ranks, rows, heads / ranks, width, size]
+    parts = x.reshape(x.shape[0], ranks, -1, *x.shape[2:]).movedim(1, 0)  # [ranks, rows, heads / ranks, width, size]
+    parts = parts.contiguous()
     return _AllToAll.apply(parts, group).movedim(0, 2).flatten(2, 3)  # type: ignore[no-any-return, no-untyped-call]
 
 
@@ -44,9 +43,8 @@ def own_columns(x: Tensor, group: Any) -> Tensor:
         group: ranks whose columns make up the rows.
     """
     ranks = dist.get_world_size(group)
-    parts = (
-        x.reshape(x.shape[0], ranks, -1, *x.shape[2:]).movedim(1, 0).contiguous()
-    )  # [ranks, rows, width, heads / ranks, size]
+    parts = x.reshape(x.shape[0], ranks, -1, *x.shape[2:]).movedim(1, 0)  # [ranks, rows, width, heads / ranks, size]
+    parts = parts.contiguous()
     return _AllToAll.apply(parts, group).movedim(0, 2).flatten(2, 3)  # type: ignore[no-any-return, no-untyped-call]
 
 

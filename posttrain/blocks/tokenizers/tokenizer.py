@@ -60,9 +60,8 @@ class HFTokenizer:
         try:
             tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trusted, revision=revision, token=secret)
         except (OSError, ValueError, ImportError, KeyError) as error:
-            where = (
-                "" if Path(name).is_dir() else f" (there is no folder {name!r} here, so it was looked for on the hub)"
-            )
+            there = Path(name).is_dir()
+            where = "" if there else f" (there is no folder {name!r} here, so it was looked for on the hub)"
             raise RecipeError(f"tokenizer {name!r} cannot be loaded{where}: {error}") from error
         if not tokenizer.is_fast:
             raise RecipeError(

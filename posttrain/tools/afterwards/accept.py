@@ -1,7 +1,7 @@
 """How well a trained speculator drafts: acceptance per head and tokens per pass, on prompts of a file."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import attrs
 
@@ -81,17 +81,12 @@ def measure(run: Path, prompts: Path, max_new_tokens: int, count: int | None = N
     hf = trainer.model.load().eval()
     tokenizer = trainer.tokenizer.build(trainer.model)
     heads = speculator.config["n_predict"]
-    total, asked = Drafts([0] * (count or heads)), 0
-    for ids in _prompts(prompts, tokenizer):
-        _, drafts = speculate(hf, speculator, ids, max_new_tokens, count)
-        total.add(drafts)
-        asked += 1
-    return Acceptance(total, asked)
-
-
-def _prompts(file: Path, tokenizer: Any) -> Any:
-    """Yield the prompts of a file as token ids, [1, width]."""
-    for messages in asked(file):
-        yield tokenizer.apply_chat_template(
+    total, prompted = Drafts([0] * (count or heads)), 0
+    for messages in asked(prompts):
+        ids = tokenizer.apply_chat_template(
             messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
         )["input_ids"]  # fmt: skip
+        _, drafts = speculate(hf, speculator, ids, max_new_tokens, count)
+        total.add(drafts)
+        prompted += 1
+    return Acceptance(total, prompted)

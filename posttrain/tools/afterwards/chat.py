@@ -129,7 +129,7 @@ def talk(conversation: Talk) -> None:
         else:
             count = len(conversation.model.tokenizer(reply, add_special_tokens=False)["input_ids"])
             if at_terminal:
-                _print(_dim(f"{count} tokens, {count / (time.perf_counter() - began):.0f} per second"))
+                _print(f"\033[2m{count} tokens, {count / (time.perf_counter() - began):.0f} per second\033[0m")
 
 
 def answer(conversation: Talk, prompts: Path, output: Path | None) -> int:
@@ -188,10 +188,6 @@ def _lines(at_terminal: bool) -> Iterator[str]:
             return
         if line:
             yield line
-
-
-def _dim(text: str) -> str:
-    return f"\033[2m{text}\033[0m"
 
 
 def _print(text: str) -> None:

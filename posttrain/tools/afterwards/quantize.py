@@ -81,9 +81,8 @@ def quantize(name: str, folder: Path, qat: QAT | None = None, dtype: str | None 
         del made
         written = AutoModelForCausalLM.from_pretrained(aside, dtype=wanted).eval()
         apart = distance(given, log_probs(written, rows), rows)
-        result = Quantized(
-            folder, chosen, trained is not None, len(rows), apart, (size_of(Path(place)), size_of(aside))
-        )
+        sizes = size_of(Path(place)), size_of(aside)
+        result = Quantized(folder, chosen, trained is not None, len(rows), apart, sizes)
         if trained and not apart.kl <= CLOSE[wanted != torch.float32]:
             raise CheckpointError(
                 f"the quantized model differs from what was trained by {apart.kl:.3g} nats (mean KL, at most "

@@ -84,9 +84,8 @@ def _summary(recipe: dict[str, Any], lines: list[dict[str, Any]]) -> str:
         last = lines[-1]
         tokens = sum(line.get("tokens") or 0 for line in lines)
         pace = [line["tokens_per_second"] for line in lines if line.get("tokens_per_second")]
-        said.append(
-            f"{int(last['step']):,} steps" + (f" of {recipe['max_steps']:,}" if recipe.get("max_steps") else "")
-        )
+        most = f" of {recipe['max_steps']:,}" if recipe.get("max_steps") else ""
+        said.append(f"{int(last['step']):,} steps{most}")
         said.append(f"{human(tokens)} tokens")
         if pace:
             said.append(f"{human(sum(pace) / len(pace))} tokens per second")

@@ -89,9 +89,7 @@ class ChatEncoder:
         """Encode many rows at once; the tokenizer's own threads share the work."""
         said = [self._said(row) for row in rows]
         if self.sight is not None:
-            self.sight.look(
-                [(found[0], row) for found, row in zip(said, rows, strict=True) if isinstance(found, tuple)]
-            )
+            self.sight.look([(one[0], row) for one, row in zip(said, rows, strict=True) if isinstance(one, tuple)])
         rendered = [self._rendered(found) for found in said]
         good = [side for found in rendered if not isinstance(found, Refused) for side in found[0]]
         encodings = iter(self._tokenized(good))
@@ -287,9 +285,7 @@ def apart(example: Example, sides: tuple[str, ...], columns: Columns) -> list[Ex
         return [example]
     found = []
     for n, document in enumerate(example.documents):
-        values = {
-            name: value if columns[name].per == "example" else (value[n],) for name, value in example.values.items()
-        }
+        values = {k: x if columns[k].per == "example" else (x[n],) for k, x in example.values.items()}
         found.append(Example((document,), values))
     return found
 

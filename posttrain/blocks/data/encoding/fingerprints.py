@@ -20,9 +20,8 @@ def code_of(method: Callable[..., Any]) -> str:
     """
     owner = type(method.__self__) if inspect.ismethod(method) else method
     classes = inspect.getmro(owner) if inspect.isclass(owner) else (owner,)
-    return "\n".join(
-        _code(item) for item in classes if item.__module__.partition(".")[0] not in ("builtins", "posttrain")
-    )
+    theirs = (item for item in classes if item.__module__.partition(".")[0] not in ("builtins", "posttrain"))
+    return "\n".join(map(_code, theirs))
 
 
 def _code(item: Any) -> str:

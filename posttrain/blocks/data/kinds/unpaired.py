@@ -61,13 +61,9 @@ class UnpairedData(Data):
 
     def encoder(self, tokenizer: Any) -> Encoder:
         """Return what renders and tokenizes conversations."""
-        renderer = ChatRenderer(
-            tokenizer, template_args=self.template_args, last_turn_only=True, anchor=anchor_of(tokenizer)
-        )
-        single = ChatEncoder(
-            renderer, self.sample, _schema, columns=self.columns_of(tokenizer), sight=self.sight(tokenizer)
-        )
-        return UnpairedEncoder(single)
+        anchor, columns, sight = anchor_of(tokenizer), self.columns_of(tokenizer), self.sight(tokenizer)
+        renderer = ChatRenderer(tokenizer, template_args=self.template_args, last_turn_only=True, anchor=anchor)
+        return UnpairedEncoder(ChatEncoder(renderer, self.sample, _schema, columns=columns, sight=sight))
 
     def sample(self, row: dict[str, Any]) -> Sample:
         """Return what a row says: one conversation, and whether its reply is a good one."""

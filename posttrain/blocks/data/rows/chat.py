@@ -170,11 +170,7 @@ class ChatRenderer:
         asks = [n for n, each in enumerate(messages) if each["role"] == "user"]
         begin = max(conversation.get("shared", 0), asks[-1] if asks and self.last_turn_only else 0)
         said = [(n, mark(each), each["role"] in self.train_on) for n, each in enumerate(messages)]
-        return {
-            n: marked or by_role
-            for n, marked, by_role in said
-            if n >= begin and (by_role if marked is None else marked)
-        }
+        return {n: mine or role for n, mine, role in said if n >= begin and (role if mine is None else mine)}
 
     def _rendered(self, conversation: dict[str, Any], trained: dict[int, bool | Ranges] | None) -> Rendered:
         """Render a conversation; one of which nothing is trained (None) with what asks for a reply."""
@@ -191,9 +187,7 @@ class ChatRenderer:
                 "the chat template changes or inspects the text of the messages (with markers around it, it renders "
                 "something else), so that the trained part cannot be told for certain"
             )
-        layout = Layout(
-            messages, text, pieces, self.stops, self.prompt, lambda others: self._plain(others, conversation)
-        )
+        layout = Layout(messages, text, pieces, self.stops, self.prompt, lambda rest: self._plain(rest, conversation))
         layout.refuse_left_out(marker.pieces, trained)
         spans = [span for index, characters in trained.items() for span in layout.spans(index, characters)]
         if self.ignore_empty_think:
@@ -272,10 +266,9 @@ def stop_tokens(tokenizer: Any) -> set[str]:
         stops.add(tokenizer.eos_token)
     config = Path(tokenizer.name_or_path) / "generation_config.json"
     if config.is_file():
-        ids = json.loads(config.read_text(encoding="utf-8")).get("eos_token_id")
-        stops |= {
-            tokenizer.convert_ids_to_tokens(i) for i in (ids if isinstance(ids, list) else [ids]) if i is not None
-        }
+        said = json.loads(config.read_text(encoding="utf-8")).get("eos_token_id")
+        ids = said if isinstance(said, list) else [said]
+        stops |= {tokenizer.convert_ids_to_tokens(i) for i in ids if i is not None}
     if not stops:
         raise DataError(
             "the tokenizer has no eos token and none that ends a turn, so the model could not learn to stop"

@@ -22,11 +22,8 @@ ALIASES = {
 """What others call a role -> what chat templates call it."""
 CALLS = ("function_call", "tool_call")
 """Roles whose text is a tool call as JSON, or a list of them."""
-WEIGHTS, FLAGS, DETAILS = (
-    ("weight", "loss_weight", "loss_scale"),
-    ("train", "training"),
-    ("train_detail", "training_detail"),
-)
+WEIGHTS, FLAGS = ("weight", "loss_weight", "loss_scale"), ("train", "training")
+DETAILS = ("train_detail", "training_detail")
 MARKS = {*WEIGHTS, *FLAGS, *DETAILS, "loss"}
 """Keys of a message that say whether it is trained (see `mark`); no template gets to see them."""
 REASONING = ("reasoning_content", "thinking", "reasoning")

@@ -96,11 +96,8 @@ class Reading:
         if not self.schemas:
             return {}
         read = [name for name in self.read if name in self.found]
-        return {
-            "schema": " and ".join(sorted(self.schemas)),
-            "read": sorted(read),
-            "unused": sorted(self.found - self.read),
-        }
+        unused = sorted(self.found - self.read)
+        return {"schema": " and ".join(sorted(self.schemas)), "read": sorted(read), "unused": unused}
 
 
 def filled(value: Any) -> bool:
@@ -150,7 +147,7 @@ def conversation(row: dict[str, Any], roles: Collection[str] = ROLES) -> dict[st
         DataError: the columns fit no schema.
     """
     found = schema(row)
-    if bad := next((name for name in VERDICTS if _says_no(row.get(name))), None):
+    if bad := next((name for name in VERDICTS if str(row.get(name)).strip().lower() == "false"), None):
         raise Refused(f"{bad!r} is false: the reply is one to avoid (KTO), not one to learn")
     if found.name in CHATS:
         messages = listed(row[found.name], found.name)
@@ -175,9 +172,7 @@ def prompt_of(row: dict[str, Any], ask: str) -> list[Any]:
     asked, before = row[ask], []
     for name in around(row, ask):
         if name == "history":
-            before = [
-                each for ours, theirs in row[name] for each in (*_turn(ours, "user"), *_turn(theirs, "assistant"))
-            ]
+            before = [one for ours, theirs in row[name] for one in (*_turn(ours, "user"), *_turn(theirs, "assistant"))]
         else:  # as torchtune and the Alpaca authors' own chat models join them
             asked = f"{asked}\n\n{row[name]}"
     return [*before, *_turn(asked, "user")]
@@ -214,10 +209,6 @@ def _led(row: dict[str, Any], messages: list[Message]) -> list[Message]:
     if text_of(messages[0].get("content")).strip() != text_of(content).strip():
         raise Refused("there are two system prompts: a column, and another one in the messages")
     return messages
-
-
-def _says_no(verdict: Any) -> bool:
-    return verdict is False or (isinstance(verdict, str) and verdict.strip().lower() == "false")
 
 
 def _turn(value: Any, role: str) -> list[Any]:

@@ -64,9 +64,8 @@ class Sight:
 
     def fingerprint(self) -> str:
         """Return what decides what an image becomes."""
-        return (
-            f"{self.pictures.processor.fingerprint()} {self.pictures.megapixels} {self.root and self.root.absolute()}"
-        )
+        root = self.root and self.root.absolute()
+        return f"{self.pictures.processor.fingerprint()} {self.pictures.megapixels} {root}"
 
     def look(self, said: list[tuple[list[Values], Values]]) -> None:
         """Note of every image of some conversations what is stored of it, or why it is refused; threads share the work.

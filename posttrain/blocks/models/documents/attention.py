@@ -58,11 +58,6 @@ def no_mask(device: torch.device) -> Tensor:
     return torch.ones(1, 1, 1, 1, dtype=torch.bool, device=device)
 
 
-def is_no_mask(mask: Any) -> bool:
-    """Whether a mask only stands for there being none."""
-    return isinstance(mask, Tensor) and tuple(mask.shape) == (1, 1, 1, 1)
-
-
 def packed_attention(
     module: nn.Module,
     query: Tensor,
@@ -111,7 +106,7 @@ def packed_attention(
         TrainingError: the model asks for something this does not compute.
     """
     if cu_seq_lens_q is None:
-        if is_no_mask(attention_mask):
+        if isinstance(attention_mask, Tensor) and attention_mask.shape == (1, 1, 1, 1):  # `no_mask`
             _refuse(module, "does not hand `cu_seq_lens_q` to its attention layers")
         if image_blocks is not None:
             attention_mask = _and_images(attention_mask, image_blocks, sliding_window)
@@ -157,10 +152,8 @@ def packed_attention(
     blocks = None if image_blocks is None else _blocks(image_blocks, kv_index)
     if chunk is not None and kv_index is not None:
         _refuse(module, "attends in chunks, which documents that branch cannot")
-    bounds = cu_seq_lens_q, cu_seq_lens_k
-    return _by_document(
-        query, key, value, bounds, chunk, dropout, scaling, sliding_window, softcap, s_aux, blocks
-    ), None
+    bounds, how = (cu_seq_lens_q, cu_seq_lens_k), (dropout, scaling, sliding_window, softcap, s_aux)
+    return _by_document(query, key, value, bounds, chunk, *how, blocks), None
 
 
 def _unfit(query: Tensor, value: Tensor, chunk: int | None, softcap: float | None, blocks: Tensor | None) -> str | None:

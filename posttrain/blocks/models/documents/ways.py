@@ -43,16 +43,6 @@ class Way:
         return f"{self.attention} attention" + "".join(f", {name} by document" for name, _ in self.separated)
 
 
-@attrs.frozen
-class Sight:
-    """How images enter a network."""
-
-    blocks: bool
-    """Whether the tokens of an image see all of it, and not only what lies before them."""
-    language: tuple[str, ...]
-    """What the names of the language model's parameters begin with."""
-
-
 @attrs.frozen(eq=False)
 class Plan:
     """How the tokens of rows are laid out as batches of documents, on a device."""

@@ -146,10 +146,8 @@ class Load:
             for one, total in zip(self.found, totals, strict=True):
                 one.bias.add_((self.rate * (total.mean() - total).sign()).view_as(one.bias))
         loads = [total / total.mean().clamp(min=1e-9) for total in totals]
-        found = {
-            "most": torch.stack([x.max() for x in loads]).max(),
-            "least": torch.stack([x.min() for x in loads]).min(),
-        }
+        every = torch.cat(loads)
+        found = {"most": every.max(), "least": every.min()}
         if len(set(sizes)) == 1 and sizes[0] <= SHOWN:
             shares = torch.stack(loads).mean(0) / sizes[0]
             found |= {str(i): share for i, share in enumerate(shares.unbind())}

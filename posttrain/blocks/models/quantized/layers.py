@@ -69,11 +69,8 @@ class Code:
             return rows.to(dtype).view(self.shape)
         kernels, known = torch.ops.bitsandbytes, dtype if dtype.itemsize < 8 else torch.float32
         if self.double:
-            least = outer.view(torch.float32)
-            scales = kernels.dequantize_blockwise(
-                scales, least[:-1], dynamic_map(str(scales.device)), OUTER, torch.float32
-            )
-            scales = scales + least[-1]
+            least, levels = outer.view(torch.float32), dynamic_map(str(scales.device))
+            scales = kernels.dequantize_blockwise(scales, least[:-1], levels, OUTER, torch.float32) + least[-1]
         else:
             scales = scales.view(torch.float32)
         found: Tensor = kernels.dequantize_4bit(codes.view(-1, 1), scales, BLOCK, self.kind, self.shape, known)

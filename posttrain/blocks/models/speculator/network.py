@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from posttrain.batch import Batch
 from posttrain.blocks.losses.cross_entropy import chunk_rows, nll_sum
-from posttrain.blocks.models.causal import PackedModel
+from posttrain.blocks.models.packed import PackedModel
 from posttrain.blocks.models.speculator.files import read_config, tensor_shapes, validate
 from posttrain.errors import CheckpointError
 

@@ -36,10 +36,7 @@ class SwiftKVModel(HFModel):
         if self.lora is not None:
             yield "lora", "has no place here: the student's weights are trained, and nothing else"
         if self.quantize is not None:
-            yield (
-                "quantize",
-                "has no place here: the student's weights are exported with those of the teacher",
-            )
+            yield "quantize", "has no place here: the student's weights are exported with those of the teacher"
         if self.qat is not None:
             yield "qat", "has no place here: the teacher's weights, which the student shares, are not trained"
         if self.fp8:

@@ -30,6 +30,16 @@ class Parts:
         return "tower" if inside else "projector"  # Qwen's projectors are mergers inside of the tower
 
 
+@attrs.frozen
+class Sight:
+    """How images enter a network."""
+
+    blocks: bool
+    """Whether the tokens of an image see all of it, and not only what lies before them."""
+    language: tuple[str, ...]
+    """What the names of the language model's parameters begin with."""
+
+
 def parts_of(hf: Any) -> Parts | None:
     """Return the parts of a model of images and text; None if it knows only text."""
     if hf.config.get_text_config() is hf.config:
@@ -72,14 +82,12 @@ def freeze_parts(hf: Any, train: list[Part], blind: str | None) -> None:
         train = ["language"]
     if parts is None:
         if "language" not in train:
-            raise RecipeError(
-                f"model.train: {hf.config.model_type!r} is a model of text alone, so language must be in it"
-            )
+            kind = hf.config.model_type
+            raise RecipeError(f"model.train: {kind!r} is a model of text alone, so language must be in it")
         return
     if parts.tower is None and ("tower" in train) != ("projector" in train):
-        raise RecipeError(
-            f"model.train: in {type(hf).__name__} the tower cannot be told from the projector: name both or none"
-        )
+        kind = type(hf).__name__
+        raise RecipeError(f"model.train: in {kind} the tower cannot be told from the projector: name both or none")
     for name, parameter in hf.named_parameters():
         parameter.requires_grad_(parts.of(name) in train)
 

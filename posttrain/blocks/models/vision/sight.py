@@ -23,21 +23,22 @@ from posttrain.blocks.images.processor import Processor, as_tensor
 from posttrain.blocks.layout import lay
 from posttrain.blocks.models.causal import CausalLM
 from posttrain.blocks.models.documents.attention import NAME
-from posttrain.blocks.models.documents.probe import (
+from posttrain.blocks.models.documents.tiny import tiny
+from posttrain.blocks.models.documents.trial import (
     GRADIENTS,
     LEAKS,
     WINDOW,
     Held,
     auto_of,
     close,
+    gradients_differ,
+    gradients_of,
+    log_probs_of,
     on_the_side,
     set_attention,
-    slopes_differ,
-    slopes_of,
 )
-from posttrain.blocks.models.documents.tiny import tiny
-from posttrain.blocks.models.documents.ways import Sight, Way
-from posttrain.blocks.models.vision.parts import parts_of
+from posttrain.blocks.models.documents.ways import Way
+from posttrain.blocks.models.vision.parts import Sight, parts_of
 
 VOCABULARY = 256
 IMAGE = 1
@@ -56,7 +57,7 @@ class Seen:
     spans: list[dict[str, Any]]
     images: list[Any]
     log_probs: Tensor
-    slopes: list[Tensor | None]
+    gradients: list[Tensor | None]
 
 
 def find_sight(hf: Any, name: str, way: Way, hub: dict[str, Any]) -> Sight | str:
@@ -125,8 +126,8 @@ def tried(config: Any, processor: Processor, way: Way) -> bool | str:
             problem = LEAKS
             continue
         with torch.enable_grad():
-            ours = slopes_of(hf, network(batch, "log_probs").sum())
-        return GRADIENTS if slopes_differ(ours, [one.slopes for one in alone]) else blocks
+            ours = gradients_of(hf, network(batch, "log_probs").sum())
+        return GRADIENTS if gradients_differ(ours, [one.gradients for one in alone]) else blocks
     return problem
 
 
@@ -170,10 +171,9 @@ def document(hf: Any, small: Processor, processor: Processor, number: int) -> Se
     known = inspect.signature(type(hf).forward).parameters
     given = {name: as_tensor(value) for name, value in given.items() if name in known and name != "attention_mask"}
     with torch.enable_grad():
-        logits = hf(input_ids=ids, **given, use_cache=False).logits[0].float()
-        log_probs = logits[:-1].log_softmax(-1).gather(1, ids[0, 1:, None])[:, 0]
-        slopes = slopes_of(hf, log_probs.sum())
-    return Seen(ids[0], spans, images, log_probs.detach(), slopes)
+        log_probs = log_probs_of(hf(input_ids=ids, **given, use_cache=False).logits[0], ids[0])
+        gradients = gradients_of(hf, log_probs.sum())
+    return Seen(ids[0], spans, images, log_probs.detach(), gradients)
 
 
 def processed(processor: Processor, images: list[Any]) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from posttrain.blocks.models.causal import without_bars
+from posttrain.blocks.models.packed import without_bars
 from posttrain.runtime.launch import all_reduce
 
 if TYPE_CHECKING:

@@ -5,9 +5,6 @@
 import json
 import logging
 import os
-import signal
-import sys
-import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cached_property
@@ -19,8 +16,7 @@ import attrs
 from posttrain.blocks.checkpoints.checkpoint import Resume
 from posttrain.blocks.data.data import Data
 from posttrain.blocks.data.rows.schemas import Refused
-from posttrain.blocks.data.sources import Source, Told
-from posttrain.blocks.images.pixels import LONGEST_NAME, image_as_text
+from posttrain.blocks.data.sources import Source
 from posttrain.blocks.images.processor import images_of
 from posttrain.blocks.layout import Example
 from posttrain.blocks.loggers.logger import JSONL
@@ -28,18 +24,15 @@ from posttrain.blocks.models.documents.tiny import tiny
 from posttrain.blocks.models.model import HFModel
 from posttrain.blocks.parallel.strategy import Auto
 from posttrain.blocks.rollouts.prompts import PromptData
-from posttrain.blocks.rollouts.sampler import TransformersSampler
 from posttrain.blocks.scheduler import Constant
 from posttrain.blocks.tokenizers.tokenizer import HFTokenizer
 from posttrain.errors import DataError
 from posttrain.hooks import after
 from posttrain.interfaces import DataBlock
 from posttrain.recipes import load as recipe
-from posttrain.runtime.launch import relaunch, silence_libraries
+from posttrain.runtime.launch import silence_libraries
+from posttrain.tools.twin.stand_ins import UnitDescent, as_text, elsewhere, short_replies
 from posttrain.trainer import Trainer
-from posttrain.trainers.grpo import GRPOTrainer
-from posttrain.trainers.on_policy_distill import OnPolicyDistillTrainer
-from posttrain.trainers.online_dpo import OnlineDPOTrainer
 
 EXACT, ROUGH = "64-true", "32-true"
 """The precision in which steps are compared; and of networks that have float32 written into them."""
@@ -49,20 +42,20 @@ READ = 256
 """Rows of each source to look at."""
 LONGEST = 512
 """Tokens of a document that the twin trains on, at most."""
-IMAGE_KEYS = ("images", "image", "path", "url", "image_url")
-"""Under which rows name files of images."""
 SHORT = 128
 """Tokens of a document that is quickly tried, at most; longer ones serve where there are no such."""
 
 
-Sampling = GRPOTrainer | OnlineDPOTrainer | OnPolicyDistillTrainer
-"""Methods in which the model says replies."""
-REPLY = 12
-"""Tokens of a reply that the twin samples, at most."""
-
-
 class NoRows(DataError):
     """Nothing in the sample of the data can be trained on."""
+
+
+class Failed(Exception):
+    """A check that failed: what was found, and what to look at."""
+
+
+class Skipped(Exception):
+    """A check that does not apply, and why."""
 
 
 @attrs.frozen
@@ -86,29 +79,6 @@ class Step:
     gradient: Any
     """Of all trained parameters, flat, in float64."""
     metrics: dict[str, float]
-
-
-@attrs.frozen
-class Noise:
-    """A number in [0, 1) that depends on every letter of a reply: random weights earn nothing else, or all the same."""
-
-    weight: float = 1.0
-    name: str = "noise"
-
-    def build(self, run: Any) -> Any:
-        """Return what scores replies."""
-        return lambda samples: [zlib.crc32(sample.text.encode()) / 2**32 for sample in samples]
-
-
-@attrs.frozen
-class UnitDescent:
-    """Gradient descent with a rate of 1: what a parameter loses in a step is its gradient."""
-
-    def build(self, model: Any) -> Any:
-        """Return the optimizer."""
-        import torch
-
-        return torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1.0)
 
 
 class Twin:
@@ -164,11 +134,9 @@ class Twin:
             draft.replace(file)
         longest = min(LONGEST, max(row.length for row in rows))
         cut = {} if isinstance(self.data, PromptData) else {"max_length": longest, "overflow": "truncate"}
-        changes = {**cut, "invalid": "drop", **changes}
+        changes = {**cut, "invalid": "drop", "cache_dir": self.folder / "cache", **changes}
         sources = [Source(name_or_path=str(file))]
-        return attrs.evolve(
-            self.data, sources=sources, eval_sources=[], eval_split=0.0, cache_dir=self.folder / "cache", **changes
-        )
+        return attrs.evolve(self.data, sources=sources, eval_sources=[], eval_split=0.0, **changes)
 
     # -- models -----------------------------------------------------------------------
 
@@ -283,40 +251,6 @@ class Twin:
         )  # fmt: skip
 
 
-def elsewhere(values: dict[str, Any]) -> dict[str, Any]:
-    """Return a row that can be read from another folder: paths of images that begin beside its file are absolute."""
-    root = values.origin.source.folder.absolute() if isinstance(values, Told) else Path()
-
-    def moved(value: Any, key: str = "") -> Any:
-        if isinstance(value, dict):
-            return {name: moved(item, name) for name, item in value.items()}
-        if isinstance(value, list):
-            return [moved(item, key) for item in value]
-        named = key in IMAGE_KEYS and isinstance(value, str) and len(value) <= LONGEST_NAME
-        return str(root / value) if named and (root / value).is_file() else value
-
-    return {name: moved(value, name) for name, value in values.items()}
-
-
-def as_text(value: Any) -> str:
-    """Return what JSON cannot hold as text."""
-    try:
-        return image_as_text(value)
-    except TypeError:
-        return str(value)
-
-
-def short_replies(real: Trainer) -> dict[str, Any]:
-    """Return what a method that samples is changed by: a few short replies in this process, whose rewards differ."""
-    changes: dict[str, Any] = {}
-    if isinstance(real, Sampling):
-        tokens = min(REPLY, real.sampler.max_new_tokens)
-        changes["sampler"] = TransformersSampler(max_new_tokens=tokens, temperature=real.sampler.temperature)
-    if isinstance(real, GRPOTrainer | OnlineDPOTrainer):
-        changes |= {"group_size": min(4, real.group_size), "rewards": [*real.rewards, Noise()]}
-    return changes | ({"mask_truncated": False, "max_staleness": 0} if isinstance(real, GRPOTrainer) else {})
-
-
 @contextmanager
 def quietly() -> Iterator[None]:
     """Keep what runs say to themselves: there are many of them, and only the table matters."""
@@ -332,35 +266,3 @@ def quietly() -> Iterator[None]:
     finally:
         log.setLevel(level)
         enable_progress_bar()
-
-
-def main(arguments: list[str]) -> None:
-    """Do one part of a check in a process of its own.
-
-    `ranks` starts two, which take a `step`; `killed` trains and is killed.
-    """
-    part, path, folder, *overrides = arguments
-    if part == "ranks":
-        sys.exit(relaunch(2, "-m", ["posttrain.tools.twin", "step", *arguments[1:]]))
-    twin = Twin(Path(path), overrides, Path(folder))
-    if part == "step":
-        import torch
-        from safetensors.torch import save_file
-
-        step = twin.one_step("two-ranks", rows=2, devices=2)
-        if int(os.environ["RANK"]) == 0:
-            save_file({"gradient": step.gradient, "loss": torch.tensor(step.loss)}, twin.folder / "two.safetensors")
-        return
-
-    @after("trainer.save")
-    def die(trainer: Trainer, result: None) -> None:
-        if trainer.run.step == 5:
-            os.kill(os.getpid(), signal.SIGKILL)
-
-    twin.resumable("cut").train(callbacks=[die])
-
-
-if __name__ == "__main__":
-    logging.basicConfig(level=logging.ERROR)
-    with quietly():
-        main(sys.argv[1:])

@@ -3,55 +3,35 @@
 Each check is a function from the twin to a figure; it fails by raising `Failed`, which says what to look at.
 """
 
-import itertools
 import json
 import math
-import re
 import subprocess
 import sys
 import tempfile
 import textwrap
 import traceback
-from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import attrs
 
+import posttrain
 from posttrain import hooks
 from posttrain.blocks.checkpoints.checkpoint import HuggingFace
-from posttrain.blocks.data.encoding.encoders import ChatEncoder
-from posttrain.blocks.data.kinds.sft import SFTData
-from posttrain.blocks.data.rows.chat import stop_tokens
-from posttrain.blocks.data.rows.schemas import Refused
-from posttrain.blocks.images.arrange import IMAGES
 from posttrain.blocks.models.adapters import attach, origin
 from posttrain.blocks.models.exports import open_model
 from posttrain.blocks.models.model import HFModel
-from posttrain.blocks.rollouts.engines.vllm import VllmSampler, VllmServerSampler
 from posttrain.blocks.rollouts.gap import GAP
-from posttrain.blocks.rollouts.groups import TEXT_ALONE
-from posttrain.blocks.rollouts.prompts import PromptData
 from posttrain.errors import PosttrainError, RecipeError
-from posttrain.tools.twin import CLOSE, LONGEST, NoRows, Row, Sampling, Step, Twin, quietly
+from posttrain.tools.twin.masks import masks, overflow
+from posttrain.tools.twin.twin import CLOSE, LONGEST, Failed, NoRows, Skipped, Step, Twin, quietly
 from posttrain.trainers.dpo import DPOTrainer
 from posttrain.trainers.grpo import GRPOTrainer
 from posttrain.words import counted
 
 if TYPE_CHECKING:
     from rich.table import Table
-
-MARKUP = r"(?:</?[\w|]+>|\[/?\w+\])*"
-"""What templates write around replies, such as an empty `<think></think>`; an expression."""
-
-
-class Failed(Exception):
-    """A check that failed: what was found, and what to look at."""
-
-
-class Skipped(Exception):
-    """A check that does not apply, and why."""
 
 
 @attrs.frozen
@@ -72,49 +52,6 @@ def hooked(twin: Twin) -> str:
     """Every method that a callback wraps is there."""
     with hooks.bound(twin.real, twin.real.callbacks):
         return f"every method that is wrapped exists; {counted(len(twin.real.callbacks), 'callback')}"
-
-
-def masks(twin: Twin) -> str:
-    """Replies are supervised, whole and alone, through their end of turn; there is one BOS at most."""
-    if not twin.rows:
-        raise Skipped(f"{type(twin.real.data).__name__} reads no sources")
-    refused = Counter(str(row.encoded) for row in twin.rows if isinstance(row.encoded, Refused))
-    if refused and twin.data.invalid == "error":
-        raise Failed(
-            f"{sum(refused.values())} of {counted(len(twin.rows), 'row')} cannot be trained on: {_listed(refused)}"
-        )
-    chats = isinstance(twin.data.encoder(twin.tokenizer), ChatEncoder)
-    stops = set(twin.tokenizer.convert_tokens_to_ids(sorted(stop_tokens(twin.tokenizer)))) if chats else None
-    found = Counter(itertools.chain.from_iterable(_mistakes(twin, row, stops) for row in twin.rows))
-    if found:
-        raise Failed(f"of {counted(len(twin.rows), 'row')}: {_listed(found)}; look at `posttrain show RECIPE --data`")
-    if not twin.sample(1):
-        raise NoRows(f"no row can be trained on: {_listed(refused)}")
-    if isinstance(twin.real, Sampling) and isinstance(twin.real.sampler, VllmSampler | VllmServerSampler):
-        usable = (row.encoded for row in twin.rows if not isinstance(row.encoded, Refused))
-        if any(any(example.values.get(IMAGES, ())) for example in usable):
-            raise Failed(TEXT_ALONE)  # the twin has a sampler of its own
-    if isinstance(twin.data, PromptData):
-        return f"{counted(len(twin.rows), 'prompt')}" + (f", {sum(refused.values())} refused" if refused else "")
-    tokens, trained = 0, 0
-    for row in twin.sample(len(twin.rows)):
-        for ids, mask in row.encoded.documents:  # type: ignore[union-attr]
-            tokens, trained = tokens + len(ids), trained + int(mask.sum())
-    said = f"{counted(len(twin.rows), 'row')}, {trained:,} of {counted(tokens, 'token')} supervised"
-    return said + (f", {sum(refused.values())} refused" if refused else "")
-
-
-def overflow(twin: Twin) -> str:
-    """Rows fit, or the recipe says what happens to those that do not."""
-    if not twin.rows:
-        raise Skipped(f"{type(twin.real.data).__name__} reads no sources")
-    lengths = [row.length for row in twin.rows]
-    longer = sum(length > twin.data.max_length for length in lengths)
-    rows, most = counted(len(lengths), "row"), twin.data.max_length
-    said = f"{longer} of {rows} are longer than {most:,} (longest {max(lengths):,})"
-    if longer and twin.data.overflow == "error":
-        raise Failed(f"{said}, and data.overflow is error: say drop or truncate, or give a larger data.max_length")
-    return said + (f"; {twin.data.overflow}" if longer else "")
 
 
 def packing(twin: Twin) -> str:
@@ -146,7 +83,7 @@ def ranks(twin: Twin) -> str:
     from safetensors.torch import load_file
 
     _ = twin.whole  # first: the processes use the model and the sample that it writes
-    done = _child(twin, ["-m", "posttrain.tools.twin", "ranks"])
+    done = _child(twin, "ranks")
     if done.returncode:
         raise Failed(f"two processes failed: {_last_line(done.stderr)}")
     made = load_file(twin.folder / "two.safetensors")
@@ -160,7 +97,7 @@ def resume(twin: Twin) -> str:
     import torch
 
     whole = twin.resumable("whole").train()
-    done = _child(twin, ["-m", "posttrain.tools.twin", "killed"])
+    done = _child(twin, "killed")
     if done.returncode != -9:
         raise Failed(f"the run that was to be killed ended by itself: {_last_line(done.stderr)}")
     cut = twin.resumable("cut").train()
@@ -288,7 +225,7 @@ def result(check: Callable[[Twin], str], twin: Twin) -> Result:
 def _place(error: Exception) -> str:
     """Return the innermost line of the user's own code that an error passed through, or else the last line of all."""
     frames = traceback.extract_tb(error.__traceback__)
-    installed = (str(Path(__file__).parent), "site-packages", str(Path(traceback.__file__).parent))
+    installed = (str(Path(posttrain.__file__).parent), "site-packages", str(Path(traceback.__file__).parent))
     own = [frame for frame in frames if not any(part in frame.filename for part in installed)]
     found = (own or frames)[-1]
     return f"{found.filename}:{found.lineno}"
@@ -311,42 +248,6 @@ def table(results: list[Result]) -> "Table":
 # -- helpers --------------------------------------------------------------------------
 
 
-def _mistakes(twin: Twin, row: Row, stops: set[int] | None) -> Iterator[str]:
-    """Yield what is wrong with the mask of a row; `stops` are the tokens that may end a turn, if it has turns."""
-    if isinstance(row.encoded, Refused):
-        return
-    tokenizer, bos = twin.tokenizer, twin.tokenizer.bos_token_id
-    for ids, mask in row.encoded.documents:
-        listed = ids.tolist()
-        if bos is not None and listed[:2] == [bos, bos]:
-            yield "two BOS at the beginning"
-        last = max((index for index, trained in enumerate(mask.tolist()) if trained), default=-1)
-        if last >= 0 and stops is not None and listed[last] not in stops:
-            yield "the reply ends without an end-of-turn token, so that the model would not learn to stop"
-    if type(twin.data).encoder is SFTData.encoder and (wanted := _replies(twin.data, row.values)) is not None:  # type: ignore[arg-type]
-        kept = [token for ids, mask in row.encoded.documents for token in ids[mask].tolist()]
-        expected = "".join(f"{MARKUP}{re.escape(_squeezed(reply))}" for reply in wanted) + MARKUP
-        if not re.fullmatch(expected, _squeezed(tokenizer.decode(kept, skip_special_tokens=True))):
-            yield "what is supervised is not the text of the replies"
-
-
-def _replies(data: SFTData, values: dict[str, Any]) -> list[str] | None:
-    """Return the texts of the trained messages; None if they are not all plain text."""
-    if data.last_turn_only:
-        return None
-    messages = [m for m in data.conversation(values)["messages"] if m["role"] in data.train_on]
-    plain = all(isinstance(m.get("content"), str) and set(m) <= {"role", "content"} for m in messages)
-    return [m["content"] for m in messages] if plain else None
-
-
-def _squeezed(text: str) -> str:
-    return re.sub(r"\s+", "", text)
-
-
-def _listed(found: "Counter[str]") -> str:
-    return "; ".join(f"{count} x {what}" for what, count in found.most_common(3))
-
-
 def _same(twin: Twin, other: Step, hint: str) -> str:
     """Return how far a step is from the one in one micro-batch, relative to that.
 
@@ -367,8 +268,9 @@ def _same(twin: Twin, other: Step, hint: str) -> str:
     return f"gradients within {gradient:.0e}"
 
 
-def _child(twin: Twin, arguments: list[str]) -> "subprocess.CompletedProcess[str]":
-    command = [sys.executable, *arguments, str(twin.path), str(twin.folder), *twin.overrides]
+def _child(twin: Twin, part: str) -> "subprocess.CompletedProcess[str]":
+    module = "posttrain.tools.twin.processes"
+    command = [sys.executable, "-m", module, part, str(twin.path), str(twin.folder), *twin.overrides]
     return subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
 
 
