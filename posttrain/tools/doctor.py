@@ -27,6 +27,7 @@ EXTRAS = {
     "wandb": ("wandb", "logger: wandb"),
     "mlflow": ("mlflow", "logger: mlflow"),
     "trackio": ("trackio", "logger: trackio"),
+    "verifiers": ("verifiers", "environments of that package"),
 }
 """Extra -> its package, and what it is for."""
 SMALL = 5 * 2**30
