@@ -141,12 +141,17 @@ def test_an_interrupted_run_says_whether_it_can_go_on(
     assert said in capsys.readouterr().out
 
 
-def test_names_with_brackets_are_shown_as_they_are(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_names_with_brackets_are_shown_as_they_are(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "300")
     folder = tmp_path / "a[red]b"
     made = trainer(folder, max_steps=1)
     made.logger = [Console()]
     made.train()
-    assert "a[red]b" in capsys.readouterr().out.replace("\n", "")
+    shown = capsys.readouterr().out
+    assert "a[red]b" in shown
+    assert "[bold]" not in shown
     from posttrain.blocks.loggers.ledger import ledger
 
     counts = {"rows_in": 2, "dropped": {"[bold]": 1}, "documents": 1}

@@ -96,7 +96,7 @@ class ConsoleLogger:
         if found and self.console.is_terminal:
             self.say(f"step {step:,}/{self.run.max_steps:,}  {found}")
 
-    def say(self, line: str) -> None:
+    def say(self, line: str | Text) -> None:
         """Print a line; where it is too long, the terminal or the reader's editor may break it, not we."""
         self.console.print(line, highlight=False, soft_wrap=True, markup=False)
 
@@ -114,7 +114,7 @@ class ConsoleLogger:
             self.told = now
             self.console.print(ledger(found))
 
-    def opening(self) -> str:
+    def opening(self) -> Text:
         """Return a line or two on what is about to be trained."""
         from posttrain.blocks.models.quantized.sizes import groups
 
@@ -124,10 +124,11 @@ class ConsoleLogger:
         share = "" if total == trained else f", {human(trained)} of them trained"
         begin = f", going on after step {run.step}" if run.step else ""
         code = f"\nwith code of {', '.join(map(str, run.recipe['code']))}" if run.recipe.get("code") else ""
-        return (
-            f"[bold]{run.recipe['type']}[/]: {human(total)} parameters{share}; {counted(run.max_steps, 'step')} of "
+        return Text.assemble(
+            (str(run.recipe["type"]), "bold"),
+            f": {human(total)} parameters{share}; {counted(run.max_steps, 'step')} of "
             f"{counted(run.rows_per_step, 'row')} on {run.fabric.world_size} x {run.fabric.device.type}{begin}{code}"
-            + (f"\nparameters: {'; '.join(map(str, sizes))}" if len(sizes) > 1 else "")
+            + (f"\nparameters: {'; '.join(map(str, sizes))}" if len(sizes) > 1 else ""),
         )
 
     def news(self, metrics: dict[str, float]) -> str:
