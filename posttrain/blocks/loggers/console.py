@@ -11,7 +11,15 @@ from typing import TYPE_CHECKING, Any
 
 from rich import box
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    Task,
+    TextColumn,
+    TimeRemainingColumn,
+)
 from rich.table import Table
 from rich.text import Text
 
@@ -56,6 +64,14 @@ class Live(Progress):
         return super().get_renderables()
 
 
+class News(ProgressColumn):
+    """The metrics, of which those that a narrow terminal has no room for are left out."""
+
+    def render(self, task: Task) -> Text:
+        """Return them in one line."""
+        return Text(str(task.fields["news"]), no_wrap=True, overflow="ellipsis")
+
+
 class ConsoleLogger:
     """A live line on a terminal; elsewhere a plain line each time metrics arrive. A summary at the end."""
 
@@ -69,15 +85,16 @@ class ConsoleLogger:
         self.losses: list[float] = []
         self.progress = Live(
             run,
-            TextColumn("[bold]step"), MofNCompleteColumn(), BarColumn(bar_width=14), TextColumn("{task.fields[news]}"),
-            TimeRemainingColumn(), TextColumn("left"), TextColumn("[dim]{task.fields[doing]}"),
+            TextColumn("[bold]step"), MofNCompleteColumn(), BarColumn(bar_width=14), News(),
+            TextColumn("{task.fields[speed]}"), TimeRemainingColumn(), TextColumn("left"),
+            TextColumn("[dim]{task.fields[doing]}"),
             console=self.console, disable=not self.console.is_terminal,
         )  # fmt: skip
         self.told = ""
         self.tell()
         self.say(self.opening())
         self.progress.start()
-        self.task = self.progress.add_task("", total=run.max_steps, completed=run.step, news="", doing="")
+        self.task = self.progress.add_task("", total=run.max_steps, completed=run.step, news="", speed="", doing="")
 
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
         """Show a step's metrics; those of a batch of steps come with the throughput of its last one."""
@@ -88,9 +105,11 @@ class ConsoleLogger:
         due = "memory_gb" in metrics
         if due and self.console.is_terminal:
             line = {name: value for name, value in metrics.items() if not name.startswith("eval_")}  # printed below
-            self.progress.update(self.task, news=self.news(line))
+            self.progress.update(self.task, news=self.news(line), speed=self.speed(line))
         elif due:
-            self.say(f"step {step:,}/{self.run.max_steps:,}  {self.news(metrics)}  {self.left(step)}")
+            self.say(
+                f"step {step:,}/{self.run.max_steps:,}  {self.news(metrics)}  {self.speed(metrics)}  {self.left(step)}"
+            )
         names = (name for name in metrics if name.startswith("eval_") and is_headline(name))
         found = "  ".join(f"{name} {metrics[name]:.4f}" for name in names)
         if found and self.console.is_terminal:
@@ -141,9 +160,11 @@ class ConsoleLogger:
             parts.append(f"epoch {metrics['epoch']:.2f}")
         if "lr" in metrics:
             parts.append(f"lr {metrics['lr']:.1e}")
-        if "tokens_per_second" in metrics:
-            parts.append(f"{human(metrics['tokens_per_second'])} tok/s")
         return "  ".join(parts)
+
+    def speed(self, metrics: dict[str, float]) -> str:
+        """Return the tokens per second."""
+        return f"{human(metrics['tokens_per_second'])} tok/s" if "tokens_per_second" in metrics else ""
 
     def left(self, step: int) -> str:
         """Return the time that the remaining steps will take at the average pace so far."""
