@@ -1,6 +1,9 @@
 """Loggers of services get what others get, in one run there, however often the run is cut. The services are doubles here."""
 
 import csv
+import io
+import logging
+import re
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,6 +14,8 @@ import pytest
 import rich.console
 from toy import metrics, trainer
 
+from posttrain import before
+from posttrain.blocks.loggers.console import ConsoleLogger
 from posttrain.blocks.loggers.logger import JSONL, Console
 from posttrain.blocks.loggers.services import CSV, MLflow, Trackio, WandB
 from posttrain.blocks.loggers.services import missing as services_missing
@@ -160,3 +165,32 @@ def test_names_with_brackets_are_shown_as_they_are(
     shown = capsys.readouterr().out
     assert "notes/[ab]*.jsonl" in shown
     assert "1 dropped: [bold]" in shown
+
+
+def test_what_is_logged_stands_above_the_bar(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    screen, log = Terminal(), logging.getLogger("posttrain.somewhere")
+    monkeypatch.setattr(sys, "stderr", terminal := Terminal())
+    handler = logging.StreamHandler()
+    logging.getLogger().addHandler(handler)
+
+    class Shown:
+        def build(self, run: Any) -> Any:
+            return ConsoleLogger(run, rich.console.Console(file=screen, force_terminal=True, width=120))
+
+    @before("trainer.step")
+    def warns(trainer: Any, batches: Any) -> None:
+        log.warning("mind the gap")
+
+    made = trainer(tmp_path, max_steps=1)
+    made.logger = [Shown()]
+    try:
+        made.train([warns])
+    finally:
+        logging.getLogger().removeHandler(handler)
+    assert re.search(r"\x1b\[2Kmind the gap *\n", screen.getvalue())
+    assert "mind the gap" not in terminal.getvalue()
+    assert handler.stream is terminal

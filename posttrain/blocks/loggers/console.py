@@ -3,9 +3,10 @@
 import json
 import math
 import os
+import sys
 import time
 from collections.abc import Iterable
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +27,7 @@ from rich.text import Text
 from posttrain.blocks.loggers.ledger import ledger
 from posttrain.errors import TrainingError
 from posttrain.runtime.ours import is_checkpoint
+from posttrain.runtime.terminal import logged_to
 from posttrain.words import counted, duration, human
 
 if TYPE_CHECKING:
@@ -93,7 +95,10 @@ class ConsoleLogger:
         self.told = ""
         self.tell()
         self.say(self.opening())
+        terminal, self.lines = sys.stderr, ExitStack()
         self.progress.start()
+        if terminal.isatty():
+            self.lines.enter_context(logged_to(sys.stderr, instead_of=terminal))
         self.task = self.progress.add_task("", total=run.max_steps, completed=run.step, news="", speed="", doing="")
 
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
@@ -121,6 +126,7 @@ class ConsoleLogger:
 
     def finalize(self, status: str) -> None:
         """Print how the run went, and where everything is."""
+        self.lines.close()
         self.progress.stop()
         self.tell()
         self.console.print(self.closing(status))

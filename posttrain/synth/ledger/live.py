@@ -1,11 +1,10 @@
 """How a run of requests goes, as one line on a terminal."""
 
-import logging
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TextIO
 
+from posttrain.runtime.terminal import logged_to
 from posttrain.synth.ledger.session import Progress
 
 
@@ -23,20 +22,6 @@ def shown(progress: Callable[[Progress], None] | None = None) -> Iterator[Callab
     terminal = sys.stderr
     with Live(Text(""), console=console, refresh_per_second=4) as live, logged_to(sys.stderr, instead_of=terminal):
         yield lambda progress: live.update(Text(line(progress)))
-
-
-@contextmanager
-def logged_to(stream: TextIO, instead_of: TextIO) -> Iterator[None]:
-    """Let what is logged to a terminal go where rich puts it above the line that it draws, not into that line."""
-    root = logging.getLogger()
-    handlers = [h for h in root.handlers if isinstance(h, logging.StreamHandler) and h.stream is instead_of]
-    for handler in handlers:
-        handler.setStream(stream)
-    try:
-        yield
-    finally:
-        for handler in handlers:
-            handler.setStream(instead_of)
 
 
 def silent(progress: Progress) -> None:
