@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from posttrain.synth.pipelines.report import Report
     from posttrain.synth.pipelines.rows import Chat, Drop, Reply
     from posttrain.synth.pipelines.step import Step
-    from posttrain.synth.rewards import JudgeReward, VerifyReward
+    from posttrain.synth.rewards import JudgeReward, ModelServerReward, VerifyReward
     from posttrain.synth.steps.alike.decontaminate import Decontaminate
     from posttrain.synth.steps.alike.dedup import Dedup
     from posttrain.synth.steps.alike.semantic import Semantic
@@ -55,7 +55,7 @@ _HOMES = {
     "pipelines.report": ("Report",),
     "pipelines.rows": ("Chat", "Drop", "Reply"),
     "pipelines.step": ("Step",),
-    "rewards": ("JudgeReward", "VerifyReward"),
+    "rewards": ("JudgeReward", "ModelServerReward", "VerifyReward"),
     "steps.alike.semantic": ("Semantic",),
     "steps.answers": ("RightAnswers",),
     "steps.compare": ("Compare",),
@@ -82,9 +82,9 @@ _HOME_OF = {name: module for module, found in _HOMES.items() for name in found}
 __all__ = [
     "AnthropicSynth", "AzureOpenAISynth", "BedrockSynth", "Chat", "Compare", "Complete", "Converse", "CortexSynth",
     "Decontaminate", "Dedup", "Drop", "FewShot", "Filter", "GeminiSynth", "Generate", "IncompleteTask", "Judge",
-    "JudgeReward", "McpServer", "OpenAISynth", "Pair", "Pipeline", "Price", "Refresh", "Rename", "Reply", "Report",
-    "Reward", "RightAnswers", "Sample", "Search", "Semantic", "Split", "Step", "TaskStopped", "ToolEnvironment",
-    "TransformersSynth", "User", "Verify", "VerifyReward", "VllmSynth", "tool", "verifier",
+    "JudgeReward", "McpServer", "ModelServerReward", "OpenAISynth", "Pair", "Pipeline", "Price", "Refresh", "Rename",
+    "Reply", "Report", "Reward", "RightAnswers", "Sample", "Search", "Semantic", "Split", "Step", "TaskStopped",
+    "ToolEnvironment", "TransformersSynth", "User", "Verify", "VerifyReward", "VllmSynth", "tool", "verifier",
 ]  # fmt: skip
 
 

@@ -11,13 +11,15 @@ from posttrain.blocks.images.pixels import image_as_text
 from posttrain.blocks.rollouts.replies import Failure, Sample
 from posttrain.blocks.rollouts.rewards import Function
 from posttrain.interfaces import Scorer
-from posttrain.registry import block, key
+from posttrain.registry import block, key, name_of
 from posttrain.synth.clients.client import Synth
 from posttrain.synth.ledger.live import silent
 from posttrain.synth.pipelines.images import beside
 from posttrain.synth.pipelines.pipeline import Pipeline
 from posttrain.synth.pipelines.report import rows_in
+from posttrain.synth.pipelines.step import Asking
 from posttrain.synth.steps.judge import Judge
+from posttrain.synth.steps.reward import Reward
 from posttrain.synth.steps.verify import Verify
 
 if TYPE_CHECKING:
@@ -54,24 +56,26 @@ class VerifyReward(Function):
         return self.step.score(sample.text, sample.row)
 
 
-@block("reward", "judge")
-class JudgeReward(Judge):
-    """The score that models give a reply by a rubric, as by the step of the same name in data generation.
+@attrs.frozen(kw_only=True, slots=False)
+class Asked(Asking):
+    """A step of data generation that scores answers, as a reward.
 
-    What they say is kept in the ledger of the client: a run that goes on after a crash pays for nothing twice, and gets
-    the same rewards.
+    What is answered is kept in the ledger of the client: a run that goes on after a crash pays for nothing twice, and
+    gets the same rewards.
     """
 
     weight: float = 1.0
     """What it is multiplied by in the sum of all rewards. 0 for one that is only looked at."""
     name: str = ""
     """What metrics call it; its type unless given."""
+    into: str = "score"
+    """Column of the score, in what the ledger says."""
 
     def check(self) -> Iterator[tuple[str, str]]:
         """Yield what contradicts, and a client that is missing."""
-        yield from super().check()
+        yield from getattr(super(), "check", tuple)()
         if not isinstance(self.client, Synth):
-            yield "client", "say where the judge is: `client: {type: openai, ...}`, as in data generation"
+            yield "client", "say who is asked: `client: {type: openai, ...}`, as in data generation"
         elif self.client.batched:
             yield "client", "puts requests into batches, which take hours, and each step waits for them: `mode: online`"
 
@@ -79,10 +83,10 @@ class JudgeReward(Judge):
         """Return what scores the replies of a step together; with several ranks, each has a ledger of its own."""
         assert isinstance(self.client, Synth)
         client = attrs.evolve(self.client, work_dir=self.client.work_dir / f"rewards{run.suffix}")
-        task = f"{run.output_dir.name}.{self.name or 'judge'}"
+        task = f"{run.output_dir.name}.{self.name or name_of(type(self))}"
 
         def scored(samples: list[Sample]) -> list[float | Failure]:
-            found: list[float | Failure] = [Failure("the judge's step lost it")] * len(samples)
+            found: list[float | Failure] = [Failure("its step lost it")] * len(samples)
             if not samples:
                 return found
             rows = [{**as_row(sample), "number": i} for i, sample in enumerate(samples)]
@@ -97,6 +101,19 @@ class JudgeReward(Judge):
             return found
 
         return scored
+
+
+@block("reward", "judge")
+class JudgeReward(Asked, Judge):
+    """The score that models give a reply by a rubric, as by the step of the same name in data generation. What they say
+    is kept in the ledger of the client: nothing is paid twice, also after a crash."""
+
+
+@block("reward", "model-server")
+class ModelServerReward(Asked, Reward):
+    """The number that a reward model on a vLLM server (`vllm serve MODEL --runner pooling`) gives the conversation, as
+    by the step `reward` of data generation: `client: {type: vllm, base_url: ..., model: ...}`. The conversation is sent
+    as messages; the server renders and tokenizes it. What it says is kept in the ledger of the client."""
 
 
 def as_row(sample: Sample) -> dict[str, Any]:

@@ -432,10 +432,25 @@ def test_a_judge_scores_replies_and_nothing_is_paid_twice(tmp_path: Path, tiny_m
     assert [one["rewards"].get("judge") for one in lines_of(tmp_path / "run")] == scores
 
 
+def test_a_reward_model_on_a_server_scores_replies(tmp_path: Path, tiny_model: Path, server: Any) -> None:
+    from posttrain.synth import ModelServerReward, VllmSynth
+
+    def scored(body: dict[str, Any]) -> tuple[int, dict[str, Any]]:
+        return 200, {"data": [{"index": 0, "probs": [len(body["messages"][-1]["content"]) / 4]}], "usage": {}}
+
+    server.answer = scored
+    reward = ModelServerReward(model="rm", client=VllmSynth(base_url=server.url, work_dir=tmp_path / "ledger"))
+    last = quiz(tmp_path / "run", tiny_model, environment=None, rewards=[reward]).train().last
+    said = lines_of(tmp_path / "run")
+    assert [one["rewards"]["model-server"] for one in said] == [len(one["text"]) / 4 for one in said]
+    assert last["failed"] == 0.0
+    assert {path for path, _ in server.bodies} == {"/classify"}
+
+
 def test_a_judge_without_a_client_is_refused(tmp_path: Path, tiny_model: Path) -> None:
     from posttrain.synth import OpenAISynth
     from posttrain.synth.rewards import JudgeReward
 
-    for client, said in ((None, "say where the judge is"), (OpenAISynth(api_key="k"), "batches, which take hours")):
+    for client, said in ((None, "say who is asked"), (OpenAISynth(api_key="k"), "batches, which take hours")):
         with pytest.raises(RecipeError, match=f"client: .*{said}"):
             quiz(tmp_path / "run", tiny_model, rewards=[JudgeReward(model="j", rubric="good", client=client)]).train()
