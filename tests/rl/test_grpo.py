@@ -426,3 +426,24 @@ def replies_of_lines(folder: Path) -> list[str]:
 
 def replies_until(folder: Path, step: int) -> list[Any]:
     return [one for one in replies(folder) if one[0] <= step]
+
+
+@pytest.mark.parametrize("kind", ["mamba", "mamba2"])
+def test_models_of_mamba_layers_alone_go_on_from_what_they_have_read(tmp_path: Path, kind: str) -> None:
+    from tokens import byte_tokenizer
+    from transformers import AutoModelForCausalLM, Mamba2Config, MambaConfig
+
+    from posttrain.blocks.tokenizers.templates import TEMPLATES
+
+    tokenizer = byte_tokenizer(TEMPLATES["chatml"])
+    keys: dict[str, Any] = {
+        "vocab_size": len(tokenizer), "hidden_size": 32, "state_size": 8, "num_hidden_layers": 2, "bos_token_id": None,
+        "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id,
+    }  # fmt: skip
+    torch.manual_seed(0)
+    config = MambaConfig(**keys) if kind == "mamba" else Mamba2Config(**keys, num_heads=4, head_dim=16, n_groups=2)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    last = grpo(tmp_path / "run", tmp_path / "model", letters="efgh", max_steps=1).train().last
+    assert last["sampler/gap"] < 1e-5
+    assert last["policy/moved"] == 0.0

@@ -1,5 +1,6 @@
 """A causal language model whose logits exist only at supervised positions."""
 
+import inspect
 from typing import Any, Literal
 
 import torch
@@ -14,6 +15,8 @@ from posttrain.blocks.models.packed import PackedModel
 from posttrain.errors import TrainingError
 from posttrain.registry import suggest
 
+OF_MAMBA = "cache_params"
+"""What transformers calls the cache of models that are Mamba layers alone."""
 OUTPUTS = ("nll", "log_probs", "policy", "logits", "hidden")
 
 
@@ -131,7 +134,9 @@ class CausalLM(PackedModel):
         self.bounds.at = None
         positions = (mask.cumsum(-1) - 1).clamp(min=0)[:, -ids.shape[1] :]
         positions = positions if shift is None else positions + shift
-        given = {"attention_mask": mask, "position_ids": positions, "use_cache": True, CACHE: cache}
+        name = OF_MAMBA if OF_MAMBA in inspect.signature(self.base.forward).parameters else CACHE
+        masked = None if name == OF_MAMBA and ids.shape[1] < mask.shape[1] else mask  # a state, unlike keys, has none
+        given = {"attention_mask": masked, "position_ids": positions, "use_cache": True, name: cache}
         if images is not None:
             given |= {"position_ids": images.position_ids, **self.images_of(images)}
         output = self.base(input_ids=ids, logits_to_keep=1, **given)
