@@ -24,15 +24,8 @@ SIZES = [(40, 24), (64, 64), (33, 57), (96, 40), (24, 48)]
 
 @pytest.fixture(scope="session")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """Where the tiny models are, each made when it is first asked for."""
-    made: dict[str, Path] = {}
-
-    def of(family: str) -> Path:
-        if family not in made:
-            made[family] = vision.make(family, tmp_path_factory.mktemp(family))
-        return made[family]
-
-    return of
+    """Where the tiny models are."""
+    return vision.models(tmp_path_factory)
 
 
 def pictures(folder: Path, count: int = 5) -> list[Path]:

@@ -43,15 +43,8 @@ EVERY = [f if f in ("qwen2_5_vl", "gemma3") else pytest.param(f, marks=pytest.ma
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """Where the tiny models are, each made when it is first asked for."""
-    made: dict[str, Path] = {}
-
-    def of(family: str) -> Path:
-        if family not in made:
-            made[family] = vision.make(family, tmp_path_factory.mktemp(family))
-        return made[family]
-
-    return of
+    """Where the tiny models are."""
+    return vision.models(tmp_path_factory)
 
 
 def grpo(folder: Path, model: Path, method: Any = GRPOTrainer, **keys: Any) -> Any:

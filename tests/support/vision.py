@@ -2,6 +2,8 @@
 
 import base64
 import json
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -185,6 +187,11 @@ def processor_of(family: str, tokenizer: Any) -> Any:
         "pixtral.image_processing_pil_pixtral", "PixtralImageProcessorPil", size={"longest_edge": 64}, patch_size=8
     )
     return class_of("PixtralProcessor")(images, tokenizer, patch_size=8, spatial_merge_size=2)
+
+
+def models(folders: Any) -> Callable[[str], Path]:
+    """Return what gives the folder of a family's model, made when it is first asked for; `folders` makes folders."""
+    return cache(lambda family: make(family, folders.mktemp(family)))
 
 
 def make(family: str, folder: Path) -> Path:

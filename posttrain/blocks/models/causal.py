@@ -1,6 +1,7 @@
 """A causal language model whose logits exist only at supervised positions."""
 
 import inspect
+from functools import cached_property
 from typing import Any, Literal
 
 import torch
@@ -118,6 +119,11 @@ class CausalLM(PackedModel):
             return top_log_probs(hidden, weight[known], None if bias is None else bias[known], k, temperature)
         return top_of(self.logits(layout)[:, known], k, temperature)
 
+    @cached_property
+    def cache_name(self) -> str:
+        """What its forward calls the cache."""
+        return OF_MAMBA if OF_MAMBA in inspect.signature(self.base.forward).parameters else CACHE
+
     @torch.no_grad()
     def next_logits(
         self, ids: Tensor, mask: Tensor, cache: Any, shift: Tensor | None = None, images: Layout | None = None
@@ -134,7 +140,7 @@ class CausalLM(PackedModel):
         self.bounds.at = None
         positions = (mask.cumsum(-1) - 1).clamp(min=0)[:, -ids.shape[1] :]
         positions = positions if shift is None else positions + shift
-        name = OF_MAMBA if OF_MAMBA in inspect.signature(self.base.forward).parameters else CACHE
+        name = self.cache_name
         masked = None if name == OF_MAMBA and ids.shape[1] < mask.shape[1] else mask  # a state, unlike keys, has none
         given = {"attention_mask": masked, "position_ids": positions, "use_cache": True, name: cache}
         if images is not None:

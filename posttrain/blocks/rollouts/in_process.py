@@ -87,10 +87,12 @@ class InProcess:
         asked = [
             (tuple(prompt), tuple(one["hash"] for one in some)) for prompt, some in zip(prompts, images, strict=True)
         ]
-        places = {one: i for i, one in enumerate(dict.fromkeys(asked))}
+        firsts: dict[Any, int] = {}
+        for i, one in enumerate(asked):
+            firsts.setdefault(one, i)
+        places = {one: i for i, one in enumerate(firsts)}
         place = torch.tensor([places[one] for one in asked], device=device).repeat_interleave(n)
-        firsts = [asked.index(one) for one in places]
-        prompts, images = [prompts[i] for i in firsts], [images[i] for i in firsts]
+        prompts, images = [prompts[i] for i in firsts.values()], [images[i] for i in firsts.values()]
         width = max(map(len, prompts))
         ids, mask = torch.zeros(2, len(prompts), width, dtype=torch.int64)
         for i, prompt in enumerate(prompts):

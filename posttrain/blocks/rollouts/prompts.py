@@ -221,9 +221,7 @@ class PromptEncoder:
         (found,) = sample.conversations
         if any(map(images_of, found["messages"])):
             raise Refused(NO_IMAGES)
-        text = self.renderer.asked(found)
-        if found.get("tools") and self.renderer.asked({**found, "tools": None}) == text:
-            raise Refused("the chat template leaves out the tools; say in a system message what there is")
+        text = self.renderer.asked_with_tools(found)
         said = [each["content"] for each in found["messages"] if isinstance(each.get("content"), str)]
         for control in special_tokens(self.tokenizer):
             if any(control in one for one in said):

@@ -152,7 +152,8 @@ class ChatRenderer:
         Raises:
             Refused: the template refuses it.
         """
-        first, *others = variants([unmarked(each) for each in conversation["messages"]])
+        others = variants([unmarked(each) for each in conversation["messages"]])
+        first = next(others)
         text = self._plain(first, conversation, ask=True)
         *before, last = first
         said = text_of(last.get("content")).strip()
@@ -163,6 +164,17 @@ class ChatRenderer:
                 if said in (found := self._plain(messages, conversation, ask=True)):
                     return found
         raise Refused("the chat template leaves out the last message")
+
+    def asked_with_tools(self, conversation: dict[str, Any]) -> str:
+        """Return what `asked` does.
+
+        Raises:
+            Refused: the template refuses it, or leaves out the tools that there are.
+        """
+        text = self.asked(conversation)
+        if conversation.get("tools") and self.asked({**conversation, "tools": None}) == text:
+            raise Refused("the chat template leaves out the tools; say in a system message what there is")
+        return text
 
     def _trained(self, conversation: dict[str, Any]) -> dict[int, bool | Ranges]:
         """Return the numbers of the messages that are trained, each with True or with the characters that are."""

@@ -1,6 +1,6 @@
 """A function of your own that plays an episode: it asks the policy as often as it likes, and returns a reward."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from typing import Any, ClassVar, TypeVar
 
@@ -44,10 +44,6 @@ class Agent:
     def reset(self, row: dict[str, Any]) -> Callable[[str], Any]:
         """Return what plays an episode for a row, given the address of the policy."""
         return partial(self.play, row)
-
-    def check(self) -> Iterator[tuple[str, str]]:
-        """Yield nothing: there is nothing that contradicts itself."""
-        yield from ()
 
 
 def agent(name: str) -> Callable[[F], F]:

@@ -12,7 +12,7 @@ import time
 import uuid
 from collections import deque
 from collections.abc import Callable
-from concurrent.futures import Future
+from concurrent.futures import Future, InvalidStateError
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
@@ -136,13 +136,14 @@ class Playing:
     """An agent at work."""
 
     def __init__(self, rollout: Rollout) -> None:
-        self.rollout, self.requests = rollout, list[Request]()
+        self.rollout, self.requests, self.given = rollout, list[Request](), list[Request]()
         self.since, self.over = time.monotonic(), False
 
     def placed(self) -> list[Request]:
         """Return what it asks and the policy is to answer."""
         requests, self.requests, self.since = self.requests, [], time.monotonic()
-        return list(self.rollout.placed(requests))
+        self.given = list(self.rollout.placed(requests))
+        return self.given
 
     def hear(self, request: Request, reply: Reply) -> None:
         """Tell it what the policy says."""
@@ -171,8 +172,8 @@ class Playing:
         self.close()
 
     def close(self) -> None:
-        """Refuse what it still asks."""
+        """Refuse what it still asks, and what the policy has not answered."""
         self.over = True
-        for request in self.requests:
-            with suppress(Exception):
+        for request in (*self.requests, *self.given):
+            with suppress(InvalidStateError):  # it was answered
                 request.answer.set_exception(Refusal("this rollout is over", "gone", 410))

@@ -17,7 +17,7 @@ import numpy as np
 
 from posttrain.blocks.data.rows.chat import ChatRenderer
 from posttrain.blocks.data.rows.media import images_of
-from posttrain.blocks.data.rows.messages import Refused
+from posttrain.blocks.data.rows.messages import Refused, text_of
 from posttrain.blocks.data.rows.offsets import tokenize
 from posttrain.blocks.data.rows.schemas import conversation
 from posttrain.blocks.rollouts.agents.endpoint import Refusal
@@ -48,12 +48,9 @@ class Language:
             Refusal: the template refuses it, or leaves its tools out.
         """
         try:
-            text = self.renderer.asked(asked)
-            if asked.get("tools") and self.renderer.asked({**asked, "tools": None}) == text:
-                raise Refusal("the chat template leaves out the tools; say in a system message what there is")
+            return self.renderer.asked_with_tools(asked)
         except Refused as refused:
             raise Refusal(str(refused)) from None
-        return text
 
     def ids(self, text: str) -> list[int]:
         """Return the tokens of a text that the template wrote."""
@@ -117,13 +114,10 @@ class Conversation:
 
 def content_of(message: dict[str, Any]) -> Any:
     """Return what a message says, whatever else clients write into it: its role, its text, the tools that it calls."""
-    content = message.get("content") or ""
-    if isinstance(content, list):
-        content = "".join(str(part.get("text", "")) for part in content)
     calls = [
         (call["function"].get("name"), call["function"].get("arguments")) for call in message.get("tool_calls") or ()
     ]
-    return message["role"], content, calls
+    return message["role"], text_of(message.get("content")), calls
 
 
 class Request:

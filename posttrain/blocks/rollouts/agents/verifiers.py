@@ -25,7 +25,6 @@ class VerifiersEnvironment(Agent):
 
     def check(self) -> Iterator[tuple[str, str]]:
         """Yield that the package is not there."""
-        yield from super().check()
         if not verifiers.installed():
             yield "id", verifiers.INSTALL
 
